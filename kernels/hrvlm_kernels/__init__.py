@@ -1,0 +1,14 @@
+"""Triton kernels for packed, variable-resolution vision transformers, as torch ops.
+
+    from hrvlm_kernels import PackedGrids, rope_2d, pixel_shuffle_linear, varlen_attention
+
+Importing this package needs torch alone: Triton and flash-attn are imported when an op first uses them.
+"""
+
+from .backends import explain_backend
+from .packed_grids import PackedGrids
+from .pixel_shuffle_linear import pixel_shuffle_linear
+from .rope_2d import rope_2d
+from .varlen_attention import varlen_attention
+
+__all__ = ["PackedGrids", "explain_backend", "pixel_shuffle_linear", "rope_2d", "varlen_attention"]

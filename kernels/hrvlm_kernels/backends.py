@@ -1,0 +1,138 @@
+"""Which implementation runs an op, and why.
+
+    auto        Triton on CUDA (sm_80 and newer) and ROCm; otherwise the torch path: SDPA per segment for attention,
+                plain PyTorch for the other ops
+    triton      the kernels of this package
+    flash_attn  attention by the flash-attn package (or torch's own build of it); the other ops as under "auto"
+    sdpa        attention by torch's scaled_dot_product_attention, segment by segment; the other ops in plain PyTorch
+    eager       plain PyTorch with the score matrix written out: slow, and the easiest to read
+
+An explicit choice that can't run raises and says why; only "auto" chooses.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "flash_attn", "sdpa", "eager")
+OPS = ("rope_2d", "pixel_shuffle_linear", "varlen_attention")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MIN_CAPABILITY = (8, 0)
+
+
+def check_backend(backend: str) -> str:
+    """Return `backend`, or raise ValueError when it is not one of :data:`BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    return backend
+
+
+def resolve(op: str, backend: str, x: Tensor) -> str:
+    """The backend that runs `op` on tensors like `x`: "triton", "flash_attn", "sdpa" or "eager".
+
+    Raises:
+        ValueError: `backend` is not a known name.
+        RuntimeError: it was asked for by name and can't run here; the message says why.
+    """
+    check_backend(backend)
+    torch_path = "sdpa" if op == "varlen_attention" else "eager"
+    if backend == "flash_attn" and op != "varlen_attention":
+        backend = "auto"
+    if backend == "auto":
+        obstacle = _auto_obstacle(x.device, x.dtype)
+        return torch_path if obstacle else "triton"
+    if backend in ("sdpa", "eager"):
+        return backend if op == "varlen_attention" else "eager"
+    obstacle = (triton_obstacle if backend == "triton" else flash_attn_obstacle)(x.device, x.dtype)
+    if obstacle:
+        raise RuntimeError(f"{op}: backend {backend!r} can't run: {obstacle}")
+    return backend
+
+
+def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels can't take tensors of `dtype` on `device`; None when they can."""
+    if not _installed("triton"):
+        return "Triton is not installed"
+    if dtype not in TRITON_DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {dtype}"
+    if device.type == "cpu":
+        return None if interpreted() else "the tensors are on the CPU (only TRITON_INTERPRET=1 runs kernels there)"
+    if device.type != "cuda":
+        return f"there are no kernels for device type {device.type!r}"
+    return _gpu_obstacle(device)
+
+
+def _auto_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cpu":  # the interpreter is for tests: only an explicit choice runs it
+        return "the tensors are on the CPU"
+    return triton_obstacle(device, dtype)
+
+
+def flash_attn_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why flash-attn can't take tensors of `dtype` on `device`; None when it can."""
+    if not _installed("flash_attn") and not _installed("torch.nn.attention.varlen"):
+        return "neither the flash-attn package nor torch.nn.attention.varlen is installed"
+    if device.type != "cuda":
+        return f"flash-attn needs a GPU, the tensors are on {device.type!r}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn takes float16 and bfloat16, not {dtype}"
+    return _gpu_obstacle(device)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter was asked for (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def explain_backend(
+    backend: str = "auto", *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """A line per op: which backend runs it on this machine, and why.
+
+    Args:
+        backend: The choice to explain.
+        device: Default: the GPU if there is one, else the CPU.
+        dtype: Default: bfloat16 on a GPU, float32 on the CPU.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    example = torch.empty(0, dtype=dtype, device=device)
+    return "\n".join(f"{op}: {_explain(op, backend, example)}" for op in OPS)
+
+
+def _explain(op: str, backend: str, example: Tensor) -> str:
+    where = f"{example.dtype} on {example.device}".replace("torch.", "")
+    try:
+        chosen = resolve(op, backend, example)
+    except RuntimeError as error:
+        return str(error).partition(": ")[2]
+    if chosen == "triton":
+        return f"triton ({where})"
+    if backend == "auto":
+        return f"{chosen} ({where}; no Triton: {_auto_obstacle(example.device, example.dtype)})"
+    return f"{chosen} ({where}; backend={backend!r})"
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+@lru_cache
+def _gpu_obstacle(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _MIN_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is sm_{capability[0]}{capability[1]}, sm_80 or newer is needed"
+    return None

@@ -1,0 +1,341 @@
+"""The layout of a packed batch: where each image's tokens lie, and where its patches are.
+
+Three images with one CLS and four registers (P = 5 prefix tokens) are packed as
+
+    row    0      5            5+h0*w0   ...                 total_tokens
+           |prefix|patches of 0|prefix|patches of 1|prefix|patches of 2|
+           '---- segment 0 ----'---- segment 1 ----'---- segment 2 ----'
+    cu_seqlens = [0, n0, n0+n1, n0+n1+n2],  n_i = P + hp_i * wp_i
+
+Patches run over the grid row by row. Everything is computed on the host from Python ints, so that a
+forward never asks the device for a size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+Grid = tuple[int, int]
+
+# Tile lists that travel with the first copy, so that torch.compile never meets a missing one.
+TILE_SIZES = (64, 128)
+_INT32_MAX = 2**31 - 1
+_CACHE_SIZE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class PackedGrids:
+    """Layout of images packed one after the other in ``[T, C]``, without padding or masks.
+
+    Made by :meth:`from_grids`, :meth:`from_lengths` or :meth:`from_cu_seqlens`, once per batch, and passed to
+    every op of every layer. Equal requests return the same object while it stays in a small LRU cache.
+
+    Attributes:
+        grids: Patch grid ``(hp, wp)`` of each image, or None for a pack without grids.
+        lengths: Tokens of each segment, prefix tokens included.
+        num_prefix_tokens: CLS and registers in front of each image's patches.
+        total_tokens: Rows of the packed axis, T.
+        max_seqlen: Tokens of the longest segment; 0 for an empty pack.
+        cu_seqlens: ``[B + 1]`` int32 on the device; segment i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``.
+    """
+
+    grids: tuple[Grid, ...] | None
+    lengths: tuple[int, ...]
+    num_prefix_tokens: int
+    total_tokens: int
+    max_seqlen: int
+    cu_seqlens: Tensor = field(repr=False)
+    _coords: Tensor | None = field(repr=False)
+    _tables: dict[str, Tensor] = field(repr=False)
+
+    @staticmethod
+    def from_grids(
+        grids: Sequence[Sequence[int]],
+        *,
+        num_prefix_tokens: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> PackedGrids:
+        """Layout of images with the patch grids ``[(hp, wp), ...]``.
+
+        Args:
+            grids: Patches down and across, one pair of positive ints per image.
+            num_prefix_tokens: Tokens (CLS, then registers) in front of each image's patches.
+            device: Where ``cu_seqlens``, ``coords`` and the index tables live.
+
+        Raises:
+            ValueError: a grid is not two positive ints, or the pack has more tokens than an int32 can count.
+        """
+        _check_count("num_prefix_tokens", num_prefix_tokens)
+        pairs = tuple(_as_grid(i, grid) for i, grid in enumerate(grids))
+        lengths = tuple(num_prefix_tokens + hp * wp for hp, wp in pairs)
+        return _cached(pairs, lengths, num_prefix_tokens, _canonical(device))
+
+    @staticmethod
+    def from_lengths(lengths: Sequence[int], *, device: torch.device | str = "cpu") -> PackedGrids:
+        """Layout of segments without grids (windows, other people's models); zero-length segments are fine.
+
+        Raises:
+            ValueError: a length is negative, or their sum does not fit in int32.
+        """
+        for i, n in enumerate(lengths):
+            _check_count(f"lengths[{i}]", n)
+        return _cached(None, tuple(int(n) for n in lengths), 0, _canonical(device))
+
+    @staticmethod
+    def from_cu_seqlens(
+        cu_seqlens: Tensor | Sequence[int], *, device: torch.device | str | None = None
+    ) -> PackedGrids:
+        """Layout from flash-attention's cumulative lengths ``[0, n0, n0 + n1, ...]``.
+
+        A tensor on an accelerator is read back once, which waits for the device: build the layout once per batch.
+
+        Raises:
+            ValueError: the list is empty, does not start at 0, or decreases.
+        """
+        if device is None:
+            device = cu_seqlens.device if isinstance(cu_seqlens, Tensor) else "cpu"
+        ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+        if not ends or ends[0] != 0:
+            raise ValueError(f"cu_seqlens must start at 0, got {_short(ends)}")
+        return PackedGrids.from_lengths([b - a for a, b in zip(ends, ends[1:], strict=False)], device=device)
+
+    def __len__(self) -> int:
+        """Number of segments."""
+        return len(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors of this layout live."""
+        return self.cu_seqlens.device
+
+    @property
+    def coords(self) -> Tensor:
+        """``[T, 2]`` float32: (y, x) of each patch's centre in [-1, +1]; prefix rows are (0, 0).
+
+        ``y = 2 * (i + 0.5) / hp - 1`` as in DINOv3's ``layers/rope_position_encoding.py`` (separate
+        normalisation of both axes). An angle of 0 makes rotation the identity for prefix tokens.
+        """
+        if self._coords is None:
+            raise ValueError("coords: this pack was made from lengths and has no patch grids")
+        return self._coords
+
+    def tiles(self, block_m: int) -> Tensor:
+        """``[n_tiles, 2]`` int32 (segment, block in the segment) in blocks of `block_m` rows, longest segment first."""
+        key = f"tiles{block_m}"
+        if key not in self._tables:
+            self._tables[key] = _upload(_tiles(self.lengths, block_m), self.device)
+        return self._tables[key]
+
+    def token_grids(self, factor: int) -> tuple[Grid, ...]:
+        """Token grid ``(hp // factor, wp // factor)`` of each image.
+
+        Raises:
+            ValueError: `factor` does not divide a patch grid (the image is named), or there are no grids.
+        """
+        if self.grids is None:
+            raise ValueError("token_grids: this pack was made from lengths and has no patch grids")
+        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+            raise ValueError(f"factor must be a positive int, got {factor!r}")
+        for i, (hp, wp) in enumerate(self.grids):
+            if hp % factor or wp % factor:
+                raise ValueError(
+                    f"image {i}: patch grid {hp}x{wp} is not divisible by the pixel-shuffle factor {factor}"
+                )
+        return tuple((hp // factor, wp // factor) for hp, wp in self.grids)
+
+    def shuffle_index(self, factor: int) -> Tensor:
+        """``[sum gh*gw, factor**2]`` int32: the packed rows, in (dy, dx) order, of which each output token is made.
+
+        Raises:
+            ValueError: as :meth:`token_grids`.
+        """
+        key = f"shuffle{factor}"
+        if key not in self._tables:
+            self.token_grids(factor)
+            self._tables[key] = _upload(self._shuffle_index(factor), self.device)
+        return self._tables[key]
+
+    def _shuffle_index(self, factor: int) -> Tensor:
+        blocks, start = [], 0
+        for (hp, wp), length in zip(self.grids or (), self.lengths, strict=True):
+            first_patch = start + self.num_prefix_tokens
+            blocks.append(_shuffled_grid(hp, wp, factor) + first_patch)
+            start += length
+        empty = torch.empty(0, factor * factor, dtype=torch.int32, device="cpu")
+        return torch.cat([empty, *blocks])
+
+    def patch_rows(self) -> Tensor:
+        """``[sum hp*wp]`` int32: the packed row of every patch, prefix tokens left out."""
+        return self.shuffle_index(1).flatten()
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Views of the rows of each segment of `x` ``[T, ...]``.
+
+        Raises:
+            ValueError: `x` does not have T rows.
+        """
+        self.check_rows(x, "x")
+        return list(x.split(self.lengths))
+
+    def to(self, device: torch.device | str) -> PackedGrids:
+        """The same layout with its tensors on `device`."""
+        return _cached(self.grids, self.lengths, self.num_prefix_tokens, _canonical(device))
+
+    def check_rows(self, x: Tensor, name: str) -> None:
+        """Raise ValueError unless tensor `x`, called `name` in the message, has one row per token of this pack."""
+        if x.shape[0] != self.total_tokens:
+            what = f"grids {_short(self.grids)}" if self.grids else f"lengths {_short(self.lengths)}"
+            raise ValueError(
+                f"{name} has {x.shape[0]} rows, but the pack of {len(self)} images with {what} and "
+                f"{self.num_prefix_tokens} prefix tokens each has {self.total_tokens}"
+            )
+
+    def __reduce__(self):
+        """Pickle and deepcopy by value of the host ints; the tensors are built again."""
+        return _cached, (self.grids, self.lengths, self.num_prefix_tokens, self.device)
+
+
+def _cached(
+    grids: tuple[Grid, ...] | None, lengths: tuple[int, ...], prefix: int, device: torch.device
+) -> PackedGrids:
+    if is_in_torch_dispatch_mode():  # fake tensors must not enter the cache
+        return _build(grids, lengths, prefix, device)
+    return _build_cached(grids, lengths, prefix, device)
+
+
+def _build(
+    grids: tuple[Grid, ...] | None, lengths: tuple[int, ...], prefix: int, device: torch.device
+) -> PackedGrids:
+    if sum(lengths) > _INT32_MAX:
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        raise ValueError(
+            f"the pack has {sum(lengths)} tokens, more than int32 can count ({_INT32_MAX}); "
+            f"the longest is image {longest} with {lengths[longest]}"
+        )
+    # A tensor made under inference_mode could not be used by a later training step.
+    with torch.inference_mode(False), torch.no_grad():
+        ends = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
+        parts = {"cu_seqlens": ends.to(torch.int32)}
+        parts |= {f"tiles{size}": _tiles(lengths, size) for size in TILE_SIZES}
+        if grids is not None:
+            parts["coords"] = _coords(grids, prefix).view(torch.int32)
+        on_device = _upload_together(parts, device)
+        coords = on_device.pop("coords", None)
+        return PackedGrids(
+            grids=grids,
+            lengths=lengths,
+            num_prefix_tokens=prefix,
+            total_tokens=sum(lengths),
+            max_seqlen=max(lengths, default=0),
+            cu_seqlens=on_device.pop("cu_seqlens"),
+            _coords=None if coords is None else coords.view(torch.float32),
+            _tables=on_device,
+        )
+
+
+_build_cached = lru_cache(maxsize=_CACHE_SIZE)(_build)
+
+
+def _upload_together(parts: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copy int32 tensors to the device as one pinned buffer; the views returned keep 16-byte alignment."""
+    sizes = [-(-part.numel() // 4) * 4 for part in parts.values()]
+    pinned = device.type == "cuda"
+    buffer = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    for part, start in zip(parts.values(), starts, strict=True):
+        buffer[start : start + part.numel()] = part.flatten()
+    buffer = buffer.to(device, non_blocking=pinned)
+    return {
+        name: buffer[start : start + part.numel()].view(part.shape)
+        for (name, part), start in zip(parts.items(), starts, strict=True)
+    }
+
+
+def _upload(table: Tensor, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _upload_together({"table": table}, device)["table"]
+
+
+def _coords(grids: tuple[Grid, ...], prefix: int) -> Tensor:
+    rows = [torch.zeros(0, 2, dtype=torch.float32, device="cpu")]
+    for hp, wp in grids:
+        y, x = _centres(hp), _centres(wp)
+        rows.append(torch.zeros(prefix, 2, dtype=torch.float32, device="cpu"))
+        rows.append(torch.stack((y[:, None].expand(hp, wp), x[None, :].expand(hp, wp)), -1).flatten(0, 1))
+    return torch.cat(rows)
+
+
+def _centres(n: int) -> Tensor:
+    return 2.0 * ((torch.arange(n, dtype=torch.float32, device="cpu") + 0.5) / n) - 1.0
+
+
+def _tiles(lengths: tuple[int, ...], block_m: int) -> Tensor:
+    n = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    order = n.argsort(descending=True, stable=True)
+    blocks = (n[order] + block_m - 1) // block_m
+    total = sum(-(-length // block_m) for length in lengths)
+    segment = order.repeat_interleave(blocks, output_size=total)
+    first = (blocks.cumsum(0) - blocks).repeat_interleave(blocks, output_size=total)
+    block = torch.arange(total, device="cpu") - first
+    return torch.stack((segment, block), dim=1).to(torch.int32)
+
+
+def _shuffled_grid(hp: int, wp: int, s: int) -> Tensor:
+    index = torch.arange(hp * wp, dtype=torch.int32, device="cpu").view(hp // s, s, wp // s, s)
+    return index.permute(0, 2, 1, 3).reshape(-1, s * s)
+
+
+def _as_grid(i: int, grid: Sequence[int]) -> Grid:
+    pair = tuple(grid)
+    if len(pair) != 2 or not all(_is_int(n) and n > 0 for n in pair):
+        raise ValueError(f"image {i}: a patch grid is two positive ints (hp, wp), got {pair}")
+    return int(pair[0]), int(pair[1])
+
+
+def _is_int(n: object) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool)
+
+
+def _check_count(name: str, n: object) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        raise ValueError(f"{name} must be an int >= 0, got {n!r}")
+
+
+def _canonical(device: torch.device | str) -> torch.device:
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:  # "cuda" and "cuda:0" must share one cache entry
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _short(values: Sequence[object] | None) -> str:
+    values = list(values or ())
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ... {len(values)} in all]"
+
+
+def _flatten(packed: PackedGrids):
+    return [packed.cu_seqlens, packed._coords, packed._tables], (
+        packed.grids,
+        packed.lengths,
+        packed.num_prefix_tokens,
+    )
+
+
+def _unflatten(leaves, context) -> PackedGrids:
+    cu_seqlens, coords, tables = leaves
+    grids, lengths, prefix = context
+    return PackedGrids(
+        grids, lengths, prefix, sum(lengths), max(lengths, default=0), cu_seqlens, coords, dict(tables)
+    )
+
+
+pytree.register_pytree_node(
+    PackedGrids, _flatten, _unflatten, serialized_type_name="hrvlm_kernels.PackedGrids"
+)

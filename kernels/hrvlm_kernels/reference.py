@@ -1,0 +1,119 @@
+"""Plain PyTorch versions of the ops: the specification that the kernels are checked against.
+
+`upcast` picks the precision: ``torch.float64`` or ``torch.float32`` computes and returns in that dtype (the oracle);
+None computes in the inputs' own dtype (the baseline whose error a kernel has to beat). All of it is differentiable by
+autograd. The kernels never import this file.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .packed_grids import PackedGrids
+
+
+def rope_angles(coords: Tensor, inv_freq: Tensor) -> Tensor:
+    """Angles ``2 pi * coord * inv_freq``, y frequencies then x frequencies, tiled twice.
+
+    DINOv3's ``layers/rope_position_encoding.py``.
+
+    Args:
+        coords: ``[T, 2]`` (y, x).
+        inv_freq: ``[D / 4]``.
+
+    Returns:
+        ``[T, D]`` in the dtype of `coords`.
+    """
+    angles = 2 * math.pi * coords[:, :, None] * inv_freq.to(coords.dtype)
+    return angles.flatten(1).tile(2)
+
+
+def rope_2d(
+    q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor, *, upcast: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rotate `q` and `k` ``[T, H, D]``: ``a * cos + rotate_half(a) * sin``, ``rotate_half(a) = (-a2, a1)``.
+
+    The angles are never computed below float32; with ``upcast=None`` cos and sin are then rounded to the dtype of `q`,
+    as transformers' DINOv3 does.
+    """
+    dtype = upcast or q.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    angles = rope_angles(coords.to(wide), inv_freq)[:, None]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def rotate(a: Tensor) -> Tensor:
+        a = a.to(dtype)
+        first, second = a.chunk(2, dim=-1)
+        return a * cos + torch.cat((-second, first), dim=-1) * sin
+
+    return rotate(q), rotate(k)
+
+
+def pixel_shuffle(x: Tensor, packed: PackedGrids, factor: int) -> Tensor:
+    """Gather ``factor x factor`` patches into one row, in the order (dy, dx, channel), prefix tokens dropped.
+
+    nanoVLM's ``models/modality_projector.py``, for rectangles.
+
+    Args:
+        x: ``[T, C]`` packed tokens.
+        packed: Their layout.
+        factor: Pixel-shuffle factor s.
+
+    Returns:
+        ``[sum gh*gw, s*s*C]``.
+    """
+    packed.check_rows(x, "x")
+    return x[packed.shuffle_index(factor)].flatten(1)
+
+
+def pixel_shuffle_linear(
+    x: Tensor,
+    packed: PackedGrids,
+    factor: int,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    upcast: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`pixel_shuffle`, then ``@ weight.T + bias`` with `weight` ``[N, s*s*C]``; returns ``[sum gh*gw, N]``."""
+    dtype = upcast or x.dtype
+    rows = pixel_shuffle(x, packed, factor).to(dtype)
+    return F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: PackedGrids,
+    scale: float | None = None,
+    *,
+    upcast: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Bidirectional softmax attention inside each segment, the score matrix written out.
+
+    Args:
+        q: ``[T, H, D]``.
+        k: ``[T, Hk, D]``; Hk divides H, and each k head serves ``H / Hk`` neighbouring q heads.
+        v: As `k`.
+        packed: Layout of the T tokens.
+        scale: Factor of the scores; ``D ** -0.5`` when None.
+
+    Returns:
+        The output ``[T, H, D]`` and the log-sum-exp of the scores ``[H, T]``.
+    """
+    dtype = upcast or q.dtype
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // max(k.shape[1], 1)
+    outputs, lses = [q.new_zeros(0, *q.shape[1:], dtype=dtype)], [q.new_zeros(q.shape[1], 0, dtype=dtype)]
+    for q_i, k_i, v_i in zip(packed.split(q), packed.split(k), packed.split(v), strict=True):
+        q_i = q_i.to(dtype).transpose(0, 1)  # [H, n, D]
+        k_i, v_i = (a.to(dtype).transpose(0, 1).repeat_interleave(group, 0) for a in (k_i, v_i))
+        scores = q_i @ k_i.mT * scale  # [H, n, n]
+        outputs.append((scores.softmax(-1) @ v_i).transpose(0, 1))
+        lses.append(scores.logsumexp(-1))
+    return torch.cat(outputs), torch.cat(lses, dim=1)
