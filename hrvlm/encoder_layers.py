@@ -1,0 +1,155 @@
+"""A block of DINOv3 on packed tokens ``[T, C]``, and its parts.
+
+    x = x + lambda1 * attention(norm1(x));  x = x + lambda2 * mlp(norm2(x))
+
+Parameters have the names of transformers' DINOv3ViTModel, except that q, k and v are one matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import DINOv3ViTConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hrvlm_kernels import PackedGrids, rope_2d, varlen_attention
+
+
+class QKVLinear(nn.Linear):
+    """q, k and v as one product; each has a bias of its own or none (DINOv3's k has none).
+
+    A stored bias of size 3C would let the part of k drift away from zero in training.
+    """
+
+    def __init__(self, config: DINOv3ViTConfig):
+        size = config.hidden_size
+        super().__init__(size, 3 * size, bias=False)
+        for name, present in (("q", config.query_bias), ("k", config.key_bias), ("v", config.value_bias)):
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(size)) if present else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, C]`` to ``[T, 3C]``."""
+        biases = (self.q_bias, self.k_bias, self.v_bias)
+        if all(b is None for b in biases):
+            return nn.functional.linear(x, self.weight)
+        zeros = self.weight.new_zeros(self.in_features)
+        bias = torch.cat([zeros if b is None else b for b in biases])
+        return nn.functional.linear(x, self.weight, bias)
+
+
+class DINOv3Attention(nn.Module):
+    """Multi-head attention of each image over itself, q and k rotated by their patch's position."""
+
+    def __init__(self, config: DINOv3ViTConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_prefix_tokens = 1 + config.num_register_tokens
+        self.qkv = QKVLinear(config)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
+        self.register_load_state_dict_pre_hook(_fuse_qkv)
+
+    def forward(self, x: Tensor, packed: PackedGrids, coords: Tensor, inv_freq: Tensor | None, backend: str) -> Tensor:
+        """``[T, C]`` to ``[T, C]``; no rotation when `inv_freq` is None."""
+        q, k, v = self._qkv(x, coords, inv_freq, backend)
+        out = varlen_attention(q, k, v, packed, self.head_dim**-0.5, backend=backend)
+        return self.o_proj(out.flatten(1))
+
+    def _qkv(self, x, coords, inv_freq, backend):
+        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
+        if inv_freq is not None:
+            q, k = rope_2d(q, k, coords, inv_freq, backend=backend)
+        return q, k, v
+
+    def prefix_attention(self, x: Tensor, packed: PackedGrids, coords: Tensor, inv_freq: Tensor | None) -> Tensor:
+        """Softmax weights ``[P, heads, T]`` of each image's prefix tokens over the tokens of that image."""
+        q, k, _ = self._qkv(x, coords, inv_freq, "auto")
+        maps = []
+        for q_i, k_i in zip(packed.split(q), packed.split(k), strict=True):
+            prefix = q_i[: self.num_prefix_tokens].float() * self.head_dim**-0.5
+            maps.append(torch.einsum("phd,nhd->phn", prefix, k_i.float()).softmax(-1))
+        return torch.cat(maps, dim=-1)
+
+
+class DINOv3MLP(nn.Module):
+    """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` (SwiGLU) when the config says gated."""
+
+    def __init__(self, config: DINOv3ViTConfig):
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(size, inner, bias=bias) if config.use_gated_mlp else None
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, C]`` to ``[T, C]``."""
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel."""
+
+    def __init__(self, config: DINOv3ViTConfig):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), float(config.layerscale_value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x * lambda1``."""
+        return x * self.lambda1
+
+
+class DINOv3Layer(GradientCheckpointingLayer):
+    """One pre-norm block with LayerScale and, in training, stochastic depth per image."""
+
+    def __init__(self, config: DINOv3ViTConfig):
+        super().__init__()
+        self.drop_path_rate = config.drop_path_rate
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = DINOv3Attention(config)
+        self.layer_scale1 = LayerScale(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = DINOv3MLP(config)
+        self.layer_scale2 = LayerScale(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        packed: PackedGrids,
+        coords: Tensor,
+        inv_freq: Tensor | None,
+        backend: str = "auto",
+        drop_path: bool = False,
+    ) -> Tensor:
+        """Packed tokens ``[T, C]`` to ``[T, C]``."""
+        update = self.layer_scale1(self.attention(self.norm1(x), packed, coords, inv_freq, backend))
+        x = x + (self._drop_path(update, packed) if drop_path else update)
+        update = self.layer_scale2(self.mlp(self.norm2(x)))
+        return x + (self._drop_path(update, packed) if drop_path else update)
+
+    def prefix_attention(self, x: Tensor, packed: PackedGrids, coords: Tensor, inv_freq: Tensor | None) -> Tensor:
+        """Attention weights ``[P, heads, T]`` of the prefix tokens in this block, given its input `x`."""
+        return self.attention.prefix_attention(self.norm1(x), packed, coords, inv_freq)
+
+    def _drop_path(self, update: Tensor, packed: PackedGrids) -> Tensor:
+        """Drop the update of whole images at random (Huang et al. 2016, arXiv 1603.09382)."""
+        keep = 1 - self.drop_path_rate
+        kept = torch.empty(len(packed), 1, dtype=update.dtype, device=update.device).bernoulli_(keep) / keep
+        lengths = packed.cu_seqlens.diff()
+        return update * kept.repeat_interleave(lengths, dim=0, output_size=packed.total_tokens)
+
+
+def _fuse_qkv(module, state_dict, prefix, *_) -> None:
+    """Accept transformers' separate q_proj, k_proj and v_proj beside the fused matrix.
+
+    Trainer resumes by ``load_state_dict(strict=False)`` on keys as saved, which would otherwise skip them in silence.
+    """
+    weights = [f"{prefix}{name}_proj.weight" for name in "qkv"]
+    if all(key in state_dict for key in weights):
+        state_dict[f"{prefix}qkv.weight"] = torch.cat([state_dict.pop(key) for key in weights])
+    for name in "qkv":
+        if f"{prefix}{name}_proj.bias" in state_dict:
+            state_dict[f"{prefix}qkv.{name}_bias"] = state_dict.pop(f"{prefix}{name}_proj.bias")

@@ -1,0 +1,99 @@
+"""What the encoder returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from hrvlm_kernels import PackedGrids
+
+
+@dataclass
+class EncoderOutput(BaseModelOutputWithPooling):
+    """Output for a batch ``[B, 3, H, W]``: the fields of transformers' DINOv3ViTModel, and what was asked for besides.
+
+    Attributes:
+        last_hidden_state: ``[B, P + hp*wp, C]`` after the final norm; prefix tokens first.
+        pooler_output: ``[B, C]``, the CLS token of `last_hidden_state`.
+        hidden_states: On request, the embeddings and the output of each block, all before the final norm: as in
+            transformers, ``hidden_states[-1]`` is not `last_hidden_state`.
+        selected_hidden_states: Layers asked for by ``out_indices``.
+        prefix_attentions: On request, per layer ``[P, heads, T]``, T the tokens of the batch in packed order.
+    """
+
+    selected_hidden_states: tuple[Tensor, ...] | None = None
+    prefix_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class PackedEncoderOutput(ModelOutput):
+    """Output for images of different shapes, their tokens one after the other.
+
+    Attributes:
+        last_hidden_state: ``[T, C]`` after the final norm.
+        pooler_output: ``[B, C]``, the CLS token of each image.
+        hidden_states: On request, the embeddings and the output of each block ``[T, C]``, before the final norm.
+        selected_hidden_states: Layers asked for by ``out_indices``, ``[T, C]`` each.
+        prefix_attentions: On request, per layer ``[P, heads, T]``: row p is the attention of prefix token p of each
+            image over the tokens of its own segment.
+        packed: The layout.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    selected_hidden_states: tuple[Tensor, ...] | None = None
+    prefix_attentions: tuple[Tensor, ...] | None = None
+    packed: PackedGrids | None = None
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Patch grid (hp, wp) of each image."""
+        return self.packed.grids
+
+    @property
+    def cls(self) -> Tensor:
+        """``[B, C]``: the CLS token of each image."""
+        return self.last_hidden_state[self.packed.cu_seqlens[:-1]]
+
+    @property
+    def registers(self) -> Tensor:
+        """``[B, R, C]``: the register tokens of each image."""
+        first = self.packed.cu_seqlens[:-1, None]
+        offset = torch.arange(1, self.packed.num_prefix_tokens, dtype=first.dtype, device=first.device)
+        return self.last_hidden_state[first + offset]
+
+    @property
+    def patches(self) -> Tensor:
+        """``[sum hp*wp, C]``: the patch tokens of all images, without their prefix tokens."""
+        return self.last_hidden_state[self.packed.patch_rows()]
+
+    def to_maps(self, hidden: Tensor | None = None) -> list[Tensor]:
+        """Patch features of each image as a map ``[C, hp, wp]``.
+
+        Args:
+            hidden: A packed ``[T, C]`` tensor of this batch, e.g. one of `selected_hidden_states`; by default
+                `last_hidden_state`.
+        """
+        hidden = self.last_hidden_state if hidden is None else hidden
+        first = self.packed.num_prefix_tokens
+        return [
+            tokens[first:].T.unflatten(1, grid)
+            for tokens, grid in zip(self.packed.split(hidden), self.grids, strict=True)
+        ]
+
+    def attention_maps(self, layer: int = -1) -> list[Tensor]:
+        """Attention of the prefix tokens over the patches, per image ``[P, heads, hp, wp]``.
+
+        Raises:
+            ValueError: the forward was not asked for ``output_prefix_attentions``.
+        """
+        if self.prefix_attentions is None:
+            raise ValueError("attention_maps: call the encoder with output_prefix_attentions=True")
+        first = self.packed.num_prefix_tokens
+        segments = self.prefix_attentions[layer].split(self.packed.lengths, dim=-1)
+        return [a[..., first:].unflatten(-1, grid) for a, grid in zip(segments, self.grids, strict=True)]

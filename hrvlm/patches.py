@@ -1,0 +1,72 @@
+"""Images to rows of pixels and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def patchify(image: Tensor, patch_size: int) -> Tensor:
+    """Cut images into patches, one row of pixels each.
+
+    Args:
+        image: ``[..., 3, H, W]``.
+        patch_size: Side p of a patch in pixels; divides H and W.
+
+    Returns:
+        ``[..., hp*wp, 3*p*p]``: patches row by row over the grid, each in the order (channel, dy, dx), the order of a
+        convolution's ``weight.flatten(1)``.
+
+    Raises:
+        ValueError: H or W is not a positive multiple of `patch_size`.
+    """
+    *lead, channels, height, width = image.shape
+    p = patch_size
+    if not height or not width or height % p or width % p:
+        raise ValueError(f"image: {height}x{width} pixels is not a positive multiple of the patch size {p}")
+    grid = image.reshape(*lead, channels, height // p, p, width // p, p)
+    n = len(lead)
+    order = [*range(n), n + 1, n + 3, n, n + 2, n + 4]
+    return grid.permute(order).reshape(*lead, (height // p) * (width // p), channels * p * p)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Inverse of :func:`patchify`: ``[..., hp*wp, 3*p*p]`` to ``[..., 3, hp*p, wp*p]``.
+
+    Raises:
+        ValueError: the rows do not fill the `grid` (hp, wp).
+    """
+    (hp, wp), p = grid, patch_size
+    *lead, rows, size = patches.shape
+    if rows != hp * wp or size % (p * p):
+        raise ValueError(f"patches: {rows} rows of {size} do not make a {hp}x{wp} grid of {p}x{p} patches")
+    n = len(lead)
+    x = patches.reshape(*lead, hp, wp, size // (p * p), p, p)
+    return x.permute([*range(n), n + 2, n, n + 3, n + 1, n + 4]).reshape(*lead, size // (p * p), hp * p, wp * p)
+
+
+def pack_images(images: list[Tensor] | tuple[Tensor, ...], patch_size: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Patches of images of different shapes, one image after the other.
+
+    Args:
+        images: ``[3, Hi, Wi]`` each.
+        patch_size: Side of a patch in pixels.
+
+    Returns:
+        ``[N, 3*p*p]`` and the patch grid of each image.
+
+    Raises:
+        ValueError: an image (named by its index) is not ``[3, H, W]``, or its sides are no multiples of `patch_size`.
+    """
+    rows, grids = [], []
+    for i, image in enumerate(images):
+        if image.ndim != 3:
+            raise ValueError(f"image {i}: expected [3, H, W], got {tuple(image.shape)}")
+        try:
+            rows.append(patchify(image, patch_size))
+        except ValueError as error:
+            raise ValueError(str(error).replace("image:", f"image {i}:", 1)) from None
+        grids.append((image.shape[1] // patch_size, image.shape[2] // patch_size))
+    if not rows:
+        raise ValueError("images: the list is empty")
+    return torch.cat(rows), grids

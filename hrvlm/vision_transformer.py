@@ -1,0 +1,357 @@
+"""DINOv3Encoder: DINOv3 at native resolution, on packed tokens.
+
+    pixels -> patches [N, 3*p*p] -> linear embedding -> [T, C] with prefix tokens -> blocks -> norm
+
+One path serves a batch of equal images, a list of images of any shapes, and packed patches: a batch is a pack whose
+grids are equal. Nothing in a block knows about images except :class:`~hrvlm_kernels.PackedGrids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from transformers import DINOv3ViTConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
+
+from hrvlm_kernels import PackedGrids
+from hrvlm_kernels.backends import check_backend
+
+from .encoder_layers import DINOv3Layer
+from .encoder_output import EncoderOutput, PackedEncoderOutput
+from .patches import pack_images, patchify
+
+# Loading fuses q, k and v into one matrix, saving splits them again, bit for bit.
+register_checkpoint_conversion_mapping(
+    "DINOv3Encoder",
+    [
+        WeightConverter(
+            [f"attention.{name}_proj.weight" for name in "qkv"], "attention.qkv.weight", [Concatenate(dim=0)]
+        ),
+        *(WeightRenaming(f"attention.{n}_proj.bias", f"attention.qkv.{n}_bias") for n in "qkv"),
+    ],
+    overwrite=True,
+)
+
+
+class DINOv3Embeddings(nn.Module):
+    """Patch embedding (a linear layer that keeps its weights in convolution form) and the prefix tokens."""
+
+    def __init__(self, config: DINOv3ViTConfig):
+        super().__init__()
+        size, p = config.hidden_size, patch_size_of(config)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, size))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
+        self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
+        self.patch_embeddings = nn.Conv2d(config.num_channels, size, kernel_size=p, stride=p)
+
+    def forward(self, patches: Tensor, packed: PackedGrids, masked: Tensor | None) -> Tensor:
+        """Patches ``[N, 3*p*p]`` and a bool mask ``[N]`` to packed tokens ``[T, C]``."""
+        weight = self.patch_embeddings.weight.flatten(1)
+        x = nn.functional.linear(patches.to(weight.dtype), weight, self.patch_embeddings.bias)
+        if masked is not None:
+            x = torch.where(masked[:, None], self.mask_token[0].to(x.dtype), x)
+        prefix = torch.cat((self.cls_token, self.register_tokens), dim=1)[0].to(x.dtype)  # [P, C]
+        starts = packed.cu_seqlens[:-1].long()
+        rows = (starts[:, None] + torch.arange(prefix.shape[0], device=x.device)).flatten()
+        tokens = x.new_zeros(packed.coords.shape[0], x.shape[1])
+        tokens = tokens.index_copy(0, rows, prefix.repeat(starts.shape[0], 1))
+        return tokens.index_copy(0, packed.patch_rows().long(), x)
+
+
+class DINOv3Encoder(PreTrainedModel):
+    """DINOv3 ViT for images of any size and aspect ratio, many at once.
+
+    A drop-in for ``transformers.DINOv3ViTModel``: same configuration, same checkpoints, same outputs for a batch. It
+    also takes a list of images of different shapes, or packed patches. Unlike transformers' model it raises where an
+    image's sides are not multiples of the patch size (instead of cropping), rotates q and k in float32 whatever the
+    dtype, and augments RoPE coordinates only when asked.
+
+    Args:
+        config: ``DINOv3ViTConfig``; attributes ``backend`` and ``use_rope`` (default True) are read from it too.
+        backend: One of :data:`hrvlm_kernels.backends.BACKENDS`; default: the config's, else "auto".
+        allow_fp16: Run in float16 although DINOv3's activations overflow it.
+    """
+
+    config_class = DINOv3ViTConfig
+    config: DINOv3ViTConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DINOv3Layer",)
+    _supports_sdpa = True
+
+    def __init__(self, config: DINOv3ViTConfig, *, backend: str | None = None, allow_fp16: bool = False):
+        super().__init__(config)
+        if config.attention_dropout:
+            raise ValueError(f"config.attention_dropout must be 0 (no kernel has it), got {config.attention_dropout}")
+        self.backend = check_backend(backend or getattr(config, "backend", None) or "auto")
+        self.allow_fp16 = allow_fp16
+        self.use_rope = getattr(config, "use_rope", True)
+        self.patch_size = patch_size_of(config)
+        self.num_prefix_tokens = 1 + config.num_register_tokens
+        self.embeddings = DINOv3Embeddings(config)
+        self.layer = nn.ModuleList(DINOv3Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self._frozen = False
+        self.register_load_state_dict_pre_hook(_strip_inner_model)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        super()._init_weights(module)
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, mean=0.0, std=std)
+            for name, bias in module.named_parameters(recurse=False):
+                if name.endswith("bias"):
+                    init.zeros_(bias)
+        elif isinstance(module, DINOv3Embeddings):
+            init.trunc_normal_(module.cls_token, mean=0.0, std=std)
+            init.zeros_(module.mask_token)
+            if module.register_tokens.numel():
+                init.trunc_normal_(module.register_tokens, mean=0.0, std=std)
+        elif hasattr(module, "lambda1"):
+            init.constant_(module.lambda1, self.config.layerscale_value)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding."""
+        return self.embeddings.patch_embeddings
+
+    def freeze(self) -> DINOv3Encoder:
+        """Stop training the encoder: no gradients, no graph, and it stays in eval mode whatever ``train()`` says."""
+        self._frozen = True
+        self.requires_grad_(False)
+        return self.eval()
+
+    def unfreeze(self) -> DINOv3Encoder:
+        """Undo :meth:`freeze`; the mode stays eval until ``train()`` is called."""
+        self._frozen = False
+        return self.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> DINOv3Encoder:
+        """Set the training mode; a frozen encoder stays in eval mode."""
+        return super().train(mode and not self._frozen)
+
+    def forward(
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        bool_masked_pos: Tensor | Sequence[Tensor] | None = None,
+        *,
+        grids: PackedGrids | Sequence[Sequence[int]] | Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        out_indices: Sequence[int] | None = None,
+        apply_layernorm: bool = True,
+        output_prefix_attentions: bool = False,
+        rope_augment: bool = False,
+        return_dict: bool | None = None,
+    ) -> EncoderOutput | PackedEncoderOutput | tuple:
+        """Encode images.
+
+        Args:
+            pixel_values: A batch ``[B, 3, H, W]``, a list of ``[3, Hi, Wi]``, or packed patches ``[N, 3*p*p]`` in the
+                order of :func:`hrvlm.patches.patchify`, with `grids`.
+            bool_masked_pos: True where the mask token replaces a patch: ``[B, hp*wp]`` for a batch, a list of
+                ``[hp*wp]`` or ``[hp, wp]`` for a list, ``[N]`` for packed patches.
+            grids: Patch grids (hp, wp) of packed patches: a PackedGrids (reads nothing from the device), pairs of
+                ints, or an int tensor ``[B, 2]`` (read back once if it is on a GPU).
+            output_hidden_states: Return the embeddings and each block's output, before the final norm.
+            out_indices: Layers to return in `selected_hidden_states`: 0 is the embeddings, i the output of block i,
+                negative numbers count from the last block.
+            apply_layernorm: Apply the final norm to the selected layers.
+            output_prefix_attentions: Return the attention of CLS and registers per layer and head.
+            rope_augment: Draw a random shift, jitter and scale of each image's RoPE coordinates (config
+                ``pos_embed_shift``, ``pos_embed_jitter``, ``pos_embed_rescale``), as DINOv3's training does.
+            return_dict: False for a tuple.
+
+        Returns:
+            :class:`EncoderOutput` for a batch, :class:`PackedEncoderOutput` otherwise.
+
+        Raises:
+            ValueError: an image's sides are not multiples of the patch size, shapes do not fit, or the dtype is
+                float16 without ``allow_fp16``.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+            patches, packed, batch = self._pack(pixel_values, grids)
+            self._refuse_fp16(patches.device.type)
+            masked = _flat_mask(bool_masked_pos, patches)
+            fields = self._encode(
+                patches,
+                packed,
+                masked,
+                keep=_kept_layers(out_indices, self.config.num_hidden_layers),
+                keep_all=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+                apply_layernorm=apply_layernorm,
+                prefix_attentions=output_prefix_attentions,
+                rope_augment=rope_augment,
+            )
+        output: EncoderOutput | PackedEncoderOutput
+        if batch is None:
+            output = PackedEncoderOutput(packed=packed, **fields)
+        else:
+            output = EncoderOutput(**_batched(fields, (batch, packed.max_seqlen)))
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _pack(self, pixel_values, grids) -> tuple[Tensor, PackedGrids, int | None]:
+        """Any accepted input as (patches, layout, batch size or None when the output is to be packed)."""
+        p, batch = self.patch_size, None
+        if isinstance(pixel_values, Tensor) and pixel_values.ndim == 2:
+            if grids is None:
+                raise ValueError("grids is needed with packed patches [N, 3*p*p]")
+            patches = pixel_values
+        elif grids is not None:
+            raise ValueError("grids goes with packed patches [N, 3*p*p] only; images have their own")
+        elif isinstance(pixel_values, Tensor):
+            if pixel_values.ndim != 4:
+                raise ValueError(
+                    "pixel_values must be [B, 3, H, W], a list of [3, H, W] or packed patches [N, 3*p*p]; "
+                    f"got {tuple(pixel_values.shape)}"
+                )
+            batch, _, height, width = pixel_values.shape
+            patches = patchify(pixel_values, p).flatten(0, 1)
+            grids = [(height // p, width // p)] * batch
+        else:
+            patches, grids = pack_images(pixel_values, p)
+        packed = self._layout(grids, patches.device)
+        expected = (packed.total_tokens - len(packed) * self.num_prefix_tokens, self.config.num_channels * p * p)
+        if tuple(patches.shape) != expected:
+            raise ValueError(
+                f"pixel_values: {tuple(patches.shape)} patches for grids that need {expected} "
+                f"({len(packed)} images, {self.config.num_channels} channels, patch size {p})"
+            )
+        return patches, packed, batch
+
+    def _layout(self, grids, device: torch.device) -> PackedGrids:
+        if isinstance(grids, PackedGrids):
+            if grids.num_prefix_tokens != self.num_prefix_tokens:
+                raise ValueError(
+                    f"grids: made for {grids.num_prefix_tokens} prefix tokens, this model has {self.num_prefix_tokens}"
+                )
+            return grids if grids.device == device else grids.to(device)
+        pairs = grids.tolist() if isinstance(grids, Tensor) else grids
+        return PackedGrids.from_grids(pairs, num_prefix_tokens=self.num_prefix_tokens, device=device)
+
+    def _refuse_fp16(self, device_type: str) -> None:
+        dtype = self.norm.weight.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        if dtype == torch.float16 and not self.allow_fp16:
+            raise ValueError("float16: DINOv3's activations overflow it; use bfloat16 or float32, or allow_fp16=True")
+
+    def _encode(
+        self, patches, packed, masked, *, keep, keep_all, apply_layernorm, prefix_attentions, rope_augment
+    ) -> dict:
+        x = self.embeddings(patches, packed, masked)
+        coords = self._augmented(packed) if rope_augment else packed.coords
+        inv_freq = rope_frequencies(self.config, x.device) if self.use_rope else None
+        drop_path = self.training and self.config.drop_path_rate > 0
+        states, attentions = {0: x}, []
+        for i, layer in enumerate(self.layer, start=1):
+            if prefix_attentions:
+                attentions.append(layer.prefix_attention(x, packed, coords, inv_freq))
+            x = layer(x, packed, coords, inv_freq, self.backend, drop_path)
+            if keep_all or i in keep:
+                states[i] = x
+        normed = self.norm(x)
+        selected = tuple(self.norm(states[i]) if apply_layernorm else states[i] for i in keep)
+        return {
+            "last_hidden_state": normed,
+            "pooler_output": normed[packed.cu_seqlens[:-1]],
+            "hidden_states": tuple(states[i] for i in range(len(self.layer) + 1)) if keep_all else None,
+            "selected_hidden_states": selected or None,
+            "prefix_attentions": tuple(attentions) or None,
+        }
+
+    def _augmented(self, packed: PackedGrids) -> Tensor:
+        """RoPE coordinates with one random shift, jitter and scale per image; prefix tokens stay at the origin."""
+        config, coords = self.config, packed.coords
+
+        def draw(columns: int, limit: float) -> Tensor:
+            values = torch.empty(len(packed), columns, device=coords.device).uniform_(-limit, limit)
+            lengths = packed.cu_seqlens.diff()
+            return values.repeat_interleave(lengths, dim=0, output_size=packed.total_tokens)
+
+        new = coords
+        if config.pos_embed_shift is not None:
+            new = new + draw(2, config.pos_embed_shift)
+        for limit, columns in ((config.pos_embed_jitter, 2), (config.pos_embed_rescale, 1)):
+            if limit is not None:
+                new = new * draw(columns, torch.tensor(limit).log().item()).exp()
+        rows = packed.patch_rows().long()
+        return torch.zeros_like(coords).index_copy(0, rows, new[rows])
+
+
+def patch_size_of(config: DINOv3ViTConfig) -> int:
+    """The side of a square patch in pixels.
+
+    Raises:
+        ValueError: the config has patches that are not square.
+    """
+    size = config.patch_size
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"config.patch_size must be square, got {size}")
+    return int(sides.pop())
+
+
+def rope_frequencies(config: DINOv3ViTConfig, device: torch.device) -> Tensor:
+    """``[D / 4]`` float32: ``theta ** (-4 j / D)``, made from the config and never stored in the model.
+
+    A buffer would be spoilt by ``.to(bfloat16)``, by loading on the meta device or by FSDP.
+    """
+    return _frequencies(config.rope_theta, config.hidden_size // config.num_attention_heads, device)
+
+
+@lru_cache(maxsize=64)
+def _frequencies(theta: float, head_dim: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        exponents = torch.arange(head_dim // 4, dtype=torch.float32, device="cpu") * 4 / head_dim
+        return (1 / theta**exponents).to(device)
+
+
+def _strip_inner_model(module, state_dict, prefix, *_) -> None:
+    """Accept transformers' in-memory keys ``model.layer.N`` beside the ``layer.N`` of its files."""
+    old = f"{prefix}model.layer."
+    for key in [key for key in state_dict if key.startswith(old)]:
+        state_dict[f"{prefix}layer.{key[len(old) :]}"] = state_dict.pop(key)
+
+
+def _flat_mask(mask: Tensor | Sequence[Tensor] | None, patches: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    flat = mask.flatten() if isinstance(mask, Tensor) else torch.cat([m.flatten() for m in mask])
+    if flat.dtype != torch.bool or flat.shape[0] != patches.shape[0]:
+        raise ValueError(
+            f"bool_masked_pos must be bool, one per patch ({patches.shape[0]}); got {flat.dtype} and {flat.shape[0]}"
+        )
+    return flat.to(patches.device)
+
+
+def _kept_layers(out_indices: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    kept = []
+    for index in out_indices or ():
+        if not -num_layers - 1 <= index <= num_layers:
+            raise ValueError(f"out_indices: {index} is outside -{num_layers + 1}..{num_layers}")
+        kept.append(index if index >= 0 else num_layers + 1 + index)
+    return tuple(kept)
+
+
+def _batched(fields: dict, shape: tuple[int, int]) -> dict:
+    """Packed ``[T, C]`` tensors of equal images as ``[B, n, C]``, `shape` being (B, n)."""
+
+    def unpack(x: Tensor) -> Tensor:
+        return x.unflatten(0, shape)
+
+    return fields | {
+        "last_hidden_state": unpack(fields["last_hidden_state"]),
+        "hidden_states": fields["hidden_states"] and tuple(map(unpack, fields["hidden_states"])),
+        "selected_hidden_states": fields["selected_hidden_states"]
+        and tuple(map(unpack, fields["selected_hidden_states"])),
+    }
