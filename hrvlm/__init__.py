@@ -22,7 +22,14 @@ _HOME = {
     "unpatchify": "patches",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "DINOv3Encoder",
+    "EncoderOutput",
+    "PackedEncoderOutput",
+    "pack_images",
+    "patchify",
+    "unpatchify",
+]
 __version__ = "0.1.0"
 
 

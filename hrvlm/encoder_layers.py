@@ -1,4 +1,4 @@
-"""A block of DINOv3 on packed tokens ``[T, C]``, and its parts.
+"""The parts of DINOv3 on packed tokens ``[T, C]``: the embeddings and the block.
 
     x = x + lambda1 * attention(norm1(x));  x = x + lambda2 * mlp(norm2(x))
 
@@ -16,17 +16,52 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hrvlm_kernels import PackedGrids, rope_2d, varlen_attention
 
 
+class DINOv3Embeddings(nn.Module):
+    """Patch embedding, a linear layer with weights in convolution form, and the prefix tokens."""
+
+    def __init__(self, config: DINOv3ViTConfig):
+        super().__init__()
+        size, p = config.hidden_size, patch_size_of(config)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, size))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
+        self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
+        self.patch_embeddings = nn.Conv2d(config.num_channels, size, kernel_size=p, stride=p)
+
+    def forward(self, patches: Tensor, packed: PackedGrids, masked: Tensor | None) -> Tensor:
+        """Patches ``[N, 3*p*p]`` and a bool mask ``[N]`` to packed tokens ``[T, C]``."""
+        weight = self.patch_embeddings.weight.flatten(1)
+        x = nn.functional.linear(patches.to(weight.dtype), weight, self.patch_embeddings.bias)
+        if masked is not None:
+            x = torch.where(masked[:, None], self.mask_token[0].to(x.dtype), x)
+        prefix = torch.cat((self.cls_token, self.register_tokens), dim=1)[0].to(x.dtype)  # [P, C]
+        starts = packed.cu_seqlens[:-1].long()
+        rows = (starts[:, None] + torch.arange(prefix.shape[0], device=x.device)).flatten()
+        tokens = x.new_zeros(packed.coords.shape[0], x.shape[1])
+        tokens = tokens.index_copy(0, rows, prefix.repeat(starts.shape[0], 1))
+        return tokens.index_copy(0, packed.patch_rows().long(), x)
+
+
 class QKVLinear(nn.Linear):
     """q, k and v as one product; each has a bias of its own or none (DINOv3's k has none).
 
     A stored bias of size 3C would let the part of k drift away from zero in training.
     """
 
+    q_bias: nn.Parameter | None
+    k_bias: nn.Parameter | None
+    v_bias: nn.Parameter | None
+
     def __init__(self, config: DINOv3ViTConfig):
         size = config.hidden_size
         super().__init__(size, 3 * size, bias=False)
-        for name, present in (("q", config.query_bias), ("k", config.key_bias), ("v", config.value_bias)):
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(size)) if present else None)
+        for name, present in (
+            ("q", config.query_bias),
+            ("k", config.key_bias),
+            ("v", config.value_bias),
+        ):
+            self.register_parameter(
+                f"{name}_bias", nn.Parameter(torch.zeros(size)) if present else None
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, C]`` to ``[T, 3C]``."""
@@ -50,20 +85,26 @@ class DINOv3Attention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
         self.register_load_state_dict_pre_hook(_fuse_qkv)
 
-    def forward(self, x: Tensor, packed: PackedGrids, coords: Tensor, inv_freq: Tensor | None, backend: str) -> Tensor:
+    def forward(
+        self, x: Tensor, packed: PackedGrids, coords: Tensor, inv_freq: Tensor | None, backend: str
+    ) -> Tensor:
         """``[T, C]`` to ``[T, C]``; no rotation when `inv_freq` is None."""
         q, k, v = self._qkv(x, coords, inv_freq, backend)
         out = varlen_attention(q, k, v, packed, self.head_dim**-0.5, backend=backend)
         return self.o_proj(out.flatten(1))
 
-    def _qkv(self, x, coords, inv_freq, backend):
+    def _qkv(
+        self, x: Tensor, coords: Tensor, inv_freq: Tensor | None, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
         if inv_freq is not None:
             q, k = rope_2d(q, k, coords, inv_freq, backend=backend)
         return q, k, v
 
-    def prefix_attention(self, x: Tensor, packed: PackedGrids, coords: Tensor, inv_freq: Tensor | None) -> Tensor:
-        """Softmax weights ``[P, heads, T]`` of each image's prefix tokens over the tokens of that image."""
+    def prefix_attention(
+        self, x: Tensor, packed: PackedGrids, coords: Tensor, inv_freq: Tensor | None
+    ) -> Tensor:
+        """Softmax weights ``[P, heads, T]`` of the prefix tokens over their own image's tokens."""
         q, k, _ = self._qkv(x, coords, inv_freq, "auto")
         maps = []
         for q_i, k_i in zip(packed.split(q), packed.split(k), strict=True):
@@ -73,7 +114,7 @@ class DINOv3Attention(nn.Module):
 
 
 class DINOv3MLP(nn.Module):
-    """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` (SwiGLU) when the config says gated."""
+    """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` when the config says gated."""
 
     def __init__(self, config: DINOv3ViTConfig):
         super().__init__()
@@ -91,15 +132,17 @@ class DINOv3MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel."""
+    """The residual connection with a learned factor per channel."""
 
     def __init__(self, config: DINOv3ViTConfig):
         super().__init__()
-        self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), float(config.layerscale_value)))
+        self.lambda1 = nn.Parameter(
+            torch.full((config.hidden_size,), float(config.layerscale_value))
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x * lambda1``."""
-        return x * self.lambda1
+    def forward(self, residual: Tensor, update: Tensor) -> Tensor:
+        """``residual + lambda1 * update`` in one pass."""
+        return torch.addcmul(residual, update, self.lambda1)
 
 
 class DINOv3Layer(GradientCheckpointingLayer):
@@ -125,27 +168,46 @@ class DINOv3Layer(GradientCheckpointingLayer):
         drop_path: bool = False,
     ) -> Tensor:
         """Packed tokens ``[T, C]`` to ``[T, C]``."""
-        update = self.layer_scale1(self.attention(self.norm1(x), packed, coords, inv_freq, backend))
-        x = x + (self._drop_path(update, packed) if drop_path else update)
-        update = self.layer_scale2(self.mlp(self.norm2(x)))
-        return x + (self._drop_path(update, packed) if drop_path else update)
+        update = self.attention(self.norm1(x), packed, coords, inv_freq, backend)
+        x = self.layer_scale1(x, self._drop_path(update, packed) if drop_path else update)
+        update = self.mlp(self.norm2(x))
+        return self.layer_scale2(x, self._drop_path(update, packed) if drop_path else update)
 
-    def prefix_attention(self, x: Tensor, packed: PackedGrids, coords: Tensor, inv_freq: Tensor | None) -> Tensor:
-        """Attention weights ``[P, heads, T]`` of the prefix tokens in this block, given its input `x`."""
+    def prefix_attention(
+        self, x: Tensor, packed: PackedGrids, coords: Tensor, inv_freq: Tensor | None
+    ) -> Tensor:
+        """Attention ``[P, heads, T]`` of the prefix tokens in this block, given its input `x`."""
         return self.attention.prefix_attention(self.norm1(x), packed, coords, inv_freq)
 
     def _drop_path(self, update: Tensor, packed: PackedGrids) -> Tensor:
         """Drop the update of whole images at random (Huang et al. 2016, arXiv 1603.09382)."""
         keep = 1 - self.drop_path_rate
-        kept = torch.empty(len(packed), 1, dtype=update.dtype, device=update.device).bernoulli_(keep) / keep
+        kept = (
+            torch.empty(len(packed), 1, dtype=update.dtype, device=update.device).bernoulli_(keep)
+            / keep
+        )
         lengths = packed.cu_seqlens.diff()
         return update * kept.repeat_interleave(lengths, dim=0, output_size=packed.total_tokens)
 
 
-def _fuse_qkv(module, state_dict, prefix, *_) -> None:
+def patch_size_of(config: DINOv3ViTConfig) -> int:
+    """The side of a square patch in pixels.
+
+    Raises:
+        ValueError: the config has patches that are not square.
+    """
+    size = config.patch_size
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"config.patch_size must be square, got {size}")
+    return int(sides.pop())
+
+
+def _fuse_qkv(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Accept transformers' separate q_proj, k_proj and v_proj beside the fused matrix.
 
-    Trainer resumes by ``load_state_dict(strict=False)`` on keys as saved, which would otherwise skip them in silence.
+    Trainer resumes by ``load_state_dict(strict=False)`` on keys as saved, which would otherwise
+    skip them in silence.
     """
     weights = [f"{prefix}{name}_proj.weight" for name in "qkv"]
     if all(key in state_dict for key in weights):

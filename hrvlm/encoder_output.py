@@ -7,22 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from hrvlm_kernels import PackedGrids
 
 
 @dataclass
 class EncoderOutput(BaseModelOutputWithPooling):
-    """Output for a batch ``[B, 3, H, W]``: the fields of transformers' DINOv3ViTModel, and what was asked for besides.
+    """Output for a batch: the fields of transformers' DINOv3ViTModel, and more on request.
 
     Attributes:
         last_hidden_state: ``[B, P + hp*wp, C]`` after the final norm; prefix tokens first.
         pooler_output: ``[B, C]``, the CLS token of `last_hidden_state`.
-        hidden_states: On request, the embeddings and the output of each block, all before the final norm: as in
-            transformers, ``hidden_states[-1]`` is not `last_hidden_state`.
+        hidden_states: On request, the embeddings and the output of each block, all before the final
+            norm: as in transformers, ``hidden_states[-1]`` is not `last_hidden_state`.
         selected_hidden_states: Layers asked for by ``out_indices``.
-        prefix_attentions: On request, per layer ``[P, heads, T]``, T the tokens of the batch in packed order.
+        prefix_attentions: On request, per layer ``[P, heads, T]``, T the tokens of the batch in
+            packed order.
     """
 
     selected_hidden_states: tuple[Tensor, ...] | None = None
@@ -36,24 +37,26 @@ class PackedEncoderOutput(ModelOutput):
     Attributes:
         last_hidden_state: ``[T, C]`` after the final norm.
         pooler_output: ``[B, C]``, the CLS token of each image.
-        hidden_states: On request, the embeddings and the output of each block ``[T, C]``, before the final norm.
+        hidden_states: On request, the embeddings and the output of each block ``[T, C]``, before
+            the final norm.
         selected_hidden_states: Layers asked for by ``out_indices``, ``[T, C]`` each.
-        prefix_attentions: On request, per layer ``[P, heads, T]``: row p is the attention of prefix token p of each
-            image over the tokens of its own segment.
+        prefix_attentions: On request, per layer ``[P, heads, T]``: row p is the attention of prefix
+            token p of each image over the tokens of its own segment.
         packed: The layout.
     """
 
-    last_hidden_state: Tensor | None = None
-    pooler_output: Tensor | None = None
+    # ModelOutput wants a default for every field; these three are always given.
+    last_hidden_state: Tensor = None  # type: ignore[assignment]
+    pooler_output: Tensor = None  # type: ignore[assignment]
     hidden_states: tuple[Tensor, ...] | None = None
     selected_hidden_states: tuple[Tensor, ...] | None = None
     prefix_attentions: tuple[Tensor, ...] | None = None
-    packed: PackedGrids | None = None
+    packed: PackedGrids = None  # type: ignore[assignment]
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """Patch grid (hp, wp) of each image."""
-        return self.packed.grids
+        return self.packed.grids or ()
 
     @property
     def cls(self) -> Tensor:
@@ -64,7 +67,9 @@ class PackedEncoderOutput(ModelOutput):
     def registers(self) -> Tensor:
         """``[B, R, C]``: the register tokens of each image."""
         first = self.packed.cu_seqlens[:-1, None]
-        offset = torch.arange(1, self.packed.num_prefix_tokens, dtype=first.dtype, device=first.device)
+        offset = torch.arange(
+            1, self.packed.num_prefix_tokens, dtype=first.dtype, device=first.device
+        )
         return self.last_hidden_state[first + offset]
 
     @property
@@ -76,8 +81,8 @@ class PackedEncoderOutput(ModelOutput):
         """Patch features of each image as a map ``[C, hp, wp]``.
 
         Args:
-            hidden: A packed ``[T, C]`` tensor of this batch, e.g. one of `selected_hidden_states`; by default
-                `last_hidden_state`.
+            hidden: A packed ``[T, C]`` tensor of this batch, e.g. one of `selected_hidden_states`;
+                by default `last_hidden_state`.
         """
         hidden = self.last_hidden_state if hidden is None else hidden
         first = self.packed.num_prefix_tokens
@@ -96,4 +101,6 @@ class PackedEncoderOutput(ModelOutput):
             raise ValueError("attention_maps: call the encoder with output_prefix_attentions=True")
         first = self.packed.num_prefix_tokens
         segments = self.prefix_attentions[layer].split(self.packed.lengths, dim=-1)
-        return [a[..., first:].unflatten(-1, grid) for a, grid in zip(segments, self.grids, strict=True)]
+        return [
+            a[..., first:].unflatten(-1, grid) for a, grid in zip(segments, self.grids, strict=True)
+        ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,8 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
         patch_size: Side p of a patch in pixels; divides H and W.
 
     Returns:
-        ``[..., hp*wp, 3*p*p]``: patches row by row over the grid, each in the order (channel, dy, dx), the order of a
-        convolution's ``weight.flatten(1)``.
+        ``[..., hp*wp, 3*p*p]``: patches row by row over the grid, each in the order (channel, dy,
+        dx), the order of a convolution's ``weight.flatten(1)``.
 
     Raises:
         ValueError: H or W is not a positive multiple of `patch_size`.
@@ -23,7 +25,9 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
     *lead, channels, height, width = image.shape
     p = patch_size
     if not height or not width or height % p or width % p:
-        raise ValueError(f"image: {height}x{width} pixels is not a positive multiple of the patch size {p}")
+        raise ValueError(
+            f"image: {height}x{width} pixels is not a positive multiple of the patch size {p}"
+        )
     grid = image.reshape(*lead, channels, height // p, p, width // p, p)
     n = len(lead)
     order = [*range(n), n + 1, n + 3, n, n + 2, n + 4]
@@ -39,13 +43,17 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     (hp, wp), p = grid, patch_size
     *lead, rows, size = patches.shape
     if rows != hp * wp or size % (p * p):
-        raise ValueError(f"patches: {rows} rows of {size} do not make a {hp}x{wp} grid of {p}x{p} patches")
+        raise ValueError(
+            f"patches: {rows} rows of {size} do not make a {hp}x{wp} grid of {p}x{p} patches"
+        )
     n = len(lead)
     x = patches.reshape(*lead, hp, wp, size // (p * p), p, p)
-    return x.permute([*range(n), n + 2, n, n + 3, n + 1, n + 4]).reshape(*lead, size // (p * p), hp * p, wp * p)
+    return x.permute([*range(n), n + 2, n, n + 3, n + 1, n + 4]).reshape(
+        *lead, size // (p * p), hp * p, wp * p
+    )
 
 
-def pack_images(images: list[Tensor] | tuple[Tensor, ...], patch_size: int) -> tuple[Tensor, list[tuple[int, int]]]:
+def pack_images(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, list[tuple[int, int]]]:
     """Patches of images of different shapes, one image after the other.
 
     Args:
@@ -56,7 +64,8 @@ def pack_images(images: list[Tensor] | tuple[Tensor, ...], patch_size: int) -> t
         ``[N, 3*p*p]`` and the patch grid of each image.
 
     Raises:
-        ValueError: an image (named by its index) is not ``[3, H, W]``, or its sides are no multiples of `patch_size`.
+        ValueError: an image (named by its index) is not ``[3, H, W]``, or its sides are no
+            multiples of `patch_size`.
     """
     rows, grids = [], []
     for i, image in enumerate(images):

@@ -2,14 +2,16 @@
 
     pixels -> patches [N, 3*p*p] -> linear embedding -> [T, C] with prefix tokens -> blocks -> norm
 
-One path serves a batch of equal images, a list of images of any shapes, and packed patches: a batch is a pack whose
-grids are equal. Nothing in a block knows about images except :class:`~hrvlm_kernels.PackedGrids`.
+One path serves a batch of equal images, a list of images of any shapes, and packed patches: a batch
+is a pack whose grids are equal. Nothing in a block knows about images except
+:class:`~hrvlm_kernels.PackedGrids`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +23,20 @@ from transformers.core_model_loading import Concatenate, WeightConverter, Weight
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import check_backend
 
-from .encoder_layers import DINOv3Layer
+from .encoder_layers import DINOv3Embeddings, DINOv3Layer, LayerScale, patch_size_of
 from .encoder_output import EncoderOutput, PackedEncoderOutput
 from .patches import pack_images, patchify
+
+Grids: TypeAlias = PackedGrids | Sequence[Sequence[int]] | Tensor
 
 # Loading fuses q, k and v into one matrix, saving splits them again, bit for bit.
 register_checkpoint_conversion_mapping(
     "DINOv3Encoder",
     [
         WeightConverter(
-            [f"attention.{name}_proj.weight" for name in "qkv"], "attention.qkv.weight", [Concatenate(dim=0)]
+            [f"attention.{name}_proj.weight" for name in "qkv"],
+            "attention.qkv.weight",
+            [Concatenate(dim=0)],
         ),
         *(WeightRenaming(f"attention.{n}_proj.bias", f"attention.qkv.{n}_bias") for n in "qkv"),
     ],
@@ -38,41 +44,18 @@ register_checkpoint_conversion_mapping(
 )
 
 
-class DINOv3Embeddings(nn.Module):
-    """Patch embedding (a linear layer that keeps its weights in convolution form) and the prefix tokens."""
-
-    def __init__(self, config: DINOv3ViTConfig):
-        super().__init__()
-        size, p = config.hidden_size, patch_size_of(config)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, size))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
-        self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
-        self.patch_embeddings = nn.Conv2d(config.num_channels, size, kernel_size=p, stride=p)
-
-    def forward(self, patches: Tensor, packed: PackedGrids, masked: Tensor | None) -> Tensor:
-        """Patches ``[N, 3*p*p]`` and a bool mask ``[N]`` to packed tokens ``[T, C]``."""
-        weight = self.patch_embeddings.weight.flatten(1)
-        x = nn.functional.linear(patches.to(weight.dtype), weight, self.patch_embeddings.bias)
-        if masked is not None:
-            x = torch.where(masked[:, None], self.mask_token[0].to(x.dtype), x)
-        prefix = torch.cat((self.cls_token, self.register_tokens), dim=1)[0].to(x.dtype)  # [P, C]
-        starts = packed.cu_seqlens[:-1].long()
-        rows = (starts[:, None] + torch.arange(prefix.shape[0], device=x.device)).flatten()
-        tokens = x.new_zeros(packed.coords.shape[0], x.shape[1])
-        tokens = tokens.index_copy(0, rows, prefix.repeat(starts.shape[0], 1))
-        return tokens.index_copy(0, packed.patch_rows().long(), x)
-
-
 class DINOv3Encoder(PreTrainedModel):
     """DINOv3 ViT for images of any size and aspect ratio, many at once.
 
-    A drop-in for ``transformers.DINOv3ViTModel``: same configuration, same checkpoints, same outputs for a batch. It
-    also takes a list of images of different shapes, or packed patches. Unlike transformers' model it raises where an
-    image's sides are not multiples of the patch size (instead of cropping), rotates q and k in float32 whatever the
-    dtype, and augments RoPE coordinates only when asked.
+    A drop-in for ``transformers.DINOv3ViTModel``: same configuration, same checkpoints, same
+    outputs for a batch. It also takes a list of images of different shapes, or packed patches.
+    Unlike transformers' model it raises where an image's sides are not multiples of the patch size
+    (instead of cropping), rotates q and k in float32 whatever the dtype, and augments RoPE
+    coordinates only when asked.
 
     Args:
-        config: ``DINOv3ViTConfig``; attributes ``backend`` and ``use_rope`` (default True) are read from it too.
+        config: ``DINOv3ViTConfig``; attributes ``backend`` and ``use_rope`` (default True) are read
+            from it too.
         backend: One of :data:`hrvlm_kernels.backends.BACKENDS`; default: the config's, else "auto".
         allow_fp16: Run in float16 although DINOv3's activations overflow it.
     """
@@ -81,15 +64,20 @@ class DINOv3Encoder(PreTrainedModel):
     config: DINOv3ViTConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DINOv3Layer",)
+    _no_split_modules = ["DINOv3Layer"]
     _supports_sdpa = True
 
-    def __init__(self, config: DINOv3ViTConfig, *, backend: str | None = None, allow_fp16: bool = False):
+    def __init__(
+        self, config: DINOv3ViTConfig, *, backend: str | None = None, allow_fp16: bool = False
+    ):
         super().__init__(config)
         if config.attention_dropout:
-            raise ValueError(f"config.attention_dropout must be 0 (no kernel has it), got {config.attention_dropout}")
+            raise ValueError(
+                "config.attention_dropout must be 0 (no kernel has it), "
+                f"got {config.attention_dropout}"
+            )
         self.backend = check_backend(backend or getattr(config, "backend", None) or "auto")
         self.allow_fp16 = allow_fp16
         self.use_rope = getattr(config, "use_rope", True)
@@ -117,7 +105,7 @@ class DINOv3Encoder(PreTrainedModel):
             init.zeros_(module.mask_token)
             if module.register_tokens.numel():
                 init.trunc_normal_(module.register_tokens, mean=0.0, std=std)
-        elif hasattr(module, "lambda1"):
+        elif isinstance(module, LayerScale):
             init.constant_(module.lambda1, self.config.layerscale_value)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -125,7 +113,7 @@ class DINOv3Encoder(PreTrainedModel):
         return self.embeddings.patch_embeddings
 
     def freeze(self) -> DINOv3Encoder:
-        """Stop training the encoder: no gradients, no graph, and it stays in eval mode whatever ``train()`` says."""
+        """Stop training: no gradients, no graph, and eval mode whatever ``train()`` says."""
         self._frozen = True
         self.requires_grad_(False)
         return self.eval()
@@ -144,7 +132,7 @@ class DINOv3Encoder(PreTrainedModel):
         pixel_values: Tensor | Sequence[Tensor],
         bool_masked_pos: Tensor | Sequence[Tensor] | None = None,
         *,
-        grids: PackedGrids | Sequence[Sequence[int]] | Tensor | None = None,
+        grids: Grids | None = None,
         output_hidden_states: bool | None = None,
         out_indices: Sequence[int] | None = None,
         apply_layernorm: bool = True,
@@ -155,38 +143,43 @@ class DINOv3Encoder(PreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: A batch ``[B, 3, H, W]``, a list of ``[3, Hi, Wi]``, or packed patches ``[N, 3*p*p]`` in the
-                order of :func:`hrvlm.patches.patchify`, with `grids`.
-            bool_masked_pos: True where the mask token replaces a patch: ``[B, hp*wp]`` for a batch, a list of
-                ``[hp*wp]`` or ``[hp, wp]`` for a list, ``[N]`` for packed patches.
-            grids: Patch grids (hp, wp) of packed patches: a PackedGrids (reads nothing from the device), pairs of
-                ints, or an int tensor ``[B, 2]`` (read back once if it is on a GPU).
-            output_hidden_states: Return the embeddings and each block's output, before the final norm.
-            out_indices: Layers to return in `selected_hidden_states`: 0 is the embeddings, i the output of block i,
-                negative numbers count from the last block.
+            pixel_values: A batch ``[B, 3, H, W]``, a list of ``[3, Hi, Wi]``, or packed patches
+                ``[N, 3*p*p]`` in the order of :func:`hrvlm.patches.patchify`, with `grids`.
+            bool_masked_pos: True where the mask token replaces a patch: ``[B, hp*wp]`` for a batch,
+                a list of ``[hp*wp]`` or ``[hp, wp]`` for a list, ``[N]`` for packed patches.
+            grids: Patch grids (hp, wp) of packed patches: a PackedGrids (reads nothing from the
+                device), pairs of ints, or an int tensor ``[B, 2]`` (read back once if it is on a
+                GPU).
+            output_hidden_states: Return the embeddings and each block's output, before the final
+                norm.
+            out_indices: Layers to return in `selected_hidden_states`: 0 is the embeddings, i the
+                output of block i, negative numbers count from the last block.
             apply_layernorm: Apply the final norm to the selected layers.
             output_prefix_attentions: Return the attention of CLS and registers per layer and head.
-            rope_augment: Draw a random shift, jitter and scale of each image's RoPE coordinates (config
-                ``pos_embed_shift``, ``pos_embed_jitter``, ``pos_embed_rescale``), as DINOv3's training does.
+            rope_augment: Draw a random shift, jitter and scale of each image's RoPE coordinates
+                (config ``pos_embed_shift``, ``pos_embed_jitter``, ``pos_embed_rescale``), as
+                DINOv3's training does.
             return_dict: False for a tuple.
 
         Returns:
             :class:`EncoderOutput` for a batch, :class:`PackedEncoderOutput` otherwise.
 
         Raises:
-            ValueError: an image's sides are not multiples of the patch size, shapes do not fit, or the dtype is
-                float16 without ``allow_fp16``.
+            ValueError: an image's sides are not multiples of the patch size, shapes do not fit, or
+                the dtype is float16 without ``allow_fp16``.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             patches, packed, batch = self._pack(pixel_values, grids)
             self._refuse_fp16(patches.device.type)
             masked = _flat_mask(bool_masked_pos, patches)
+            if output_hidden_states is None:
+                output_hidden_states = self.config.output_hidden_states
             fields = self._encode(
                 patches,
                 packed,
                 masked,
                 keep=_kept_layers(out_indices, self.config.num_hidden_layers),
-                keep_all=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+                keep_all=bool(output_hidden_states),
                 apply_layernorm=apply_layernorm,
                 prefix_attentions=output_prefix_attentions,
                 rope_augment=rope_augment,
@@ -199,20 +192,24 @@ class DINOv3Encoder(PreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def _pack(self, pixel_values, grids) -> tuple[Tensor, PackedGrids, int | None]:
-        """Any accepted input as (patches, layout, batch size or None when the output is to be packed)."""
+    def _pack(
+        self, pixel_values: Tensor | Sequence[Tensor], grids: Grids | None
+    ) -> tuple[Tensor, PackedGrids, int | None]:
+        """Any accepted input as (patches, layout, batch size; None for packed output)."""
         p, batch = self.patch_size, None
         if isinstance(pixel_values, Tensor) and pixel_values.ndim == 2:
             if grids is None:
                 raise ValueError("grids is needed with packed patches [N, 3*p*p]")
             patches = pixel_values
         elif grids is not None:
-            raise ValueError("grids goes with packed patches [N, 3*p*p] only; images have their own")
+            raise ValueError(
+                "grids goes with packed patches [N, 3*p*p] only; images have their own"
+            )
         elif isinstance(pixel_values, Tensor):
             if pixel_values.ndim != 4:
                 raise ValueError(
-                    "pixel_values must be [B, 3, H, W], a list of [3, H, W] or packed patches [N, 3*p*p]; "
-                    f"got {tuple(pixel_values.shape)}"
+                    "pixel_values must be [B, 3, H, W], a list of [3, H, W] or packed patches "
+                    f"[N, 3*p*p]; got {tuple(pixel_values.shape)}"
                 )
             batch, _, height, width = pixel_values.shape
             patches = patchify(pixel_values, p).flatten(0, 1)
@@ -220,7 +217,10 @@ class DINOv3Encoder(PreTrainedModel):
         else:
             patches, grids = pack_images(pixel_values, p)
         packed = self._layout(grids, patches.device)
-        expected = (packed.total_tokens - len(packed) * self.num_prefix_tokens, self.config.num_channels * p * p)
+        expected = (
+            packed.total_tokens - len(packed) * self.num_prefix_tokens,
+            self.config.num_channels * p * p,
+        )
         if tuple(patches.shape) != expected:
             raise ValueError(
                 f"pixel_values: {tuple(patches.shape)} patches for grids that need {expected} "
@@ -228,32 +228,47 @@ class DINOv3Encoder(PreTrainedModel):
             )
         return patches, packed, batch
 
-    def _layout(self, grids, device: torch.device) -> PackedGrids:
+    def _layout(self, grids: Grids, device: torch.device) -> PackedGrids:
         if isinstance(grids, PackedGrids):
             if grids.num_prefix_tokens != self.num_prefix_tokens:
                 raise ValueError(
-                    f"grids: made for {grids.num_prefix_tokens} prefix tokens, this model has {self.num_prefix_tokens}"
+                    f"grids: made for {grids.num_prefix_tokens} prefix tokens, "
+                    f"this model has {self.num_prefix_tokens}"
                 )
             return grids if grids.device == device else grids.to(device)
         pairs = grids.tolist() if isinstance(grids, Tensor) else grids
-        return PackedGrids.from_grids(pairs, num_prefix_tokens=self.num_prefix_tokens, device=device)
+        return PackedGrids.from_grids(
+            pairs, num_prefix_tokens=self.num_prefix_tokens, device=device
+        )
 
     def _refuse_fp16(self, device_type: str) -> None:
         dtype = self.norm.weight.dtype
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         if dtype == torch.float16 and not self.allow_fp16:
-            raise ValueError("float16: DINOv3's activations overflow it; use bfloat16 or float32, or allow_fp16=True")
+            raise ValueError(
+                "float16: DINOv3's activations overflow it; use bfloat16 or float32, "
+                "or allow_fp16=True"
+            )
 
     def _encode(
-        self, patches, packed, masked, *, keep, keep_all, apply_layernorm, prefix_attentions, rope_augment
-    ) -> dict:
+        self,
+        patches: Tensor,
+        packed: PackedGrids,
+        masked: Tensor | None,
+        *,
+        keep: tuple[int, ...],
+        keep_all: bool,
+        apply_layernorm: bool,
+        prefix_attentions: bool,
+        rope_augment: bool,
+    ) -> dict[str, Any]:
         x = self.embeddings(patches, packed, masked)
         coords = self._augmented(packed) if rope_augment else packed.coords
         inv_freq = rope_frequencies(self.config, x.device) if self.use_rope else None
         drop_path = self.training and self.config.drop_path_rate > 0
         states, attentions = {0: x}, []
-        for i, layer in enumerate(self.layer, start=1):
+        for i, layer in enumerate(cast("Iterable[DINOv3Layer]", self.layer), start=1):
             if prefix_attentions:
                 attentions.append(layer.prefix_attention(x, packed, coords, inv_freq))
             x = layer(x, packed, coords, inv_freq, self.backend, drop_path)
@@ -264,13 +279,15 @@ class DINOv3Encoder(PreTrainedModel):
         return {
             "last_hidden_state": normed,
             "pooler_output": normed[packed.cu_seqlens[:-1]],
-            "hidden_states": tuple(states[i] for i in range(len(self.layer) + 1)) if keep_all else None,
+            "hidden_states": tuple(states[i] for i in range(len(self.layer) + 1))
+            if keep_all
+            else None,
             "selected_hidden_states": selected or None,
             "prefix_attentions": tuple(attentions) or None,
         }
 
     def _augmented(self, packed: PackedGrids) -> Tensor:
-        """RoPE coordinates with one random shift, jitter and scale per image; prefix tokens stay at the origin."""
+        """RoPE coordinates with a random shift, jitter and scale per image; prefix rows stay 0."""
         config, coords = self.config, packed.coords
 
         def draw(columns: int, limit: float) -> Tensor:
@@ -288,21 +305,8 @@ class DINOv3Encoder(PreTrainedModel):
         return torch.zeros_like(coords).index_copy(0, rows, new[rows])
 
 
-def patch_size_of(config: DINOv3ViTConfig) -> int:
-    """The side of a square patch in pixels.
-
-    Raises:
-        ValueError: the config has patches that are not square.
-    """
-    size = config.patch_size
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise ValueError(f"config.patch_size must be square, got {size}")
-    return int(sides.pop())
-
-
 def rope_frequencies(config: DINOv3ViTConfig, device: torch.device) -> Tensor:
-    """``[D / 4]`` float32: ``theta ** (-4 j / D)``, made from the config and never stored in the model.
+    """``[D / 4]`` float32: ``theta ** (-4 j / D)``, from the config, never stored in the model.
 
     A buffer would be spoilt by ``.to(bfloat16)``, by loading on the meta device or by FSDP.
     """
@@ -316,7 +320,9 @@ def _frequencies(theta: float, head_dim: int, device: torch.device) -> Tensor:
         return (1 / theta**exponents).to(device)
 
 
-def _strip_inner_model(module, state_dict, prefix, *_) -> None:
+def _strip_inner_model(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
+) -> None:
     """Accept transformers' in-memory keys ``model.layer.N`` beside the ``layer.N`` of its files."""
     old = f"{prefix}model.layer."
     for key in [key for key in state_dict if key.startswith(old)]:
@@ -329,7 +335,8 @@ def _flat_mask(mask: Tensor | Sequence[Tensor] | None, patches: Tensor) -> Tenso
     flat = mask.flatten() if isinstance(mask, Tensor) else torch.cat([m.flatten() for m in mask])
     if flat.dtype != torch.bool or flat.shape[0] != patches.shape[0]:
         raise ValueError(
-            f"bool_masked_pos must be bool, one per patch ({patches.shape[0]}); got {flat.dtype} and {flat.shape[0]}"
+            f"bool_masked_pos must be bool, one per patch ({patches.shape[0]}); "
+            f"got {flat.dtype} and {flat.shape[0]}"
         )
     return flat.to(patches.device)
 
@@ -343,7 +350,7 @@ def _kept_layers(out_indices: Sequence[int] | None, num_layers: int) -> tuple[in
     return tuple(kept)
 
 
-def _batched(fields: dict, shape: tuple[int, int]) -> dict:
+def _batched(fields: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
     """Packed ``[T, C]`` tensors of equal images as ``[B, n, C]``, `shape` being (B, n)."""
 
     def unpack(x: Tensor) -> Tensor:

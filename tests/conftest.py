@@ -1,10 +1,11 @@
-"""Shared by all tests: the interpreter where there is no GPU, and poisoned memory for the kernels' tests."""
+"""Shared by all tests: Triton's interpreter where there is no GPU, and a generator."""
 
 import os
 
 import torch
 
-# Triton reads the variable when a kernel's module is first imported, so it has to be set before any test module is.
+# Triton reads the variable when a kernel's module is first imported, so it has to be set before any
+# test module is.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

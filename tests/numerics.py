@@ -1,21 +1,29 @@
 """What counts as right: the rules of the numerics, one function each.
 
-A contraction (attention, projection, encoder) may err at most `factor` times as much, against float64, as the eager
-version in the same precision does: over the whole tensor, in every segment, and in the worst row. RoPE is elementwise and
-has an elementwise bound.
+A contraction (attention, projection, encoder) may err at most `factor` times as much, against
+float64, as the eager version in the same precision does: over the whole tensor, in every segment,
+and in the worst row. RoPE is elementwise and has an elementwise bound.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
 
 from hrvlm_kernels import PackedGrids
 
-# A baseline may be exact by luck (zeros, one-token segments); the error of one rounding is always allowed.
+# A baseline may be exact by luck (zeros, one-token segments); the error of one rounding is always
+# allowed.
 _ROUNDINGS = 2.0
 
 
 def assert_contraction(
-    out: Tensor, oracle: Tensor, baseline: Tensor, packed: PackedGrids | None = None, *, factor: float = 2.0
+    out: Tensor,
+    oracle: Tensor,
+    baseline: Tensor,
+    packed: PackedGrids | None = None,
+    *,
+    factor: float = 2.0,
 ) -> None:
     """`out` errs at most `factor` times as much as `baseline`, against the float64 `oracle`.
 
@@ -33,20 +41,27 @@ def assert_contraction(
     parts = {"whole": slice(None)}
     if packed is not None and out.shape[0] == packed.total_tokens:
         ends = packed.cu_seqlens.tolist()
-        parts |= {f"segment {i}": slice(a, b) for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False)) if a < b}
+        parts |= {
+            f"segment {i}": slice(a, b)
+            for i, (a, b) in enumerate(itertools.pairwise(ends))
+            if a < b
+        }
     for name, rows in parts.items():
         limit = factor * allowed[rows].norm() + _ROUNDINGS * eps * size[rows].norm()
         assert error[rows].norm() <= limit, f"{name}: error {error[rows].norm():.3e} > {limit:.3e}"
     worst = factor * allowed.norm(dim=1).max() + _ROUNDINGS * eps * size.norm(dim=1).max()
-    assert error.norm(dim=1).max() <= worst, f"worst row: {error.norm(dim=1).max():.3e} > {worst:.3e}"
+    assert error.norm(dim=1).max() <= worst, (
+        f"worst row: {error.norm(dim=1).max():.3e} > {worst:.3e}"
+    )
 
 
 def assert_rope(out: Tensor, a: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
-    """`out` is `a` ``[T, H, D]`` rotated: elementwise within rounding of float64 on the quantised input.
+    """`out` is `a` ``[T, H, D]`` rotated: elementwise within rounding of float64 on the quantised
+    input.
 
-    The bound is ``eps/2 |ref| + 4 eps32 (|a cos| + |b sin|)`` plus what the rounding of the float32 angle can do:
-    an angle of size w rounded three times is off by at most ``1.5 eps32 w``, and moves the output by that much times
-    ``|a sin| + |b cos|``.
+    The bound is ``eps/2 |ref| + 4 eps32 (|a cos| + |b sin|)`` plus what the rounding of the float32
+    angle can do: an angle of size w rounded three times is off by at most ``1.5 eps32 w``, and
+    moves the output by that much times ``|a sin| + |b cos|``.
     """
     assert out.shape == a.shape and out.dtype == a.dtype
     eps, eps32 = torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps

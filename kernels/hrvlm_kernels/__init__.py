@@ -2,7 +2,8 @@
 
     from hrvlm_kernels import PackedGrids, rope_2d, pixel_shuffle_linear, varlen_attention
 
-Importing this package needs torch alone: Triton and flash-attn are imported when an op first uses them.
+Importing this package needs torch alone: Triton and flash-attn are imported when an op first uses
+them.
 """
 
 from .backends import explain_backend

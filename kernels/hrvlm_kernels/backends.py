@@ -1,11 +1,10 @@
 """Which implementation runs an op, and why.
 
-    auto        Triton on CUDA (sm_80 and newer) and ROCm; otherwise the torch path: SDPA per segment for attention,
-                plain PyTorch for the other ops
+    auto        Triton on CUDA (sm_80 and newer) and ROCm; elsewhere "sdpa"
     triton      the kernels of this package
-    flash_attn  attention by the flash-attn package (or torch's own build of it); the other ops as under "auto"
-    sdpa        attention by torch's scaled_dot_product_attention, segment by segment; the other ops in plain PyTorch
-    eager       plain PyTorch with the score matrix written out: slow, and the easiest to read
+    flash_attn  attention by the flash-attn package; the other ops as under "auto"
+    sdpa        attention by torch, one call per run of equal segments; the other ops in plain torch
+    eager       plain torch with the score matrix written out: slow, and the easiest to read
 
 An explicit choice that can't run raises and says why; only "auto" chooses.
 """
@@ -61,7 +60,11 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in TRITON_DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
     if device.type == "cpu":
-        return None if interpreted() else "the tensors are on the CPU (only TRITON_INTERPRET=1 runs kernels there)"
+        return (
+            None
+            if interpreted()
+            else "the tensors are on the CPU (only TRITON_INTERPRET=1 runs kernels there)"
+        )
     if device.type != "cuda":
         return f"there are no kernels for device type {device.type!r}"
     return _gpu_obstacle(device)
@@ -90,7 +93,10 @@ def interpreted() -> bool:
 
 
 def explain_backend(
-    backend: str = "auto", *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    backend: str = "auto",
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """A line per op: which backend runs it on this machine, and why.
 
@@ -134,5 +140,6 @@ def _gpu_obstacle(device: torch.device) -> str | None:
         return None
     capability = torch.cuda.get_device_capability(device)
     if capability < _MIN_CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} is sm_{capability[0]}{capability[1]}, sm_80 or newer is needed"
+        major, minor = capability
+        return f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, the kernels need sm_80"
     return None

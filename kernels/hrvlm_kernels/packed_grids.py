@@ -13,9 +13,11 @@ forward never asks the device for a size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +36,9 @@ _CACHE_SIZE = 64
 class PackedGrids:
     """Layout of images packed one after the other in ``[T, C]``, without padding or masks.
 
-    Made by :meth:`from_grids`, :meth:`from_lengths` or :meth:`from_cu_seqlens`, once per batch, and passed to
-    every op of every layer. Equal requests return the same object while it stays in a small LRU cache.
+    Made by :meth:`from_grids`, :meth:`from_lengths` or :meth:`from_cu_seqlens`, once per batch, and
+    passed to every op of every layer. Equal requests return the same object while it stays in a
+    small LRU cache.
 
     Attributes:
         grids: Patch grid ``(hp, wp)`` of each image, or None for a pack without grids.
@@ -43,7 +46,8 @@ class PackedGrids:
         num_prefix_tokens: CLS and registers in front of each image's patches.
         total_tokens: Rows of the packed axis, T.
         max_seqlen: Tokens of the longest segment; 0 for an empty pack.
-        cu_seqlens: ``[B + 1]`` int32 on the device; segment i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``.
+        cu_seqlens: ``[B + 1]`` int32 on the device; segment i is rows ``cu_seqlens[i]:cu_seqlens[i
+            + 1]``.
     """
 
     grids: tuple[Grid, ...] | None
@@ -70,7 +74,8 @@ class PackedGrids:
             device: Where ``cu_seqlens``, ``coords`` and the index tables live.
 
         Raises:
-            ValueError: a grid is not two positive ints, or the pack has more tokens than an int32 can count.
+            ValueError: a grid is not two positive ints, or the pack has more tokens than an int32
+                can count.
         """
         _check_count("num_prefix_tokens", num_prefix_tokens)
         pairs = tuple(_as_grid(i, grid) for i, grid in enumerate(grids))
@@ -79,7 +84,7 @@ class PackedGrids:
 
     @staticmethod
     def from_lengths(lengths: Sequence[int], *, device: torch.device | str = "cpu") -> PackedGrids:
-        """Layout of segments without grids (windows, other people's models); zero-length segments are fine.
+        """Layout of segments without grids, e.g. windows; zero-length segments are fine.
 
         Raises:
             ValueError: a length is negative, or their sum does not fit in int32.
@@ -94,7 +99,8 @@ class PackedGrids:
     ) -> PackedGrids:
         """Layout from flash-attention's cumulative lengths ``[0, n0, n0 + n1, ...]``.
 
-        A tensor on an accelerator is read back once, which waits for the device: build the layout once per batch.
+        A tensor on an accelerator is read back once, which waits for the device: build the layout
+        once per batch.
 
         Raises:
             ValueError: the list is empty, does not start at 0, or decreases.
@@ -104,7 +110,7 @@ class PackedGrids:
         ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
         if not ends or ends[0] != 0:
             raise ValueError(f"cu_seqlens must start at 0, got {_short(ends)}")
-        return PackedGrids.from_lengths([b - a for a, b in zip(ends, ends[1:], strict=False)], device=device)
+        return PackedGrids.from_lengths([b - a for a, b in pairwise(ends)], device=device)
 
     def __len__(self) -> int:
         """Number of segments."""
@@ -127,7 +133,7 @@ class PackedGrids:
         return self._coords
 
     def tiles(self, block_m: int) -> Tensor:
-        """``[n_tiles, 2]`` int32 (segment, block in the segment) in blocks of `block_m` rows, longest segment first."""
+        """``[n_tiles, 2]`` int32 (segment, its block of `block_m` rows), longest segment first."""
         key = f"tiles{block_m}"
         if key not in self._tables:
             self._tables[key] = _upload(_tiles(self.lengths, block_m), self.device)
@@ -137,7 +143,8 @@ class PackedGrids:
         """Token grid ``(hp // factor, wp // factor)`` of each image.
 
         Raises:
-            ValueError: `factor` does not divide a patch grid (the image is named), or there are no grids.
+            ValueError: `factor` does not divide a patch grid (the image is named), or there are no
+                grids.
         """
         if self.grids is None:
             raise ValueError("token_grids: this pack was made from lengths and has no patch grids")
@@ -146,12 +153,13 @@ class PackedGrids:
         for i, (hp, wp) in enumerate(self.grids):
             if hp % factor or wp % factor:
                 raise ValueError(
-                    f"image {i}: patch grid {hp}x{wp} is not divisible by the pixel-shuffle factor {factor}"
+                    f"image {i}: patch grid {hp}x{wp} is not divisible by "
+                    f"the pixel-shuffle factor {factor}"
                 )
         return tuple((hp // factor, wp // factor) for hp, wp in self.grids)
 
     def shuffle_index(self, factor: int) -> Tensor:
-        """``[sum gh*gw, factor**2]`` int32: the packed rows, in (dy, dx) order, of which each output token is made.
+        """``[sum gh*gw, factor**2]`` int32: each output token's packed rows in (dy, dx) order.
 
         Raises:
             ValueError: as :meth:`token_grids`.
@@ -189,15 +197,17 @@ class PackedGrids:
         return _cached(self.grids, self.lengths, self.num_prefix_tokens, _canonical(device))
 
     def check_rows(self, x: Tensor, name: str) -> None:
-        """Raise ValueError unless tensor `x`, called `name` in the message, has one row per token of this pack."""
+        """Raise ValueError, about the tensor called `name`, unless `x` has one row per token."""
         if x.shape[0] != self.total_tokens:
-            what = f"grids {_short(self.grids)}" if self.grids else f"lengths {_short(self.lengths)}"
+            what = (
+                f"grids {_short(self.grids)}" if self.grids else f"lengths {_short(self.lengths)}"
+            )
             raise ValueError(
                 f"{name} has {x.shape[0]} rows, but the pack of {len(self)} images with {what} and "
                 f"{self.num_prefix_tokens} prefix tokens each has {self.total_tokens}"
             )
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and deepcopy by value of the host ints; the tensors are built again."""
         return _cached, (self.grids, self.lengths, self.num_prefix_tokens, self.device)
 
@@ -244,7 +254,7 @@ _build_cached = lru_cache(maxsize=_CACHE_SIZE)(_build)
 
 
 def _upload_together(parts: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copy int32 tensors to the device as one pinned buffer; the views returned keep 16-byte alignment."""
+    """Copy int32 tensors to the device as one pinned buffer; views of it, 16-byte aligned."""
     sizes = [-(-part.numel() // 4) * 4 for part in parts.values()]
     pinned = device.type == "cuda"
     buffer = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
@@ -268,7 +278,9 @@ def _coords(grids: tuple[Grid, ...], prefix: int) -> Tensor:
     for hp, wp in grids:
         y, x = _centres(hp), _centres(wp)
         rows.append(torch.zeros(prefix, 2, dtype=torch.float32, device="cpu"))
-        rows.append(torch.stack((y[:, None].expand(hp, wp), x[None, :].expand(hp, wp)), -1).flatten(0, 1))
+        rows.append(
+            torch.stack((y[:, None].expand(hp, wp), x[None, :].expand(hp, wp)), -1).flatten(0, 1)
+        )
     return torch.cat(rows)
 
 
@@ -310,17 +322,23 @@ def _check_count(name: str, n: object) -> None:
 
 def _canonical(device: torch.device | str) -> torch.device:
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:  # "cuda" and "cuda:0" must share one cache entry
+    if (
+        device.type == "cuda" and device.index is None
+    ):  # "cuda" and "cuda:0" must share one cache entry
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def _short(values: Sequence[object] | None) -> str:
     values = list(values or ())
-    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ... {len(values)} in all]"
+    return (
+        str(values)
+        if len(values) <= 8
+        else f"[{', '.join(map(str, values[:8]))}, ... {len(values)} in all]"
+    )
 
 
-def _flatten(packed: PackedGrids):
+def _flatten(packed: PackedGrids) -> tuple[list[Any], tuple[Any, ...]]:
     return [packed.cu_seqlens, packed._coords, packed._tables], (
         packed.grids,
         packed.lengths,
@@ -328,11 +346,18 @@ def _flatten(packed: PackedGrids):
     )
 
 
-def _unflatten(leaves, context) -> PackedGrids:
+def _unflatten(leaves: Iterable[Any], context: Any) -> PackedGrids:
     cu_seqlens, coords, tables = leaves
     grids, lengths, prefix = context
     return PackedGrids(
-        grids, lengths, prefix, sum(lengths), max(lengths, default=0), cu_seqlens, coords, dict(tables)
+        grids,
+        lengths,
+        prefix,
+        sum(lengths),
+        max(lengths, default=0),
+        cu_seqlens,
+        coords,
+        dict(tables),
     )
 
 

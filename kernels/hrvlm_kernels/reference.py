@@ -1,8 +1,8 @@
 """Plain PyTorch versions of the ops: the specification that the kernels are checked against.
 
-`upcast` picks the precision: ``torch.float64`` or ``torch.float32`` computes and returns in that dtype (the oracle);
-None computes in the inputs' own dtype (the baseline whose error a kernel has to beat). All of it is differentiable by
-autograd. The kernels never import this file.
+`upcast` picks the precision: ``torch.float64`` or ``torch.float32`` computes and returns in that
+dtype (the oracle); None computes in the inputs' own dtype (the baseline whose error a kernel has to
+beat). All of it is differentiable by autograd. The kernels never import this file.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from .packed_grids import PackedGrids
 
 
 def rope_angles(coords: Tensor, inv_freq: Tensor) -> Tensor:
-    """Angles ``2 pi * coord * inv_freq``, y frequencies then x frequencies, tiled twice.
+    """Angles ``2 pi * coord * inv_freq``, y frequencies then x frequencies.
 
-    DINOv3's ``layers/rope_position_encoding.py``.
+    DINOv3's ``layers/rope_position_encoding.py``, which then tiles them twice: one angle for both
+    halves of a head.
 
     Args:
         coords: ``[T, 2]`` (y, x).
         inv_freq: ``[D / 4]``.
 
     Returns:
-        ``[T, D]`` in the dtype of `coords`.
+        ``[T, D / 2]`` in the dtype of `coords`.
     """
-    angles = 2 * math.pi * coords[:, :, None] * inv_freq.to(coords.dtype)
-    return angles.flatten(1).tile(2)
+    return (2 * math.pi * coords[:, :, None] * inv_freq.to(coords.dtype)).flatten(1)
 
 
 def rope_2d(
     q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor, *, upcast: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rotate `q` and `k` ``[T, H, D]``: ``a * cos + rotate_half(a) * sin``, ``rotate_half(a) = (-a2, a1)``.
+    """Rotate both halves of each head ``[T, H, D]``: ``(a1 cos - a2 sin, a2 cos + a1 sin)``.
 
-    The angles are never computed below float32; with ``upcast=None`` cos and sin are then rounded to the dtype of `q`,
-    as transformers' DINOv3 does.
+    The angles are never computed below float32; with ``upcast=None`` cos and sin are then rounded
+    to the dtype of `q`, as transformers' DINOv3 does.
     """
     dtype = upcast or q.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -46,17 +46,20 @@ def rope_2d(
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
     def rotate(a: Tensor) -> Tensor:
-        a = a.to(dtype)
-        first, second = a.chunk(2, dim=-1)
-        return a * cos + torch.cat((-second, first), dim=-1) * sin
+        first, second = a.to(dtype).chunk(2, dim=-1)
+        rotated = (
+            torch.addcmul(first * cos, second, sin, value=-1),
+            torch.addcmul(second * cos, first, sin),
+        )
+        return torch.cat(rotated, dim=-1)
 
     return rotate(q), rotate(k)
 
 
 def pixel_shuffle(x: Tensor, packed: PackedGrids, factor: int) -> Tensor:
-    """Gather ``factor x factor`` patches into one row, in the order (dy, dx, channel), prefix tokens dropped.
+    """Gather ``factor x factor`` patches into one row, in the order (dy, dx, channel).
 
-    nanoVLM's ``models/modality_projector.py``, for rectangles.
+    nanoVLM's ``models/modality_projector.py``, for rectangles; prefix tokens are dropped.
 
     Args:
         x: ``[T, C]`` packed tokens.
@@ -79,7 +82,7 @@ def pixel_shuffle_linear(
     *,
     upcast: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`pixel_shuffle`, then ``@ weight.T + bias`` with `weight` ``[N, s*s*C]``; returns ``[sum gh*gw, N]``."""
+    """:func:`pixel_shuffle`, then ``@ weight.T + bias``; `weight` is ``[N, s*s*C]``."""
     dtype = upcast or x.dtype
     rows = pixel_shuffle(x, packed, factor).to(dtype)
     return F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -102,6 +105,7 @@ def varlen_attention(
         v: As `k`.
         packed: Layout of the T tokens.
         scale: Factor of the scores; ``D ** -0.5`` when None.
+        upcast: Precision, see the top of this file.
 
     Returns:
         The output ``[T, H, D]`` and the log-sum-exp of the scores ``[H, T]``.
@@ -109,7 +113,10 @@ def varlen_attention(
     dtype = upcast or q.dtype
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // max(k.shape[1], 1)
-    outputs, lses = [q.new_zeros(0, *q.shape[1:], dtype=dtype)], [q.new_zeros(q.shape[1], 0, dtype=dtype)]
+    outputs, lses = (
+        [q.new_zeros(0, *q.shape[1:], dtype=dtype)],
+        [q.new_zeros(q.shape[1], 0, dtype=dtype)],
+    )
     for q_i, k_i, v_i in zip(packed.split(q), packed.split(k), packed.split(v), strict=True):
         q_i = q_i.to(dtype).transpose(0, 1)  # [H, n, D]
         k_i, v_i = (a.to(dtype).transpose(0, 1).repeat_interleave(group, 0) for a in (k_i, v_i))

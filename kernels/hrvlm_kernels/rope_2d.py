@@ -5,9 +5,10 @@
     first  = a[:D/2] * cos(angle) - a[D/2:] * sin(angle)
     second = a[D/2:] * cos(angle) + a[:D/2] * sin(angle)
 
-for each head vector ``a`` of token t (DINOv3's ``layers/rope_position_encoding.py`` and ``layers/attention.py``: the
-D/2 angles are tiled twice and the halves rotated). Angle, cos, sin and the rotation are float32 whatever the dtype of
-q and k. Tokens at (0, 0), the prefix tokens, pass through unchanged. The backward is the inverse rotation.
+for each head vector ``a`` of token t (DINOv3's ``layers/rope_position_encoding.py`` and
+``layers/attention.py``: the D/2 angles are tiled twice and the halves rotated). Angle, cos, sin and
+the rotation are float32 whatever the dtype of q and k. Tokens at (0, 0), the prefix tokens, pass
+through unchanged. The backward is the inverse rotation.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def rope_2d(
     """Rotate q and k by their tokens' positions; returns new tensors.
 
     Args:
-        q: ``[T, H, D]`` float32, float16 or bfloat16; may be a strided slice of a packed qkv, last stride 1.
+        q: ``[T, H, D]`` float32, float16 or bfloat16; may be a strided slice of a packed qkv, last
+            stride 1.
         k: ``[T, Hk, D]``, as `q`.
         coords: ``[T, 2]`` float32 (y, x), e.g. ``PackedGrids.coords``.
         inv_freq: ``[D / 4]`` float32.
@@ -56,20 +58,28 @@ def _rope_2d_eager(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> tu
 def check_rope_inputs(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
     """Raise ValueError unless the four tensors fit together as :func:`rope_2d` needs them."""
     if q.ndim != 3 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
-        raise ValueError(f"q and k must be [T, H, D] with equal T and D, got {tuple(q.shape)} and {tuple(k.shape)}")
+        raise ValueError(
+            "q and k must be [T, H, D] with equal T and D, "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
     tokens, head_dim = q.shape[0], q.shape[2]
     if head_dim % 4:
-        raise ValueError(f"q: head_dim must be a multiple of 4 (two axes, two halves), got {head_dim}")
+        raise ValueError(
+            f"q: head_dim must be a multiple of 4 (two axes, two halves), got {head_dim}"
+        )
     if q.dtype != k.dtype:
         raise ValueError(f"q and k must have one dtype, got {q.dtype} and {k.dtype}")
     if coords.shape != (tokens, 2) or coords.dtype != torch.float32:
-        raise ValueError(f"coords must be float32 [{tokens}, 2], got {coords.dtype} {tuple(coords.shape)}")
+        raise ValueError(
+            f"coords must be float32 [{tokens}, 2], got {coords.dtype} {tuple(coords.shape)}"
+        )
     if inv_freq.shape != (head_dim // 4,) or inv_freq.dtype != torch.float32:
         raise ValueError(
-            f"inv_freq must be float32 [{head_dim // 4}], got {inv_freq.dtype} {tuple(inv_freq.shape)}"
+            f"inv_freq must be float32 [{head_dim // 4}], "
+            f"got {inv_freq.dtype} {tuple(inv_freq.shape)}"
         )
     if len({q.device, k.device, coords.device, inv_freq.device}) > 1:
         raise ValueError(
-            f"q, k, coords and inv_freq must be on one device, got {q.device}, {k.device}, {coords.device}, "
-            f"{inv_freq.device}"
+            f"q, k, coords and inv_freq must be on one device, got {q.device}, {k.device}, "
+            f"{coords.device}, {inv_freq.device}"
         )

@@ -2,8 +2,9 @@
 
     out[t, h] = sum_u softmax_u(scale * q[t, h] . k[u, h]) v[u, h]       u over the segment of t
 
-FlashAttention-2 (Dao 2023) over a list of tiles made on the host: no padding, no mask, nothing between segments.
-Windows (Qwen2.5-VL's tower, say) are just more, shorter segments: ``PackedGrids.from_cu_seqlens(window_ends)``.
+FlashAttention-2 (Dao 2023) over a list of tiles made on the host: no padding, no mask, nothing
+between segments. Windows (Qwen2.5-VL's tower, say) are just more, shorter segments:
+``PackedGrids.from_cu_seqlens(window_ends)``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from .packed_grids import PackedGrids
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids, scale: float | None = None, *, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: PackedGrids,
+    scale: float | None = None,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention of each image over itself.
 
@@ -58,7 +65,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids, scale: float) ->
     for count, length in _runs(packed.lengths):
         rows = slice(start, start + count * length)
         q_i, k_i, v_i = (a[rows].unflatten(0, (count, length)).transpose(1, 2) for a in (q, k, v))
-        out = F.scaled_dot_product_attention(q_i, k_i, v_i, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(
+            q_i, k_i, v_i, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         start = rows.stop
     if not outputs:
@@ -79,7 +88,13 @@ def _runs(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
 
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids) -> None:
     """Raise ValueError unless the tensors fit the layout as :func:`varlen_attention` needs them."""
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+    if (
+        q.ndim != 3
+        or k.ndim != 3
+        or k.shape != v.shape
+        or q.shape[0] != k.shape[0]
+        or q.shape[2] != k.shape[2]
+    ):
         raise ValueError(
             "q must be [T, H, D], k and v [T, Hk, D] with equal T and D; "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -91,5 +106,6 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids)
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if len({q.device, k.device, v.device, packed.device}) > 1:
         raise ValueError(
-            f"q, k, v and packed must be on one device, got {q.device}, {k.device}, {v.device}, {packed.device}"
+            f"q, k, v and packed must be on one device, got {q.device}, {k.device}, {v.device}, "
+            f"{packed.device}"
         )

@@ -1,4 +1,4 @@
-"""Memory that torch.empty hands out is full of NaN here, so that an element no kernel wrote shows up."""
+"""What torch.empty hands out is full of NaN here: an element no kernel wrote shows up."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch):
-    """Fill the result of torch.empty, empty_like, empty_strided and Tensor.new_empty with NaN (ints: their minimum)."""
+    """Fill the result of torch.empty and its siblings with NaN (ints: their minimum)."""
 
     def poisoned(make):
         def wrapper(*args, **kwargs):

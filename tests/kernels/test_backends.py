@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from hrvlm_kernels import PackedGrids, explain_backend, pixel_shuffle_linear, rope_2d, varlen_attention
+from hrvlm_kernels import (
+    PackedGrids,
+    explain_backend,
+    pixel_shuffle_linear,
+    rope_2d,
+    varlen_attention,
+)
 from hrvlm_kernels.backends import BACKENDS, OPS, resolve
 
 PACKED = PackedGrids.from_grids([(2, 2)], num_prefix_tokens=1)
@@ -13,7 +19,9 @@ def _call(op, backend, device="cpu", dtype=torch.float32):
         return rope_2d(q, q, PACKED.coords, torch.ones(2), backend=backend)[0]
     if op == "varlen_attention":
         return varlen_attention(q, q, q, PACKED, backend=backend)
-    return pixel_shuffle_linear(q.flatten(1), PACKED, 2, torch.ones(3, 64, dtype=dtype), backend=backend)
+    return pixel_shuffle_linear(
+        q.flatten(1), PACKED, 2, torch.ones(3, 64, dtype=dtype), backend=backend
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -31,7 +39,9 @@ def test_an_unknown_backend_names_the_choices(op):
 @pytest.mark.parametrize("op", OPS)
 def test_triton_on_the_cpu_without_the_interpreter_raises_and_says_why(op, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(RuntimeError, match=f"{op}: backend 'triton' can't run: the tensors are on the CPU"):
+    with pytest.raises(
+        RuntimeError, match=f"{op}: backend 'triton' can't run: the tensors are on the CPU"
+    ):
         _call(op, "triton")
 
 
@@ -46,7 +56,7 @@ def test_flash_attn_names_attention_only():
 
 def test_a_dtype_without_kernels_is_named(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(RuntimeError, match="not torch.float64"):
+    with pytest.raises(RuntimeError, match=r"not torch\.float64"):
         _call("rope_2d", "triton", dtype=torch.float64)
     assert _call("rope_2d", "auto", dtype=torch.float64).dtype == torch.float64
 

@@ -27,7 +27,9 @@ def test_coords_are_the_centres_of_the_true_grid_and_zero_for_prefix_tokens(pack
     expected = []
     for hp, wp in GRIDS:
         expected += [(0.0, 0.0)] * 5
-        expected += [((2 * i + 1) / hp - 1, (2 * j + 1) / wp - 1) for i in range(hp) for j in range(wp)]
+        expected += [
+            ((2 * i + 1) / hp - 1, (2 * j + 1) / wp - 1) for i in range(hp) for j in range(wp)
+        ]
     assert packed.coords.dtype == torch.float32
     torch.testing.assert_close(packed.coords, torch.tensor(expected), rtol=0, atol=2e-7)
     assert (packed.coords[:5] == 0).all()
@@ -38,7 +40,9 @@ def test_coords_equal_transformers_bit_for_bit():
 
     for hp, wp in [(14, 14), (3, 251), (257, 1), (48, 64)]:
         ours = PackedGrids.from_grids([(hp, wp)]).coords
-        assert torch.equal(ours, get_patches_center_coordinates(hp, wp, torch.float32, torch.device("cpu")))
+        assert torch.equal(
+            ours, get_patches_center_coordinates(hp, wp, torch.float32, torch.device("cpu"))
+        )
 
 
 @pytest.mark.parametrize("factor", [1, 2])
@@ -79,7 +83,9 @@ def test_split_returns_views_of_each_segment(packed):
 
 
 def test_patch_rows_leave_the_prefix_out(packed):
-    expected = [r for a, n in zip([0, 13, 19, 36], packed.lengths, strict=True) for r in range(a + 5, a + n)]
+    expected = [
+        r for a, n in zip([0, 13, 19, 36], packed.lengths, strict=True) for r in range(a + 5, a + n)
+    ]
     assert packed.patch_rows().tolist() == expected
 
 
@@ -93,7 +99,11 @@ def test_from_cu_seqlens_and_lengths_agree():
 
 
 def test_empty_packs():
-    for packed in (PackedGrids.from_grids([]), PackedGrids.from_lengths([]), PackedGrids.from_lengths([0, 0])):
+    for packed in (
+        PackedGrids.from_grids([]),
+        PackedGrids.from_lengths([]),
+        PackedGrids.from_lengths([0, 0]),
+    ):
         assert packed.total_tokens == 0 and packed.max_seqlen == 0
         assert packed.tiles(64).shape == (0, 2)
     assert PackedGrids.from_grids([]).shuffle_index(2).shape == (0, 4)
@@ -154,9 +164,15 @@ def test_default_device_context_is_ignored():
         (lambda: PackedGrids.from_cu_seqlens([1, 2]), "start at 0"),
         (lambda: PackedGrids.from_cu_seqlens([0, 5, 3]), r"lengths\[1\]"),
         (lambda: PackedGrids.from_lengths([2**30, 2**30 + 1, 7]), "image 1 with 1073741825"),
-        (lambda: PackedGrids.from_grids([(4, 4), (6, 9)]).shuffle_index(2), "image 1: patch grid 6x9 .* factor 2"),
+        (
+            lambda: PackedGrids.from_grids([(4, 4), (6, 9)]).shuffle_index(2),
+            "image 1: patch grid 6x9 .* factor 2",
+        ),
         (lambda: PackedGrids.from_grids([(4, 4)]).shuffle_index(0), "factor"),
-        (lambda: PackedGrids.from_grids([(4, 4)]).split(torch.zeros(15)), r"x has 15 rows.*\(4, 4\).*16"),
+        (
+            lambda: PackedGrids.from_grids([(4, 4)]).split(torch.zeros(15)),
+            r"x has 15 rows.*\(4, 4\).*16",
+        ),
     ],
 )
 def test_bad_layouts_raise_and_name_the_image(make, message):

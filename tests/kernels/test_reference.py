@@ -1,4 +1,4 @@
-"""The specification itself, against independent code: transformers, explicit loops, and torch's own attention."""
+"""The specification itself, against transformers, explicit loops and torch's attention."""
 
 import pytest
 import torch

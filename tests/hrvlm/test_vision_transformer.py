@@ -1,0 +1,456 @@
+"""DINOv3Encoder against transformers' DINOv3ViTModel, and what it does beyond it."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from transformers import DINOv3ViTModel
+
+from hrvlm import DINOv3Encoder, EncoderOutput, PackedEncoderOutput, pack_images
+from hrvlm_kernels import PackedGrids
+from tests.hrvlm.encoders import FAMILY, config_of, pair_of
+from tests.numerics import relative_error
+
+SHAPES = [(32, 48), (64, 16), (16, 16), (48, 80)]
+
+
+def images_of(shapes, rng):
+    return [torch.randn(3, *shape, generator=rng) for shape in shapes]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 32, 80)])
+def test_a_batch_equals_transformers_forward_and_gradients(name, shape, rng):
+    theirs, ours = pair_of(name)
+    batch, height, width = shape
+    x = torch.randn(batch, 3, height, width, generator=rng)
+    x_theirs, x_ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+    a, b = theirs(x_theirs, output_hidden_states=True), ours(x_ours, output_hidden_states=True)
+    assert isinstance(b, EncoderOutput)
+    assert relative_error(b.last_hidden_state, a.last_hidden_state) <= 1e-5
+    assert relative_error(b.pooler_output, a.pooler_output) <= 1e-5
+    assert len(a.hidden_states) == len(b.hidden_states)
+    for i, j in zip(b.hidden_states, a.hidden_states, strict=True):
+        assert i.shape == j.shape and relative_error(i, j) <= 1e-5
+
+    cotangent = torch.randn(a.last_hidden_state.shape, generator=rng)
+    a.last_hidden_state.backward(cotangent)
+    b.last_hidden_state.backward(cotangent)
+    assert relative_error(x_ours.grad, x_theirs.grad) <= 1e-5
+    gradients = {k: p.grad for k, p in theirs.named_parameters()}
+    for key, parameter in ours.named_parameters():
+        assert (
+            key == UNUSED or relative_error(parameter.grad, theirs_gradient(gradients, key)) <= 1e-5
+        ), key
+
+
+UNUSED = "embeddings.mask_token"
+
+
+def theirs_gradient(gradients, key):
+    """The gradient of transformers' parameters that make up ours."""
+    key = key if key.startswith(("embeddings", "norm")) else f"model.{key}"
+    if key.endswith("qkv.weight"):
+        return torch.cat([gradients[key.replace("qkv", f"{n}_proj")] for n in "qkv"])
+    if ".qkv." in key:
+        name = key[-len("q_bias")]
+        return gradients[key.replace(f"qkv.{name}_bias", f"{name}_proj.bias")]
+    if gradients[key] is None:
+        return torch.zeros(1)
+    return gradients[key]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_mixed_shapes_equal_transformers_image_by_image(name, rng):
+    theirs, ours = pair_of(name)
+    images = images_of(SHAPES, rng)
+    out = ours(images)
+    assert isinstance(out, PackedEncoderOutput)
+    p = ours.patch_size
+    assert out.grids == tuple((h // p, w // p) for h, w in SHAPES)
+    for i, (image, tokens) in enumerate(
+        zip(images, out.packed.split(out.last_hidden_state), strict=True)
+    ):
+        expected = theirs(image[None])
+        assert relative_error(tokens, expected.last_hidden_state[0]) <= 1e-5
+        assert relative_error(out.cls[i], expected.pooler_output[0]) <= 1e-5
+
+
+def test_mixed_shapes_have_the_gradients_of_transformers_image_by_image(rng):
+    theirs, ours = pair_of("vit_gated")
+    images = images_of(SHAPES, rng)
+    out = ours(images)
+    cotangent = torch.randn(out.last_hidden_state.shape, generator=rng)
+    out.last_hidden_state.backward(cotangent)
+    for image, part in zip(images, out.packed.split(cotangent), strict=True):
+        theirs(image[None]).last_hidden_state.backward(part[None])
+    gradients = {k: p.grad for k, p in theirs.named_parameters()}
+    for key, parameter in ours.named_parameters():
+        assert (
+            key == UNUSED or relative_error(parameter.grad, theirs_gradient(gradients, key)) <= 1e-5
+        ), key
+
+
+def test_packed_patches_with_grids_of_every_kind_equal_the_list(rng):
+    _, ours = pair_of()
+    images = images_of(SHAPES, rng)
+    expected = ours(images).last_hidden_state
+    patches, grids = pack_images(images, 16)
+    packed = PackedGrids.from_grids(grids, num_prefix_tokens=5)
+    for given in (grids, torch.tensor(grids), packed, tuple(grids)):
+        assert torch.equal(ours(patches, grids=given).last_hidden_state, expected)
+
+
+def test_views_of_the_packed_output(rng):
+    _, ours = pair_of()
+    images = images_of(SHAPES[:2], rng)
+    out = ours(images, output_prefix_attentions=True)
+    segments = out.packed.split(out.last_hidden_state)
+    assert torch.equal(out.cls, torch.stack([s[0] for s in segments]))
+    assert torch.equal(out.pooler_output, out.cls)
+    assert torch.equal(out.registers, torch.stack([s[1:5] for s in segments]))
+    assert torch.equal(out.patches, torch.cat([s[5:] for s in segments]))
+    for features, tokens, (hp, wp) in zip(out.to_maps(), segments, out.grids, strict=True):
+        assert features.shape == (64, hp, wp)
+        assert torch.equal(features[:, hp - 1, 0], tokens[5 + (hp - 1) * wp])
+
+
+def test_prefix_attentions_equal_transformers_eager_attention(rng):
+    theirs, ours = pair_of()
+    theirs.set_attn_implementation("eager")
+    images = images_of(SHAPES[:3], rng)
+    out = ours(images, output_prefix_attentions=True)
+    for i, image in enumerate(images):
+        expected = theirs(image[None], output_attentions=True).attentions
+        for layer, full in enumerate(expected):
+            part = out.prefix_attentions[layer].split(out.packed.lengths, dim=-1)[i]
+            torch.testing.assert_close(part, full[0, :, :5].transpose(0, 1), rtol=1e-4, atol=1e-6)
+        hp, wp = out.grids[i]
+        torch.testing.assert_close(
+            out.attention_maps(0)[i],
+            expected[0][0, :, :5, 5:].transpose(0, 1).unflatten(-1, (hp, wp)),
+        )
+    with pytest.raises(ValueError, match="output_prefix_attentions=True"):
+        ours(images).attention_maps()
+
+
+def test_selected_layers_follow_hidden_states_and_state_their_norm(rng):
+    _, ours = pair_of()
+    x = torch.randn(2, 3, 32, 48, generator=rng)
+    out = ours(x, out_indices=(0, -1, 2), apply_layernorm=False, output_hidden_states=True)
+    for got, i in zip(out.selected_hidden_states, (0, 3, 2), strict=True):
+        assert torch.equal(got, out.hidden_states[i])
+    normed = ours(x, out_indices=(-1,)).selected_hidden_states[0]
+    assert torch.equal(normed, out.last_hidden_state)
+    assert not torch.equal(out.hidden_states[-1], out.last_hidden_state)
+    packed = ours(list(x), out_indices=(2,), apply_layernorm=False)
+    torch.testing.assert_close(packed.selected_hidden_states[0], out.hidden_states[2].flatten(0, 1))
+    assert packed.hidden_states is None
+    with pytest.raises(ValueError, match=r"out_indices: 4 is outside -4..3"):
+        ours(x, out_indices=(4,))
+
+
+def test_masked_patches_equal_transformers_for_batch_list_and_packed(rng):
+    theirs, ours = pair_of()
+    x = torch.randn(2, 3, 32, 48, generator=rng)
+    mask = torch.rand(2, 6, generator=rng) < 0.5
+    expected = theirs(x, bool_masked_pos=mask).last_hidden_state
+    assert not torch.allclose(expected, theirs(x).last_hidden_state)
+    assert relative_error(ours(x, mask).last_hidden_state, expected) <= 1e-5
+    as_list = ours(list(x), [mask[0], mask[1].view(2, 3)]).last_hidden_state
+    assert relative_error(as_list.view_as(expected), expected) <= 1e-5
+    with pytest.raises(ValueError, match=r"bool_masked_pos .* \(12\); got torch.bool and 6"):
+        ours(x, mask[:1])
+    with pytest.raises(ValueError, match="bool_masked_pos must be bool"):
+        ours(x, mask.long())
+
+
+def test_images_do_not_see_each_other_and_order_does_not_matter(rng):
+    _, ours = pair_of()
+    images = images_of(SHAPES, rng)
+    alone = [ours([image]).last_hidden_state for image in images]
+    for order in itertools.islice(itertools.permutations(range(4)), 0, 24, 7):
+        out = ours([images[i] for i in order])
+        for i, tokens in zip(order, out.packed.split(out.last_hidden_state), strict=True):
+            assert relative_error(tokens, alone[i]) <= 1e-6
+    grown = [image.clone().requires_grad_() for image in images]
+    out = ours(grown)
+    cotangent = torch.randn(out.last_hidden_state.shape, generator=rng)
+    part = out.packed.split(cotangent)[2]
+    out.packed.split(out.last_hidden_state)[2].backward(part)
+    assert (
+        all((g.grad == 0).all() for i, g in enumerate(grown) if i != 2)
+        and (grown[2].grad != 0).any()
+    )
+
+
+def test_bfloat16_errs_no_more_than_transformers():
+    """Against float64 on the same bfloat16 weights and pixels.
+
+    Attention is made sharp (q and k of size 4), so that the rounding of the rotated q and k shows
+    beside the rounding of the products, which both models share; the mean of four models compares
+    more than one draw of it.
+    """
+    ours_errors, theirs_errors = [], []
+    for seed in range(4):
+        theirs, ours = pair_of(seed=seed)
+        with torch.no_grad():
+            for key, parameter in theirs.named_parameters():
+                parameter *= 4 if "q_proj" in key or "k_proj" in key else 1
+        ours.load_state_dict(theirs.state_dict())
+        theirs, ours = theirs.bfloat16(), ours.bfloat16()
+        oracle = copy.deepcopy(ours).double()
+        oracle.backend = "eager"
+        x = torch.randn(2, 3, 128, 256, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        with torch.no_grad():
+            expected = oracle(x.double()).last_hidden_state
+            ours_errors.append(relative_error(ours(x).last_hidden_state, expected))
+            theirs_errors.append(relative_error(theirs(x).last_hidden_state, expected))
+    assert sum(ours_errors) <= sum(theirs_errors), (ours_errors, theirs_errors)
+
+
+def test_moving_the_image_by_one_patch_changes_the_attention(rng):
+    """The shift test: the same content elsewhere on the true grid scores differently."""
+    _, ours = pair_of()
+    canvas = torch.zeros(3, 64, 96)
+    canvas[:, 16:32, 16:32] = torch.randn(3, 16, 16, generator=rng)
+    moved = canvas.roll(16, dims=2)
+    first, second = ours([canvas, moved], output_prefix_attentions=True).attention_maps(0)
+    same_patch = (first[0, :, 1, 1], second[0, :, 1, 2])
+    assert (same_patch[0] - same_patch[1]).abs().max() > 1e-4
+    ours.use_rope = False
+    first, second = ours([canvas, moved], output_prefix_attentions=True).attention_maps(0)
+    torch.testing.assert_close(first[0, :, 1, 1], second[0, :, 1, 2])
+
+
+def test_use_rope_false_in_the_config_turns_rotation_off(rng):
+    config = config_of()
+    config.use_rope = False
+    x = torch.randn(1, 3, 32, 48, generator=rng)
+    encoder = DINOv3Encoder(config).eval()
+    swapped = torch.cat((x[..., 16:32], x[..., :16], x[..., 32:]), dim=-1)
+    torch.testing.assert_close(encoder(x).pooler_output, encoder(swapped).pooler_output)
+
+
+def test_frequencies_survive_casts_deepcopy_and_the_meta_device(tmp_path, rng):
+    _, ours = pair_of()
+    x = torch.randn(1, 3, 48, 80, generator=rng)
+    # bfloat16 weights to begin with, so that the round trip through bfloat16 changes nothing else.
+    ours = ours.bfloat16().float()
+    expected = ours(x).last_hidden_state
+    assert torch.equal(ours.to(torch.bfloat16).to(torch.float32)(x).last_hidden_state, expected)
+    assert torch.equal(copy.deepcopy(ours)(x).last_hidden_state, expected)
+    with torch.device("meta"):
+        hollow = DINOv3Encoder(ours.config).eval()
+    hollow.load_state_dict(ours.state_dict(), assign=True)
+    assert torch.equal(hollow(x).last_hidden_state, expected)
+    ours.save_pretrained(tmp_path)
+    assert torch.equal(DINOv3Encoder.from_pretrained(tmp_path)(x).last_hidden_state, expected)
+    assert not [name for name, _ in ours.named_buffers()]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_save_and_load_are_bit_equal_both_ways_with_transformers(name, tmp_path):
+    theirs, ours = pair_of(name)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    back, report = DINOv3ViTModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values())
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value), key
+    loaded, report = DINOv3Encoder.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(report.values())
+    again = DINOv3Encoder.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    for key, value in ours.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_load_state_dict_takes_the_keys_of_transformers_files_without_strictness(tmp_path):
+    """Trainer resumes with strict=False and raw keys: nothing may be skipped."""
+    from safetensors.torch import load_file
+
+    theirs, ours = pair_of("key_bias")
+    theirs.save_pretrained(tmp_path)
+    fresh = DINOv3Encoder(ours.config)
+    result = fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert not result.missing_keys and not result.unexpected_keys
+    for key, value in ours.state_dict().items():
+        assert torch.equal(fresh.state_dict()[key], value), key
+
+
+def test_backend_is_an_argument_a_config_field_and_checked(tmp_path):
+    _, ours = pair_of()
+    ours.save_pretrained(tmp_path)
+    assert DINOv3Encoder.from_pretrained(tmp_path).backend == "auto"
+    assert DINOv3Encoder.from_pretrained(tmp_path, backend="eager").backend == "eager"
+    config = config_of()
+    config.backend = "sdpa"
+    assert DINOv3Encoder(config).backend == "sdpa"
+    with pytest.raises(ValueError, match="got 'fast'"):
+        DINOv3Encoder(config, backend="fast")
+
+
+def test_eager_and_sdpa_backends_agree(rng):
+    _, ours = pair_of()
+    images = images_of(SHAPES, rng)
+    expected = ours(images).last_hidden_state
+    ours.backend = "eager"
+    assert relative_error(ours(images).last_hidden_state, expected) <= 1e-6
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(rng):
+    _, ours = pair_of()
+    images = images_of(SHAPES, rng)
+    gradients = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(ours).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            calls = []
+            model.layer[1].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        out = model(images).last_hidden_state
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(5)))
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(calls) == 2, "the block was not run again in the backward pass"
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_frozen_encoder_stays_in_eval_and_keeps_no_graph(rng):
+    _, ours = pair_of(drop_path_rate=0.5)
+    x = torch.randn(2, 3, 32, 32, generator=rng)
+    ours.freeze()
+    wrapper = torch.nn.ModuleDict({"encoder": ours}).train()
+    assert not ours.training and not any(m.training for m in ours.modules()) and wrapper.training
+    first = ours(x)
+    assert not first.last_hidden_state.requires_grad
+    assert torch.equal(first.last_hidden_state, ours(x).last_hidden_state)
+    ours.unfreeze().train()
+    assert ours.training and ours(x).last_hidden_state.requires_grad
+
+
+def test_rope_augmentation_acts_only_when_asked_for(rng):
+    _, ours = pair_of(pos_embed_rescale=2.0, pos_embed_shift=0.3, pos_embed_jitter=1.5)
+    images = images_of(SHAPES[:2], rng)
+    ours.train()
+    assert torch.equal(ours(images).last_hidden_state, ours(images).last_hidden_state)
+    torch.manual_seed(0)
+    augmented = ours(images, rope_augment=True).last_hidden_state
+    assert relative_error(augmented, ours(images).last_hidden_state) > 1e-3
+    assert relative_error(augmented, ours(images, rope_augment=True).last_hidden_state) > 1e-3
+    torch.manual_seed(0)
+    assert torch.equal(augmented, ours(images, rope_augment=True).last_hidden_state)
+
+
+def test_augmented_coordinates_keep_prefix_tokens_at_the_origin_and_the_limits():
+    _, ours = pair_of(pos_embed_rescale=2.0, pos_embed_shift=None, pos_embed_jitter=None)
+    packed = PackedGrids.from_grids([(4, 6), (3, 3)], num_prefix_tokens=5)
+    for _ in range(20):
+        coords = ours._augmented(packed)
+        ratios = []
+        for new, old in zip(packed.split(coords), packed.split(packed.coords), strict=True):
+            assert (new[:5] == 0).all()
+            moved = old[5:].abs() > 0.01
+            ratio = new[5:][moved] / old[5:][moved]
+            torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+            ratios.append(ratio[0].item())
+        assert all(0.5 <= r <= 2.0 for r in ratios) and ratios[0] != ratios[1]
+
+
+def test_stochastic_depth_drops_whole_images_in_training_only(rng):
+    _, ours = pair_of(drop_path_rate=0.5, num_hidden_layers=1)
+    images = images_of([(16, 16)] * 8 + [(32, 16)] * 8, rng)
+    embeddings = ours(images, output_hidden_states=True).hidden_states[0]
+    ours.train()
+    torch.manual_seed(1)
+    out = ours(images, output_hidden_states=True).hidden_states[-1]
+    lengths = [5 + (i.shape[1] // 16) * (i.shape[2] // 16) for i in images]
+    untouched = [
+        torch.equal(a, b)
+        for a, b in zip(out.split(lengths), embeddings.split(lengths), strict=True)
+    ]
+    assert 0 < sum(untouched) < len(images)
+
+
+def test_float16_raises_unless_forced(rng):
+    theirs, ours = pair_of()
+    x = torch.randn(1, 3, 32, 32, generator=rng)
+    with pytest.raises(ValueError, match=r"float16: .* bfloat16 or float32"):
+        copy.deepcopy(ours).half()(x)
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="float16"):
+        ours(x)
+    forced = DINOv3Encoder(ours.config, allow_fp16=True)
+    forced.load_state_dict(theirs.state_dict())
+    assert forced.half().eval()(x).last_hidden_state.dtype == torch.float16
+
+
+def test_autocast_runs_in_bfloat16_and_stays_close(rng):
+    _, ours = pair_of()
+    images = images_of(SHAPES, rng)
+    expected = ours(images).last_hidden_state
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ours(images).last_hidden_state
+    assert 1e-5 < relative_error(out, expected) < 3e-2
+
+
+def test_an_empty_batch_is_an_empty_output():
+    _, ours = pair_of()
+    out = ours(torch.zeros(0, 3, 32, 48))
+    assert out.pooler_output.shape == (0, 64)
+
+
+def test_return_dict_false_gives_a_tuple(rng):
+    theirs, ours = pair_of()
+    x = torch.randn(1, 3, 32, 32, generator=rng)
+    a, b = theirs(x, return_dict=False), ours(x, return_dict=False)
+    assert isinstance(b, tuple) and len(a) == len(b) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m(torch.zeros(1, 3, 70, 96)), "70x96 pixels .* patch size 16"),
+        (lambda m: m([torch.zeros(3, 32, 32), torch.zeros(3, 32, 33)]), "image 1: 32x33"),
+        (lambda m: m(torch.zeros(3, 32, 32)), r"\[B, 3, H, W\]"),
+        (lambda m: m(torch.zeros(4, 768)), "grids is needed"),
+        (
+            lambda m: m(torch.zeros(5, 768), grids=[(2, 2)]),
+            r"\(5, 768\) patches for grids that need \(4, 768\)",
+        ),
+        (lambda m: m(torch.zeros(4, 700), grids=[(2, 2)]), "patch size 16"),
+        (lambda m: m(torch.zeros(4, 768), grids=[(2, 2), (0, 1)]), "image 1: a patch grid"),
+        (
+            lambda m: m(torch.zeros(4, 768), grids=PackedGrids.from_grids([(2, 2)])),
+            "0 prefix tokens, this model has 5",
+        ),
+        (lambda m: m(torch.zeros(1, 3, 32, 32), grids=[(2, 2)]), "grids goes with packed patches"),
+        (lambda m: m([]), "empty"),
+        (lambda m: m(torch.zeros(1, 4, 32, 32)), "3 channels"),
+    ],
+)
+def test_bad_inputs_raise_and_say_what_was_expected(call, message):
+    _, ours = pair_of()
+    with pytest.raises(ValueError, match=message):
+        call(ours)
+
+
+def test_attention_dropout_is_refused():
+    with pytest.raises(ValueError, match="attention_dropout"):
+        DINOv3Encoder(config_of(attention_dropout=0.1))
+
+
+def test_forward_reads_no_size_from_the_tensors(rng, monkeypatch):
+    """With a PackedGrids nothing in a forward may ask for a value on the device."""
+    _, ours = pair_of()
+    patches, grids = pack_images(images_of(SHAPES, rng), 16)
+    packed = PackedGrids.from_grids(grids, num_prefix_tokens=5)
+
+    def refuse(*_):
+        raise AssertionError("a forward read a value back from the device")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    out = ours(patches, grids=packed)
+    monkeypatch.undo()
+    assert out.last_hidden_state.isfinite().all()
