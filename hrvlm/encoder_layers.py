@@ -7,6 +7,8 @@ Parameters have the names of transformers' DINOv3ViTModel, except that q, k and 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from transformers import DINOv3ViTConfig
@@ -81,31 +83,27 @@ class DINOv3Attention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_prefix_tokens = 1 + config.num_register_tokens
+        self.rope_theta = config.rope_theta if getattr(config, "use_rope", True) else None
         self.qkv = QKVLinear(config)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
         self.register_load_state_dict_pre_hook(_fuse_qkv)
 
-    def forward(
-        self, x: Tensor, packed: PackedGrids, coords: Tensor, inv_freq: Tensor | None, backend: str
-    ) -> Tensor:
-        """``[T, C]`` to ``[T, C]``; no rotation when `inv_freq` is None."""
-        q, k, v = self._qkv(x, coords, inv_freq, backend)
+    def forward(self, x: Tensor, packed: PackedGrids, backend: str) -> Tensor:
+        """``[T, C]`` to ``[T, C]``."""
+        q, k, v = self._qkv(x, packed, backend)
         out = varlen_attention(q, k, v, packed, self.head_dim**-0.5, backend=backend)
         return self.o_proj(out.flatten(1))
 
-    def _qkv(
-        self, x: Tensor, coords: Tensor, inv_freq: Tensor | None, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x: Tensor, packed: PackedGrids, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
-        if inv_freq is not None:
-            q, k = rope_2d(q, k, coords, inv_freq, backend=backend)
+        if self.rope_theta is not None:
+            inv_freq = rope_frequencies(self.rope_theta, self.head_dim, x.device)
+            q, k = rope_2d(q, k, packed.coords, inv_freq, backend=backend)
         return q, k, v
 
-    def prefix_attention(
-        self, x: Tensor, packed: PackedGrids, coords: Tensor, inv_freq: Tensor | None
-    ) -> Tensor:
+    def prefix_attention(self, x: Tensor, packed: PackedGrids, backend: str) -> Tensor:
         """Softmax weights ``[P, heads, T]`` of the prefix tokens over their own image's tokens."""
-        q, k, _ = self._qkv(x, coords, inv_freq, "auto")
+        q, k, _ = self._qkv(x, packed, backend)
         maps = []
         for q_i, k_i in zip(packed.split(q), packed.split(k), strict=True):
             prefix = q_i[: self.num_prefix_tokens].float() * self.head_dim**-0.5
@@ -159,25 +157,17 @@ class DINOv3Layer(GradientCheckpointingLayer):
         self.layer_scale2 = LayerScale(config)
 
     def forward(
-        self,
-        x: Tensor,
-        packed: PackedGrids,
-        coords: Tensor,
-        inv_freq: Tensor | None,
-        backend: str = "auto",
-        drop_path: bool = False,
+        self, x: Tensor, packed: PackedGrids, backend: str = "auto", drop_path: bool = False
     ) -> Tensor:
         """Packed tokens ``[T, C]`` to ``[T, C]``."""
-        update = self.attention(self.norm1(x), packed, coords, inv_freq, backend)
+        update = self.attention(self.norm1(x), packed, backend)
         x = self.layer_scale1(x, self._drop_path(update, packed) if drop_path else update)
         update = self.mlp(self.norm2(x))
         return self.layer_scale2(x, self._drop_path(update, packed) if drop_path else update)
 
-    def prefix_attention(
-        self, x: Tensor, packed: PackedGrids, coords: Tensor, inv_freq: Tensor | None
-    ) -> Tensor:
+    def prefix_attention(self, x: Tensor, packed: PackedGrids, backend: str = "auto") -> Tensor:
         """Attention ``[P, heads, T]`` of the prefix tokens in this block, given its input `x`."""
-        return self.attention.prefix_attention(self.norm1(x), packed, coords, inv_freq)
+        return self.attention.prefix_attention(self.norm1(x), packed, backend)
 
     def _drop_path(self, update: Tensor, packed: PackedGrids) -> Tensor:
         """Drop the update of whole images at random (Huang et al. 2016, arXiv 1603.09382)."""
@@ -201,6 +191,17 @@ def patch_size_of(config: DINOv3ViTConfig) -> int:
     if len(sides) != 1:
         raise ValueError(f"config.patch_size must be square, got {size}")
     return int(sides.pop())
+
+
+@lru_cache(maxsize=64)
+def rope_frequencies(theta: float, head_dim: int, device: torch.device) -> Tensor:
+    """``[D / 4]`` float32: ``theta ** (-4 j / D)``, from the config, never stored in the model.
+
+    A buffer would be spoilt by ``.to(bfloat16)``, by loading on the meta device or by FSDP.
+    """
+    with torch.inference_mode(False):
+        exponents = torch.arange(head_dim // 4, dtype=torch.float32, device="cpu") * 4 / head_dim
+        return (1 / theta**exponents).to(device)
 
 
 def _fuse_qkv(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

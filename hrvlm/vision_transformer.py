@@ -10,7 +10,6 @@ is a pack whose grids are equal. Nothing in a block knows about images except
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -80,7 +79,6 @@ class DINOv3Encoder(PreTrainedModel):
             )
         self.backend = check_backend(backend or getattr(config, "backend", None) or "auto")
         self.allow_fp16 = allow_fp16
-        self.use_rope = getattr(config, "use_rope", True)
         self.patch_size = patch_size_of(config)
         self.num_prefix_tokens = 1 + config.num_register_tokens
         self.embeddings = DINOv3Embeddings(config)
@@ -264,14 +262,14 @@ class DINOv3Encoder(PreTrainedModel):
         rope_augment: bool,
     ) -> dict[str, Any]:
         x = self.embeddings(patches, packed, masked)
-        coords = self._augmented(packed) if rope_augment else packed.coords
-        inv_freq = rope_frequencies(self.config, x.device) if self.use_rope else None
+        if rope_augment:
+            packed = packed.with_coords(self._augmented(packed))
         drop_path = self.training and self.config.drop_path_rate > 0
         states, attentions = {0: x}, []
         for i, layer in enumerate(cast("Iterable[DINOv3Layer]", self.layer), start=1):
             if prefix_attentions:
-                attentions.append(layer.prefix_attention(x, packed, coords, inv_freq))
-            x = layer(x, packed, coords, inv_freq, self.backend, drop_path)
+                attentions.append(layer.prefix_attention(x, packed, self.backend))
+            x = layer(x, packed, self.backend, drop_path)
             if keep_all or i in keep:
                 states[i] = x
         normed = self.norm(x)
@@ -303,21 +301,6 @@ class DINOv3Encoder(PreTrainedModel):
                 new = new * draw(columns, torch.tensor(limit).log().item()).exp()
         rows = packed.patch_rows().long()
         return torch.zeros_like(coords).index_copy(0, rows, new[rows])
-
-
-def rope_frequencies(config: DINOv3ViTConfig, device: torch.device) -> Tensor:
-    """``[D / 4]`` float32: ``theta ** (-4 j / D)``, from the config, never stored in the model.
-
-    A buffer would be spoilt by ``.to(bfloat16)``, by loading on the meta device or by FSDP.
-    """
-    return _frequencies(config.rope_theta, config.hidden_size // config.num_attention_heads, device)
-
-
-@lru_cache(maxsize=64)
-def _frequencies(theta: float, head_dim: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        exponents = torch.arange(head_dim // 4, dtype=torch.float32, device="cpu") * 4 / head_dim
-        return (1 / theta**exponents).to(device)
 
 
 def _strip_inner_model(

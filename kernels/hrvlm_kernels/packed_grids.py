@@ -14,7 +14,7 @@ forward never asks the device for a size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -56,6 +56,8 @@ class PackedGrids:
     total_tokens: int
     max_seqlen: int
     cu_seqlens: Tensor = field(repr=False)
+    # The bits of float32 as int32: mixed precision (FSDP, accelerate) casts every float tensor it
+    # finds in a layer's inputs, and a position rounded to bfloat16 is another position.
     _coords: Tensor | None = field(repr=False)
     _tables: dict[str, Tensor] = field(repr=False)
 
@@ -130,7 +132,7 @@ class PackedGrids:
         """
         if self._coords is None:
             raise ValueError("coords: this pack was made from lengths and has no patch grids")
-        return self._coords
+        return self._coords.view(torch.float32)
 
     def tiles(self, block_m: int) -> Tensor:
         """``[n_tiles, 2]`` int32 (segment, its block of `block_m` rows), longest segment first."""
@@ -196,6 +198,11 @@ class PackedGrids:
         """The same layout with its tensors on `device`."""
         return _cached(self.grids, self.lengths, self.num_prefix_tokens, _canonical(device))
 
+    def with_coords(self, coords: Tensor) -> PackedGrids:
+        """The same layout with other coordinates ``[T, 2]`` float32, e.g. augmented ones."""
+        self.check_rows(coords, "coords")
+        return replace(self, _coords=coords.float().contiguous().view(torch.int32))
+
     def check_rows(self, x: Tensor, name: str) -> None:
         """Raise ValueError, about the tensor called `name`, unless `x` has one row per token."""
         if x.shape[0] != self.total_tokens:
@@ -237,7 +244,6 @@ def _build(
         if grids is not None:
             parts["coords"] = _coords(grids, prefix).view(torch.int32)
         on_device = _upload_together(parts, device)
-        coords = on_device.pop("coords", None)
         return PackedGrids(
             grids=grids,
             lengths=lengths,
@@ -245,7 +251,7 @@ def _build(
             total_tokens=sum(lengths),
             max_seqlen=max(lengths, default=0),
             cu_seqlens=on_device.pop("cu_seqlens"),
-            _coords=None if coords is None else coords.view(torch.float32),
+            _coords=on_device.pop("coords", None),
             _tables=on_device,
         )
 

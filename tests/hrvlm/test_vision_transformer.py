@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 from transformers import DINOv3ViTModel
 
 from hrvlm import DINOv3Encoder, EncoderOutput, PackedEncoderOutput, pack_images
@@ -219,7 +220,8 @@ def test_moving_the_image_by_one_patch_changes_the_attention(rng):
     first, second = ours([canvas, moved], output_prefix_attentions=True).attention_maps(0)
     same_patch = (first[0, :, 1, 1], second[0, :, 1, 2])
     assert (same_patch[0] - same_patch[1]).abs().max() > 1e-4
-    ours.use_rope = False
+    for layer in ours.layer:
+        layer.attention.rope_theta = None
     first, second = ours([canvas, moved], output_prefix_attentions=True).attention_maps(0)
     torch.testing.assert_close(first[0, :, 1, 1], second[0, :, 1, 2])
 
@@ -356,6 +358,15 @@ def test_augmented_coordinates_keep_prefix_tokens_at_the_origin_and_the_limits()
             torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
             ratios.append(ratio[0].item())
         assert all(0.5 <= r <= 2.0 for r in ratios) and ratios[0] != ratios[1]
+
+
+def test_positions_survive_a_cast_of_every_float_input(rng):
+    """FSDP's mixed precision maps over the inputs of a layer and casts the float tensors."""
+    _, ours = pair_of()
+    packed = PackedGrids.from_grids([(4, 6), (3, 3)], num_prefix_tokens=5)
+    cast = pytree.tree_map(lambda a: a.bfloat16() if a.is_floating_point() else a, packed)
+    x = torch.randn(packed.total_tokens, 64, generator=rng)
+    assert torch.equal(ours.layer[0](x, cast), ours.layer[0](x, packed))
 
 
 def test_stochastic_depth_drops_whole_images_in_training_only(rng):
