@@ -9,25 +9,55 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .acceleration import accelerate, restore
+    from .checkpoints import convert, load_checkpoint, load_into
     from .encoder_output import EncoderOutput, PackedEncoderOutput
+    from .geometry import Geometry, token_grid
+    from .image_intake import load_image
+    from .image_processing import get_image_processor, normalization_for
+    from .image_processing_vlm import VLMImageProcessor, VLMImageProcessorPil
     from .patches import pack_images, patchify, unpatchify
     from .vision_transformer import DINOv3Encoder
 
 _HOME = {
     "DINOv3Encoder": "vision_transformer",
     "EncoderOutput": "encoder_output",
+    "Geometry": "geometry",
     "PackedEncoderOutput": "encoder_output",
+    "VLMImageProcessor": "image_processing_vlm",
+    "VLMImageProcessorPil": "image_processing_vlm",
+    "accelerate": "acceleration",
+    "convert": "checkpoints",
+    "get_image_processor": "image_processing",
+    "load_checkpoint": "checkpoints",
+    "load_image": "image_intake",
+    "load_into": "checkpoints",
+    "normalization_for": "image_processing",
     "pack_images": "patches",
     "patchify": "patches",
+    "restore": "acceleration",
+    "token_grid": "geometry",
     "unpatchify": "patches",
 }
 
 __all__ = [
     "DINOv3Encoder",
     "EncoderOutput",
+    "Geometry",
     "PackedEncoderOutput",
+    "VLMImageProcessor",
+    "VLMImageProcessorPil",
+    "accelerate",
+    "convert",
+    "get_image_processor",
+    "load_checkpoint",
+    "load_image",
+    "load_into",
+    "normalization_for",
     "pack_images",
     "patchify",
+    "restore",
+    "token_grid",
     "unpatchify",
 ]
 __version__ = "0.1.0"

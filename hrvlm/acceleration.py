@@ -1,0 +1,250 @@
+"""Swap hrvlm's attention into DINOv3 models of transformers that are already built.
+
+    model = AutoModel.from_pretrained("facebook/dinov3-vitb16-pretrain-lvd1689m")
+    hrvlm.accelerate(model)
+
+Two kinds of modules change, one by one and in place: the attention of each layer, and the module
+that makes the RoPE tables. They stay the same objects with the same parameters, submodules and
+hooks, and take another class, which holds no tensors of its own; so ``state_dict``,
+``save_pretrained``, optimizers, adapters on q_proj and FSDP notice nothing. Instead of cos and sin,
+the model's layers are handed :class:`RotaryPositions`.
+
+    patches -> embeddings [B, n, C] -> layers -> norm        as before: transformers' own code
+                                         |
+                    attention: [B, n, C] -> [B*n, H, D] -> rope_2d -> varlen_attention -> o_proj
+
+Unlike the stock model, an accelerated one raises where an image's sides are not multiples of the
+patch size (instead of cropping), rotates q and k in float32 whatever the dtype, and draws random
+RoPE scales only on ``rope_augment=True`` (and then only in training mode, with the stock model's
+own draws).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DINOv3ViTBackbone, DINOv3ViTModel
+from transformers.models.dinov3_vit.modeling_dinov3_vit import (
+    DINOv3ViTAttention,
+    DINOv3ViTRopePositionEmbedding,
+    augment_patches_center_coordinates,
+)
+
+from hrvlm_kernels import PackedGrids, rope_2d, varlen_attention
+from hrvlm_kernels.backends import check_backend
+
+from .encoder_layers import patch_size_of, rope_frequencies
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class RotaryPositions:
+    """What the layers of an accelerated model are handed as ``position_embeddings``.
+
+    Opaque on purpose, neither a tuple nor a dataclass: mixed precision of FSDP casts every float
+    tensor that it finds in the inputs of a layer, and the coordinates have to stay float32.
+
+    Attributes:
+        packed: Layout of the batch: B times the same patch grid.
+        coords: ``[B*n, 2]`` float32 (y, x), those of `packed` unless augmented.
+        inv_freq: ``[D / 4]`` float32.
+    """
+
+    def __init__(self, packed: PackedGrids, coords: Tensor, inv_freq: Tensor):
+        self.packed = packed
+        self.coords = coords
+        self.inv_freq = inv_freq
+
+    def to(self, device: torch.device | str) -> RotaryPositions:
+        """The same positions on `device`, for models whose layers are on several."""
+        if self.packed.device == torch.device(device):
+            return self
+        return RotaryPositions(
+            self.packed.to(device), self.coords.to(device), self.inv_freq.to(device)
+        )
+
+
+class AcceleratedRope(DINOv3ViTRopePositionEmbedding):
+    """Yields :class:`RotaryPositions` instead of cos and sin."""
+
+    rope_augment: bool
+
+    def forward(self, pixel_values: Tensor) -> RotaryPositions:  # type: ignore[override]
+        """Positions for pixels ``[B, 3, H, W]``.
+
+        Raises:
+            ValueError: H or W is not a multiple of the patch size.
+        """
+        batch, _, height, width = pixel_values.shape
+        patch = patch_size_of(self.config)
+        if height % patch or width % patch or not height or not width:
+            raise ValueError(
+                f"pixel_values: images of {height}x{width} pixels are not whole patches of "
+                f"{patch}x{patch}; resize or pad both sides to multiples of {patch}"
+            )
+        packed = PackedGrids.from_grids(
+            [(height // patch, width // patch)] * batch,
+            num_prefix_tokens=1 + self.config.num_register_tokens,
+            device=pixel_values.device,
+        )
+        coords = self._augmented(packed) if self.training and self.rope_augment else packed.coords
+        return RotaryPositions(
+            packed, coords, rope_frequencies(self.base, self.head_dim, pixel_values.device)
+        )
+
+    def _augmented(self, packed: PackedGrids) -> Tensor:
+        """One draw for the batch, as the stock model's; prefix tokens stay at the origin."""
+        config, prefix = self.config, packed.num_prefix_tokens
+        first = packed.coords[: packed.lengths[0]]
+        patches = augment_patches_center_coordinates(
+            first[prefix:],
+            config.pos_embed_shift,
+            config.pos_embed_jitter,
+            config.pos_embed_rescale,
+        )
+        return torch.cat((first[:prefix], patches)).repeat(len(packed), 1)
+
+
+class AcceleratedAttention(DINOv3ViTAttention):
+    """The same projections with :func:`rope_2d` and :func:`varlen_attention` between them."""
+
+    backend: str
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: RotaryPositions | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """``[B, n, C]`` to ``[B, n, C]``, and no attention weights.
+
+        Raises:
+            ValueError: asked for attention weights, for a mask, or for dropout.
+            TypeError: `position_embeddings` does not come from :class:`AcceleratedRope`.
+        """
+        self._refuse(attention_mask, kwargs)
+        if not isinstance(position_embeddings, RotaryPositions):
+            raise TypeError(
+                "position_embeddings must be RotaryPositions, not "
+                f"{type(position_embeddings).__name__}: the layers of an accelerated model can't "
+                "be called with cos and sin; call the model, or restore(model)"
+            )
+        packed = position_embeddings.packed
+        batch, tokens, _ = hidden_states.shape
+        x = hidden_states.reshape(batch * tokens, -1)
+        heads = (self.num_heads, self.head_dim)
+        q, k, v = (proj(x).unflatten(1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        coords, inv_freq = position_embeddings.coords, position_embeddings.inv_freq
+        q, k = rope_2d(q, k, coords, inv_freq, backend=self.backend)
+        out = varlen_attention(q, k, v, packed, self.scaling, backend=self.backend)
+        return self.o_proj(out.flatten(1)).unflatten(0, (batch, tokens)), None
+
+    def _refuse(self, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+        asked = kwargs.get("output_attentions")
+        if self.config.output_attentions if asked is None else asked:
+            raise ValueError(
+                "output_attentions: the kernels of an accelerated model make no attention matrix; "
+                "call restore(model) and set_attn_implementation('eager'), or use DINOv3Encoder "
+                "with output_prefix_attentions=True"
+            )
+        if attention_mask is not None:
+            raise ValueError(
+                "attention_mask: an accelerated DINOv3 takes none; restore(model) for that"
+            )
+        if self.training and self.dropout:
+            raise ValueError(
+                f"config.attention_dropout is {self.dropout}, and no kernel has dropout: build the "
+                "model with 0, or call eval()"
+            )
+
+
+_ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {
+    DINOv3ViTAttention: AcceleratedAttention,
+    DINOv3ViTRopePositionEmbedding: AcceleratedRope,
+}
+_STOCK = {accelerated: stock for stock, accelerated in _ACCELERATED.items()}
+# Instance attributes that an accelerated module has beyond the stock one.
+_OPTIONS = ("backend", "rope_augment")
+
+
+def accelerate(model: Model, *, backend: str = "auto", rope_augment: bool = False) -> Model:
+    """Make every DINOv3 ViT of transformers in `model` run on hrvlm's kernels.
+
+    Works on ``DINOv3ViTModel`` and ``DINOv3ViTBackbone`` and on anything that contains them. Doing
+    it again changes the options and nothing else. Undone by :func:`restore`.
+
+    Args:
+        model: Changed in place.
+        backend: One of :data:`hrvlm_kernels.backends.BACKENDS`.
+        rope_augment: In training mode, draw the random shift, jitter and scale of RoPE coordinates
+            that the config names (``pos_embed_shift``, ``pos_embed_jitter``,
+            ``pos_embed_rescale``). The stock model always does.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: there is no such encoder in `model`, one has an attention class of its own, or
+            `backend` is unknown.
+    """
+    check_backend(backend)
+    parts = list(_parts(model))
+    for name, part in parts:
+        if type(part) not in _ACCELERATED and type(part) not in _STOCK:
+            raise ValueError(
+                f"{name}: {type(part).__name__} is not transformers' class, and may compute "
+                "something else"
+            )
+        if "forward" in vars(part) and "_old_forward" not in vars(part):
+            raise ValueError(
+                f"{name}: its forward was replaced on the instance, and would go on being called"
+            )
+    for _, part in parts:
+        _set_class(part, _ACCELERATED.get(type(part), type(part)))
+        if isinstance(part, AcceleratedAttention):
+            part.backend = backend
+        else:
+            cast("AcceleratedRope", part).rope_augment = rope_augment
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`accelerate`; encoders that were not accelerated are left alone.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: there is no DINOv3 ViT of transformers in `model`.
+    """
+    for _, part in list(_parts(model)):
+        if type(part) in _STOCK:
+            _set_class(part, _STOCK[type(part)])
+            for option in _OPTIONS:
+                vars(part).pop(option, None)
+    return model
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The attention and RoPE modules of all DINOv3 encoders in `model`, with their names."""
+    found = False
+    for outer, encoder in model.named_modules():
+        if not isinstance(encoder, (DINOv3ViTModel, DINOv3ViTBackbone)):
+            continue
+        found = True
+        for inner, part in encoder.named_modules(prefix=outer):
+            if isinstance(part, tuple(_ACCELERATED)):
+                yield str(inner), cast("nn.Module", part)
+    if not found:
+        name = type(model).__name__
+        raise ValueError(f"model: no DINOv3ViTModel or DINOv3ViTBackbone of transformers in {name}")
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    if "_old_forward" in vars(module):  # what the device hooks of Hugging Face's accelerate call
+        vars(module)["_old_forward"] = cls.forward.__get__(module)

@@ -1,0 +1,205 @@
+"""Reading checkpoint files of any container format, and writing transformers' directory layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAFETENSORS_NAME = "model.safetensors"
+_NAMES_IN_DIRECTORY = (
+    SAFETENSORS_NAME,
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+_ZIP_MAGIC = b"PK"
+_PICKLE_MAGIC = b"\x80"
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, on the CPU, keys as they are in the file.
+
+    Takes safetensors, ``torch.save`` files (loaded with ``weights_only=True``: no code in them
+    runs), a sharded checkpoint by its ``*.index.json``, or a directory that holds one of these.
+    What a file is, its first bytes say, not its name. Nested containers such as ``{"teacher":
+    {...}}`` become keys with dots, other objects are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file, or a shard is missing.
+        ValueError: the file is damaged, is no checkpoint, holds Python objects besides tensors and
+            plain containers, or a directory holds no checkpoint or several.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.is_dir():
+        path = _file_in(path)
+    tensors = _load_sharded(path) if path.suffix == ".json" else _load_file(path)
+    if not tensors:
+        raise ValueError(f"{path}: no tensors in it")
+    return tensors
+
+
+def flatten_tensors(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of nested dicts, keys joined by dots; anything else is left out."""
+    flat: dict[str, Tensor] = {}
+    for key, value in tree.items():
+        if isinstance(value, Tensor):
+            flat[f"{prefix}{key}"] = value
+        elif isinstance(value, Mapping):
+            flat |= flatten_tensors(value, f"{prefix}{key}.")
+    return flat
+
+
+def write_checkpoint(
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    documents: Mapping[str, Mapping[str, Any]],
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write ``model.safetensors`` and JSON documents, each file whole or not at all.
+
+    Args:
+        directory: Made if need be.
+        tensors: Weights by key.
+        documents: Contents of the JSON files.
+        dtype: Cast floating-point weights to it.
+        overwrite: Replace files that are there already.
+
+    Raises:
+        FileExistsError: one of the files is there and `overwrite` is False.
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(directory).expanduser()
+    names = [*documents, SAFETENSORS_NAME]
+    present = [name for name in names if (directory / name).exists()]
+    if present and not overwrite:
+        raise FileExistsError(
+            f"{directory} already holds {', '.join(present)}; pass overwrite=True to replace them"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=directory) as temporary:
+        for name, document in documents.items():
+            (Path(temporary) / name).write_text(
+                json.dumps(document, indent=2, sort_keys=True) + "\n", "utf-8"
+            )
+        stored = {key: _storable(tensor, dtype) for key, tensor in tensors.items()}
+        weights = Path(temporary) / SAFETENSORS_NAME
+        weights.touch()
+        mode = weights.stat().st_mode  # by the user's umask; safetensors makes files private
+        save_file(stored, weights, metadata={"format": "pt"})
+        weights.chmod(mode)
+        for name in names:
+            os.replace(Path(temporary) / name, directory / name)
+    return directory
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, None when there is no such file.
+
+    Raises:
+        ValueError: the file is not a JSON object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(document).__name__}")
+    return document
+
+
+def _storable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.detach()
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    tensor = tensor.contiguous()
+    # q, k and v are views of one matrix: safetensors refuses tensors that share memory.
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+
+
+def _file_in(directory: Path) -> Path:
+    for name in _NAMES_IN_DIRECTORY:
+        if (directory / name).is_file():
+            return directory / name
+    found = sorted(
+        file for file in directory.iterdir() if file.suffix in _SUFFIXES and file.is_file()
+    )
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found)
+        what = f"several checkpoints ({names})" if found else "no checkpoint"
+        expected = " or ".join((*_NAMES_IN_DIRECTORY, "a single weight file"))
+        raise ValueError(f"{directory}: {what} in it; expected {expected}")
+    return found[0]
+
+
+def _load_sharded(index: Path) -> dict[str, Tensor]:
+    weight_map = (read_json(index) or {}).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"{index}: no weight_map in it, so it is not the index of a sharded checkpoint"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{index}: shard {name!r} is not a plain file name")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index}: its shard {name} is missing")
+        tensors |= _load_file(index.parent / name)
+    absent = sorted(weight_map.keys() - tensors.keys())
+    if absent:
+        raise ValueError(
+            f"{index}: {len(absent)} tensors are in no shard, the first is {absent[0]}"
+        )
+    return tensors
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[:2] == _ZIP_MAGIC or start[:1] == _PICKLE_MAGIC:
+        return _load_pickle(path, mmap=start[:2] == _ZIP_MAGIC)
+    if start[8:9] == b"{":
+        return _load_safetensors(path)
+    raise ValueError(f"{path}: neither safetensors nor a file of torch.save")
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged safetensors file ({error})") from error
+
+
+def _load_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: holds Python objects besides tensors, which are not loaded because they can "
+            "run code; save its state_dict alone"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path}: damaged torch.save file ({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(loaded).__name__}")
+    return flatten_tensors(loaded)
