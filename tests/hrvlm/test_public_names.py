@@ -1,5 +1,6 @@
 """The names of the package: each can be imported, and none is shadowed by a module."""
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -24,7 +25,8 @@ def test_no_public_name_is_also_a_module():
 
 def test_accelerate_is_a_function_in_any_order_of_imports():
     code = "import hrvlm.acceleration, hrvlm; assert callable(hrvlm.accelerate) and hrvlm.restore"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_an_unknown_name_is_an_attribute_error():
