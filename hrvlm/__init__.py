@@ -12,14 +12,26 @@ if TYPE_CHECKING:
     from .acceleration import accelerate, restore
     from .checkpoints import convert, load_checkpoint, load_into
     from .encoder_output import EncoderOutput, PackedEncoderOutput
-    from .geometry import Geometry, token_grid
-    from .image_intake import load_image
-    from .image_processing import get_image_processor, normalization_for
+    from .geometry import Geometry, TileGeometry, tile_grid, token_grid
+    from .image_intake import ImageError, load_image
+    from .image_processing import (
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        ImageProcessor,
+        get_image_processor,
+        normalization_for,
+    )
     from .image_processing_vlm import VLMImageProcessor, VLMImageProcessorPil
     from .patches import pack_images, patchify, unpatchify
     from .vision_transformer import DINOv3Encoder
 
 _HOME = {
+    "tile_grid": "geometry",
+    "TileGeometry": "geometry",
+    "ImageProcessor": "image_processing",
+    "ImageError": "image_intake",
+    "IMAGENET_STD": "image_processing",
+    "IMAGENET_MEAN": "image_processing",
     "DINOv3Encoder": "vision_transformer",
     "EncoderOutput": "encoder_output",
     "Geometry": "geometry",
@@ -41,10 +53,15 @@ _HOME = {
 }
 
 __all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "DINOv3Encoder",
     "EncoderOutput",
     "Geometry",
+    "ImageError",
+    "ImageProcessor",
     "PackedEncoderOutput",
+    "TileGeometry",
     "VLMImageProcessor",
     "VLMImageProcessorPil",
     "accelerate",
@@ -57,6 +74,7 @@ __all__ = [
     "pack_images",
     "patchify",
     "restore",
+    "tile_grid",
     "token_grid",
     "unpatchify",
 ]

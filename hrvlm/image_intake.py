@@ -1,0 +1,368 @@
+"""Any image in, upright 8-bit RGB out.
+
+What a picture means is decided here, once, for every way into the package:
+
+- orientation: EXIF is applied, all eight values
+- alpha (RGBA, LA, palettes, colour keys): composited on a background colour,
+  `round((c * a + bg * (255 - a)) / 255)`
+- 16 bits (`I;16` in every byte order, `I`, uint16 arrays): `round(v / 257)`. Pillow's 32-bit mode
+  `I` is how it hands out 16-bit files, so it is read on that scale whatever it holds, and refused
+  outside 0..65535
+- float (mode `F`, float arrays): must lie in [0, 1]; `floor(v * 255 + 1/2)`. Values that were
+  normalised already, or that run to 255, are refused: guessing the scale from the contents would
+  turn a dark picture into a bright one
+- more than one frame (GIF, TIFF, APNG): the first one; of a Pillow image, the one it stands at
+- colour profiles are not applied, as in the other libraries that feed such models
+"""
+
+import io
+import os
+import re
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
+    " | Image.Image | np.ndarray | torch.Tensor"
+)
+Channels: TypeAlias = Literal["first", "last"]
+
+MAX_PIXELS = 178_956_970  # Pillow's own default: 512 MiB of RGB
+WHITE = (255, 255, 255)
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+_CHANNEL_COUNTS = (1, 3, 4)
+_UPRIGHT = {  # EXIF orientation: what brings the picture back
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow brings these PNG pixels to 8 bits, and leaves their colour key at the depth of the file.
+_KEY_TO_8_BITS: dict[str, Callable[[int], int]] = {
+    "L;2": lambda v: v * 85,
+    "L;4": lambda v: v * 17,
+    "RGB;16B": lambda v: v >> 8,
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names its file or its index in the batch."""
+
+
+def load_image(
+    source: ImageSource,
+    *,
+    name: str | int | None = None,
+    background: Sequence[int] = WHITE,
+    max_pixels: int = MAX_PIXELS,
+    channels: Channels | None = None,
+) -> Image.Image:
+    """The image as a new, upright, 8-bit RGB Pillow image without metadata (rules: top of file).
+
+    `max_pixels` decides about the size, from the header, before a pixel is decoded. Pillow's global
+    `MAX_IMAGE_PIXELS` is not changed, and neither warns nor raises here; only a few decoders (TIFF,
+    WebP, ICNS, ICO, MPO) look at it again by themselves, so that pictures of these formats which
+    are larger than twice that global are refused until the caller raises it.
+
+    Args:
+        source: a path; the bytes of a file; a binary file object (read from its start if it can
+            seek, left open); a Pillow image (not modified); or an array or tensor: uint8, uint16,
+            bool, or float in [0, 1], shaped [H, W], [H, W, C] or [C, H, W] with C = 1 (grey),
+            3 (RGB) or 4 (RGBA).
+        name: what to call the image in errors; a whole number is its index in the batch.
+        background: the colour under transparent pixels, three numbers from 0 to 255.
+        max_pixels: the largest height * width that is accepted.
+        channels: where the channels of an array are, "first" or "last"; needed for shapes that can
+            be read both ways, such as 3x5x3. Other sources have no use for it.
+
+    Raises:
+        ImageError: (a ValueError) empty, truncated, corrupt or no image; over `max_pixels`; a URL;
+            an array whose shape, dtype or values are not as above.
+        OSError: the file cannot be opened (FileNotFoundError, PermissionError, ...).
+        TypeError: `source` is of another type, or a file object in text mode.
+        ValueError: `background`, `max_pixels` or `channels` is out of range.
+    """
+    label = _label(source, name)
+    under = rgb_color("background", background)
+    check_max_pixels(max_pixels)
+    if channels not in (None, "first", "last"):
+        raise ValueError(f'channels={channels!r}: expected "first", "last" or None')
+    if isinstance(source, Image.Image):
+        _check_size(source.size, label, max_pixels)
+        return _upright_rgb(source, label, under)
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return _to_rgb(_from_array(source, label, max_pixels, channels), label, under)
+    if isinstance(source, str | os.PathLike):
+        if isinstance(source, str) and _URL.match(source):
+            raise ImageError(f"{label} is a URL: download it first, then pass its path or bytes")
+        with open(source, "rb") as stream:
+            return _decode(stream, os.fspath(source), label, under, max_pixels)
+    return _decode(io.BytesIO(_read(source, label)), "", label, under, max_pixels)
+
+
+def rgb_color(argument: str, color: Sequence[int]) -> tuple[int, int, int]:
+    """The color as three ints from 0 to 255.
+
+    Raises:
+        ValueError: `color` is anything else; `argument` names it.
+    """
+    try:
+        red, green, blue = (int(c) for c in color if int(c) == c and 0 <= c <= 255)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{argument}={color!r}: expected red, green and blue, whole numbers from 0 to 255"
+        ) from None
+    return red, green, blue
+
+
+def check_max_pixels(max_pixels: int) -> None:
+    """Accept a whole number of at least 1.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if not isinstance(max_pixels, int) or isinstance(max_pixels, bool) or max_pixels < 1:
+        raise ValueError(f"max_pixels={max_pixels!r}: expected a whole number of at least 1")
+
+
+def _label(source: Any, name: str | int | None) -> str:
+    path = source
+    if not isinstance(source, str | os.PathLike):
+        path = getattr(source, "filename" if isinstance(source, Image.Image) else "name", "")
+    file = repr(os.fspath(path)) if path and isinstance(path, str | os.PathLike) else ""
+    if len(file) > 300:
+        file = f"{file[:300]}..."
+    if name is None:
+        return file or "image"
+    subject = f"image {name}" if isinstance(name, int) else name
+    return f"{subject} ({file})" if file else subject
+
+
+@contextmanager
+def _failures_named(label: str, what: str) -> Iterator[None]:
+    """Pillow raises almost anything on bad data; all of it leaves here with the image's name."""
+    try:
+        yield
+    except (MemoryError, ImageError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{label}: the decoder of this format obeys PIL.Image.MAX_IMAGE_PIXELS, "
+            f"whatever max_pixels is: {error}"
+        ) from error
+    except Exception as error:
+        raise ImageError(f"{label} {what}: {str(error) or type(error).__name__}") from error
+
+
+def _check_size(size: tuple[int, int], label: str, max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"{label} has no pixels: height {height}, width {width}")
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{label} is over the pixel limit: height {height} * width {width} = {height * width}, "
+            f"max_pixels={max_pixels}"
+        )
+
+
+def _read(source: Any, label: str) -> bytes:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if not callable(getattr(source, "read", None)):
+        raise TypeError(
+            f"{label}: expected a path, bytes, a binary file object, a Pillow image, a numpy array "
+            f"or a torch tensor, got {type(source).__name__}"
+        )
+    if hasattr(source, "seekable") and source.seekable():
+        source.seek(0)
+    data = source.read()
+    if not isinstance(data, bytes):
+        raise TypeError(
+            f"{label}: expected a file object in binary mode, its read() gave {type(data).__name__}"
+        )
+    return data
+
+
+def _decode(
+    stream: IO[bytes], path: str, label: str, background: tuple[int, int, int], max_pixels: int
+) -> Image.Image:
+    with _failures_named(label, "has a header that cannot be read"):
+        image = _identify(stream, path, label)
+    _check_size(image.size, label, max_pixels)
+    key, widen = image.info.get("transparency"), _KEY_TO_8_BITS.get(_rawmode(image))
+    if widen and isinstance(key, int | tuple):
+        image.info["transparency"] = widen(key) if isinstance(key, int) else tuple(map(widen, key))
+    return _upright_rgb(image, label, background)
+
+
+def _identify(stream: IO[bytes], path: str, label: str) -> Image.Image:
+    """Read the header with the first of Pillow's decoders that takes the file.
+
+    This is what `Image.open` does with Pillow's public registry, less its check against the global
+    pixel limit, which warns or raises for sizes that the caller allowed and which no argument
+    turns off.
+    """
+    prefix = stream.read(16)
+    if not prefix:
+        raise ImageError(f"{label} is empty (0 bytes)")
+    tried: set[str] = set()
+    for load_plugins in (Image.preinit, Image.init):
+        load_plugins()
+        for name in [f for f in Image.ID if f not in tried]:
+            tried.add(name)
+            if name == "EPS":  # a program, which Pillow would have Ghostscript run
+                continue
+            factory, accept = Image.OPEN[name]
+            verdict = accept(prefix) if accept else True
+            if not verdict or isinstance(verdict, str):  # a string says what this Pillow lacks
+                continue
+            stream.seek(0)
+            try:
+                return factory(stream, path)
+            except (SyntaxError, IndexError, TypeError, struct.error):  # how plugins say "not mine"
+                continue
+    raise ImageError(f"{label} is not an image that Pillow can read: it begins with {prefix!r}")
+
+
+def _rawmode(image: Image.Image) -> Any:
+    """How the file stores its pixels ("L;4", ...), which Pillow tells until they are decoded."""
+    tile = getattr(image, "tile", None)
+    args = tile[0][3] if tile else None
+    return args[0] if isinstance(args, tuple) and args else args
+
+
+def _upright_rgb(image: Image.Image, label: str, background: tuple[int, int, int]) -> Image.Image:
+    with _failures_named(label, "is truncated or corrupt"):
+        image.load()
+    rgb = _to_rgb(image, label, background)
+    # Not earlier: the TIFF decoder turns the pixels itself while it loads them and drops the tag.
+    turn = _UPRIGHT.get(_orientation(image, label))
+    upright = rgb if turn is None else rgb.transpose(turn)
+    upright.info.clear()  # an orientation left in it would turn the image again, next time
+    return upright
+
+
+def _orientation(image: Image.Image, label: str) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # there is no one exception for bad EXIF, and the pixels are good
+        warnings.warn(f"{label}: taken as upright, its EXIF is unreadable: {error}", stacklevel=4)
+        return 1
+
+
+def _to_rgb(image: Image.Image, label: str, background: tuple[int, int, int]) -> Image.Image:
+    with _failures_named(label, f"of mode {image.mode} cannot be converted to RGB"):
+        if image.mode == "F":
+            return Image.fromarray(_floats_to_uint8(np.asarray(image), label)).convert("RGB")
+        if image.mode == "I" or image.mode.startswith("I;"):
+            values = np.asarray(image)
+            grey = Image.fromarray(_integers_to_uint8(values, label)).convert("RGB")
+            key = image.info.get("transparency")
+            return grey if key is None else _on(background, grey, Image.fromarray(values != key))
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        if image.mode == "P":  # Pillow writes the palette's alpha into the image that it converts
+            image = image.copy()
+        if image.mode == "La":
+            image = image.convert("LA")
+        rgba = image.convert("RGBA")
+        return _on(background, rgba.convert("RGB"), rgba.getchannel("A"))
+
+
+def _on(background: tuple[int, int, int], rgb: Image.Image, alpha: Image.Image) -> Image.Image:
+    canvas = Image.new("RGB", rgb.size, background)
+    canvas.paste(rgb, mask=alpha)
+    return canvas
+
+
+def _from_array(
+    source: np.ndarray | torch.Tensor, label: str, max_pixels: int, channels: Channels | None
+) -> Image.Image:
+    """An image of mode L, RGB or RGBA."""
+    if isinstance(source, torch.Tensor):
+        tensor = source.detach().cpu()
+        array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    else:
+        array = source
+    array = _channels_last(array, label, channels)
+    _check_size((array.shape[1], array.shape[0]), label, max_pixels)
+    pixels = np.ascontiguousarray(_to_uint8(array, label))
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _channels_last(array: np.ndarray, label: str, channels: Channels | None) -> np.ndarray:
+    """The array as [H, W, C]; which axis holds the channels has to be beyond doubt."""
+    if array.ndim == 2:
+        return array[:, :, None]
+    shape = "x".join(map(str, array.shape))
+    if array.ndim != 3:
+        raise ImageError(
+            f"{label}: expected an array [H, W], [H, W, C] or [C, H, W], got {array.ndim} axes"
+            + (f" ({shape})" if shape else "")
+        )
+    if 0 in array.shape:
+        raise ImageError(f"{label} has no pixels: shape {shape}")
+    possible = {
+        "first": array.shape[0] in _CHANNEL_COUNTS,
+        "last": array.shape[2] in _CHANNEL_COUNTS,
+    }
+    if channels is None and all(possible.values()):
+        raise ImageError(
+            f"{label}: shape {shape} can be read as [H, W, C] and as [C, H, W]; "
+            'say which with channels="last" or channels="first"'
+        )
+    where = channels or ("first" if possible["first"] else "last")
+    if not possible[where]:
+        axis = f"as its {channels}" if channels else "as its first or last"
+        raise ImageError(f"{label}: shape {shape} has no axis of 1, 3 or 4 channels {axis}")
+    return array.transpose(1, 2, 0) if where == "first" else array
+
+
+def _to_uint8(values: np.ndarray, label: str) -> np.ndarray:
+    kind, size = values.dtype.kind, values.dtype.itemsize
+    if kind == "b":
+        return values.astype(np.uint8) * 255
+    if kind == "u" and size == 1:
+        return values
+    if kind == "u" and size == 2:
+        return _integers_to_uint8(values, label)
+    if kind == "f":
+        return _floats_to_uint8(values, label)
+    raise ImageError(
+        f"{label}: dtype {values.dtype} has no agreed range; "
+        "expected uint8, uint16, bool, or float in [0, 1]"
+    )
+
+
+def _integers_to_uint8(values: np.ndarray, label: str) -> np.ndarray:
+    """round(v / 257) for v in 0..65535."""
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ImageError(f"{label}: expected 16-bit pixels, 0 to 65535, got {low} to {high}")
+    return ((values.astype(np.uint32) * 255 + 32895) >> 16).astype(np.uint8)
+
+
+def _floats_to_uint8(values: np.ndarray, label: str) -> np.ndarray:
+    """floor(v * 255 + 1/2) for v in [0, 1], give or take half a step of rounding noise."""
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ImageError(f"{label}: float pixels contain NaN or infinity")
+    if low <= -0.5 / 255 or high >= 255.5 / 255:
+        raise ImageError(
+            f"{label}: expected float pixels in [0, 1], got {low:.6g} to {high:.6g} "
+            "(0 to 255: pass uint8; normalised: pass the picture as it was before)"
+        )
+    wide = values.astype("float32" if values.dtype.itemsize <= 4 else "float64")
+    # float32 rounds up to 256 just below the bound
+    return np.clip(np.floor(wide * 255 + 0.5), 0, 255).astype(np.uint8)

@@ -1,0 +1,264 @@
+"""From an image to the numbers an encoder takes: load, resize, normalise.
+
+`get_image_processor` keeps nanoVLM's name and its two modes (`data/processors.py`); what it returns
+is normalised in both. The processors for transformers, with the same geometry and numbers, are in
+`image_processing_vlm.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .geometry import Geometry, TileGeometry, positive_int, tile_grid, token_grid
+from .image_intake import (
+    MAX_PIXELS,
+    WHITE,
+    Channels,
+    ImageSource,
+    check_max_pixels,
+    load_image,
+    rgb_color,
+)
+
+
+class Normalization(NamedTuple):
+    """Mean and standard deviation of red, green and blue, on the scale of [0, 1].
+
+    Attributes:
+        mean: subtracted first.
+        std: divided by then.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SAT493M = Normalization((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # DINOv3's satellite models
+SIGLIP = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET_MEAN, IMAGENET_STD = IMAGENET
+
+
+def normalization_for(name: str) -> Normalization:
+    """The mean and std that a family of checkpoints was trained with, by the checkpoint's name.
+
+    "sat493m" in the name (`facebook/dinov3-vitl16-pretrain-sat493m`) gives DINOv3's satellite
+    statistics, "siglip" 0.5 and 0.5, and every other name ImageNet's, which are those of DINOv2,
+    the other DINOv3 models and most ViTs. Upper and lower case are the same.
+    """
+    lowered = name.lower()
+    if "sat493m" in lowered:
+        return SAT493M
+    return SIGLIP if "siglip" in lowered else IMAGENET
+
+
+def normalize(
+    pixels: torch.Tensor,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    scale: float = 1 / 255,
+) -> torch.Tensor:
+    """(pixel * scale - mean) / std, float32, for pixels [3, H, W] of any dtype."""
+    center, spread = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (mean, std))
+    return pixels.float().mul(scale).sub_(center).div_(spread)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """The bytes of an RGB image as a uint8 tensor [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def resize(
+    image: Image.Image, height: int, width: int, resample: int = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Bicubic (a = -1/2), antialiased where it shrinks, on 8-bit pixels; the same size is a copy.
+
+    Across first, then down, each rounded to 8 bits. In one call Pillow does the same up to version
+    12; since 13 it chooses the order by cost, which moves pixels by up to 20 steps of 255.
+    """
+    method = Image.Resampling(resample)
+    return image.resize((width, image.height), method).resize((width, height), method)
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """An image in, `(tensor, grid)` out; made by `get_image_processor`, which documents it."""
+
+    max_img_size: int
+    splitted_image_size: int | None = None
+    single_image_mode: bool = True
+    vit_patch_size: int = 16
+    pixel_shuffle_factor: int = 4
+    allow_upscale: bool = True
+    image_mean: Sequence[float] = IMAGENET_MEAN
+    image_std: Sequence[float] = IMAGENET_STD
+    background: Sequence[int] = WHITE
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        """Check every option now rather than at the first image."""
+        mean, std = check_normalization(self.image_mean, self.image_std)
+        object.__setattr__(self, "image_mean", mean)
+        object.__setattr__(self, "image_std", std)
+        object.__setattr__(self, "background", rgb_color("background", self.background))
+        check_max_pixels(self.max_pixels)
+        self.geometry(1, 1)
+        if self.splitted_image_size is not None:
+            self._check_split(self.splitted_image_size)
+        elif not self.single_image_mode:
+            raise ValueError("splitted_image_size=None: single_image_mode=False needs a tile size")
+
+    def __call__(
+        self,
+        image: ImageSource,
+        *,
+        name: str | int | None = None,
+        channels: Channels | None = None,
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Process one image; `name` and `channels` are `load_image`'s."""
+        rgb = load_image(
+            image,
+            name=name,
+            background=self.background,
+            max_pixels=self.max_pixels,
+            channels=channels,
+        )
+        if not self.single_image_mode:
+            return self._split(rgb)
+        size = self.geometry(rgb.height, rgb.width)
+        return self._pixels(rgb, size.height, size.width), size.token_grid
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        """Size and grids of an upright image of height x width pixels in single-image mode."""
+        return token_grid(
+            height,
+            width,
+            max_img_size=self.max_img_size,
+            patch_size=self.vit_patch_size,
+            factor=self.pixel_shuffle_factor,
+            allow_upscale=self.allow_upscale,
+        )
+
+    def tiles(self, height: int, width: int) -> TileGeometry:
+        """Size and tiles of an upright image of height x width pixels in split mode.
+
+        Raises:
+            ValueError: there is no `splitted_image_size`.
+        """
+        if self.splitted_image_size is None:
+            raise ValueError("splitted_image_size=None: there are no tiles without a tile size")
+        return tile_grid(
+            height,
+            width,
+            max_img_size=self.max_img_size,
+            splitted_image_size=self.splitted_image_size,
+            allow_upscale=self.allow_upscale,
+        )
+
+    def _check_split(self, side: int) -> None:
+        unit = self.vit_patch_size * self.pixel_shuffle_factor
+        if positive_int("splitted_image_size", side) % unit:
+            raise ValueError(
+                f"splitted_image_size={side}: expected a multiple of vit_patch_size * "
+                f"pixel_shuffle_factor = {self.vit_patch_size} * {self.pixel_shuffle_factor}"
+            )
+        if not self.single_image_mode:
+            self.tiles(1, 1)
+
+    def _pixels(self, image: Image.Image, height: int, width: int) -> torch.Tensor:
+        pixels = to_tensor(resize(image, height, width))
+        return normalize(pixels, self.image_mean, self.image_std)
+
+    def _split(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        size = self.tiles(image.height, image.width)
+        (n_h, n_w), side = size.tiles, size.height // size.tiles[0]
+        whole = self._pixels(image, size.height, size.width)
+        tiles = (
+            whole.view(3, n_h, side, n_w, side).permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side)
+        )
+        if size.num_images > 1:
+            tiles = torch.cat([self._pixels(image, side, side)[None], tiles])
+        return tiles, size.tiles
+
+
+def get_image_processor(
+    max_img_size: int,
+    splitted_image_size: int | None = None,
+    single_image_mode: bool = True,
+    vit_patch_size: int = 16,
+    pixel_shuffle_factor: int = 4,
+    allow_upscale: bool = True,
+    *,
+    image_mean: Sequence[float] = IMAGENET_MEAN,
+    image_std: Sequence[float] = IMAGENET_STD,
+    background: Sequence[int] = WHITE,
+    max_pixels: int = MAX_PIXELS,
+) -> ImageProcessor:
+    """A callable that makes of one image what the encoder takes.
+
+    It takes everything that `load_image` does, and its keyword arguments `name` and `channels`.
+
+    `single_image_mode=True` gives `(pixels, (gh, gw))`: float32 [3, H, W], normalised, at the size
+    of `token_grid`, with its token grid.
+
+    `single_image_mode=False` is nanoVLM's split mode and gives `(images, (n_h, n_w))`: float32
+    [K, 3, S, S], normalised, with S = `splitted_image_size`. `images[0]` is the whole image
+    squeezed into one S x S square, then come the n_h * n_w tiles row by row, so
+    K = 1 + n_h * n_w; if there is only one tile it stands alone and K = 1. The grid counts tiles;
+    each of the K squares has (S // patch // factor)^2 tokens.
+
+    Args:
+        max_img_size: limit of the longer side in pixels.
+        splitted_image_size: side of a tile in pixels, a multiple of `vit_patch_size *
+            pixel_shuffle_factor`; only the split mode uses it.
+        single_image_mode: False cuts the image into tiles.
+        vit_patch_size: side of a patch in pixels.
+        pixel_shuffle_factor: the projector's factor: factor x factor patches make a token.
+        allow_upscale: see `token_grid`.
+        image_mean: three numbers on the scale of [0, 1]; `normalization_for` knows presets.
+        image_std: three numbers greater than 0, likewise.
+        background: the colour under transparent pixels, three numbers from 0 to 255.
+        max_pixels: the largest image that is decoded, height * width.
+
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+    return ImageProcessor(
+        max_img_size=max_img_size,
+        splitted_image_size=splitted_image_size,
+        single_image_mode=single_image_mode,
+        vit_patch_size=vit_patch_size,
+        pixel_shuffle_factor=pixel_shuffle_factor,
+        allow_upscale=allow_upscale,
+        image_mean=image_mean,
+        image_std=image_std,
+        background=background,
+        max_pixels=max_pixels,
+    )
+
+
+def check_normalization(mean: Sequence[float], std: Sequence[float]) -> Normalization:
+    """Both as tuples of three floats.
+
+    Raises:
+        ValueError: not three finite numbers, or a std that is not above 0.
+    """
+    result = Normalization(_three("image_mean", mean), _three("image_std", std))
+    if min(result.std) <= 0:
+        raise ValueError(f"image_std={std!r}: expected three numbers greater than 0")
+    return result
+
+
+def _three(argument: str, values: Sequence[float]) -> tuple[float, float, float]:
+    try:
+        red, green, blue = (float(v) for v in values)
+    except (TypeError, ValueError):
+        red = green = blue = math.nan
+    if not all(map(math.isfinite, (red, green, blue))):
+        raise ValueError(f"{argument}={values!r}: expected three finite numbers")
+    return red, green, blue

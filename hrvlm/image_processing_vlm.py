@@ -1,0 +1,314 @@
+"""The image processors for transformers: torchvision and Pillow backends, one geometry, one result.
+
+Both give the packed layout of the encoder: `pixel_values` float32 [N, 3 * p * p], the patches of
+all images one after the other, and `image_grid_hw` int64 [B, 2], the patch grid of each image; the
+token grid is `image_grid_hw // pixel_shuffle_factor`. The base classes are those of transformers
+5.17 (`image_processing_backends.py`); the split into files follows `models/qwen2_vl`.
+
+Importing this file imports transformers, and torchvision where it is installed. Where it is not,
+`VLMImageProcessorPil` works and `VLMImageProcessor` raises when it is made. To let
+`AutoImageProcessor` load both:
+
+    AutoImageProcessor.register(
+        VLMConfig,
+        image_processor_classes={"torchvision": VLMImageProcessor, "pil": VLMImageProcessorPil},
+        exist_ok=True,
+    )
+"""
+
+from collections.abc import Iterator
+from math import inf
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import SizeDict
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils.import_utils import is_torchvision_available
+
+from .geometry import Geometry, positive_int, token_grid
+from .image_intake import (
+    MAX_PIXELS,
+    WHITE,
+    Channels,
+    ImageError,
+    ImageSource,
+    check_max_pixels,
+    load_image,
+    rgb_color,
+)
+from .image_processing import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    check_normalization,
+    normalize,
+    resize,
+    to_tensor,
+)
+from .patches import patchify
+
+ImageSources: TypeAlias = "ImageSource | list[ImageSources] | tuple[ImageSources, ...]"
+
+# Resized by these two, an image is the same on both backends to one step of 1/255.
+_RESAMPLING = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+_CHANNELS: dict[Any, Channels | None] = {
+    None: None,
+    "channels_first": "first",
+    "channels_last": "last",
+}
+_NOT_OURS = {  # options of transformers that have no meaning here, and the value they may have
+    "size": None,
+    "crop_size": None,
+    "pad_size": None,
+    "do_center_crop": False,
+    "do_pad": False,
+    "do_convert_rgb": True,
+    "image_seq_length": None,
+    "data_format": "channels_first",
+}
+_SWITCHES = ("do_resize", "do_rescale", "do_normalize", "allow_upscale")
+# What transformers writes into a saved configuration beside the options.
+_SERVICE_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}
+
+
+class VLMImageProcessorKwargs(ImagesKwargs, total=False):
+    """The options beside those of every image processor; `VLMImageProcessor` explains them."""
+
+    patch_size: int
+    pixel_shuffle_factor: int
+    max_img_size: int
+    allow_upscale: bool
+    background: list[int] | tuple[int, ...]
+    max_pixels: int
+
+
+class _PackedImageProcessor(BaseImageProcessor):
+    """What both backends share: everything but the resizing.
+
+    `preprocess` replaces the whole of the base class's, so that a batch is loaded and packed image
+    by image, and every error says which image it is about.
+    """
+
+    valid_kwargs = VLMImageProcessorKwargs
+    model_input_names = ["pixel_values", "image_grid_hw"]
+
+    do_convert_rgb = True
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    resample = Image.Resampling.BICUBIC
+    image_mean = IMAGENET_MEAN
+    image_std = IMAGENET_STD
+    patch_size = 16
+    pixel_shuffle_factor = 4
+    max_img_size = 2048
+    allow_upscale = True
+    background = WHITE
+    max_pixels = MAX_PIXELS
+
+    def __init__(self, **kwargs: Any) -> None:
+        options = {k: v for k, v in kwargs.items() if k not in _SERVICE_KEYS and k[0] != "_"}
+        self._options(options)
+        super().__init__(**kwargs)
+        self.background = rgb_color("background", self.background)  # a list in a saved file
+
+    def preprocess(self, images: ImageSources, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Pack images into `pixel_values` [N, 3 * p * p] and `image_grid_hw` [B, 2].
+
+        Args:
+            images: one image, or lists of images nested in any way; an image is whatever
+                `load_image` takes, and an array or tensor with four axes is a list of them.
+            *args: none.
+            **kwargs: any option, for this call only, and `return_tensors`: "pt" or "np".
+
+        Raises:
+            TypeError: an unknown option, or an image of an unknown type.
+            ValueError: there is no image, an image is bad (named by its index in the flat list),
+                an option is out of range, or `do_resize=False` and a side is not a multiple of
+                `patch_size * pixel_shuffle_factor`.
+        """
+        if args:
+            raise TypeError(f"{type(self).__name__}: options are given by name, got {args!r}")
+        options = self._options(kwargs)
+        packs, grids = [], []
+        for i, source in enumerate(_flat(images)):
+            image = load_image(
+                source,
+                name=i,
+                background=options["background"],
+                max_pixels=options["max_pixels"],
+                channels=_CHANNELS[options["input_data_format"]],
+            )
+            size = self._geometry(image.height, image.width, options, f"image {i}")
+            pixels = self._resized(image, size.height, size.width, options)
+            packs.append(patchify(_scaled(pixels, options), options["patch_size"]))
+            grids.append(size.patch_grid)
+        if not packs:
+            raise ValueError("images: expected at least one image, got none")
+        data = {"pixel_values": torch.cat(packs), "image_grid_hw": torch.tensor(grids)}
+        return BatchFeature(data=data, tensor_type=options["return_tensors"])
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """The images as they are: `preprocess` reads them, with EXIF, alpha and limits as asked.
+
+        The base class, which a processor of transformers calls first, would read paths and URLs in
+        ways of its own.
+        """
+        return image_url_or_urls
+
+    def get_patch_grid(
+        self, height: int, width: int, images_kwargs: dict[str, Any] | None = None
+    ) -> tuple[int, int]:
+        """(hp, wp) of an upright image of height x width pixels; `images_kwargs` as in a call."""
+        options = self._options(images_kwargs or {})
+        return self._geometry(height, width, options, "image").patch_grid
+
+    def get_number_of_image_patches(
+        self, height: int, width: int, images_kwargs: dict[str, Any] | None = None
+    ) -> int:
+        """Patches (not tokens) of an image, hp * wp: the method that serving engines ask for."""
+        hp, wp = self.get_patch_grid(height, width, images_kwargs)
+        return hp * wp
+
+    def _options(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        """Every option, checked; as everywhere in transformers, None is the default."""
+        names = self.valid_kwargs.__annotations__
+        if unknown := sorted(set(overrides) - set(names)):
+            raise TypeError(f"{type(self).__name__}: unknown options {', '.join(unknown)}")
+        options: dict[str, Any] = {name: getattr(self, name, None) for name in names}
+        options |= {name: value for name, value in overrides.items() if value is not None}
+        for name, only in _NOT_OURS.items():
+            if options[name] is not None and options[name] != only:
+                raise ValueError(
+                    f"{name}={options[name]!r}: not supported, a whole image is resized to what "
+                    "max_img_size, patch_size, pixel_shuffle_factor and allow_upscale say"
+                )
+        for name in _SWITCHES:
+            if not isinstance(options[name], bool):
+                raise ValueError(f"{name}={options[name]!r}: expected True or False")
+        if options["resample"] not in _RESAMPLING:
+            raise ValueError(f"resample={options['resample']!r}: expected one of {_RESAMPLING}")
+        if options["input_data_format"] not in _CHANNELS:
+            raise ValueError(
+                f"input_data_format={options['input_data_format']!r}: expected "
+                '"channels_first", "channels_last" or None'
+            )
+        scale = options["rescale_factor"]
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < inf:
+            raise ValueError(f"rescale_factor={scale!r}: expected a number greater than 0")
+        mean, std = (_spread(options[name]) for name in ("image_mean", "image_std"))
+        options["image_mean"], options["image_std"] = check_normalization(mean, std)
+        rgb_color("background", options["background"])
+        check_max_pixels(options["max_pixels"])
+        for name in ("max_img_size", "patch_size", "pixel_shuffle_factor"):
+            options[name] = positive_int(name, options[name])
+        unit = options["patch_size"] * options["pixel_shuffle_factor"]
+        self._geometry(unit, unit, options, "image")
+        return options
+
+    def _geometry(self, height: int, width: int, options: dict[str, Any], label: str) -> Geometry:
+        p, s = options["patch_size"], options["pixel_shuffle_factor"]
+        if options["do_resize"]:
+            return token_grid(
+                height,
+                width,
+                max_img_size=options["max_img_size"],
+                patch_size=p,
+                factor=s,
+                allow_upscale=options["allow_upscale"],
+            )
+        if height % (p * s) or width % (p * s):
+            raise ImageError(
+                f"{label}: height {height}, width {width}; do_resize=False needs multiples of "
+                f"patch_size * pixel_shuffle_factor = {p} * {s} = {p * s}"
+            )
+        hp, wp = height // p, width // p
+        return Geometry(height, width, (hp, wp), (hp // s, wp // s))
+
+    def _resized(
+        self, image: Image.Image, height: int, width: int, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """[3, height, width], whole numbers from 0 to 255."""
+        raise NotImplementedError
+
+
+class VLMImageProcessorPil(_PackedImageProcessor, PilBackend):
+    """`VLMImageProcessor` with Pillow's resizing: on the CPU, and without torchvision."""
+
+    def _resized(
+        self, image: Image.Image, height: int, width: int, options: dict[str, Any]
+    ) -> torch.Tensor:
+        pixels = to_tensor(resize(image, height, width, options["resample"]))
+        return pixels.to(options["device"])
+
+
+class VLMImageProcessor(_PackedImageProcessor, TorchvisionBackend):
+    """Images of any shapes into packed patches, resized by torchvision, on a GPU if asked.
+
+    Every option can be given here, in a call, or in `from_pretrained`:
+
+        patch_size: side of a patch in pixels (16).
+        pixel_shuffle_factor: the projector's factor (4).
+        max_img_size: limit of the longer side in pixels (2048).
+        allow_upscale: see `token_grid` (True).
+        background: the colour under transparent pixels (white).
+        max_pixels: the largest image that is decoded, height * width (178 956 970).
+        image_mean, image_std: per channel, on the scale of [0, 1] (ImageNet).
+        do_resize: False takes the image as it is, if it is a multiple of what a token covers.
+        do_rescale, rescale_factor, do_normalize: (pixel * rescale_factor - mean) / std; both off
+            leave 0 to 255.
+        resample: bicubic or bilinear, antialiased (bicubic).
+        input_data_format: where the channels of an array are, if its shape does not tell.
+        device: where to resize ("cuda"); the result stays there.
+
+    Float images must lie in [0, 1]; they are brought to 8 bits first, so rescaling is right for
+    them too. `disable_grouping` has no effect: images are packed, not stacked.
+
+    Raises:
+        ImportError: torchvision is not installed.
+        TypeError: an unknown option.
+        ValueError: an option is out of range, or one of transformers' that has no meaning here
+            (`size`, cropping, padding).
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        if not is_torchvision_available():
+            raise ImportError("VLMImageProcessor needs torchvision; VLMImageProcessorPil does not")
+        super().__init__(**kwargs)
+
+    def _resized(
+        self, image: Image.Image, height: int, width: int, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """As `image_processing.resize`: across, then down, each rounded to 8 bits.
+
+        In one call torchvision is off by up to 30 steps of 255 where bicubic overshoots (float), or
+        by 2 (its 8-bit kernel, which only some CPUs have).
+        """
+        pixels = to_tensor(image).to(options["device"]).float()
+        for size in (SizeDict(height=image.height, width=width), SizeDict(height, width)):
+            pixels = self.resize(pixels, size, options["resample"]).round_().clamp_(0, 255)
+        return pixels
+
+
+def _spread(value: Any) -> Any:
+    return [value] * 3 if isinstance(value, int | float) else value
+
+
+def _flat(images: Any) -> Iterator[Any]:
+    nested = isinstance(images, list | tuple)
+    if nested or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4):
+        for image in images:
+            yield from _flat(image) if nested else (image,)
+    else:
+        yield images
+
+
+def _scaled(pixels: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    scale = options["rescale_factor"] if options["do_rescale"] else 1.0
+    if not options["do_normalize"]:
+        return pixels.float() * scale
+    return normalize(pixels, options["image_mean"], options["image_std"], scale)
