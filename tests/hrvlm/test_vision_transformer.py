@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 from transformers import DINOv3ViTModel
 
 from hrvlm import DINOv3Encoder, EncoderOutput, PackedEncoderOutput, pack_images
+from hrvlm.checkpoints import CONFIGS, get_config
 from hrvlm_kernels import PackedGrids
 from tests.hrvlm.encoders import FAMILY, config_of, pair_of
 from tests.numerics import relative_error
@@ -267,6 +268,34 @@ def test_save_and_load_are_bit_equal_both_ways_with_transformers(name, tmp_path)
     for key, value in ours.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
         assert torch.equal(again.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_model_of_the_family_has_the_parameters_of_transformers(name):
+    config = get_config(name)
+    with torch.device("meta"):
+        theirs, ours = DINOv3ViTModel(config), DINOv3Encoder(config)
+    loaded = ours.load_state_dict(theirs.state_dict(), assign=True)
+    assert not loaded.missing_keys and not loaded.unexpected_keys
+    assert ours.num_parameters() == theirs.num_parameters()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_model_of_the_family_equals_transformers_in_two_blocks(name, rng):
+    """The true head_dim and options with two blocks; H+ and 7B with two of their heads."""
+    config = get_config(name, num_hidden_layers=2)
+    if config.hidden_size > 1024:
+        shrink = config.hidden_size // (2 * config.hidden_size // config.num_attention_heads)
+        config.hidden_size //= shrink
+        config.intermediate_size //= shrink
+        config.num_attention_heads //= shrink
+    theirs = DINOv3ViTModel(config).eval()
+    ours = DINOv3Encoder(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = images_of([(32, 64), (48, 16)], rng)
+    out = ours(images)
+    for image, tokens in zip(images, out.packed.split(out.last_hidden_state), strict=True):
+        assert relative_error(tokens, theirs(image[None]).last_hidden_state[0]) <= 1e-5
 
 
 def test_load_state_dict_takes_the_keys_of_transformers_files_without_strictness(tmp_path):
