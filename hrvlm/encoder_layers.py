@@ -160,10 +160,9 @@ class DINOv3Layer(GradientCheckpointingLayer):
         self, x: Tensor, packed: PackedGrids, backend: str = "auto", drop_path: bool = False
     ) -> Tensor:
         """Packed tokens ``[T, C]`` to ``[T, C]``."""
-        update = self.attention(self.norm1(x), packed, backend)
-        x = self.layer_scale1(x, self._drop_path(update, packed) if drop_path else update)
-        update = self.mlp(self.norm2(x))
-        return self.layer_scale2(x, self._drop_path(update, packed) if drop_path else update)
+        drop = self._drop_path if drop_path else _keep
+        x = self.layer_scale1(x, drop(self.attention(self.norm1(x), packed, backend), packed))
+        return self.layer_scale2(x, drop(self.mlp(self.norm2(x)), packed))
 
     def prefix_attention(self, x: Tensor, packed: PackedGrids, backend: str = "auto") -> Tensor:
         """Attention ``[P, heads, T]`` of the prefix tokens in this block, given its input `x`."""
@@ -178,6 +177,10 @@ class DINOv3Layer(GradientCheckpointingLayer):
         )
         lengths = packed.cu_seqlens.diff()
         return update * kept.repeat_interleave(lengths, dim=0, output_size=packed.total_tokens)
+
+
+def _keep(update: Tensor, packed: PackedGrids) -> Tensor:
+    return update
 
 
 def patch_size_of(config: DINOv3ViTConfig) -> int:

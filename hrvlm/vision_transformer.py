@@ -265,7 +265,7 @@ class DINOv3Encoder(PreTrainedModel):
         if rope_augment:
             packed = packed.with_coords(self._augmented(packed))
         drop_path = self.training and self.config.drop_path_rate > 0
-        states, attentions = {0: x}, []
+        states, attentions = ({0: x} if keep_all or 0 in keep else {}), []
         for i, layer in enumerate(cast("Iterable[DINOv3Layer]", self.layer), start=1):
             if prefix_attentions:
                 attentions.append(layer.prefix_attention(x, packed, self.backend))

@@ -1,0 +1,186 @@
+"""An encoder for the commands: a checkpoint, or random weights that say so."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .image_processing import Normalization, check_normalization, normalization_for
+
+if TYPE_CHECKING:
+    from .vision_transformer import DINOv3Encoder
+
+RANDOM_MODEL, RANDOM_SEED = "vits16", 0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """An encoder with what has to be known about it.
+
+    Attributes:
+        encoder: Frozen, on its device.
+        name: Hub id, directory, or "vits16, RANDOM WEIGHTS (seed 0)".
+        random_weights: Nothing was loaded: the features mean nothing.
+        normalization: Mean and std of the pixels it takes.
+    """
+
+    encoder: DINOv3Encoder
+    name: str
+    random_weights: bool
+    normalization: Normalization
+
+
+def load_encoder(
+    model: str | None = None,
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
+) -> LoadedEncoder:
+    """Load a checkpoint, or make a ViT-S/16 with random weights from a fixed seed.
+
+    Args:
+        model: Hub id or directory; None for random weights.
+        backend: One of :data:`hrvlm_kernels.backends.BACKENDS`; checked here rather than in the
+            first layer.
+        device: Default: the GPU if there is one, else the CPU.
+        dtype: Key of :data:`DTYPES`; default: bfloat16 on a GPU, float32 on the CPU.
+
+    Raises:
+        ValueError: no DINOv3 encoder there, weights missing from it, a name is unknown, or backend
+            or device can't be used here; the message says why.
+    """
+    where = pick_device(device)
+    name = dtype or ("float32" if where.type == "cpu" else "bfloat16")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {name!r}")
+    check_backend_runs(backend, where, DTYPES[name])
+    if model is None:
+        encoder = _random_encoder()
+        label, normalization = f"{RANDOM_MODEL}, RANDOM WEIGHTS (seed {RANDOM_SEED})", None
+    else:
+        encoder, label = _pretrained_encoder(model), model
+        normalization = _stored_normalization(model)
+    encoder.backend = backend
+    encoder.to(device=where, dtype=DTYPES[name])  # type: ignore[call-arg]
+    encoder.freeze()
+    return LoadedEncoder(encoder, label, model is None, normalization or normalization_for(label))
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device of that name; by default the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {device!r} can't be used: {_first_line(error)}") from error
+    return chosen
+
+
+def check_backend_runs(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError, saying why, when `backend` can't run an encoder on `device`."""
+    from hrvlm_kernels.backends import OPS, resolve
+
+    for op in OPS:
+        try:
+            resolve(op, backend, torch.empty(0, device=device, dtype=dtype))
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+
+
+def _random_encoder() -> DINOv3Encoder:
+    from .checkpoints import get_config
+    from .vision_transformer import DINOv3Encoder
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        return DINOv3Encoder(get_config(RANDOM_MODEL))
+
+
+def _pretrained_encoder(model: str) -> DINOv3Encoder:
+    from .vision_transformer import DINOv3Encoder
+
+    check_model_type(model, "dinov3_vit")
+    loading: Any
+    with quiet_loading():
+        loading = DINOv3Encoder.from_pretrained(model, output_loading_info=True)
+    encoder, info = loading
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model {model!r} lacks {len(missing)} of the encoder's weights, e.g. {missing[0]}"
+        )
+    return encoder
+
+
+def check_model_type(model: str, expected: str) -> None:
+    """Raise ValueError unless `model` is a directory or a hub id of a model of that type."""
+    from transformers import PretrainedConfig
+
+    path = Path(model)
+    if path.is_file():
+        raise ValueError(
+            f"model {model!r} is a file; make a directory of it: hrvlm convert {model} DIRECTORY"
+        )
+    if not path.is_dir() and (model.startswith((".", "~", "/")) or model.count("/") > 1):
+        raise ValueError(f"model {model!r}: no such directory (and no hub id, OWNER/NAME)")
+    try:
+        stored, _ = PretrainedConfig.get_config_dict(model)
+    except OSError as error:
+        raise ValueError(f"model {model!r} can't be loaded: {_first_line(error)}") from error
+    if stored.get("model_type") != expected:
+        raise ValueError(
+            f"model {model!r} is of type {stored.get('model_type')!r}, expected {expected!r}"
+        )
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Load from files of transformers: errors in one line, no bars where stderr is no terminal.
+
+    Raises:
+        ValueError: a file is missing or can't be read.
+    """
+    from transformers.utils import logging
+
+    quiet = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if quiet:
+        logging.disable_progress_bar()
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(_first_line(error)) from error
+    finally:
+        if quiet:
+            logging.enable_progress_bar()
+
+
+def _stored_normalization(model: str) -> Normalization | None:
+    """Mean and std of the model's own image processor, None where it has none."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    stored: dict[str, Any]
+    try:
+        stored, _ = ImageProcessingMixin.get_image_processor_dict(model)
+    except OSError:
+        return None
+    if "image_mean" not in stored or "image_std" not in stored:
+        return None
+    return check_normalization(stored["image_mean"], stored["image_std"])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

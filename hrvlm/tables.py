@@ -1,0 +1,246 @@
+"""What the commands show to people: one table each, and a line or two below it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import console, note, printable
+
+if TYPE_CHECKING:
+    from .checkpoints import CheckpointInfo
+    from .encode import EncodeResult
+    from .generate import Generated
+    from .plan import Plan
+    from .verify import Report
+
+
+def show_encoded(result: EncodeResult) -> None:
+    """Sizes, grids, tokens and times of ``hrvlm encode``."""
+    _print_table(
+        ["image", "size", "resized", "patch grid", "token grid", "tokens", "time", "share"],
+        [
+            (
+                image.path,
+                _grid(image.size),
+                _grid((image.geometry.height, image.geometry.width)),
+                _grid(image.geometry.patch_grid),
+                _grid(image.geometry.token_grid),
+                image.geometry.num_tokens,
+                _seconds(image.seconds),
+                f"{image.share:.0%}",
+            )
+            for image in result.images
+        ],
+    )
+    patches = sum(image.geometry.num_patches for image in result.images)
+    tokens = sum(image.geometry.num_tokens for image in result.images)
+    passes, seconds = len(result.pass_seconds), sum(result.pass_seconds)
+    _print(
+        f"grids are down x across; {_count(len(result.images), 'image')}, "
+        f"{patches} patches, {tokens} tokens in {_count(passes, 'packed pass', 'packed passes')}: "
+        f"{_seconds(seconds)} (an image's time is its share of the pass's FLOPs)"
+    )
+    attention = f"attention by {result.attention_backend} (backend {result.backend})"
+    _print(f"{result.model}, {result.dtype} on {result.device}, {attention}")
+    written = [image.features for image in result.images if image.features]
+    if written:
+        _print(f"written to {written[0].parent}")
+
+
+def show_plan(plan: Plan) -> None:
+    """Grids, FLOPs and memory of ``hrvlm plan``."""
+    rows: list[Sequence[object]] = [
+        (
+            image.name,
+            _grid((image.height, image.width)),
+            _grid((image.geometry.height, image.geometry.width)),
+            _grid(image.geometry.patch_grid),
+            _grid(image.geometry.token_grid),
+            image.geometry.num_tokens,
+            quantity(image.cost.gemm, "FLOP"),
+            quantity(image.cost.attention, "FLOP"),
+        )
+        for image in plan.images
+    ]
+    if len(rows) > 1:
+        cost = plan.cost
+        total = quantity(cost.gemm, "FLOP"), quantity(cost.attention, "FLOP")
+        rows.append(("all, packed", "", "", "", "", plan.visual_tokens, *total))
+    headers = ["image", "size", "resized", "patch grid", "token grid", "tokens", "GEMMs"]
+    _print_table([*headers, "attention"], rows)
+    arch = plan.architecture
+    _print(
+        f"grids are down x across; {plan.packed_tokens} packed tokens with "
+        f"{arch.num_prefix_tokens} prefix tokens an image"
+    )
+    _print(
+        f"{arch.name}, {quantity(arch.num_parameters, '')} parameters, {plan.dtype}: "
+        f"weights {quantity(plan.weight_bytes, 'B', base=1024)}, "
+        f"activations of a forward {quantity(plan.activation_bytes, 'B', base=1024)}, "
+        f"{quantity(plan.cost.total, 'FLOP')}"
+    )
+
+
+def show_generated(result: Generated) -> None:
+    """Counts and speed of ``hrvlm generate``, on stderr: stdout has the text."""
+    first = result.first_token_seconds
+    begun = "" if first is None else f", the first after {_seconds(first)}"
+    note(
+        f"{result.prompt_tokens} prompt tokens, {result.new_tokens} new in "
+        f"{_seconds(result.seconds)} ({result.tokens_per_second:.1f} tokens/s{begun})"
+    )
+
+
+def summarize_converted(directory: Path, info: CheckpointInfo) -> dict[str, Any]:
+    """What ``hrvlm convert`` wrote, read back from the files."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stored:
+            count += len(stored.keys())
+    return {
+        "directory": str(directory),
+        "layout": info.layout,
+        "prefix": info.prefix,
+        "tensors": count,
+        "left_out": list(info.left_out),
+        "added": list(info.added),
+        "config": json.loads((directory / "config.json").read_text(encoding="utf-8")),
+    }
+
+
+def show_converted(summary: dict[str, Any]) -> None:
+    """The result of ``hrvlm convert``."""
+    prefix = f" under {summary['prefix']!r}" if summary["prefix"] else ""
+    _print(f"recognised: {summary['layout']} layout{prefix}")
+    for name in ("left_out", "added"):
+        if summary[name]:
+            _print(f"{name.replace('_', ' ')}: {', '.join(summary[name])}")
+    config = summary["config"]
+    _print(
+        f"config: hidden_size {config['hidden_size']}, {config['num_hidden_layers']} layers, "
+        f"{config['num_attention_heads']} heads, MLP {config['intermediate_size']}"
+        f"{' gated' if config['use_gated_mlp'] else ''}, patch {config['patch_size']}, "
+        f"{config['num_register_tokens']} registers, {config['dtype']}"
+    )
+    _print(f"wrote {summary['tensors']} tensors to {summary['directory']}")
+
+
+def show_report(report: Report) -> None:
+    """Errors and limits of ``hrvlm verify``."""
+    columns = ["op", "backend", "dtype", "what", "nearest to its limit"]
+    _print_table(
+        [*columns, "error", "eager's", "of limit", ""],
+        [
+            (
+                check.op,
+                check.backend,
+                check.dtype,
+                check.what,
+                check.message or check.where,
+                "" if check.message else f"{check.error:.1e}",
+                "" if check.message else f"{check.baseline:.1e}",
+                "" if check.message else f"{check.used:.0%}",
+                "ok" if check.passed else "FAILED",
+            )
+            for check in report.checks
+        ],
+        left=len(columns),
+    )
+    _print("errors are relative to float64; the limit is 2x the error of eager in the same dtype,")
+    _print("whole, per segment and in the worst row (RoPE: rounding of each element)")
+    for skip in report.skipped:
+        ops = f" for {', '.join(skip.ops)}" if skip.ops else ""
+        _print(f"not run: {skip.backend} in {skip.dtype}{ops}: {skip.reason}")
+    failed = sum(not check.passed for check in report.checks)
+    verdict = f"{failed} of {len(report.checks)} checks FAILED" if failed else "all checks passed"
+    _print(f"{report.device}: {verdict}")
+
+
+def show_diagnosis(found: dict[str, Any]) -> None:
+    """The findings of ``hrvlm doctor``."""
+    lines = {
+        "hrvlm": found["hrvlm"],
+        "python": f"{found['python']} on {found['platform']}",
+        **{name: version or "absent" for name, version in found["packages"].items()},
+        **{
+            f"extra: {extra}": ", ".join(f"{n} {v or 'absent'}" for n, v in names.items())
+            for extra, names in found["extras"].items()
+        },
+        "CUDA": found["cuda"] or found["hip"] or "torch is built without",
+        "driver": found["driver"] or "none found",
+        **{
+            f"GPU {i}": f"{gpu['name']}, capability {gpu['capability']}, "
+            f"{quantity(gpu['memory_bytes'], 'B', base=1024)}"
+            for i, gpu in enumerate(found["gpus"])
+        },
+        "CPU": f"{found['cpu']['cores']} cores, {found['cpu']['threads']} threads for torch, "
+        f"{found['cpu']['capability']}",
+    }
+    if found["triton_interpreter"]:
+        lines["TRITON_INTERPRET"] = "1: kernels run in the interpreter, which is for tests"
+    _print_table(["", ""], list(lines.items()), left=2, header=False)
+    _print_table(
+        ["backend", "op", "what runs"],
+        [
+            (backend, op, what)
+            for backend, ops in found["backends"].items()
+            for op, what in ops.items()
+        ],
+        left=3,
+    )
+    for problem in found["problems"]:
+        _print(f"PROBLEM: {problem}")
+
+
+def quantity(value: float, unit: str, *, base: int = 1000) -> str:
+    """A number with a prefix: ``1.53 TFLOP``; with base 1024, ``82.1 MiB``."""
+    prefixes = ("", "K", "M", "G", "T", "P") if base == 1024 else ("", "k", "M", "G", "T", "P")
+    power = 0
+    while abs(value) >= base and power < len(prefixes) - 1:
+        value, power = value / base, power + 1
+    digits = f"{value:.0f}" if power == 0 or value >= 100 else f"{value:.3g}"
+    infix = "i" if base == 1024 and power else ""
+    return f"{digits} {prefixes[power]}{infix}{unit}"
+
+
+def _grid(sides: Sequence[int]) -> str:
+    return "x".join(map(str, sides))
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _print(line: str) -> None:
+    console().print(printable(line), markup=False, soft_wrap=True)
+
+
+def _print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1, header: bool = True
+) -> None:
+    """Print a table on stdout; the first `left` columns are text, the others numbers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        show_header=header,
+        collapse_padding=True,
+    )
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console().print(table)

@@ -1,0 +1,237 @@
+"""Pictures of what an encoder sees: patch features as colours, attention as heat.
+
+    upright input | the first three principal components as red, green, blue | CLS attention
+
+Everything is deterministic, and defined for any grid: a single patch or constant features give an
+even grey, never NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Color = tuple[int, int, int]
+
+BACKGROUND: Color = (250, 250, 250)
+INK: Color = (32, 32, 36)
+FAINT: Color = (110, 110, 118)
+# Dark violet to pale yellow through red: lightness rises evenly, so it reads in grey too.
+_HEAT_STOPS = (
+    (0, 0, 4),
+    (66, 10, 104),
+    (147, 38, 103),
+    (221, 81, 58),
+    (252, 165, 10),
+    (252, 255, 164),
+)
+_FRAME: Color = (205, 205, 210)
+_MARGIN, _LABEL = 12, 24  # pixels around the panels, and for the name above each
+
+
+def principal_components(features: Tensor, count: int = 3) -> Tensor:
+    """Scores of the rows on their first principal components.
+
+    ``scores = (x - mean) V`` with V the leading eigenvectors of ``(x - mean)^T (x - mean)``, each
+    signed so that its entry of largest magnitude is positive. Computed in float64 by the smaller of
+    the covariance and the Gram matrix.
+
+    Args:
+        features: ``[n, C]``, at least one row.
+        count: Components wanted.
+
+    Returns:
+        ``[n, count]`` float64. Components that the data do not have (fewer rows than components,
+        constant features, variance below float32's rounding) are zero.
+
+    Raises:
+        ValueError: `features` is not ``[n, C]`` with n >= 1, or not finite.
+    """
+    if features.ndim != 2 or not features.shape[0]:
+        raise ValueError(f"features must be [n, C] with n >= 1, got {tuple(features.shape)}")
+    x = features.detach().double()
+    if not x.isfinite().all():
+        raise ValueError("features: not finite")
+    magnitude = x.square().sum()
+    x = x - x.mean(0)
+    n, width = x.shape
+    by_rows = n < width
+    values, vectors = torch.linalg.eigh(x @ x.T if by_rows else x.T @ x)  # ascending
+    kept = min(count, values.shape[0])
+    values, vectors = values.flip(0)[:kept], vectors.flip(1)[:, :kept]
+    directions = x.T @ vectors if by_rows else vectors  # [C, kept]
+    directions = directions / directions.norm(dim=0).clamp_min(1e-300)
+    largest = directions.abs().argmax(0, keepdim=True)
+    directions = directions * directions.gather(0, largest).sign()
+    # Relative to the uncentred size: what is left of equal float32 rows is rounding, not structure.
+    noise = magnitude * (4 * torch.finfo(torch.float32).eps) ** 2
+    directions = directions * (values > noise)
+    scores = x.new_zeros(n, count)
+    scores[:, :kept] = x @ directions
+    return scores
+
+
+def pca_colors(features: Sequence[Tensor], *, joint: bool = False) -> list[Tensor]:
+    """Patch features as colours: the first three principal components, each over its own range.
+
+    The 1st and 99th percentiles of a component become 0 and 1. A component without variance is 0.5.
+
+    Args:
+        features: ``[C, hp, wp]`` per image (``PackedEncoderOutput.to_maps``).
+        joint: One projection for all images, so that equal colours mean equal features across them;
+            otherwise each image has its own, with more contrast.
+
+    Returns:
+        ``[3, hp, wp]`` float32 in [0, 1] per image.
+    """
+    rows = [x.flatten(1).T for x in features]
+    groups = [torch.cat(rows)] if joint and rows else rows
+    colors = [_spread(principal_components(group)) for group in groups]
+    if joint and rows:
+        colors = list(colors[0].split([r.shape[0] for r in rows]))
+    return [c.T.unflatten(1, x.shape[1:]).float() for c, x in zip(colors, features, strict=True)]
+
+
+def unit_range(values: Tensor, low: float = 0.01, high: float = 0.99) -> Tensor:
+    """Scale a tensor so that two of its quantiles become 0 and 1, clipped; constants become 0."""
+    ordered = values.detach().flatten().double().sort().values
+    last = ordered.numel() - 1
+    bottom, top = ordered[round(low * last)], ordered[round(high * last)]
+    if not top > bottom:  # few values stand out of an otherwise constant map
+        bottom, top = ordered[0], ordered[-1]
+    spread = top - bottom
+    if not spread > 1e-6 * ordered.abs().max():
+        return torch.zeros_like(values, dtype=torch.float32)
+    return ((values.double() - bottom) / spread).clamp(0, 1).float()
+
+
+def heat_colors(values: Tensor) -> Tensor:
+    """Numbers in [0, 1] as colours from black through red to yellow: ``[...]`` to ``[..., 3]``."""
+    stops = torch.tensor(_HEAT_STOPS, dtype=torch.float32, device=values.device) / 255
+    position = values.float().clamp(0, 1) * (len(stops) - 1)
+    below = position.floor().clamp_max(len(stops) - 2).long()
+    part = (position - below)[..., None]
+    return stops[below] * (1 - part) + stops[below + 1] * part
+
+
+def pca_picture(colors: Tensor, size: tuple[int, int]) -> Image.Image:
+    """Colours ``[3, hp, wp]`` as an image of `size` (width, height), patches as sharp blocks."""
+    return _to_image(colors.permute(1, 2, 0)).resize(size, Image.Resampling.NEAREST)
+
+
+def attention_picture(image: Image.Image, attention: Tensor) -> Image.Image:
+    """Heat of an attention map ``[hp, wp]`` laid over the image in grey, in the image's size."""
+    heat = unit_range(attention.cpu())
+    smooth = _resize(heat, image.size)
+    over = _to_image(heat_colors(smooth))
+    under = image.convert("L").convert("RGB")
+    opacity = _grey(0.25 + 0.55 * smooth)
+    return Image.composite(over, under, opacity)
+
+
+def sheet(
+    image: Image.Image,
+    colors: Tensor,
+    attention: Tensor,
+    *,
+    title: str,
+    notes: str = "",
+    size: tuple[int, int] | None = None,
+    panel: int = 720,
+) -> Image.Image:
+    """Input, principal components and CLS attention on one page, with captions.
+
+    Panels stand side by side; those of an image more than twice as wide as high lie one above the
+    other.
+
+    Args:
+        image: Upright RGB input.
+        colors: ``[3, hp, wp]`` from :func:`pca_colors`.
+        attention: ``[hp, wp]``: weights of the CLS token over the patches.
+        title: First line of the caption.
+        notes: Smaller lines below it.
+        size: (width, height) the encoder saw, which gives the panels their shape; default: that of
+            `image`.
+        panel: Longest side of a panel in pixels.
+
+    Raises:
+        ValueError: the two maps have different grids.
+    """
+    if colors.shape[1:] != attention.shape:
+        raise ValueError(
+            f"colors and attention must have one grid, "
+            f"got {tuple(colors.shape[1:])} and {tuple(attention.shape)}"
+        )
+    width, height = size or image.size
+    scale = panel / max(width, height)
+    shape = max(1, round(width * scale)), max(1, round(height * scale))
+    shown = image.resize(shape, Image.Resampling.LANCZOS)
+    panels = {
+        "input": shown,
+        "patch features, PCA to RGB": pca_picture(colors.cpu(), shape),
+        "attention of CLS, last layer": attention_picture(shown, attention),
+    }
+    return _lay_out(panels, title, notes, stacked=width > 2 * height)
+
+
+def _lay_out(
+    panels: dict[str, Image.Image], title: str, notes: str, *, stacked: bool
+) -> Image.Image:
+    large, small = ImageFont.load_default(18), ImageFont.load_default(14)
+    lines = notes.splitlines()
+    names = [small.getlength(name) for name in panels]
+    width, height = next(iter(panels.values())).size
+    head = _MARGIN + 26 + 20 * len(lines)
+    across, down = (1, len(panels)) if stacked else (len(panels), 1)
+    cell_width, cell_height = max(width, math.ceil(max(names))), _LABEL + height
+    text = math.ceil(max(large.getlength(title), *map(small.getlength, lines), *names))
+    size = (
+        max(across * (cell_width + _MARGIN), text + _MARGIN) + _MARGIN,
+        head + down * (cell_height + _MARGIN),
+    )
+    page = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(page)
+    draw.text((_MARGIN, _MARGIN), title, fill=INK, font=large)
+    for i, line in enumerate(lines):
+        draw.text((_MARGIN, _MARGIN + 26 + 20 * i), line, fill=FAINT, font=small)
+    for i, (name, picture) in enumerate(panels.items()):
+        x = _MARGIN + (0 if stacked else i * (cell_width + _MARGIN))
+        y = head + (i * (cell_height + _MARGIN) if stacked else 0)
+        draw.text((x, y + 4), name, fill=INK, font=small)
+        frame = (x - 1, y + _LABEL - 1, x + width, y + _LABEL + height)
+        draw.rectangle(frame, outline=_FRAME)  # a white page on a white ground has no edge
+        page.paste(picture, (x, y + _LABEL))
+    return page
+
+
+def _spread(scores: Tensor) -> Tensor:
+    """Each column over [0, 1]; columns of zeros become 0.5."""
+    columns = [
+        unit_range(c) if c.any() else torch.full_like(c, 0.5, dtype=torch.float32)
+        for c in scores.unbind(1)
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def _resize(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear ``[hp, wp]`` to ``[height, width]``, pixel centres aligned."""
+    width, height = size
+    return torch.nn.functional.interpolate(
+        values[None, None].float(), (height, width), mode="bilinear", align_corners=False
+    )[0, 0]
+
+
+def _to_image(colors: Tensor) -> Image.Image:
+    return Image.fromarray(_to_bytes(colors).numpy())
+
+
+def _grey(values: Tensor) -> Image.Image:
+    return Image.fromarray(_to_bytes(values).numpy())
+
+
+def _to_bytes(values: Tensor) -> Tensor:
+    return (values.clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()
