@@ -8,9 +8,13 @@ Names are imported when first used, so that importing the package stays cheap.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import registration
+
 if TYPE_CHECKING:
     from .acceleration import accelerate, restore
     from .checkpoints import convert, load_checkpoint, load_into
+    from .collators import BaseCollator, VQACollator
+    from .config import VLMConfig
     from .encoder_output import EncoderOutput, PackedEncoderOutput
     from .geometry import Geometry, TileGeometry, tile_grid, token_grid
     from .image_intake import ImageError, load_image
@@ -22,32 +26,45 @@ if TYPE_CHECKING:
         normalization_for,
     )
     from .image_processing_vlm import VLMImageProcessor, VLMImageProcessorPil
+    from .modality_projector import ModalityProjector
     from .patches import pack_images, patchify, unpatchify
+    from .plan import make_plan
+    from .processors import VLMProcessor, get_image_string, get_tokenizer
+    from .vision_language_model import VisionLanguageModel
     from .vision_transformer import DINOv3Encoder
 
 _HOME = {
-    "tile_grid": "geometry",
-    "TileGeometry": "geometry",
-    "ImageProcessor": "image_processing",
-    "ImageError": "image_intake",
-    "IMAGENET_STD": "image_processing",
-    "IMAGENET_MEAN": "image_processing",
+    "BaseCollator": "collators",
     "DINOv3Encoder": "vision_transformer",
     "EncoderOutput": "encoder_output",
     "Geometry": "geometry",
+    "IMAGENET_MEAN": "image_processing",
+    "IMAGENET_STD": "image_processing",
+    "ImageError": "image_intake",
+    "ImageProcessor": "image_processing",
+    "ModalityProjector": "modality_projector",
     "PackedEncoderOutput": "encoder_output",
+    "TileGeometry": "geometry",
+    "VLMConfig": "config",
     "VLMImageProcessor": "image_processing_vlm",
     "VLMImageProcessorPil": "image_processing_vlm",
+    "VLMProcessor": "processors",
+    "VQACollator": "collators",
+    "VisionLanguageModel": "vision_language_model",
     "accelerate": "acceleration",
     "convert": "checkpoints",
     "get_image_processor": "image_processing",
+    "get_image_string": "processors",
+    "get_tokenizer": "processors",
     "load_checkpoint": "checkpoints",
     "load_image": "image_intake",
     "load_into": "checkpoints",
+    "make_plan": "plan",
     "normalization_for": "image_processing",
     "pack_images": "patches",
     "patchify": "patches",
     "restore": "acceleration",
+    "tile_grid": "geometry",
     "token_grid": "geometry",
     "unpatchify": "patches",
 }
@@ -55,21 +72,30 @@ _HOME = {
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "BaseCollator",
     "DINOv3Encoder",
     "EncoderOutput",
     "Geometry",
     "ImageError",
     "ImageProcessor",
+    "ModalityProjector",
     "PackedEncoderOutput",
     "TileGeometry",
+    "VLMConfig",
     "VLMImageProcessor",
     "VLMImageProcessorPil",
+    "VLMProcessor",
+    "VQACollator",
+    "VisionLanguageModel",
     "accelerate",
     "convert",
     "get_image_processor",
+    "get_image_string",
+    "get_tokenizer",
     "load_checkpoint",
     "load_image",
     "load_into",
+    "make_plan",
     "normalization_for",
     "pack_images",
     "patchify",
@@ -91,3 +117,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+registration.install()

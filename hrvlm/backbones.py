@@ -1,0 +1,131 @@
+"""Building the vision-language model from pretrained parts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DINOv3ViTModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from .config import VLMConfig
+from .processors import get_tokenizer
+from .vision_language_model import VisionLanguageModel, without_mask_token
+from .vision_transformer import DINOv3Encoder
+
+
+def join(
+    model_class: type[VisionLanguageModel],
+    vision: str | PreTrainedModel,
+    language: str | PreTrainedModel,
+    tokenizer: str | PreTrainedTokenizerBase,
+    dtype: torch.dtype | None,
+    options: dict[str, Any],
+) -> VisionLanguageModel:
+    """Do what :meth:`VisionLanguageModel.from_backbones` says."""
+    names = {
+        name: part
+        for name, part in zip(
+            ("vit_model_type", "lm_model_type", "lm_tokenizer"),
+            (vision, language, tokenizer),
+            strict=True,
+        )
+        if isinstance(part, str)
+    }
+    if isinstance(tokenizer, str):
+        tokenizer = get_tokenizer(
+            tokenizer, options.get("vlm_extra_tokens"), options.get("lm_chat_template")
+        )
+    if getattr(tokenizer, "image_token", None) is None:
+        raise ValueError("tokenizer: it has no image_token; make it with hrvlm.get_tokenizer")
+    encoder, decoder = load_vision(vision), load_language(language)
+    embeddings: Any = decoder.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
+        decoder.resize_token_embeddings(len(tokenizer))
+    config = VLMConfig(
+        vision_config=encoder.config,
+        text_config=decoder.config,
+        image_token_id=tokenizer.image_token_id,
+        **(names | options),
+    )
+    with torch.device("meta"):
+        model = model_class(config)
+    if isinstance(encoder, DINOv3Encoder):
+        without_mask_token(encoder)
+    model.vision_encoder, model.decoder = encoder, decoder
+    config.text_config = decoder.config
+    model.MP.to_empty(device=decoder.device).reset_parameters()
+    for parameter in model.parameters():  # not the buffers: RoPE's frequencies stay in float32
+        parameter.data = parameter.data.to(decoder.dtype if dtype is None else dtype)
+    model.generation_config = copy.deepcopy(decoder.generation_config)
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def load_vision(source: str | PreTrainedModel) -> DINOv3Encoder | SiglipVisionModel:
+    """The encoder for `source`; weights of a loaded model are shared where their layout allows.
+
+    Raises:
+        TypeError: `source` is a model of another kind.
+        ValueError: the checkpoint is of another kind.
+    """
+    if isinstance(source, DINOv3Encoder):
+        return source
+    if isinstance(source, DINOv3ViTModel):
+        return _refilled(DINOv3Encoder, source)
+    if isinstance(source, SiglipVisionModel):
+        return _refilled(SiglipVisionModel, source)
+    if not isinstance(source, str):
+        raise TypeError(
+            "vision: expected a name, a DINOv3Encoder, a DINOv3ViTModel or a SiglipVisionModel, "
+            f"got {type(source).__name__}"
+        )
+    config = AutoConfig.from_pretrained(source)
+    config = getattr(config, "vision_config", config)
+    if config.model_type == "dinov3_vit":
+        return DINOv3Encoder.from_pretrained(source)
+    if config.model_type == "siglip_vision_model":
+        config.vision_use_head = False
+        return SiglipVisionModel.from_pretrained(source, config=config)
+    raise ValueError(f"vision={source!r}: expected dinov3_vit or siglip, got {config.model_type}")
+
+
+def load_language(source: str | PreTrainedModel) -> PreTrainedModel:
+    """The causal language model for `source`.
+
+    Raises:
+        TypeError: `source` is a model that cannot generate text.
+    """
+    if isinstance(source, str):
+        return AutoModelForCausalLM.from_pretrained(source)
+    if not isinstance(source, PreTrainedModel) or not source.can_generate():
+        raise TypeError(
+            f"language: expected a name or a causal language model, got {type(source).__name__}"
+        )
+    return source
+
+
+def _refilled(model_class: Any, source: PreTrainedModel) -> Any:
+    """A `model_class` with the weights of `source`, which is left as it is."""
+    config = copy.deepcopy(source.config)
+    if isinstance(config, SiglipVisionConfig):
+        config.vision_use_head = False
+    with torch.device("meta"):
+        model = model_class(config)
+    wanted = {f"{name}." for name, _ in model.named_children()}
+    state = {
+        key: value
+        for key, value in source.state_dict().items()
+        if key.startswith(("model.", *wanted))
+    }
+    model.load_state_dict(state, assign=True)
+    return model.train(source.training)

@@ -1,0 +1,190 @@
+"""Samples to a batch: text padded, images packed.
+
+A sample is a mapping with
+
+    input_ids      [L] ints, the placeholders of its images among them
+    attention_mask [L], optional (ones)
+    labels         [L] aligned with input_ids (the model shifts them), -100 where there is no loss
+    pixel_values   [N, 3*p*p] and image_grid_hw [images, 2]: packed patches; or
+    images         a list of [3, H, W] or [K, 3, S, S] tensors, or of (tensor, grid) as
+                   get_image_processor gives them, which are packed here
+
+where a leading axis of 1, as processors give it, is dropped. `None` instead of a sample is skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .patches import pack_images
+
+IGNORE_INDEX = -100
+
+logger = logging.getLogger(__name__)
+
+
+class BaseCollator:
+    """Pads the texts and packs the images of a batch.
+
+    The batch is a dictionary, with `input_ids` first (Trainer takes its length for the batch size):
+    ``input_ids``, ``attention_mask`` and, if the samples have them, ``labels``, all
+    ``[B, L]``; ``pixel_values`` ``[N, 3*p*p]`` and ``image_grid_hw`` ``[images, 2]``, which have
+    zero rows in a batch without images. Labels are -100 at padding and at image tokens.
+
+    Samples longer than `max_length` are dropped: cut, they would lose placeholders. A batch that
+    loses all of them (or has none) has ``input_ids`` ``[0, 0]`` and so on; the model takes it and
+    returns a loss of 0.
+
+    Args:
+        tokenizer: A tokenizer, or a processor that has one.
+        max_length: Longest sample, in tokens; None for any.
+        patch_size: Side of a patch in pixels, to pack `images`; a processor knows it.
+        pad_to_multiple_of: Pad the length of the batch up to a multiple of this.
+
+    Attributes:
+        num_dropped: Over-long samples dropped so far, by this copy (each worker of a DataLoader has
+            its own).
+    """
+
+    needs_labels = False
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int | None = None,
+        *,
+        patch_size: int | None = None,
+        pad_to_multiple_of: int | None = None,
+    ):
+        image_processor = getattr(tokenizer, "image_processor", None)
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer: it has no pad_token; make it with hrvlm.get_tokenizer")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length={max_length}: expected at least 1, or None")
+        self.max_length = max_length
+        self.patch_size = patch_size or getattr(image_processor, "patch_size", None)
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.image_token_id = getattr(self.tokenizer, "image_token_id", None)
+        self.num_dropped = 0
+
+    def __call__(self, samples: Sequence[Mapping[str, Any] | None]) -> dict[str, Tensor]:
+        """Collate samples; the top of this file says what a sample is.
+
+        Raises:
+            ValueError: a sample (named by its index) lacks `input_ids` or `labels`, its parts have
+                different lengths, or it has pixels without grids.
+        """
+        rows = [self._row(i, sample) for i, sample in enumerate(samples) if sample is not None]
+        kept = [
+            r for r in rows if self.max_length is None or len(r["input_ids"]) <= self.max_length
+        ]
+        if dropped := len(rows) - len(kept):
+            self.num_dropped += dropped
+            logger.warning(
+                "dropped %d of %d samples longer than %s tokens (%d so far)",
+                dropped,
+                len(rows),
+                self.max_length,
+                self.num_dropped,
+            )
+        return self._batch(kept, with_labels=self.needs_labels or any("labels" in r for r in rows))
+
+    def _row(self, index: int, sample: Mapping[str, Any]) -> dict[str, Tensor]:
+        """One sample with tensors only."""
+        if "input_ids" not in sample:
+            raise ValueError(f"sample {index}: it has no input_ids, only {sorted(sample)}")
+        row = {"input_ids": _vector(index, "input_ids", sample["input_ids"])}
+        mask = sample.get("attention_mask")
+        row["attention_mask"] = torch.ones_like(row["input_ids"])
+        if mask is not None:
+            row["attention_mask"] = _vector(index, "attention_mask", mask)
+        if sample.get("labels") is not None:
+            labels = _vector(index, "labels", sample["labels"])
+            is_image = row["input_ids"] == (
+                -1 if self.image_token_id is None else self.image_token_id
+            )
+            if labels.shape == is_image.shape:
+                labels = labels.masked_fill(is_image, IGNORE_INDEX)
+            row["labels"] = labels
+        elif self.needs_labels:
+            raise ValueError(f"sample {index}: it has no labels")
+        for name, value in row.items():
+            if len(value) != len(row["input_ids"]):
+                raise ValueError(
+                    f"sample {index}: {name} has {len(value)} entries, "
+                    f"expected {len(row['input_ids'])} as input_ids"
+                )
+        return row | self._pixels(index, sample)
+
+    def _pixels(self, index: int, sample: Mapping[str, Any]) -> dict[str, Tensor]:
+        pixels, grids = sample.get("pixel_values"), sample.get("image_grid_hw")
+        if images := sample.get("images"):
+            if self.patch_size is None:
+                raise ValueError("patch_size: needed to pack images; pass it, or a processor")
+            tensors = [image[0] if isinstance(image, tuple) else image for image in images]
+            squares = [i for image in tensors for i in (image if image.ndim == 4 else [image])]
+            pixels, grids = pack_images(squares, self.patch_size)
+        if (pixels is None) != (grids is None):
+            raise ValueError(f"sample {index}: pixel_values and image_grid_hw go together")
+        if pixels is None:
+            return {}
+        grids = torch.as_tensor(grids, dtype=torch.long).reshape(-1, 2)
+        if int(grids.prod(1).sum()) != len(pixels):
+            raise ValueError(
+                f"sample {index}: pixel_values has {len(pixels)} patches, expected "
+                f"{int(grids.prod(1).sum())} for image_grid_hw {grids.tolist()}"
+            )
+        return {"pixel_values": torch.as_tensor(pixels), "image_grid_hw": grids}
+
+    def _batch(self, rows: list[dict[str, Tensor]], with_labels: bool) -> dict[str, Tensor]:
+        length = max((len(row["input_ids"]) for row in rows), default=0)
+        if self.pad_to_multiple_of:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0}
+        if with_labels:
+            fills["labels"] = IGNORE_INDEX
+        if with_labels and (missing := [i for i, row in enumerate(rows) if "labels" not in row]):
+            raise ValueError(f"sample {missing[0]}: it has no labels, but others of the batch do")
+        batch = {
+            name: self._padded([row[name] for row in rows], length, fill)
+            for name, fill in fills.items()
+        }
+        width = 3 * self.patch_size**2 if self.patch_size else 0
+        pixels = [row["pixel_values"] for row in rows if "pixel_values" in row]
+        grids = [row["image_grid_hw"] for row in rows if "image_grid_hw" in row]
+        batch["pixel_values"] = torch.cat(pixels) if pixels else torch.zeros(0, width)
+        batch["image_grid_hw"] = torch.cat(grids) if grids else torch.zeros(0, 2, dtype=torch.long)
+        return batch
+
+    def _padded(self, rows: list[Tensor], length: int, fill: int) -> Tensor:
+        if not rows:
+            return torch.zeros(0, length, dtype=torch.long)
+        left = self.tokenizer.padding_side == "left"
+        gaps = [length - len(row) for row in rows]
+        sides = [(gap, 0) if left else (0, gap) for gap in gaps]
+        return torch.stack([pad(row, s, value=fill) for row, s in zip(rows, sides, strict=True)])
+
+
+class VQACollator(BaseCollator):
+    """For training on questions and answers: every sample must have labels.
+
+    The loss is on what the labels say, the answers; see :class:`BaseCollator` for the rest.
+    """
+
+    needs_labels = True
+
+
+def _vector(index: int, name: str, values: Any) -> Tensor:
+    vector = torch.as_tensor(values)
+    if vector.ndim == 2 and vector.shape[0] == 1:
+        vector = vector[0]
+    if vector.ndim != 1:
+        raise ValueError(f"sample {index}: {name} must be [L], got {tuple(vector.shape)}")
+    return vector.long()

@@ -1,0 +1,381 @@
+"""The configuration of the vision-language model: an encoder, a projector and a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from os import PathLike
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .geometry import positive_int
+from .registration import register_models
+
+ARCHITECTURES = {"dinov3": "dinov3_vit", "siglip": "siglip_vision_model"}
+
+# What a config says by default: DINOv3 ViT-S/16, SigLIP-B/16 at 512 px, SmolLM2 360M.
+_VISION_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dinov3_vit": {"num_register_tokens": 4},
+    "siglip_vision_model": {"image_size": 512},
+}
+_TEXT_DEFAULTS: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 960,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 15,
+    "num_key_value_heads": 5,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# nanoVLM's names (models/config.py) and what they are called in transformers' configs.
+_VIT_NAMES = {
+    "vit_hidden_dim": "hidden_size",
+    "vit_inter_dim": "intermediate_size",
+    "vit_patch_size": "patch_size",
+    "vit_n_heads": "num_attention_heads",
+    "vit_n_blocks": "num_hidden_layers",
+    "vit_dropout": "attention_dropout",
+    "vit_ln_eps": "layer_norm_eps",
+    "vit_img_size": "image_size",
+    "vit_n_registers": "num_register_tokens",
+    "vit_use_rope": "use_rope",
+    "backend": "backend",
+}
+_LM_NAMES = {
+    "lm_hidden_dim": "hidden_size",
+    "lm_inter_dim": "intermediate_size",
+    "lm_n_heads": "num_attention_heads",
+    "lm_n_kv_heads": "num_key_value_heads",
+    "lm_n_blocks": "num_hidden_layers",
+    "lm_vocab_size": "vocab_size",
+    "lm_max_position_embeddings": "max_position_embeddings",
+    "lm_rms_eps": "rms_norm_eps",
+    "lm_re_base": "rope_theta",
+    "lm_dropout": "attention_dropout",
+    "lm_tie_weights": "tie_word_embeddings",
+}
+_OWN_NAMES = (
+    "image_token_id",
+    "mp_pixel_shuffle_factor",
+    "mp_handle_special_tokens",
+    "mp_append_cls",
+    "max_img_size",
+    "allow_upscale",
+    "vit_model_type",
+    "lm_model_type",
+    "lm_tokenizer",
+    "lm_chat_template",
+    "vlm_extra_tokens",
+)
+_ALIASES = {"resize_to_max_side_len": "allow_upscale"}
+_DERIVED = {  # what a config derives from a field unless told, and saves
+    "hidden_size": ("head_dim",),
+    "num_attention_heads": ("head_dim",),
+    "num_hidden_layers": ("layer_types", "stage_names", "out_features", "out_indices"),
+}
+_ONE_ARCHITECTURE = {  # names that mean something to one encoder only, and why not to the other
+    "vit_img_size": ("siglip", "dinov3 takes any size; max_img_size limits it"),
+    "vit_n_registers": ("dinov3", "siglip has no register tokens"),
+    "backend": ("dinov3", "siglip runs as transformers' SiglipVisionModel"),
+}
+_NAMES = (
+    "vit_architecture",
+    "mp_image_token_length",
+    *_VIT_NAMES,
+    *_LM_NAMES,
+    *_OWN_NAMES,
+    *_ALIASES,
+)
+
+
+@strict
+class VLMConfig(PreTrainedConfig):
+    """Sizes and options of a :class:`~hrvlm.vision_language_model.VisionLanguageModel`.
+
+    Attributes:
+        vision_config: Of the encoder: a ``DINOv3ViTConfig`` (whose ``use_rope=False`` switches the
+            rotation off, and whose ``backend`` chooses the kernels) or a ``SiglipVisionConfig``.
+        text_config: Of the language model: the config of any causal LM of transformers.
+        image_token_id: The placeholder's id in the LM's vocabulary; needed to run with images.
+        mp_pixel_shuffle_factor: s: s x s patches make one token.
+        mp_handle_special_tokens: Whether the projector drops CLS and registers itself; else it is
+            given patches only. What comes out is the same.
+        mp_append_cls: Whether a separately projected CLS token follows each image's tokens; an
+            image then has gh * gw + 1 of them.
+        max_img_size: Longer side of an image, in pixels, at most.
+        allow_upscale: Whether small images are enlarged to `max_img_size`.
+        vit_model_type: Hub id or directory that the encoder comes from.
+        lm_model_type: Hub id or directory that the language model comes from.
+        lm_tokenizer: Hub id or directory of the tokenizer.
+        lm_chat_template: Chat template that replaces the tokenizer's.
+        vlm_extra_tokens: Named special tokens to add, ``{"image_token": ...}`` among them.
+
+    Raises:
+        ValueError: a value is out of range, does not fit the architecture, or is a misspelt name.
+    """
+
+    model_type = "hrvlm"
+    # AutoConfig stands for any config: transformers' idiom, beyond its own annotation.
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # type: ignore[dict-item]
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+
+    vision_config: Any = None
+    text_config: Any = None
+    image_token_id: int | None = None
+    mp_pixel_shuffle_factor: int = 4
+    mp_handle_special_tokens: bool = True
+    mp_append_cls: bool = False
+    max_img_size: int = 2048
+    allow_upscale: bool = True
+    vit_model_type: str | None = None
+    lm_model_type: str | None = None
+    lm_tokenizer: str | None = None
+    lm_chat_template: str | None = None
+    vlm_extra_tokens: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Build the configs of the parts from dictionaries, and check that all fit together."""
+        _refuse_misspelt(kwargs)
+        self.vision_config = _as_config(self.vision_config, "vision_config", "dinov3_vit")
+        self.text_config = _as_config(self.text_config, "text_config", "llama")
+        if self.vision_config.model_type == "siglip":  # the hub's checkpoints hold both towers
+            self.vision_config = self.vision_config.vision_config
+        super().__post_init__(**kwargs)
+        self._check()
+        register_models()
+
+    def _check(self) -> None:
+        vision = self.vision_config
+        s = positive_int("mp_pixel_shuffle_factor", self.mp_pixel_shuffle_factor)
+        limit = positive_int("max_img_size", self.max_img_size)
+        if vision.model_type not in ARCHITECTURES.values():
+            raise ValueError(
+                f"vision_config.model_type={vision.model_type!r}: "
+                f"expected one of {sorted(ARCHITECTURES.values())}"
+            )
+        unit = self.vit_patch_size * s
+        if limit < unit:
+            raise ValueError(
+                f"max_img_size={limit}: expected at least one token, "
+                f"patch size * factor = {self.vit_patch_size} * {s} = {unit}"
+            )
+        if self.mp_append_cls and not self.mp_handle_special_tokens:
+            raise ValueError("mp_append_cls=True needs mp_handle_special_tokens=True")
+        if self.vit_architecture == "siglip":
+            self._check_siglip(unit)
+
+    def _check_siglip(self, unit: int) -> None:
+        if self.vision_config.image_size % unit:
+            raise ValueError(
+                f"vision_config.image_size={self.vision_config.image_size}: expected a multiple of "
+                f"patch size * mp_pixel_shuffle_factor = {unit}"
+            )
+        if getattr(self.vision_config, "use_rope", False):
+            raise ValueError(
+                "vit_use_rope=True: siglip has learned positions; leave it out, or use dinov3"
+            )
+        if self.mp_append_cls:
+            raise ValueError("mp_append_cls=True: siglip has no CLS token")
+
+    @property
+    def vit_architecture(self) -> str:
+        """The encoder: "dinov3" or "siglip"."""
+        return {v: k for k, v in ARCHITECTURES.items()}[self.vision_config.model_type]
+
+    @property
+    def vit_patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        size = self.vision_config.patch_size
+        sides = {size} if isinstance(size, int) else set(size)
+        if len(sides) != 1:
+            raise ValueError(f"vision_config.patch_size must be square, got {size}")
+        return int(sides.pop())
+
+    @property
+    def vit_hidden_dim(self) -> int:
+        """Channels of the encoder's tokens."""
+        return self.vision_config.hidden_size
+
+    @property
+    def vit_use_rope(self) -> bool:
+        """Whether the encoder rotates q and k by the patches' positions."""
+        return self.vit_architecture == "dinov3" and getattr(self.vision_config, "use_rope", True)
+
+    @property
+    def vit_img_size(self) -> int | None:
+        """Side of the square images, in pixels, of an encoder with one size; None for dinov3."""
+        return self.vision_config.image_size if self.vit_architecture == "siglip" else None
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """CLS and registers in front of each image's patches."""
+        if self.vit_architecture == "siglip":
+            return 0
+        return 1 + self.vision_config.num_register_tokens
+
+    @property
+    def lm_hidden_dim(self) -> int:
+        """Channels of the language model's embeddings."""
+        return self.text_config.get_text_config().hidden_size
+
+    @property
+    def lm_max_position_embeddings(self) -> int | None:
+        """Tokens that the language model's context holds; None if its config sets no limit."""
+        return getattr(self.text_config.get_text_config(), "max_position_embeddings", None)
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str]) -> VLMConfig:
+        """Read a file of nanoVLM's names; see :meth:`from_names`.
+
+        Raises:
+            ValueError: as :meth:`from_names`, or the file is not a mapping.
+        """
+        import yaml
+
+        with open(path, encoding="utf-8") as file:
+            names = yaml.safe_load(file)
+        if not isinstance(names, dict):
+            raise ValueError(f"{path}: expected a mapping of names to values, got {names!r}")
+        return cls.from_names(names)
+
+    @classmethod
+    def from_names(cls, names: Mapping[str, Any]) -> VLMConfig:
+        """Build a config from nanoVLM's names.
+
+        ``vit_architecture`` is "dinov3" (default) or "siglip". ``vit_*`` and ``lm_*`` set sizes;
+        with ``vit_model_type`` or ``lm_model_type`` they change those of the checkpoint named
+        there, and without, those of DINOv3 ViT-S/16, SigLIP-B/16 or a Llama with SmolLM2's sizes.
+        The rest are the attributes of this class; ``resize_to_max_side_len`` is `allow_upscale`.
+
+        Raises:
+            ValueError: a name is unknown (the nearest one is named), a value does not fit, or
+                ``mp_image_token_length`` is not 1.
+        """
+        for name in names:
+            if name not in _NAMES:
+                raise ValueError(_unknown(name))
+        _refuse_fixed_length(names)
+        given = {_ALIASES.get(name, name): value for name, value in names.items()}
+        try:
+            return cls(
+                vision_config=_vision_from_names(given),
+                text_config=_text_from_names(given),
+                **{name: given[name] for name in _OWN_NAMES if name in given},
+            )
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
+
+
+def _as_config(
+    config: dict | PreTrainedConfig | None, field: str, default_type: str
+) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if config is None:
+        values = _TEXT_DEFAULTS if field == "text_config" else _VISION_DEFAULTS[default_type]
+    else:
+        values = config
+    model_type = values.get("model_type", default_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{field}: transformers has no model_type {model_type!r}")
+    return CONFIG_MAPPING[model_type](**{k: v for k, v in values.items() if k != "model_type"})
+
+
+def _vision_from_names(given: Mapping[str, Any]) -> PreTrainedConfig:
+    architecture = given.get("vit_architecture")
+    if architecture is not None and architecture not in ARCHITECTURES:
+        raise ValueError(f"vit_architecture={architecture!r}: expected one of {[*ARCHITECTURES]}")
+    if source := given.get("vit_model_type"):
+        base = AutoConfig.from_pretrained(source)
+        base = getattr(base, "vision_config", base)
+        found = {v: k for k, v in ARCHITECTURES.items()}.get(base.model_type)
+        if found is None or architecture not in (None, found):
+            raise ValueError(
+                f"vit_model_type={source!r} is a {base.model_type}, "
+                f"expected {architecture or ' or '.join(ARCHITECTURES)}"
+            )
+        architecture = found
+    else:
+        architecture = architecture or "dinov3"
+        model_type = ARCHITECTURES[architecture]
+        base = CONFIG_MAPPING[model_type](**_VISION_DEFAULTS[model_type])
+    for name, (only, why) in _ONE_ARCHITECTURE.items():
+        if name in given and architecture != only:
+            raise ValueError(f"{name}={given[name]!r}: {why}")
+    changes = {field: given[name] for name, field in _VIT_NAMES.items() if name in given}
+    return _changed(base, changes)
+
+
+def _text_from_names(given: Mapping[str, Any]) -> PreTrainedConfig:
+    if source := given.get("lm_model_type"):
+        base = AutoConfig.from_pretrained(source)
+    else:
+        base = _as_config(None, "text_config", "llama")
+    changes = {}
+    for name, field in _LM_NAMES.items():
+        if name not in given:
+            continue
+        if field == "rope_theta":
+            rope = getattr(base, "rope_parameters", None) or {"rope_type": "default"}
+            changes["rope_parameters"] = rope | {"rope_theta": float(given[name])}
+        elif not hasattr(base, field):
+            raise ValueError(f"{name}={given[name]!r}: a {base.model_type} config has no {field}")
+        else:
+            changes[field] = given[name]
+    return _changed(base, changes)
+
+
+def _changed(base: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedConfig:
+    if not changes:
+        return base
+    values = base.to_dict() | changes
+    for field, derived in _DERIVED.items():
+        if field in changes:
+            for name in derived:
+                values.pop(name, None)
+    return type(base).from_dict(values)
+
+
+def _unknown(name: str) -> str:
+    nearest = get_close_matches(name, _NAMES, n=1, cutoff=0.0)[0]
+    return f"unknown name {name!r}: did you mean {nearest!r}?"
+
+
+def _refuse_fixed_length(names: Mapping[str, Any]) -> None:
+    if (length := names.get("mp_image_token_length", 1)) != 1:
+        raise ValueError(
+            f"mp_image_token_length={length!r}: an image has no fixed number of tokens any more; "
+            "the count follows its token grid, gh * gw (leave the name out, or set it to 1)"
+        )
+
+
+def _refuse_misspelt(kwargs: dict[str, Any]) -> None:
+    """Transformers keeps whatever keyword a config is given; a misspelt one would be lost on us."""
+    _refuse_fixed_length(kwargs)
+    kwargs.pop("mp_image_token_length", None)
+    for name in kwargs:
+        if hasattr(PreTrainedConfig, name):
+            continue
+        if name in _NAMES:
+            raise ValueError(
+                f"{name!r} is a name of VLMConfig.from_names and from_yaml; "
+                "here it belongs in vision_config or text_config"
+            )
+        if name.startswith(("vit_", "lm_", "mp_")) or get_close_matches(
+            name, _OWN_NAMES, n=1, cutoff=0.8
+        ):
+            raise ValueError(_unknown(name))
+
+
+AutoConfig.register(VLMConfig.model_type, VLMConfig, exist_ok=True)

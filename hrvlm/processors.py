@@ -1,0 +1,384 @@
+"""Text with images in it, made ready for the model: tokenizer, placeholders, chat template.
+
+A prompt holds one image token where an image goes; the processor replaces it by as many as the
+image has tokens, gh * gw of its token grid. Chats are rendered with the language model's own chat
+template, even where that knows text only: see `IMAGE_PRELUDE`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.utils.import_utils import is_torchvision_available
+
+from .config import VLMConfig
+from .image_intake import load_image
+from .image_processing import normalization_for, resize
+from .image_processing_vlm import VLMImageProcessor, VLMImageProcessorPil
+from .modality_projector import image_token_count
+from .registration import register_image_processors
+
+IMAGE_TOKEN = "<|image|>"  # nanoVLM's
+
+# nanoVLM's template, which is ChatML; for tokenizers that bring none.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# In front of a template that knows text only: turns the content of each message from a list of
+# parts into a string, with the image token for an image.
+IMAGE_PRELUDE = (
+    "{%- set flat = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is string or not message['content'] is iterable -%}"
+    "{%- set flat.messages = flat.messages + [message] -%}"
+    "{%- else -%}"
+    "{%- set part = namespace(text='') -%}"
+    "{%- for block in message['content'] -%}"
+    "{%- if block['type'] == 'image' -%}"
+    "{%- set part.text = part.text + IMAGE_TOKEN -%}"
+    "{%- else -%}"
+    "{%- set part.text = part.text + block['text'] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=part.text)] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = flat.messages -%}"
+)
+
+_GRID_TOKENS: WeakKeyDictionary[Any, tuple[int, frozenset[str]]] = WeakKeyDictionary()
+
+
+def get_tokenizer(
+    name: str,
+    extra_special_tokens: Mapping[str, str] | None = None,
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """Load a language model's tokenizer and teach it the image token.
+
+    Args:
+        name: Hub id or directory.
+        extra_special_tokens: Named special tokens to add: ``{"image_token": "<|image|>", ...}``.
+            Without an "image_token" the tokenizer's own is used, else `IMAGE_TOKEN` is added.
+        chat_template: Replaces the tokenizer's.
+
+    Returns:
+        A tokenizer that pads on the left (as generation needs), with the attributes ``image_token``
+        and ``image_token_id``, and the end token for padding if it had none.
+
+    Raises:
+        ValueError: it has neither a padding token nor an end token.
+    """
+    named = dict(extra_special_tokens or {})
+    options: dict[str, Any] = {"padding_side": "left"}
+    if chat_template is not None:
+        options["chat_template"] = chat_template
+    if "image_token" not in named:
+        plain = AutoTokenizer.from_pretrained(name, **options)
+        named["image_token"] = getattr(plain, "image_token", None) or IMAGE_TOKEN
+    tokenizer = AutoTokenizer.from_pretrained(name, extra_special_tokens=named, **options)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"{name}: the tokenizer has neither pad_token nor eos_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def get_image_string(
+    tokenizer: PreTrainedTokenizerBase,
+    grids: Sequence[tuple[int, int]],
+    *,
+    append_cls: bool = False,
+) -> str:
+    """The text of images: exactly gh * gw image tokens each (one more with `append_cls`).
+
+    Where the vocabulary has a grid token ``<row_i_col_j>`` (nanoVLM's, counted from 1), it stands
+    before the image token of that place.
+
+    Args:
+        tokenizer: With an ``image_token``, as :func:`get_tokenizer` makes it.
+        grids: TOKEN grid (gh, gw) of each image.
+        append_cls: Whether the model appends a CLS token (``config.mp_append_cls``).
+
+    Raises:
+        ValueError: a grid is not two positive ints, or the tokenizer has no image token.
+    """
+    image_token = _image_token_of(tokenizer)
+    known = _grid_tokens(tokenizer)
+    parts = []
+    for i, grid in enumerate(grids):
+        if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+            raise ValueError(f"image {i}: a token grid is two positive ints (gh, gw), got {grid}")
+        gh, gw = grid
+        if not known:
+            parts.append(image_token * (gh * gw))
+        else:
+            places = (f"<row_{r}_col_{c}>" for r in range(1, gh + 1) for c in range(1, gw + 1))
+            parts += [(p if p in known else "") + image_token for p in places]
+        parts.append(image_token * append_cls)
+    return "".join(parts)
+
+
+class VLMProcessorKwargs(ProcessingKwargs, total=False):
+    """Defaults of a call."""
+
+    # Transformers' idiom, which the typing of dictionaries does not know.
+    _defaults = {  # type: ignore[misc]
+        "text_kwargs": {"padding": True, "return_mm_token_type_ids": False},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
+class VLMProcessor(ProcessorMixin):
+    """Images and text to the inputs of :class:`~hrvlm.vision_language_model.VisionLanguageModel`.
+
+    A call gives ``input_ids``, ``attention_mask``, ``pixel_values`` ``[N, 3*p*p]`` and
+    ``image_grid_hw`` ``[images, 2]`` (patch grids). Images are whatever
+    :func:`hrvlm.image_intake.load_image` takes, and URLs and base64 strings.
+
+    Args:
+        image_processor: :class:`~hrvlm.image_processing_vlm.VLMImageProcessor` or its Pillow twin.
+        tokenizer: With an ``image_token``, as :func:`get_tokenizer` makes it.
+        chat_template: Default: the tokenizer's, else `CHAT_TEMPLATE`. One that does not mention
+            images is preceded by `IMAGE_PRELUDE`.
+        append_cls: Whether the model appends a CLS token to each image (``mp_append_cls``).
+        square_size: Side in pixels that every image is squeezed into first: for siglip, which has
+            one image size.
+    """
+
+    valid_processor_kwargs = VLMProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        append_cls: bool = False,
+        square_size: int | None = None,
+    ):
+        self.image_token = _image_token_of(tokenizer)
+        self.image_token_id = tokenizer.image_token_id
+        template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
+        if isinstance(template, str) and "image" not in template:
+            # JSON's strings are Jinja's.
+            template = IMAGE_PRELUDE.replace("IMAGE_TOKEN", json.dumps(self.image_token)) + template
+        self.append_cls = append_cls
+        self.square_size = square_size
+        super().__init__(image_processor, tokenizer, chat_template=template)
+
+    @classmethod
+    def from_config(
+        cls, config: VLMConfig, tokenizer: PreTrainedTokenizerBase, **image_options: Any
+    ) -> VLMProcessor:
+        """The processor that fits a model.
+
+        Args:
+            config: The model's.
+            tokenizer: The model's.
+            **image_options: Options of VLMImageProcessor; mean and std are by default those that
+                ``config.vit_model_type`` was trained with.
+        """
+        family = config.vit_model_type or config.vit_architecture
+        mean, std = normalization_for(family)
+        options = {
+            "patch_size": config.vit_patch_size,
+            "pixel_shuffle_factor": config.mp_pixel_shuffle_factor,
+            "max_img_size": config.vit_img_size or config.max_img_size,
+            "allow_upscale": config.allow_upscale,
+            "image_mean": mean,
+            "image_std": std,
+        } | image_options
+        # Both give the same pixels; the first can also resize on a GPU.
+        image_processor = VLMImageProcessor if is_torchvision_available() else VLMImageProcessorPil
+        return cls(
+            image_processor(**options),
+            tokenizer,
+            append_cls=config.mp_append_cls,
+            square_size=config.vit_img_size,
+        )
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Process texts with their images.
+
+        Args:
+            images: An image, a list of images in the order of their placeholders, or a list of
+                images for each text.
+            text: A text, or a list of texts, with one image token for each image.
+            **kwargs: Options of the tokenizer and the image processor.
+
+        Raises:
+            ValueError: the image tokens in the text are not as many as the images; a sample is
+                named where `images` is a list of lists.
+        """
+        if text is not None:
+            self._check_placeholders(images, [text] if isinstance(text, str) else list(text))
+        if images is not None and not _leaves(images):
+            images = None
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def _check_placeholders(self, images: Any, texts: list[str]) -> None:
+        found = [text.count(self.image_token) for text in texts]
+        nested = isinstance(images, list | tuple) and any(
+            isinstance(i, list | tuple) for i in images
+        )
+        if nested:
+            if len(images) != len(texts):
+                raise ValueError(f"images: {len(images)} lists of images for {len(texts)} texts")
+            for sample, (own, count) in enumerate(zip(images, found, strict=True)):
+                if (number := len(_leaves(own))) != count:
+                    raise ValueError(
+                        f"sample {sample}: the text has {count} image tokens {self.image_token!r}, "
+                        f"expected {number}, one for each of its images"
+                    )
+        elif (number := len(_leaves(images))) != sum(found):
+            raise ValueError(
+                f"the text has {sum(found)} image tokens {self.image_token!r} (by sample: {found}),"
+                f" expected {number}, one for each image"
+            )
+
+    def prepare_inputs_layout(  # type: ignore[override]
+        self, images: Any = None, text: Any = None, **kwargs: Any
+    ) -> tuple[Any, Any, Any, Any]:
+        """Fetch what is not at hand; opening is left to the image processor, which knows alpha."""
+        if images is not None:
+            images = [self._fetched(image) for image in _leaves(images)]
+        _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
+        return images, text, videos, audio
+
+    def _fetched(self, image: Any) -> Any:
+        if isinstance(image, str):
+            image = _fetch(image)
+        if self.square_size is not None:
+            processor = self.image_processor
+            rgb = load_image(
+                image, background=processor.background, max_pixels=processor.max_pixels
+            )
+            image = resize(rgb, self.square_size, self.square_size)
+        return image
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        processed = self.image_processor(images, **kwargs)
+        count = len(processed["image_grid_hw"])
+        return processed, [self.replace_image_token(processed, i, **kwargs) for i in range(count)]
+
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        """The placeholders of one image, from its row of ``image_grid_hw``."""
+        s = kwargs.get("pixel_shuffle_factor") or self.image_processor.pixel_shuffle_factor
+        hp, wp = (int(n) for n in image_inputs["image_grid_hw"][image_idx])
+        return get_image_string(self.tokenizer, [(hp // s, wp // s)], append_cls=self.append_cls)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Placeholders and patches of images of (height, width) pixels: for serving engines."""
+        if image_sizes is None:
+            return MultiModalData()
+        if self.square_size is not None:
+            image_sizes = [(self.square_size, self.square_size)] * len(image_sizes)
+        s = kwargs.get("pixel_shuffle_factor") or self.image_processor.pixel_shuffle_factor
+        grids = [self.image_processor.get_patch_grid(h, w, kwargs) for h, w in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[image_token_count(grid, s, self.append_cls) for grid in grids],
+            num_image_patches=[hp * wp for hp, wp in grids],
+        )
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """Render a chat, and process it with ``tokenize=True``; see transformers' method.
+
+        The content of a message is a string, or a list of ``{"type": "text", "text": ...}`` and
+        ``{"type": "image", "image" | "path" | "url" | "base64": ...}``.
+
+        Raises:
+            ValueError: a text contains the image token, or ``return_assistant_tokens_mask`` is
+                asked for in a chat with images (transformers would compute it for the text before
+                the placeholders are in).
+        """
+        has_images = False
+        for where, kind, text in _blocks(conversation):
+            has_images |= kind in ("image", "image_url")
+            if kind == "text" and self.image_token in text:
+                raise ValueError(
+                    f"{where}: the text contains the image token {self.image_token!r}; put images "
+                    'into the list of contents, as {"type": "image", ...}'
+                )
+        if has_images and kwargs.get("return_assistant_tokens_mask"):
+            raise ValueError(
+                "return_assistant_tokens_mask=True: not available in chats with images"
+            )
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+
+def _image_token_of(tokenizer: Any) -> str:
+    token = getattr(tokenizer, "image_token", None)
+    if token is None:
+        raise ValueError("tokenizer: it has no image_token; make it with hrvlm.get_tokenizer")
+    return str(token)
+
+
+def _grid_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The grid tokens in the vocabulary, which is read once (it takes long)."""
+    size, tokens = _GRID_TOKENS.get(tokenizer, (-1, frozenset()))
+    if size != len(tokenizer):
+        tokens = frozenset(t for t in tokenizer.get_vocab() if t.startswith("<row_"))
+        _GRID_TOKENS[tokenizer] = (len(tokenizer), tokens)
+    return tokens
+
+
+def _leaves(images: Any) -> list[Any]:
+    """Nested lists of images as one flat list."""
+    if images is None:
+        return []
+    if not isinstance(images, list | tuple):
+        return list(images) if getattr(images, "ndim", 3) == 4 else [images]
+    return [leaf for image in images for leaf in _leaves(image)]
+
+
+def _fetch(source: str) -> str | bytes:
+    """A path as it is; the bytes behind a URL, a data URI or a base64 string.
+
+    Raises:
+        ValueError: the string is none of these.
+    """
+    if source.startswith(("http://", "https://")):
+        from huggingface_hub import get_session
+
+        response = get_session().get(source, follow_redirects=True)
+        response.raise_for_status()
+        return response.content
+    if not source.startswith("data:") and (os.path.exists(source) or len(source) < 64):
+        return source
+    try:
+        return base64.b64decode("".join(source.rpartition(",")[2].split()), validate=True)
+    except binascii.Error:
+        raise ValueError(
+            f"image: no such file, and not base64 either: {source[:60]!r}..."
+        ) from None
+
+
+def _blocks(conversation: Any) -> Iterator[tuple[str, str, str]]:
+    """(where, type, text) of all contents of a chat or a batch of chats."""
+    batched = bool(conversation) and isinstance(conversation[0], list | tuple)
+    for c, chat in enumerate(conversation if batched else [conversation]):
+        for m, message in enumerate(chat):
+            where = f"conversation {c}, message {m}" if batched else f"message {m}"
+            content = message.get("content") or []
+            for block in (
+                [{"type": "text", "text": content}] if isinstance(content, str) else content
+            ):
+                yield where, block["type"], block.get("text") or ""
+
+
+AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
+register_image_processors()

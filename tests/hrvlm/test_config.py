@@ -1,0 +1,240 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from transformers import AutoConfig, LlamaConfig, SiglipConfig
+
+from hrvlm.config import VLMConfig
+from tests.hrvlm.tiny import (
+    config_of,
+    model_of,
+    processor_of,
+    siglip_config_of,
+    text_config_of,
+    vision_config_of,
+)
+
+
+def names_to_yaml(tmp_path, **names):
+    path = tmp_path / "vlm.yaml"
+    path.write_text(yaml.safe_dump(names))
+    return path
+
+
+def test_without_arguments_it_is_dinov3_small_and_smollm2():
+    config = VLMConfig()
+    assert (config.vit_architecture, config.vit_patch_size, config.vit_hidden_dim) == (
+        "dinov3",
+        16,
+        384,
+    )
+    assert config.num_prefix_tokens == 5 and config.vit_use_rope and config.vit_img_size is None
+    assert (config.lm_hidden_dim, config.lm_max_position_embeddings) == (960, 8192)
+    assert config.get_text_config() is config.text_config
+    assert config.mp_pixel_shuffle_factor == 4 and config.max_img_size == 2048
+
+
+def test_all_names_of_the_yaml_arrive(tmp_path):
+    path = names_to_yaml(
+        tmp_path,
+        vit_architecture="dinov3",
+        vit_patch_size=8,
+        vit_use_rope=False,
+        vit_hidden_dim=64,
+        vit_inter_dim=96,
+        vit_n_heads=4,
+        vit_n_blocks=3,
+        vit_ln_eps=1e-6,
+        vit_dropout=0.0,
+        vit_n_registers=2,
+        backend="eager",
+        max_img_size=128,
+        resize_to_max_side_len=False,
+        mp_pixel_shuffle_factor=2,
+        mp_handle_special_tokens=True,
+        mp_append_cls=True,
+        mp_image_token_length=1,
+        lm_hidden_dim=48,
+        lm_inter_dim=80,
+        lm_n_heads=4,
+        lm_n_kv_heads=2,
+        lm_n_blocks=1,
+        lm_vocab_size=300,
+        lm_max_position_embeddings=256,
+        lm_rms_eps=1e-4,
+        lm_re_base=5000,
+        lm_dropout=0.1,
+        lm_tie_weights=False,
+        lm_tokenizer="some/tokenizer",
+        vlm_extra_tokens={"image_token": "<|image|>"},
+        image_token_id=299,
+    )
+    config = VLMConfig.from_yaml(path)
+    vision, text = config.vision_config, config.text_config
+    assert (vision.patch_size, vision.hidden_size, vision.intermediate_size) == (8, 64, 96)
+    assert (vision.num_attention_heads, vision.num_hidden_layers) == (4, 3)
+    assert (vision.layer_norm_eps, vision.num_register_tokens) == (1e-6, 2)
+    assert vision.use_rope is False and vision.backend == "eager" and not config.vit_use_rope
+    assert isinstance(text, LlamaConfig)
+    assert (text.hidden_size, text.intermediate_size, text.head_dim) == (48, 80, 12)
+    assert (text.num_attention_heads, text.num_key_value_heads) == (4, 2)
+    assert (text.num_hidden_layers, text.vocab_size) == (1, 300)
+    assert (text.max_position_embeddings, text.rms_norm_eps) == (256, 1e-4)
+    assert text.rope_parameters["rope_theta"] == 5000 and text.attention_dropout == 0.1
+    assert text.tie_word_embeddings is False
+    assert (config.max_img_size, config.allow_upscale) == (128, False)
+    assert (config.mp_pixel_shuffle_factor, config.mp_append_cls) == (2, True)
+    assert (config.lm_tokenizer, config.image_token_id) == ("some/tokenizer", 299)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("vit_patchsize", "vit_patch_size"),
+        ("max_image_size", "max_img_size"),
+        ("mp_pixel_shuffle", "mp_pixel_shuffle_factor"),
+        ("vit_arch", "vit_architecture"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(tmp_path, wrong, nearest):
+    with pytest.raises(ValueError, match=f"{wrong}.*did you mean '{nearest}'"):
+        VLMConfig.from_yaml(names_to_yaml(tmp_path, **{wrong: 4}))
+    with pytest.raises(ValueError, match=f"{wrong}.*did you mean '{nearest}'"):
+        VLMConfig(**{wrong: 4})
+
+
+def test_sizes_of_the_parts_are_not_taken_for_own_options():
+    with pytest.raises(ValueError, match=r"'vit_patch_size' is a name of VLMConfig.from_names"):
+        VLMConfig(vit_patch_size=8)
+
+
+@pytest.mark.parametrize("make", [lambda n: VLMConfig(**n), VLMConfig.from_names])
+def test_a_fixed_number_of_tokens_per_image_is_refused(make):
+    with pytest.raises(ValueError, match=r"mp_image_token_length=64.*token grid, gh \* gw"):
+        make({"mp_image_token_length": 64})
+    assert make({"mp_image_token_length": 1}).mp_pixel_shuffle_factor == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"vit_architecture": "clip"}, "vit_architecture='clip'.*dinov3.*siglip"),
+        ({"vit_architecture": "siglip", "vit_use_rope": True}, "vit_use_rope=True: siglip"),
+        ({"vit_architecture": "siglip", "mp_append_cls": True}, "mp_append_cls.*no CLS"),
+        ({"vit_architecture": "siglip", "vit_n_registers": 4}, "siglip has no register"),
+        ({"vit_architecture": "siglip", "vit_img_size": 224}, "image_size=224.*multiple of.* 64"),
+        ({"vit_img_size": 512}, "vit_img_size=512: dinov3 takes any size"),
+        ({"mp_pixel_shuffle_factor": 0}, "mp_pixel_shuffle_factor=0"),
+        ({"mp_pixel_shuffle_factor": "4"}, "mp_pixel_shuffle_factor"),
+        ({"max_img_size": 32}, "max_img_size=32.*16 \\* 4 = 64"),
+        ({"mp_append_cls": True, "mp_handle_special_tokens": False}, "mp_append_cls"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        VLMConfig.from_names(names)
+
+
+def test_a_yaml_that_is_no_mapping_is_refused(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_text("- 1\n- 2\n")
+    with pytest.raises(ValueError, match="expected a mapping"):
+        VLMConfig.from_yaml(path)
+
+
+def test_siglip_is_read_from_names_and_from_the_two_tower_config():
+    config = VLMConfig.from_names({"vit_architecture": "siglip", "vit_img_size": 256})
+    assert (config.vit_architecture, config.vit_img_size) == ("siglip", 256)
+    assert config.num_prefix_tokens == 0 and not config.vit_use_rope
+    two_towers = SiglipConfig(vision_config=siglip_config_of().to_dict())
+    config = config_of(two_towers)
+    assert config.vision_config.model_type == "siglip_vision_model"
+    assert config.vit_img_size == 32
+
+
+def test_names_change_the_config_of_a_checkpoint(tmp_path):
+    vision_config_of(num_hidden_layers=5).save_pretrained(tmp_path / "vit")
+    text_config_of(num_hidden_layers=7).save_pretrained(tmp_path / "lm")
+    names = {
+        "vit_model_type": str(tmp_path / "vit"),
+        "lm_model_type": str(tmp_path / "lm"),
+        "mp_pixel_shuffle_factor": 2,
+    }
+    config = VLMConfig.from_names(names | {"vit_n_registers": 1, "lm_n_heads": 2, "lm_n_blocks": 3})
+    assert config.vision_config.num_hidden_layers == 5
+    assert config.vision_config.num_register_tokens == 1
+    assert (config.text_config.num_hidden_layers, config.text_config.head_dim) == (3, 24)
+    with pytest.raises(ValueError, match="is a dinov3_vit, expected siglip"):
+        VLMConfig.from_names(names | {"vit_architecture": "siglip"})
+
+
+def test_saving_and_loading_keeps_everything(tmp_path):
+    vision = vision_config_of(use_rope=False, backend="eager")
+    config = config_of(vision, mp_append_cls=True, lm_tokenizer="x", allow_upscale=False)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is VLMConfig
+    assert loaded.vision_config.use_rope is False and loaded.vision_config.backend == "eager"
+    before, after = (json.loads(c.to_json_string(use_diff=False)) for c in (config, loaded))
+    assert before | {"_name_or_path": ""} == after | {"_name_or_path": ""}
+
+
+ORDERS = [
+    ("from transformers import pipeline, AutoImageProcessor", False),
+    ("import hrvlm.processors", False),
+    ("import hrvlm.backbones", False),
+    ("import transformers.modeling_layers", False),
+    ("from transformers import pipeline", True),
+]
+SCRIPT = """
+import sys
+import hrvlm.registration
+if {late}:
+    {first}
+hrvlm.registration.install()
+heavy = {{"torch", "torchvision", "triton", "flash_attn", "transformers"}} & sys.modules.keys()
+assert {late} or not heavy, heavy
+if not {late}:
+    {first}
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+classes = AutoImageProcessor, AutoProcessor, AutoConfig, AutoModel, AutoModelForImageTextToText
+print(*[type(c.from_pretrained({path!r})).__name__ for c in classes])
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vlm")
+    model_of().save_pretrained(path)
+    processor_of().save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "late"), ORDERS)
+def test_auto_classes_know_ours_whatever_is_imported_first(first, late, saved):
+    check_in_a_new_process(first, late, saved)
+
+
+def test_auto_classes_know_ours_and_installing_imports_nothing(saved):
+    check_in_a_new_process("pass", False, saved)
+
+
+def check_in_a_new_process(first, late, path):
+    script = SCRIPT.format(first=first, late=late, path=path)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == [
+        "VLMImageProcessor",
+        "VLMProcessor",
+        "VLMConfig",
+        "VisionLanguageModel",
+        "VisionLanguageModel",
+    ]
