@@ -1,7 +1,7 @@
 """Where the two packages lie in this tree; everything else is in pyproject.toml.
 
-``kernels/`` is a source root without an ``__init__.py``: a top-level package of that name belongs to another library,
-one that transformers imports.
+``kernels/`` is a source root without an ``__init__.py``: a top-level package of that name belongs
+to another library, one that transformers imports.
 """
 
 from setuptools import find_packages, setup

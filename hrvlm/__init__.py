@@ -26,12 +26,18 @@ if TYPE_CHECKING:
         normalization_for,
     )
     from .image_processing_vlm import VLMImageProcessor, VLMImageProcessorPil
-    from .modality_projector import ModalityProjector
+    from .modality_projector import (
+        ModalityProjector,
+        image_token_count,
+        pixel_shuffle,
+        pixel_unshuffle,
+    )
     from .patches import pack_images, patchify, unpatchify
     from .plan import make_plan
     from .processors import VLMProcessor, get_image_string, get_tokenizer
     from .vision_language_model import VisionLanguageModel
     from .vision_transformer import DINOv3Encoder
+    from .vlm_output import VLMOutput
 
 _HOME = {
     "BaseCollator": "collators",
@@ -48,6 +54,7 @@ _HOME = {
     "VLMConfig": "config",
     "VLMImageProcessor": "image_processing_vlm",
     "VLMImageProcessorPil": "image_processing_vlm",
+    "VLMOutput": "vlm_output",
     "VLMProcessor": "processors",
     "VQACollator": "collators",
     "VisionLanguageModel": "vision_language_model",
@@ -56,6 +63,7 @@ _HOME = {
     "get_image_processor": "image_processing",
     "get_image_string": "processors",
     "get_tokenizer": "processors",
+    "image_token_count": "modality_projector",
     "load_checkpoint": "checkpoints",
     "load_image": "image_intake",
     "load_into": "checkpoints",
@@ -63,6 +71,8 @@ _HOME = {
     "normalization_for": "image_processing",
     "pack_images": "patches",
     "patchify": "patches",
+    "pixel_shuffle": "modality_projector",
+    "pixel_unshuffle": "modality_projector",
     "restore": "acceleration",
     "tile_grid": "geometry",
     "token_grid": "geometry",
@@ -84,6 +94,7 @@ __all__ = [
     "VLMConfig",
     "VLMImageProcessor",
     "VLMImageProcessorPil",
+    "VLMOutput",
     "VLMProcessor",
     "VQACollator",
     "VisionLanguageModel",
@@ -92,6 +103,7 @@ __all__ = [
     "get_image_processor",
     "get_image_string",
     "get_tokenizer",
+    "image_token_count",
     "load_checkpoint",
     "load_image",
     "load_into",
@@ -99,6 +111,8 @@ __all__ = [
     "normalization_for",
     "pack_images",
     "patchify",
+    "pixel_shuffle",
+    "pixel_unshuffle",
     "restore",
     "tile_grid",
     "token_grid",

@@ -35,7 +35,7 @@ class DINOv3Embeddings(nn.Module):
         x = nn.functional.linear(patches.to(weight.dtype), weight, self.patch_embeddings.bias)
         if masked is not None:
             x = torch.where(masked[:, None], self.mask_token[0].to(x.dtype), x)
-        prefix = torch.cat((self.cls_token, self.register_tokens), dim=1)[0].to(x.dtype)  # [P, C]
+        prefix = torch.cat((self.cls_token[0], self.register_tokens[0])).to(x.dtype)  # [P, C]
         starts = packed.cu_seqlens[:-1].long()
         rows = (starts[:, None] + torch.arange(prefix.shape[0], device=x.device)).flatten()
         tokens = x.new_zeros(packed.coords.shape[0], x.shape[1])

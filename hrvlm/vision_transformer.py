@@ -86,6 +86,7 @@ class DINOv3Encoder(PreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self._frozen = False
+        self._thaws: list[nn.Parameter] = []  # what freeze() found trainable
         self.register_load_state_dict_pre_hook(_strip_inner_model)
         self.post_init()
 
@@ -112,14 +113,18 @@ class DINOv3Encoder(PreTrainedModel):
 
     def freeze(self) -> DINOv3Encoder:
         """Stop training: no gradients, no graph, and eval mode whatever ``train()`` says."""
+        if not self._frozen:
+            self._thaws = [p for p in self.parameters() if p.requires_grad]
         self._frozen = True
         self.requires_grad_(False)
         return self.eval()
 
     def unfreeze(self) -> DINOv3Encoder:
         """Undo :meth:`freeze`; the mode stays eval until ``train()`` is called."""
-        self._frozen = False
-        return self.requires_grad_(True)
+        for parameter in self._thaws:
+            parameter.requires_grad_(True)
+        self._frozen, self._thaws = False, []
+        return self
 
     def train(self, mode: bool = True) -> DINOv3Encoder:
         """Set the training mode; a frozen encoder stays in eval mode."""

@@ -357,7 +357,12 @@ def test_a_frozen_encoder_stays_in_eval_and_keeps_no_graph(rng):
     first = ours(x)
     assert not first.last_hidden_state.requires_grad
     assert torch.equal(first.last_hidden_state, ours(x).last_hidden_state)
+    ours.embeddings.mask_token.requires_grad_(False)
     ours.unfreeze().train()
+    assert all(p.requires_grad for p in ours.parameters())
+    ours.embeddings.mask_token.requires_grad_(False)
+    ours.freeze().freeze().unfreeze().train()
+    assert [n for n, p in ours.named_parameters() if not p.requires_grad] == [UNUSED]
     assert ours.training and ours(x).last_hidden_state.requires_grad
 
 

@@ -1,0 +1,207 @@
+"""What importing pulls in, that optional packages may be missing, and who may import whom."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "kernels" / "hrvlm_kernels"
+OPTIONAL = ("triton", "flash_attn", "torchvision")
+
+# Hidden packages look as if they were not installed: nothing finds them, and they have no metadata.
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+class PathFinderWithout(PathFinder):
+    hidden = set({hidden!r})
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] in cls.hidden:
+            return None
+        return super().find_spec(name, path, target)
+
+    @classmethod
+    def find_distributions(cls, context):
+        if context.name is not None and context.name.replace("-", "_") in cls.hidden:
+            return iter(())
+        return super().find_distributions(context)
+
+sys.meta_path[:] = [PathFinderWithout if f is PathFinder else f for f in sys.meta_path]
+
+from importlib.util import find_spec
+assert not any(map(find_spec, PathFinderWithout.hidden))
+"""
+
+LOADED = """
+import json, sys
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+NO_DEVICE = """
+import torch
+assert not torch.cuda.is_initialized(), "importing set up CUDA"
+"""
+
+EVERYTHING = """
+import importlib
+import hrvlm, hrvlm_kernels
+
+for name in {modules!r}:
+    importlib.import_module(name)
+for package in (hrvlm, hrvlm_kernels):
+    for name in package.__all__:
+        getattr(package, name)
+"""
+
+OPS = """
+import torch
+from hrvlm_kernels import PackedGrids, pixel_shuffle_linear, rope_2d, varlen_attention
+
+packed = PackedGrids.from_grids([(2, 4), (4, 2)], num_prefix_tokens=1)
+q, k, v = torch.randn(packed.total_tokens, 3, 2, 16).unbind(1)
+q, k = rope_2d(q, k, packed.coords, torch.rand(4))
+out = varlen_attention(q, k, v, packed)
+tokens = pixel_shuffle_linear(out.flatten(1), packed, 2, torch.randn(5, 4 * 32))
+assert tokens.shape == (4, 5) and tokens.isfinite().all()
+"""
+
+CHOOSING_TRITON = """
+import torch
+from hrvlm_kernels import PackedGrids, varlen_attention
+q = torch.randn(3, 1, 16)
+try:
+    varlen_attention(q, q, q, PackedGrids.from_lengths([3]), backend="triton")
+except RuntimeError as error:
+    assert "Triton is not installed" in str(error), error
+else:
+    raise SystemExit("backend='triton' ran without Triton")
+"""
+
+
+def run(code, *flags):
+    """Run code in a fresh interpreter that sees the two packages of this checkout and no GPU."""
+    paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH")]
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def modules():
+    """Dotted names of all modules of both packages that must do without Triton."""
+    names = []
+    for package in (ROOT / "hrvlm", KERNELS):
+        for path in sorted(package.rglob("*.py")):
+            parts = path.relative_to(package.parent).with_suffix("").parts
+            if path.stem != "__main__" and not path.stem.endswith("_triton"):
+                names.append(".".join(parts).removesuffix(".__init__"))
+    return names
+
+
+def everything():
+    return EVERYTHING.format(modules=modules())
+
+
+def loaded(steps, *flags):
+    """The top-level modules in memory after each of the steps, run in one interpreter."""
+    lines = run("".join(step + LOADED for step in steps), *flags).splitlines()
+    assert len(lines) == len(steps), f"importing printed something: {lines}"
+    return [set(json.loads(line)) for line in lines]
+
+
+def test_importing_loads_torch_alone_without_a_warning():
+    steps = ["import torch", "import hrvlm_kernels", "import hrvlm", NO_DEVICE]
+    before, kernels, both, _ = loaded(steps, "-W", "error")
+    assert kernels - before - sys.stdlib_module_names == {"hrvlm_kernels"}
+    assert both - kernels - sys.stdlib_module_names == {"hrvlm"}
+    assert both.isdisjoint(OPTIONAL)
+
+
+@pytest.mark.parametrize("hidden", [*((name,) for name in OPTIONAL), OPTIONAL], ids="+".join)
+def test_works_where_optional_packages_are_missing(hidden):
+    code = HIDE.format(hidden=hidden) + everything() + OPS + NO_DEVICE
+    if "triton" in hidden:
+        code += CHOOSING_TRITON
+    run(code)
+
+
+def imports(path):
+    """(level, module, names, inside a function) of every import statement of a file."""
+    tree = ast.parse(path.read_text())
+    inside = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            inside |= {id(child) for child in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield 0, alias.name, [], id(node) in inside
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or "", [a.name for a in node.names], id(node) in inside
+
+
+def each(paths):
+    return pytest.mark.parametrize("path", sorted(paths), ids=lambda p: p.stem)
+
+
+KERNEL_MODULES = set(KERNELS.rglob("*_triton.py"))
+OTHER_MODULES = set(KERNELS.rglob("*.py")) - KERNEL_MODULES
+
+
+def test_no_package_of_ours_is_called_kernels():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@each(KERNEL_MODULES | OTHER_MODULES)
+def test_kernel_files_import_torch_triton_and_each_other_only(path):
+    allowed = {"torch", "triton", "flash_attn"} | sys.stdlib_module_names
+    depth = len(path.relative_to(KERNELS).parts)
+    for level, module, names, _ in imports(path):
+        if level == 0:
+            assert module.partition(".")[0] in allowed, f"import {module}"
+        else:
+            assert level <= depth, f"from {'.' * level}{module} import {names} leaves the package"
+
+
+@each(OTHER_MODULES | set((ROOT / "hrvlm").rglob("*.py")))
+def test_optional_packages_and_kernels_are_imported_only_when_used(path):
+    for level, module, names, in_function in imports(path):
+        if level == 0:
+            assert in_function or module.partition(".")[0] not in OPTIONAL
+        else:
+            assert in_function or not any(n.endswith("_triton") for n in [module, *names])
+
+
+@each(KERNEL_MODULES)
+def test_kernels_do_not_use_the_reference(path):
+    for level, module, names, _ in imports(path):
+        if level:
+            assert "reference" not in [module, *names]
+
+
+@each((ROOT / "hrvlm").rglob("*.py"))
+def test_the_model_package_imports_neither_tests_nor_benchmarks(path):
+    for level, module, _, _ in imports(path):
+        assert level or module.partition(".")[0] not in ("tests", "benchmarks", "kernels")
+
+
+def test_every_kernel_has_its_op_and_its_test_under_one_name():
+    ops = [path.stem.removesuffix("_triton") for path in KERNELS.glob("*_triton.py")]
+    ops = sorted({op.removesuffix("_backward") for op in ops})
+    assert ops, "no kernels found"
+    for op in ops:
+        assert (KERNELS / f"{op}.py").exists(), op
+        assert (ROOT / "tests" / "kernels" / f"test_{op}.py").exists(), op

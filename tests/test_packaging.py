@@ -1,0 +1,180 @@
+"""What is built and installed: two packages and nothing else, and the commands that set them up."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"hrvlm": ROOT / "hrvlm", "hrvlm_kernels": ROOT / "kernels" / "hrvlm_kernels"}
+SOURCES = ("hrvlm", "kernels", "LICENSE", "README.md", "pyproject.toml", "setup.py")
+SETUP = ("Makefile", "constraints.txt", "pyproject.toml", "setup.py")
+
+# An editable install of this checkout must not stand in for what is being tested.
+NO_EDITABLE = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+"""
+
+USE = """
+import importlib.util, os
+import torch
+import hrvlm, hrvlm_kernels
+
+def home(path):
+    return os.path.realpath(os.path.dirname(os.path.dirname(path)))
+
+assert home(hrvlm.__file__) == os.path.realpath({hrvlm!r}), hrvlm.__file__
+assert home(hrvlm_kernels.__file__) == os.path.realpath({kernels!r}), hrvlm_kernels.__file__
+packed = hrvlm_kernels.PackedGrids.from_grids([(2, 4)])
+q = torch.randn(8, 1, 16)
+assert hrvlm_kernels.varlen_attention(q, q, q, packed).shape == (8, 1, 16)
+assert hrvlm.token_grid(640, 960, max_img_size=960).token_grid == (10, 15)
+spec = importlib.util.find_spec("kernels")
+assert spec is None or spec.origin is None or not spec.origin.startswith({hrvlm!r}), spec
+"""
+
+
+def run(command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def package_files():
+    """Paths inside the wheel of every file of the two packages, data included."""
+    return {
+        (Path(name) / path.relative_to(folder)).as_posix()
+        for name, folder in PACKAGES.items()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_two_packages_and_nothing_else(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    for name in SOURCES:  # a copy, so that building leaves nothing in the checkout
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        source.mkdir(exist_ok=True)
+        copy(ROOT / name, source / name)
+    for cache in source.rglob("__pycache__"):
+        shutil.rmtree(cache)
+    run([sys.executable, "-m", "build", "--outdir", tmp_path / "dist", source])
+
+    sdist = next((tmp_path / "dist").glob("*.tar.gz"))  # the wheel was built from it
+    with tarfile.open(sdist) as archive:
+        assert not any("/tests/" in name for name in archive.getnames())
+    wheel = zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl")))
+    names = {name for name in wheel.namelist() if not name.startswith("hrvlm-0.1.0.dist-info/")}
+    assert names == package_files()
+    check_metadata(wheel)
+
+    wheel.extractall(site)
+    code = NO_EDITABLE + f"sys.path.insert(0, {str(site)!r})\n"
+    code += USE.format(hrvlm=str(site), kernels=str(site))
+    run([sys.executable, "-I", "-c", code], cwd=tmp_path)
+
+
+def check_metadata(wheel):
+    def text(name):
+        return wheel.read(f"hrvlm-0.1.0.dist-info/{name}").decode()
+
+    metadata: Message = Parser().parsestr(text("METADATA"))
+    assert metadata["Version"] == "0.1.0"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert set(metadata.get_all("Provides-Extra")) == {"dev", "flash-attn", "scale", "train"}
+    assert "Apache License" in text("licenses/LICENSE")
+    assert text("top_level.txt").split() == ["hrvlm", "hrvlm_kernels"]
+    assert "hrvlm = hrvlm.cli:app" in text("entry_points.txt")
+    required = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    core = {r.name for r in required if r.marker is None}
+    assert {"torch", "torchvision", "transformers", "Pillow", "numpy", "typer", "rich"} <= core
+    (triton,) = (r for r in required if r.name == "triton")
+    assert triton.marker.evaluate({"sys_platform": "linux"})
+    assert not triton.marker.evaluate({"sys_platform": "darwin"})
+    for requirement in required:
+        assert not any(s.operator in ("<", "<=", "==", "~=") for s in requirement.specifier)
+
+
+def test_the_version_is_the_one_of_the_package():
+    import hrvlm
+
+    assert f'version = "{hrvlm.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_bare_checkout_needs_two_paths_and_no_installation():
+    code = NO_EDITABLE + USE.format(hrvlm=str(ROOT), kernels=str(ROOT / "kernels"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["kernels", "."])}
+    run([sys.executable, "-c", code], cwd=ROOT, env=environment)
+
+
+def declared(section):
+    """Names in a list of pyproject.toml, read without a TOML parser: Python 3.10 has none."""
+    text = (ROOT / "pyproject.toml").read_text()
+    body = text[text.index(f"\n{section} = [") :].split("\n]", 1)[0]
+    lines = [line.strip() for line in body.splitlines()[2:]]
+    return {canonicalize_name(Requirement(line.strip('",')).name) for line in lines}
+
+
+def test_what_ci_installs_is_pinned():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pinned = {canonicalize_name(pin.name) for pin in pins}
+    assert declared("dependencies") | declared("dev") == pinned
+    ranges = {pin.name for pin in pins if not str(pin.specifier).startswith("==")}
+    assert ranges == {"numpy"}
+
+
+def planned(folder, target):
+    """The commands that make would run."""
+    return run(["make", "-n", f"PYTHON={sys.executable}", target], cwd=folder)
+
+
+def test_make_installs_once_and_again_when_its_inputs_change(tmp_path):
+    for name in SETUP:
+        shutil.copy2(ROOT / name, tmp_path / name)
+    first = planned(tmp_path, "test")
+    assert "-m venv .venv" in first and "-e '.[dev]'" in first and "-c constraints.txt" in first
+    assert first.index("install") < first.index("hrvlm encode") < first.index("-m pytest")
+    assert "-e ." in planned(tmp_path, "demo")
+
+    stamps = [word for word in first.split() if word.startswith(".venv/.installed-")]
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in {".venv/bin/pip", *(s for s in stamps if not s.endswith("*"))}:
+        (tmp_path / name).touch()
+    for target in ("demo", "test", "lint"):
+        again = planned(tmp_path, target)
+        assert "venv .venv" not in again and "pip install" not in again, again
+
+    (tmp_path / "constraints.txt").write_text("numpy<3\n")
+    assert "pip install" in planned(tmp_path, "demo")
+    assert "pip install" in planned(tmp_path, "test")
+
+
+def test_make_gpu_installs_nothing_and_fails_without_a_gpu():
+    assert "pip" not in planned(ROOT, "gpu")
+    done = subprocess.run(
+        ["make", "gpu", f"PYTHON={sys.executable}"],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and "no torch that sees a GPU" in done.stderr
+
+
+def test_ci_runs_the_checks_and_the_tests():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().splitlines()[-2:] == ["make lint", "make test"]
