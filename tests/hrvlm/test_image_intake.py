@@ -615,7 +615,11 @@ def test_missing_files_and_directories(tmp_path):
         load_image(tmp_path)
 
 
-@pytest.mark.parametrize("source", [None, 3, 3.5, [1, 2], {"path": "x"}, object()], ids=repr)
+@pytest.mark.parametrize(
+    "source",
+    [None, 3, 3.5, [1, 2], {"path": "x"}, object()],
+    ids=lambda value: type(value).__name__,
+)
 def test_other_types(source):
     with pytest.raises(TypeError, match=rf"image 6: expected a path.*got {type(source).__name__}"):
         load_image(source, name=6)
