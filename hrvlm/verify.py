@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hrvlm_kernels.backends import flash_attn_obstacle, interpreted, triton_obstacle
+from hrvlm_kernels.backends import flash_attn_obstacle, triton_obstacle
 
 from .verify_cases import CASES, Measured, Random
 
@@ -147,8 +147,6 @@ def verify(
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend can't be checked with `dtype` on `device`; None when it can."""
     if backend == "triton":
-        if device.type == "cpu" and interpreted() and dtype == torch.bfloat16:
-            return "Triton's interpreter computes bfloat16 wrongly; a GPU is needed"
         return triton_obstacle(device, dtype)
     return flash_attn_obstacle(device, dtype) if backend == "flash_attn" else None
 

@@ -7,9 +7,19 @@ them.
 """
 
 from .backends import explain_backend
+from .layer_norm_pixel_shuffle import layer_norm_pixel_shuffle, layer_norm_pixel_shuffle_linear
 from .packed_grids import PackedGrids
 from .pixel_shuffle_linear import pixel_shuffle_linear
-from .rope_2d import rope_2d
+from .rope_2d import rope_2d, rope_2d_
 from .varlen_attention import varlen_attention
 
-__all__ = ["PackedGrids", "explain_backend", "pixel_shuffle_linear", "rope_2d", "varlen_attention"]
+__all__ = [
+    "PackedGrids",
+    "explain_backend",
+    "layer_norm_pixel_shuffle",
+    "layer_norm_pixel_shuffle_linear",
+    "pixel_shuffle_linear",
+    "rope_2d",
+    "rope_2d_",
+    "varlen_attention",
+]

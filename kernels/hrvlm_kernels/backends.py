@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "flash_attn", "sdpa", "eager")
-OPS = ("rope_2d", "pixel_shuffle_linear", "varlen_attention")
+OPS = ("rope_2d", "pixel_shuffle_linear", "layer_norm_pixel_shuffle", "varlen_attention")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MIN_CAPABILITY = (8, 0)
 
@@ -60,11 +60,7 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in TRITON_DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
     if device.type == "cpu":
-        return (
-            None
-            if interpreted()
-            else "the tensors are on the CPU (only TRITON_INTERPRET=1 runs kernels there)"
-        )
+        return _interpreter_obstacle(dtype)
     if device.type != "cuda":
         return f"there are no kernels for device type {device.type!r}"
     return _gpu_obstacle(device)
@@ -74,6 +70,14 @@ def _auto_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":  # the interpreter is for tests: only an explicit choice runs it
         return "the tensors are on the CPU"
     return triton_obstacle(device, dtype)
+
+
+def _interpreter_obstacle(dtype: torch.dtype) -> str | None:
+    if not interpreted():
+        return "the tensors are on the CPU (only TRITON_INTERPRET=1 runs kernels there)"
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly; a GPU is needed"
+    return None
 
 
 def flash_attn_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

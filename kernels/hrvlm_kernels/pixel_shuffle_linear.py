@@ -3,17 +3,150 @@
     rows[m, (dy * s + dx) * C + c] = x[row of patch (i * s + dy, j * s + dx), c]
     out[m, n]                      = sum_k rows[m, k] * weight[n, k] + bias[n]
 
-for output token m at (i, j), in nanoVLM's order (``models/modality_projector.py``);
-output tokens run row by row over each
-image's token grid, image after image, and prefix tokens are dropped.
+for output token m at (i, j), in nanoVLM's order (``models/modality_projector.py``); output tokens
+run row by row over each image's token grid, image after image, and prefix tokens are dropped.
+
+Gradients, with g = d out ``[M, N]``:
+
+    dx[row of k's patch, c] = sum_n g[m, n] * weight[n, k]      dweight = g.T @ rows
+    dx[prefix rows]         = 0                                 dbias   = sum_m g[m]
+
+Every patch belongs to one output token, so each row of dx is written once.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from .backends import resolve
+from .launch import choose_backend
 from .packed_grids import PackedGrids
+
+_lib = torch.library.Library("hrvlm_kernels", "FRAGMENT")
+_lib.define(
+    "pixel_shuffle_linear(Tensor x, Tensor index, Tensor cu_seqlens, Tensor weight, Tensor? bias, "
+    "int num_prefix_tokens) -> Tensor"
+)
+_lib.define(
+    "pixel_shuffle_linear_dx(Tensor dy, Tensor weight, Tensor index, Tensor cu_seqlens, "
+    "int num_prefix_tokens, SymInt total_tokens) -> Tensor"
+)
+_lib.define("pixel_shuffle_linear_dweight(Tensor dy, Tensor x, Tensor index) -> Tensor")
+
+
+def _forward(
+    x: Tensor,
+    index: Tensor,
+    cu_seqlens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_prefix_tokens: int,
+) -> Tensor:
+    from .pixel_shuffle_linear_triton import forward
+
+    out = _forward_fake(x, index, cu_seqlens, weight, bias, num_prefix_tokens)
+    forward(x, index, weight, bias, out)
+    return out
+
+
+def _forward_fake(
+    x: Tensor,
+    index: Tensor,
+    cu_seqlens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_prefix_tokens: int,
+) -> Tensor:
+    return torch.empty(index.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+
+
+def _dx(
+    dy: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    cu_seqlens: Tensor,
+    num_prefix_tokens: int,
+    total_tokens: int,
+) -> Tensor:
+    from .pixel_shuffle_linear_triton import backward_dx
+
+    dx = _dx_fake(dy, weight, index, cu_seqlens, num_prefix_tokens, total_tokens)
+    backward_dx(dy, weight, index, cu_seqlens, num_prefix_tokens, dx)
+    return dx
+
+
+def _dx_fake(
+    dy: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    cu_seqlens: Tensor,
+    num_prefix_tokens: int,
+    total_tokens: int,
+) -> Tensor:
+    return torch.empty(
+        total_tokens, weight.shape[1] // index.shape[1], dtype=dy.dtype, device=dy.device
+    )
+
+
+def _dweight(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    from .pixel_shuffle_linear_triton import backward_dweight
+
+    dw = _dweight_fake(dy, x, index)
+    backward_dweight(dy, x, index, dw)
+    return dw
+
+
+def _dweight_fake(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    return torch.empty(dy.shape[1], index.shape[1] * x.shape[1], dtype=x.dtype, device=x.device)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, index, cu_seqlens, weight, _, num_prefix_tokens = inputs
+    needs_x, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    ctx.save_for_backward(
+        x if needs_weight else None, index, cu_seqlens, weight if needs_x else None
+    )
+    ctx.num_prefix_tokens, ctx.total_tokens = num_prefix_tokens, x.shape[0]
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, index, cu_seqlens, weight = ctx.saved_tensors
+    ops, prefix = torch.ops.hrvlm_kernels, ctx.num_prefix_tokens
+    needs_x, needs_weight, needs_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+    dx = dw = db = None
+    if needs_x:
+        dx = ops.pixel_shuffle_linear_dx(dy, weight, index, cu_seqlens, prefix, ctx.total_tokens)
+    if needs_weight:
+        dw = ops.pixel_shuffle_linear_dweight(dy, x, index)
+    if needs_bias:
+        db = dy.sum(0)
+    return dx, None, None, dw, db, None
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
+def _no_double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(
+        "pixel_shuffle_linear: the Triton kernels have no double backward; "
+        'use backend="eager" for second derivatives'
+    )
+
+
+for _name, _run, _fake, _setup, _grad in (
+    ("pixel_shuffle_linear", _forward, _forward_fake, _save, _backward),
+    ("pixel_shuffle_linear_dx", _dx, _dx_fake, _save_nothing, _no_double_backward),
+    ("pixel_shuffle_linear_dweight", _dweight, _dweight_fake, _save_nothing, _no_double_backward),
+):
+    _lib.impl(_name, _run, "CPU")
+    _lib.impl(_name, _run, "CUDA")
+    torch.library.register_fake(f"hrvlm_kernels::{_name}", _fake, lib=_lib)
+    torch.library.register_autograd(
+        f"hrvlm_kernels::{_name}", _grad, setup_context=_setup, lib=_lib
+    )
 
 
 def pixel_shuffle_linear(
@@ -27,30 +160,47 @@ def pixel_shuffle_linear(
 ) -> Tensor:
     """Project s x s patches of each image onto one output token.
 
+    Mixed dtypes: `weight` and `bias` are cast to the dtype of `x`, and their gradients come back in
+    their own; under autocast all three are cast to its dtype, as ``F.linear`` does.
+
+    For one graph of torch.compile for all packings, call ``packed.shuffle_index(factor)`` once
+    outside it: a table that is first made inside is traced with its grids.
+
     Args:
         x: ``[T, C]`` packed tokens, prefix tokens included; rows may be strided.
         packed: Their layout.
         factor: Pixel-shuffle factor s; must divide every patch grid.
         weight: ``[N, s*s*C]``.
         bias: ``[N]`` or None.
-        backend: One of :data:`hrvlm_kernels.backends.BACKENDS`.
+        backend: One of :data:`hrvlm_kernels.backends.BACKENDS`; "eager" gathers first and calls the
+            library's GEMM.
 
     Returns:
-        ``[sum gh*gw, N]`` in the dtype of `x`.
+        ``[sum gh*gw, N]`` in the dtype of `x`, or autocast's.
 
     Raises:
-        ValueError: the factor does not divide an image's grid, or shapes, dtypes or devices do not
-            fit.
+        ValueError: the factor does not divide an image's grid, or shapes or devices do not fit.
         RuntimeError: the backend asked for can't run here.
     """
     check_pixel_shuffle_inputs(x, packed, factor, weight, bias)
-    if resolve("pixel_shuffle_linear", backend, x) == "triton":
-        from .pixel_shuffle_linear_triton import pixel_shuffle_linear as pixel_shuffle_linear_kernel
-
-        return pixel_shuffle_linear_kernel(x, packed, factor, weight, bias)
+    dtype = compute_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if choose_backend("pixel_shuffle_linear", backend, x) == "triton":
+        index, prefix = packed.shuffle_index(factor), packed.num_prefix_tokens
+        return torch.ops.hrvlm_kernels.pixel_shuffle_linear(
+            x, index, packed.cu_seqlens, weight, bias, prefix
+        )
     from . import reference
 
     return reference.pixel_shuffle_linear(x, packed, factor, weight, bias)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with `x`: its own, or autocast's where that would cast it."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def check_pixel_shuffle_inputs(
@@ -58,7 +208,7 @@ def check_pixel_shuffle_inputs(
 ) -> None:
     """Raise ValueError unless the tensors fit the layout."""
     packed.shuffle_index(factor)  # raises when the factor does not divide a grid
-    if x.ndim != 2:
+    if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"x must be [T, C], got {tuple(x.shape)}")
     packed.check_rows(x, "x")
     width = factor * factor * x.shape[1]

@@ -13,10 +13,85 @@ through unchanged. The backward is the inverse rotation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .backends import resolve
+from .launch import choose_backend
+
+_lib = torch.library.Library("hrvlm_kernels", "FRAGMENT")
+_lib.define(
+    "rope_2d(Tensor q, Tensor k, Tensor coords, Tensor inv_freq, bool inverse) -> (Tensor, Tensor)"
+)
+
+
+def _rope_2d(
+    q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    from .rope_2d_triton import rope_2d
+
+    q_out, k_out = _empty_outputs(q, k, coords, inv_freq, inverse)
+    rope_2d(q, k, q_out, k_out, coords, inv_freq, inverse)
+    return q_out, k_out
+
+
+def _empty_outputs(
+    q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return q_out, torch.empty(k.shape, dtype=k.dtype, device=k.device)
+
+
+def _save_positions(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, coords, inv_freq, inverse = inputs
+    ctx.save_for_backward(coords, inv_freq)
+    ctx.inverse = inverse
+
+
+def _rotate_back(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
+    coords, inv_freq = ctx.saved_tensors
+    # The rotation is linear, and the same op again: higher derivatives need nothing more.
+    q_grad, k_grad = torch.ops.hrvlm_kernels.rope_2d(
+        q_grad, k_grad, coords, inv_freq, not ctx.inverse
+    )
+    return q_grad, k_grad, None, None, None
+
+
+_lib.impl("rope_2d", _rope_2d, "CPU")
+_lib.impl("rope_2d", _rope_2d, "CUDA")
+torch.library.register_fake("hrvlm_kernels::rope_2d", _empty_outputs, lib=_lib)
+torch.library.register_autograd(
+    "hrvlm_kernels::rope_2d", _rotate_back, setup_context=_save_positions, lib=_lib
+)
+
+
+@torch.library.custom_op("hrvlm_kernels::rope_2d_", mutates_args=("q", "k"))
+def _rope_2d_in_place(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
+    from .rope_2d_triton import rope_2d
+
+    rope_2d(q, k, q, k, coords, inv_freq, False)
+
+
+class _RotatedInPlace(torch.autograd.Function):
+    """Records that `a` is being rotated in place; the rotation itself follows.
+
+    Autograd refuses a Function that changes two views at once, which q and k of one qkv are.
+    Recording one after the other and rotating both afterwards keeps a single launch, and what
+    autograd refuses raises before any data change.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, coords: Tensor, inv_freq: Tensor) -> Tensor:
+        ctx.save_for_backward(coords, inv_freq)
+        ctx.mark_dirty(a)
+        return a
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        coords, inv_freq = ctx.saved_tensors
+        grad, _ = torch.ops.hrvlm_kernels.rope_2d(grad, grad[:, :0], coords, inv_freq, True)
+        return grad, None, None
 
 
 def rope_2d(
@@ -25,26 +100,59 @@ def rope_2d(
     """Rotate q and k by their tokens' positions; returns new tensors.
 
     Args:
-        q: ``[T, H, D]`` float32, float16 or bfloat16; may be a strided slice of a packed qkv, last
-            stride 1.
+        q: ``[T, H, D]`` float32, float16 or bfloat16 (the torch path: also float64); any strides,
+            e.g. a slice of a packed qkv.
         k: ``[T, Hk, D]``, as `q`.
         coords: ``[T, 2]`` float32 (y, x), e.g. ``PackedGrids.coords``.
         inv_freq: ``[D / 4]`` float32.
         backend: One of :data:`hrvlm_kernels.backends.BACKENDS`.
 
     Returns:
-        The rotated q and k, shapes and dtypes unchanged.
+        The rotated q and k, shapes and dtypes unchanged, contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together, or `coords` or `inv_freq` require
+            grad, which only the torch path differentiates.
         RuntimeError: the backend asked for can't run here.
     """
     check_rope_inputs(q, k, coords, inv_freq)
-    if resolve("rope_2d", backend, q) == "triton":
-        from .rope_2d_triton import rope_2d as rope_2d_kernel
-
-        return rope_2d_kernel(q, k, coords, inv_freq)
+    if choose_backend("rope_2d", backend, q) == "triton":
+        _check_constant(coords, inv_freq)
+        return torch.ops.hrvlm_kernels.rope_2d(q, k, coords, inv_freq, False)
     return _rope_2d_eager(q, k, coords, inv_freq)
+
+
+def rope_2d_(
+    q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """:func:`rope_2d` in place: writes into `q` and `k` and returns them.
+
+    Works under autograd as torch's own in-place operations do: on slices ``qkv[:, 0]`` and
+    ``qkv[:, 1]`` of one tensor, but not on a leaf that requires grad, nor on the outputs of
+    ``unbind``, ``split`` or ``chunk``, which autograd does not let anyone change in place.
+
+    Raises:
+        ValueError: as :func:`rope_2d`, or `q` and `k` are one tensor, or one of them is expanded
+            (stride 0).
+        RuntimeError: the backend asked for can't run here, or autograd forbids the change.
+    """
+    check_rope_inputs(q, k, coords, inv_freq)
+    _check_writable(q, k)
+    records_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    # torch.compile makes every in-place operation functional, and loses what mark_dirty says.
+    copies_back = records_grad and torch.compiler.is_compiling()
+    if copies_back or choose_backend("rope_2d", backend, q) != "triton":
+        q_out, k_out = rope_2d(q, k, coords, inv_freq, backend=backend)
+        q.copy_(q_out)
+        k.copy_(k_out)
+        return q, k
+    _check_constant(coords, inv_freq)
+    for a in (q, k):
+        if records_grad and a.requires_grad:
+            _RotatedInPlace.apply(a, coords, inv_freq)
+    with torch.no_grad():
+        torch.ops.hrvlm_kernels.rope_2d_(q, k, coords, inv_freq)
+    return q, k
 
 
 def _rope_2d_eager(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +171,7 @@ def check_rope_inputs(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) ->
             f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     tokens, head_dim = q.shape[0], q.shape[2]
-    if head_dim % 4:
+    if head_dim % 4 or head_dim == 0:
         raise ValueError(
             f"q: head_dim must be a multiple of 4 (two axes, two halves), got {head_dim}"
         )
@@ -83,3 +191,22 @@ def check_rope_inputs(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) ->
             f"q, k, coords and inv_freq must be on one device, got {q.device}, {k.device}, "
             f"{coords.device}, {inv_freq.device}"
         )
+
+
+def _check_writable(q: Tensor, k: Tensor) -> None:
+    if q is k:
+        raise ValueError("q and k are the same tensor, which can't be rotated in place twice")
+    for name, a in (("q", q), ("k", k)):
+        if any(step == 0 and size > 1 for step, size in zip(a.stride(), a.shape, strict=True)):
+            raise ValueError(
+                f"{name} is expanded (strides {a.stride()}) and can't be written in place"
+            )
+
+
+def _check_constant(coords: Tensor, inv_freq: Tensor) -> None:
+    for name, a in (("coords", coords), ("inv_freq", inv_freq)):
+        if a.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, but the Triton kernel differentiates q and k only: "
+                'detach it, or use backend="eager"'
+            )

@@ -14,8 +14,10 @@ def poison_empty(monkeypatch):
             if out.device.type == "meta" or torch.compiler.is_compiling():
                 return out
             if out.dtype.is_floating_point:
-                return out.fill_(float("nan"))
-            return out.fill_(torch.iinfo(out.dtype).min) if out.dtype in _INTS else out
+                out.detach().fill_(float("nan"))
+            elif out.dtype in _INTS:
+                out.fill_(torch.iinfo(out.dtype).min)
+            return out
 
         return wrapper
 

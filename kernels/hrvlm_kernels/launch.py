@@ -1,0 +1,96 @@
+"""How the ops start kernels: by which backend, on which chip, with which tile sizes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .backends import resolve
+
+Config = TypeVar("Config")
+
+# (kernel, larger configuration) that a device refused: not tried again on every call.
+_refused: set[tuple[str, object]] = set()
+
+
+def choose_backend(op: str, backend: str, x: Tensor) -> str:
+    """:func:`hrvlm_kernels.backends.resolve`, a constant to torch.compile.
+
+    Device and dtype of `x` decide, never its sizes, so that one graph serves them all.
+    """
+    if torch.compiler.is_compiling():
+        return _choose(op, backend, x.device, x.dtype)
+    return resolve(op, backend, x)
+
+
+def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    return resolve(op, backend, torch.empty(0, dtype=dtype, device=device))
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo.
+_choose.__dict__["_dynamo_marked_constant"] = True
+
+
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """The row of the configuration tables for `device`.
+
+    Returns:
+        "sm_80", "sm_90", "sm_100", "gfx942", or "interpreter" for the CPU. Chips without a row of
+        their own (sm_86, sm_89, sm_120; other AMD chips) use the nearest one; what does not fit
+        them is found out at launch.
+    """
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a kernel run side by side at least; 1 under the interpreter."""
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def device_guard(x: Tensor) -> AbstractContextManager[object]:
+    """Make the device of `x` the current one, where Triton launches whatever its arguments."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def launch(kernel: str, configs: Sequence[Config], start: Callable[[Config], None]) -> None:
+    """Call ``start(configs[0])``, or ``start(configs[1])`` where the first does not fit the chip.
+
+    The second comes with a warning, once.
+
+    Args:
+        kernel: Name for the warning.
+        configs: Tile sizes, largest first; a single one has no fallback.
+        start: Launches the kernel with the tile sizes given.
+
+    Raises:
+        triton.runtime.errors.OutOfResources: the last configuration does not fit either.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    if len(configs) > 1 and (kernel, configs[0]) in _refused:
+        configs = configs[1:]
+    try:
+        start(configs[0])
+    except OutOfResources as error:
+        if len(configs) == 1:
+            raise
+        _refused.add((kernel, configs[0]))
+        warnings.warn(
+            f"{kernel}: {configs[0]} does not fit ({error}); using {configs[1]}", stacklevel=2
+        )
+        start(configs[1])

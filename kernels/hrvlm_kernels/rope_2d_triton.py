@@ -1,0 +1,177 @@
+"""The Triton kernel of rope_2d and its launcher; the formula stands in rope_2d.py.
+
+One program takes a block of tokens: it computes their cos and sin once and rotates every head of
+q, then of k. The backward is the same kernel with the sign of sin turned.
+
+The angle is rounded as the reference rounds it, ``(2 pi * coord) * inv_freq`` in float32. cos and
+sin are our own: the library's have a slow path for huge arguments that costs every thread a stack
+frame, and the interpreter's and the chips' libraries differ in the last bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import architecture, device_guard
+
+TWO_PI = tl.constexpr(6.2831854820251465)  # rounded to float32
+TWO_OVER_PI = tl.constexpr(0.6366197466850281)
+
+# pi / 2 = HIGH + MIDDLE + LOW. The first two have 11 bits, so that k * HIGH and k * MIDDLE are
+# exact, with or without fma, for |k| < 2^13: angles up to 12,000, where DINOv3's stay below 4 pi.
+HALF_PI_HIGH = tl.constexpr(1.5703125)
+HALF_PI_MIDDLE = tl.constexpr(0.0004837512969970703)
+HALF_PI_LOW = tl.constexpr(7.549790126404332e-08)
+
+# Minimax on [-pi/4, pi/4], relative error below 4e-9:
+# sin r = r + r^3 S(r^2) and cos r = 1 - r^2/2 + r^4 C(r^2).
+S0, S1, S2 = tl.constexpr(-0.16666655), tl.constexpr(0.008332158), tl.constexpr(-0.00019514958)
+C0, C1, C2 = tl.constexpr(0.041666646), tl.constexpr(-0.0013887313), tl.constexpr(2.4432786e-05)
+
+
+@triton.jit
+def _cos_sin(angle):
+    k = tl.floor(angle * TWO_OVER_PI + 0.5)
+    r = angle - k * HALF_PI_HIGH
+    r = r - k * HALF_PI_MIDDLE
+    r = r - k * HALF_PI_LOW
+    z = r * r
+    sin = r + r * z * (S0 + z * (S1 + z * S2))
+    cos = 1.0 + z * (-0.5 + z * (C0 + z * (C1 + z * C2)))
+    quadrant = k.to(tl.int32)
+    odd = (quadrant & 1) != 0
+    cos_out = tl.where(odd, sin, cos)
+    sin_out = tl.where(odd, cos, sin)
+    cos_out = tl.where(((quadrant + 1) & 2) != 0, -cos_out, cos_out)
+    sin_out = tl.where((quadrant & 2) != 0, -sin_out, sin_out)
+    return cos_out, sin_out
+
+
+@triton.jit
+def _rotate_heads(
+    src, dst, i_t, m_t, m_keep, cos, sin,
+    stride_st, stride_sh, stride_sd, stride_dt, stride_dh, stride_dd,
+    H: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = D // 2
+    i_d = tl.arange(0, BD).to(tl.int64)
+    p_src = src + i_t[:, None, None] * stride_st + i_d[None, None, :] * stride_sd
+    p_dst = dst + i_t[:, None, None] * stride_dt + i_d[None, None, :] * stride_dd
+    for h in range(0, H, BH):
+        i_h = h + tl.arange(0, BH).to(tl.int64)
+        mask = m_t[:, None, None] & (i_h < H)[None, :, None] & (i_d < HALF)[None, None, :]
+        p_first = p_src + i_h[None, :, None] * stride_sh
+        b_first = tl.load(p_first, mask=mask, other=0.0)  # [BT, BH, BD]
+        b_second = tl.load(p_first + HALF * stride_sd, mask=mask, other=0.0)
+        first, second = b_first.to(tl.float32), b_second.to(tl.float32)
+        o_first = (first * cos - second * sin).to(b_first.dtype)
+        o_second = (second * cos + first * sin).to(b_first.dtype)
+        # 1 * a - 0 * b is not a when b is infinite or a is -0.
+        o_first = tl.where(m_keep, b_first, o_first)
+        o_second = tl.where(m_keep, b_second, o_second)
+        p_out = p_dst + i_h[None, :, None] * stride_dh
+        tl.store(p_out, o_first, mask=mask)
+        tl.store(p_out + HALF * stride_dd, o_second, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def rope_2d_kernel(
+    q, k, q_out, k_out, coords, inv_freq, T,
+    stride_qt, stride_qh, stride_qd,
+    stride_kt, stride_kh, stride_kd,
+    stride_qot, stride_qoh, stride_qod,
+    stride_kot, stride_koh, stride_kod,
+    stride_ct, stride_ca, stride_f,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
+    BT: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+    INVERSE: tl.constexpr,
+):  # fmt: skip
+    """Rotate q [T, HQ, D] and k [T, HK, D] into q_out and k_out, which may be q and k."""
+    i_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    m_t = i_t < T
+    y = tl.load(coords + i_t * stride_ct, mask=m_t, other=0.0)
+    x = tl.load(coords + i_t * stride_ct + stride_ca, mask=m_t, other=0.0)
+
+    QUARTER: tl.constexpr = D // 4
+    i_d = tl.arange(0, BD)
+    freq = tl.load(inv_freq + (i_d % QUARTER) * stride_f, mask=i_d < 2 * QUARTER, other=0.0)
+    coord = tl.where((i_d < QUARTER)[None, :], y[:, None], x[:, None])  # [BT, BD]
+    cos, sin = _cos_sin((TWO_PI * coord) * freq[None, :])
+    if INVERSE:
+        sin = -sin
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    m_keep = ((y == 0.0) & (x == 0.0))[:, None, None]
+
+    _rotate_heads(
+        q, q_out, i_t, m_t, m_keep, cos, sin,
+        stride_qt, stride_qh, stride_qd, stride_qot, stride_qoh, stride_qod, HQ, D, BH, BD,
+    )  # fmt: skip
+    _rotate_heads(
+        k, k_out, i_t, m_t, m_keep, cos, sin,
+        stride_kt, stride_kh, stride_kd, stride_kot, stride_koh, stride_kod, HK, D, BH, BD,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Tile sizes of one launch."""
+
+    block_t: int  # tokens of a program
+    block_h: int  # heads rotated at a time
+    num_warps: int
+
+
+# (half of head_dim, as a power of two; bytes of an element) -> tile sizes, for every architecture:
+# 8 KiB of heads in flight per program. Chosen by arithmetic, not yet measured on a GPU.
+_CONFIGS = {
+    (16, 2): RopeConfig(8, 16, 4),
+    (16, 4): RopeConfig(4, 16, 4),
+    (32, 2): RopeConfig(4, 16, 4),
+    (32, 4): RopeConfig(4, 8, 4),
+    (64, 2): RopeConfig(4, 8, 4),
+    (64, 4): RopeConfig(4, 4, 4),
+}
+
+
+def select_config(arch: str, head_dim: int, dtype: torch.dtype) -> RopeConfig:
+    """Tile sizes for a chip, a head_dim and a dtype."""
+    if arch == "interpreter":
+        return RopeConfig(16, 4, 1)
+    half = min(max(triton.next_power_of_2(head_dim // 2), 16), 64)
+    return _CONFIGS[half, dtype.itemsize]
+
+
+def rope_2d(
+    q: Tensor,
+    k: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    coords: Tensor,
+    inv_freq: Tensor,
+    inverse: bool,
+) -> None:
+    """Write the rotated q and k; tensors of any strides, checked by the caller."""
+    tokens, q_heads, head_dim = q.shape
+    k_heads = k.shape[1]
+    if tokens == 0 or q_heads + k_heads == 0:
+        return
+    config = select_config(architecture(q.device), head_dim, q.dtype)
+    with device_guard(q):
+        rope_2d_kernel[(triton.cdiv(tokens, config.block_t),)](
+            q, k, q_out, k_out, coords, inv_freq, tokens,
+            *q.stride(), *k.stride(), *q_out.stride(), *k_out.stride(),
+            *coords.stride(), *inv_freq.stride(),
+            HQ=q_heads,
+            HK=k_heads,
+            D=head_dim,
+            BT=config.block_t,
+            BH=min(config.block_h, triton.next_power_of_2(max(q_heads, k_heads))),
+            BD=triton.next_power_of_2(head_dim // 2),
+            INVERSE=inverse,
+            num_warps=config.num_warps,
+        )  # fmt: skip

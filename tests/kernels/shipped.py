@@ -1,0 +1,149 @@
+"""The kernels as they are shipped: signature and constants of every configuration, to compile.
+
+``jobs(target)`` lists what the launchers would build on a chip for the sizes of common encoders.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import triton
+
+from hrvlm_kernels import layer_norm_pixel_shuffle_triton as norm
+from hrvlm_kernels import pixel_shuffle_linear_triton as shuffle
+from hrvlm_kernels import rope_2d_triton as rope
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel with one configuration; `options` are num_warps and the like."""
+
+    name: str
+    kernel: object
+    signature: dict[str, str]
+    constants: dict[str, object]
+    options: dict[str, int] = field(default_factory=dict)
+    tensor_core: bool = False
+
+
+def rope_jobs(target, *, head_dims=(32, 64, 128), dtypes=(torch.bfloat16, torch.float32)):
+    """rope_2d on slices of a packed qkv with 16 heads; every entry of its table."""
+    for head_dim in head_dims:
+        for dtype in dtypes:
+            config = rope.select_config(target, head_dim, dtype)
+            yield rope_job(head_dim, dtype, config)
+
+
+def rope_job(head_dim, dtype, config, *, heads=16):
+    pointer = f"*{NAMES[dtype]}:16"
+    signature = dict.fromkeys(("q", "k", "q_out", "k_out"), pointer)
+    signature |= {"coords": "*fp32:16", "inv_freq": "*fp32:16", "T": "i32"}
+    for tensor in ("q", "k", "qo", "ko"):
+        signature |= {f"stride_{tensor}t": "i32:16", f"stride_{tensor}h": "i32:16"}
+    constants = dict.fromkeys(("stride_qd", "stride_kd", "stride_qod", "stride_kod"), 1)
+    constants |= {"stride_ct": 2, "stride_ca": 1, "stride_f": 1}
+    constants |= {"HQ": heads, "HK": heads, "D": head_dim, "INVERSE": False}
+    constants |= {"BT": config.block_t, "BH": config.block_h}
+    constants |= {"BD": triton.next_power_of_2(head_dim // 2)}
+    options = {"num_warps": config.num_warps}
+    name = f"rope_2d D={head_dim} {NAMES[dtype]}"
+    return Job(name, rope.rope_2d_kernel, signature, constants, options)
+
+
+def pixel_shuffle_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
+    """Forward, dx and dweight with C = 1024, factor 4: every configuration of the target."""
+    for dtype in dtypes:
+        for config in shuffle.select_configs(target, dtype):
+            for part in ("forward", "dx", "dweight"):
+                yield pixel_shuffle_job(part, dtype, config)
+    config = shuffle.parts_config(target, dtypes[0], shuffle.select_configs(target, dtypes[0])[0])
+    for part in ("forward", "dweight"):
+        yield pixel_shuffle_job(part, dtypes[0], config, split=True)
+
+
+def pixel_shuffle_job(
+    part, dtype, config, *, channels=1024, factor=4, precision="ieee", split=False
+):
+    pointer, index = f"*{NAMES[dtype]}:16", {"index": "*i32:16"}
+    out = "*fp32:16" if split else pointer
+    tiling = shuffle._tiling(config)
+    options = {name: tiling.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {"C": channels, "S": factor, "PRECISION": precision, **tiling}
+    sizes = {"M": "i32", "N": "i32:16"}
+    if part == "forward":
+        kernel = shuffle.forward_kernel
+        signature = {"x": pointer, "weight": pointer, "bias": pointer, "out": out} | index | sizes
+        strides = ("xt", "wn", "op", "om")
+        constants |= {"stride_xc": 1, "stride_wk": 1, "stride_b": 1, "HAS_BIAS": not split}
+        signature["steps"] = "i32"
+        if split:
+            del signature["bias"]
+            constants["bias"] = None
+    elif part == "dx":
+        kernel = shuffle.dx_kernel
+        signature = {"dy": pointer, "weight": pointer, "dx": pointer} | index | sizes
+        strides = ("ym", "wn", "xt")
+        constants |= {"stride_yn": 1, "stride_wk": 1, "EVEN_N": True}
+    else:
+        kernel = shuffle.dweight_kernel
+        signature = {"dy": pointer, "x": pointer, "dw": out} | index | sizes | {"steps": "i32"}
+        strides = ("ym", "xt", "dp", "dn")
+        constants |= {"stride_yn": 1, "stride_xc": 1}
+    signature |= {f"stride_{name}": "i32:16" for name in strides}
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    name = f"pixel_shuffle_linear {part}{' part' if split else ''} {tile} {NAMES[dtype]}"
+    # Exact float32 products run on the ordinary units of NVIDIA's chips.
+    tensor_core = dtype != torch.float32 or precision != "ieee"
+    return Job(name, kernel, signature, constants, options, tensor_core)
+
+
+def layer_norm_jobs(target, *, widths=(384, 1024, 4096), dtype=torch.bfloat16):
+    """Forward and backward of layer_norm_pixel_shuffle, factor 4."""
+    for width in widths:
+        for backward in (False, True):
+            yield layer_norm_job(
+                width, dtype, norm.select_config(target, width, backward=backward), backward
+            )
+
+
+def layer_norm_job(width, dtype, config, backward):
+    pointer = f"*{NAMES[dtype]}:16"
+    signature = {
+        "x": pointer,
+        "index": "*i32:16",
+        "weight": "*fp32:16",
+        "rows": "i32",
+        "eps": "fp32",
+    }
+    signature["stride_xt"] = "i32:16"
+    constants = {"stride_xc": 1, "C": width, "BR": config.rows}
+    constants["BC"] = triton.next_power_of_2(width)
+    kernel = norm.forward_kernel
+    if backward:
+        kernel = norm.backward_kernel
+        signature |= {"dy": pointer, "dx": pointer, "blocks": "i32", "stride_ym": "i32:16"}
+        signature |= {"dw_parts": "*fp32:16", "db_parts": "*fp32:16"}
+        constants |= {"stride_yk": 1, "PATCHES": 16}
+    else:
+        signature |= {"bias": "*fp32:16", "out": pointer}
+        constants["HAS_BIAS"] = True
+    name = f"layer_norm_pixel_shuffle {'backward' if backward else 'forward'} C={width}"
+    return Job(name, kernel, signature, constants, {"num_warps": config.num_warps})
+
+
+def small_jobs(target):
+    """The kernels around the products: adding the parts of a split sum, zeroing prefix rows."""
+    signature = {"parts": "*fp32:16", "bias": "*bf16:16", "out": "*bf16:16"}
+    signature |= {"n_parts": "i32", "size": "i32", "N": "i32:16"}
+    constants = {"stride_b": 1, "HAS_BIAS": True, "BLOCK": 1024}
+    yield Job("add_parts", shuffle.add_parts_kernel, signature, constants)
+    signature = {"dx": "*bf16:16", "cu_seqlens": "*i32:16", "C": "i32:16", "stride_xt": "i32:16"}
+    constants = {"stride_xc": 1, "PREFIX": 5, "BLOCK": 1024}
+    yield Job("zero_prefix", shuffle.zero_prefix_kernel, signature, constants)
+
+
+def jobs(target):
+    """Everything above."""
+    for make in (rope_jobs, pixel_shuffle_jobs, layer_norm_jobs, small_jobs):
+        yield from make(target)

@@ -1,0 +1,70 @@
+"""Which tile sizes a launch uses, and what happens when a chip is too small for them."""
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from hrvlm_kernels import launch, pixel_shuffle_linear_triton
+from tests.kernels.compile_checks import TARGETS
+
+
+@pytest.fixture
+def small_chip(monkeypatch):
+    """A launch function for a chip that only takes the tile sizes called "small"."""
+    monkeypatch.setattr(launch, "_refused", set())
+    tried = []
+
+    def start(config):
+        tried.append(config)
+        if config != "small":
+            raise OutOfResources(120_000, 99_000, "shared memory")
+
+    return start, tried
+
+
+def test_the_next_smaller_tiles_with_one_warning(small_chip):
+    start, tried = small_chip
+    with pytest.warns(UserWarning, match=r"kernel x: large does not fit .*; using small") as caught:
+        launch.launch("kernel x", ("large", "small"), start)
+        launch.launch("kernel x", ("large", "small"), start)
+    assert len(caught) == 1
+    assert tried == ["large", "small", "small"]  # what was refused once is not tried again
+    with pytest.warns(UserWarning):
+        launch.launch("kernel y", ("large", "small"), start)
+    assert tried[3:] == ["large", "small"]
+
+
+def test_nothing_smaller_raises(small_chip):
+    start, tried = small_chip
+    with pytest.raises(OutOfResources):
+        launch.launch("kernel x", ("large",), start)
+    with pytest.raises(OutOfResources), pytest.warns(UserWarning):
+        launch.launch("kernel x", ("large", "medium", "small"), start)
+    assert tried == ["large", "large", "medium"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "row"),
+    {
+        (8, 0): "sm_80",
+        (8, 9): "sm_80",
+        (9, 0): "sm_90",
+        (10, 0): "sm_100",
+        (12, 0): "sm_80",
+    }.items(),
+)
+def test_every_chip_has_a_row(capability, row, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert launch.architecture.__wrapped__(torch.device("cuda", 0)) == row
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert launch.architecture.__wrapped__(torch.device("cuda", 0)) == "gfx942"
+    assert launch.architecture(torch.device("cpu")) == "interpreter"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_smaller_tiles_come_second(dtype):
+    for target in TARGETS:
+        configs = pixel_shuffle_linear_triton.select_configs(target, dtype)
+        sizes = [(c.block_m + c.block_n) * c.block_k * c.num_stages for c in configs]
+        assert sizes == sorted(sizes, reverse=True)
