@@ -25,20 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .launch import choose_backend
+from .ops_namespace import ops, register, register_backward
 from .packed_grids import PackedGrids
 from .pixel_shuffle_linear import check_pixel_shuffle_inputs, compute_dtype, pixel_shuffle_linear
 
 ROUTES = ("auto", "fused", "layernorm_gemm")
-
-_lib = torch.library.Library("hrvlm_kernels", "FRAGMENT")
-_lib.define(
-    "layer_norm_pixel_shuffle(Tensor x, Tensor index, Tensor cu_seqlens, Tensor weight, "
-    "Tensor? bias, float eps, int num_prefix_tokens, ScalarType dtype) -> Tensor"
-)
-_lib.define(
-    "layer_norm_pixel_shuffle_backward(Tensor dy, Tensor x, Tensor index, Tensor cu_seqlens, "
-    "Tensor weight, float eps, int num_prefix_tokens) -> (Tensor, Tensor, Tensor)"
-)
 
 
 def _forward(
@@ -109,40 +100,29 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, index, cu_seqlens, weight = ctx.saved_tensors
-    dx, dw, db = torch.ops.hrvlm_kernels.layer_norm_pixel_shuffle_backward(
+    dx, dw, db = ops.layer_norm_pixel_shuffle_backward(
         dy, x, index, cu_seqlens, weight, ctx.eps, ctx.num_prefix_tokens
     )
     db = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
     return dx, None, None, dw.to(weight.dtype), db, None, None, None
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
-
-
-def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(
-        "layer_norm_pixel_shuffle: the Triton kernels have no double backward; "
-        'use backend="eager" for second derivatives'
-    )
-
-
-for _name, _run, _fake, _setup, _grad in (
-    ("layer_norm_pixel_shuffle", _forward, _forward_fake, _save, _differentiate),
-    (
-        "layer_norm_pixel_shuffle_backward",
-        _backward,
-        _backward_fake,
-        _save_nothing,
-        _no_double_backward,
-    ),
-):
-    _lib.impl(_name, _run, "CPU")
-    _lib.impl(_name, _run, "CUDA")
-    torch.library.register_fake(f"hrvlm_kernels::{_name}", _fake, lib=_lib)
-    torch.library.register_autograd(
-        f"hrvlm_kernels::{_name}", _grad, setup_context=_setup, lib=_lib
-    )
+register(
+    "layer_norm_pixel_shuffle",
+    "(Tensor x, Tensor index, Tensor cu_seqlens, Tensor weight, Tensor? bias, float eps, "
+    "int num_prefix_tokens, ScalarType dtype) -> Tensor",
+    _forward,
+    fake=_forward_fake,
+    setup_context=_save,
+    backward=_differentiate,
+)
+register_backward(
+    "layer_norm_pixel_shuffle_backward",
+    "(Tensor dy, Tensor x, Tensor index, Tensor cu_seqlens, Tensor weight, float eps, "
+    "int num_prefix_tokens) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_backward_fake,
+)
 
 
 def layer_norm_pixel_shuffle(
@@ -180,7 +160,7 @@ def layer_norm_pixel_shuffle(
     dtype = x.dtype if dtype is None else dtype
     _check_norm(x, packed, factor, norm_weight, norm_bias)
     if choose_backend("layer_norm_pixel_shuffle", backend, x) == "triton":
-        return torch.ops.hrvlm_kernels.layer_norm_pixel_shuffle(
+        return ops.layer_norm_pixel_shuffle(
             x,
             packed.shuffle_index(factor),
             packed.cu_seqlens,

@@ -367,6 +367,17 @@ def _unflatten(leaves: Iterable[Any], context: Any) -> PackedGrids:
     )
 
 
+def _from_dumped(context: Any) -> Any:
+    """JSON, in which a saved program keeps the context, has lists for tuples."""
+    grids, lengths, prefix = context
+    return None if grids is None else tuple(map(tuple, grids)), tuple(lengths), prefix
+
+
 pytree.register_pytree_node(
-    PackedGrids, _flatten, _unflatten, serialized_type_name="hrvlm_kernels.PackedGrids"
+    PackedGrids,
+    _flatten,
+    _unflatten,
+    serialized_type_name=f"{__package__}.PackedGrids",
+    to_dumpable_context=lambda context: context,
+    from_dumpable_context=_from_dumped,
 )

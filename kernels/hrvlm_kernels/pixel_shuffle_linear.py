@@ -22,18 +22,8 @@ import torch
 from torch import Tensor
 
 from .launch import choose_backend
+from .ops_namespace import ops, register, register_backward
 from .packed_grids import PackedGrids
-
-_lib = torch.library.Library("hrvlm_kernels", "FRAGMENT")
-_lib.define(
-    "pixel_shuffle_linear(Tensor x, Tensor index, Tensor cu_seqlens, Tensor weight, Tensor? bias, "
-    "int num_prefix_tokens) -> Tensor"
-)
-_lib.define(
-    "pixel_shuffle_linear_dx(Tensor dy, Tensor weight, Tensor index, Tensor cu_seqlens, "
-    "int num_prefix_tokens, SymInt total_tokens) -> Tensor"
-)
-_lib.define("pixel_shuffle_linear_dweight(Tensor dy, Tensor x, Tensor index) -> Tensor")
 
 
 def _forward(
@@ -113,7 +103,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, index, cu_seqlens, weight = ctx.saved_tensors
-    ops, prefix = torch.ops.hrvlm_kernels, ctx.num_prefix_tokens
+    prefix = ctx.num_prefix_tokens
     needs_x, needs_weight, needs_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4))
     dx = dw = db = None
     if needs_x:
@@ -125,28 +115,28 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, dw, db, None
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
-def _no_double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(
-        "pixel_shuffle_linear: the Triton kernels have no double backward; "
-        'use backend="eager" for second derivatives'
-    )
-
-
-for _name, _run, _fake, _setup, _grad in (
-    ("pixel_shuffle_linear", _forward, _forward_fake, _save, _backward),
-    ("pixel_shuffle_linear_dx", _dx, _dx_fake, _save_nothing, _no_double_backward),
-    ("pixel_shuffle_linear_dweight", _dweight, _dweight_fake, _save_nothing, _no_double_backward),
-):
-    _lib.impl(_name, _run, "CPU")
-    _lib.impl(_name, _run, "CUDA")
-    torch.library.register_fake(f"hrvlm_kernels::{_name}", _fake, lib=_lib)
-    torch.library.register_autograd(
-        f"hrvlm_kernels::{_name}", _grad, setup_context=_setup, lib=_lib
-    )
+register(
+    "pixel_shuffle_linear",
+    "(Tensor x, Tensor index, Tensor cu_seqlens, Tensor weight, Tensor? bias, "
+    "int num_prefix_tokens) -> Tensor",
+    _forward,
+    fake=_forward_fake,
+    setup_context=_save,
+    backward=_backward,
+)
+register_backward(
+    "pixel_shuffle_linear_dx",
+    "(Tensor dy, Tensor weight, Tensor index, Tensor cu_seqlens, int num_prefix_tokens, "
+    "SymInt total_tokens) -> Tensor",
+    _dx,
+    fake=_dx_fake,
+)
+register_backward(
+    "pixel_shuffle_linear_dweight",
+    "(Tensor dy, Tensor x, Tensor index) -> Tensor",
+    _dweight,
+    fake=_dweight_fake,
+)
 
 
 def pixel_shuffle_linear(
@@ -188,9 +178,7 @@ def pixel_shuffle_linear(
     bias = None if bias is None else bias.to(dtype)
     if choose_backend("pixel_shuffle_linear", backend, x) == "triton":
         index, prefix = packed.shuffle_index(factor), packed.num_prefix_tokens
-        return torch.ops.hrvlm_kernels.pixel_shuffle_linear(
-            x, index, packed.cu_seqlens, weight, bias, prefix
-        )
+        return ops.pixel_shuffle_linear(x, index, packed.cu_seqlens, weight, bias, prefix)
     from . import reference
 
     return reference.pixel_shuffle_linear(x, packed, factor, weight, bias)

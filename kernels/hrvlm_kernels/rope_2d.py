@@ -19,11 +19,7 @@ import torch
 from torch import Tensor
 
 from .launch import choose_backend
-
-_lib = torch.library.Library("hrvlm_kernels", "FRAGMENT")
-_lib.define(
-    "rope_2d(Tensor q, Tensor k, Tensor coords, Tensor inv_freq, bool inverse) -> (Tensor, Tensor)"
-)
+from .ops_namespace import add_op_namespace_prefix, ops, register
 
 
 def _rope_2d(
@@ -52,21 +48,21 @@ def _save_positions(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 def _rotate_back(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
     coords, inv_freq = ctx.saved_tensors
     # The rotation is linear, and the same op again: higher derivatives need nothing more.
-    q_grad, k_grad = torch.ops.hrvlm_kernels.rope_2d(
-        q_grad, k_grad, coords, inv_freq, not ctx.inverse
-    )
+    q_grad, k_grad = ops.rope_2d(q_grad, k_grad, coords, inv_freq, not ctx.inverse)
     return q_grad, k_grad, None, None, None
 
 
-_lib.impl("rope_2d", _rope_2d, "CPU")
-_lib.impl("rope_2d", _rope_2d, "CUDA")
-torch.library.register_fake("hrvlm_kernels::rope_2d", _empty_outputs, lib=_lib)
-torch.library.register_autograd(
-    "hrvlm_kernels::rope_2d", _rotate_back, setup_context=_save_positions, lib=_lib
+register(
+    "rope_2d",
+    "(Tensor q, Tensor k, Tensor coords, Tensor inv_freq, bool inverse) -> (Tensor, Tensor)",
+    _rope_2d,
+    fake=_empty_outputs,
+    setup_context=_save_positions,
+    backward=_rotate_back,
 )
 
 
-@torch.library.custom_op("hrvlm_kernels::rope_2d_", mutates_args=("q", "k"))
+@torch.library.custom_op(add_op_namespace_prefix("rope_2d_"), mutates_args=("q", "k"))
 def _rope_2d_in_place(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
     from .rope_2d_triton import rope_2d
 
@@ -90,7 +86,7 @@ class _RotatedInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         coords, inv_freq = ctx.saved_tensors
-        grad, _ = torch.ops.hrvlm_kernels.rope_2d(grad, grad[:, :0], coords, inv_freq, True)
+        grad, _ = ops.rope_2d(grad, grad[:, :0], coords, inv_freq, True)
         return grad, None, None
 
 
@@ -118,7 +114,7 @@ def rope_2d(
     check_rope_inputs(q, k, coords, inv_freq)
     if choose_backend("rope_2d", backend, q) == "triton":
         _check_constant(coords, inv_freq)
-        return torch.ops.hrvlm_kernels.rope_2d(q, k, coords, inv_freq, False)
+        return ops.rope_2d(q, k, coords, inv_freq, False)
     return _rope_2d_eager(q, k, coords, inv_freq)
 
 
@@ -151,7 +147,7 @@ def rope_2d_(
         if records_grad and a.requires_grad:
             _RotatedInPlace.apply(a, coords, inv_freq)
     with torch.no_grad():
-        torch.ops.hrvlm_kernels.rope_2d_(q, k, coords, inv_freq)
+        ops.rope_2d_(q, k, coords, inv_freq)
     return q, k
 
 

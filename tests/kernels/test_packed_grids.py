@@ -129,6 +129,13 @@ def test_pickle_deepcopy_to_and_pytree(packed):
     assert on_meta.device.type == "meta" and on_meta.tiles(64).shape == packed.tiles(64).shape
 
 
+def test_a_dumped_tree_spec_loads_equal(packed):
+    leaves, spec = pytree.tree_flatten(packed)
+    loaded = pytree.treespec_loads(pytree.treespec_dumps(spec))
+    assert loaded == spec
+    assert pytree.tree_unflatten(leaves, loaded).to("cpu") is packed
+
+
 def test_usable_by_training_after_it_was_made_under_inference_mode():
     with torch.inference_mode():
         packed = PackedGrids.from_grids([(3, 5)], num_prefix_tokens=1)
