@@ -11,6 +11,13 @@ if not torch.cuda.is_available():
 
 import pytest
 
+# Property tests try new examples on every run at a desk, and the same ones in CI.
+if os.environ.get("CI"):
+    from hypothesis import settings
+
+    settings.register_profile("ci", derandomize=True)
+    settings.load_profile("ci")
+
 
 def pytest_collection_modifyitems(items):
     """Skip the tests marked gpu where there is no GPU."""

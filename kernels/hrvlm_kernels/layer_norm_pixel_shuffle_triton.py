@@ -20,9 +20,12 @@ from .pixel_shuffle_linear_triton import zero_prefix_rows
 
 @triton.jit
 def _normalise(b_x, m_c, eps, C: tl.constexpr):
-    """b_x [BR, BC] with mean 0 and variance 1, columns past C zero, and 1 / deviation [BR]."""
+    """b_x [BR, BC] with mean 0 and variance 1 (columns past C: any), and 1 / deviation [BR]."""
     mean = tl.sum(b_x, 1) / C
-    centred = tl.where(m_c[None, :], b_x - mean[:, None], 0.0)
+    # A row that is nearly constant is divided by a small deviation, and with it the rounding of its
+    # mean: what is left of the mean is taken away as well.
+    rest = tl.where(m_c[None, :], b_x - mean[:, None], 0.0)
+    centred = rest - (tl.sum(rest, 1) / C)[:, None]
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
     return centred * rstd[:, None], rstd
 

@@ -92,6 +92,10 @@ def test_forward_and_backward(factor, channels, dtype):
     check_all(factor, channels, dtype)
 
 
+def test_rows_that_are_nearly_constant():
+    check_all(1, 16, bias=False, seed=29, grids=[(1, 1), (1, 1)])
+
+
 def test_without_bias_and_without_prefix():
     check_all(bias=False, prefix=0)
 
