@@ -7,6 +7,7 @@ them.
 """
 
 from .backends import explain_backend
+from .flash_attn_interface import flash_attn_varlen_func
 from .layer_norm_pixel_shuffle import layer_norm_pixel_shuffle, layer_norm_pixel_shuffle_linear
 from .packed_grids import PackedGrids
 from .pixel_shuffle_linear import pixel_shuffle_linear
@@ -16,6 +17,7 @@ from .varlen_attention import varlen_attention
 __all__ = [
     "PackedGrids",
     "explain_backend",
+    "flash_attn_varlen_func",
     "layer_norm_pixel_shuffle",
     "layer_norm_pixel_shuffle_linear",
     "pixel_shuffle_linear",

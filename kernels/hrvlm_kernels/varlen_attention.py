@@ -1,20 +1,123 @@
 """varlen_attention: bidirectional softmax attention inside each segment of a packed batch.
 
     out[t, h] = sum_u softmax_u(scale * q[t, h] . k[u, h]) v[u, h]       u over the segment of t
+    lse[h, t] = log2 sum_u exp(scale * q[t, h] . k[u, h])                kept for the backward
 
 FlashAttention-2 (Dao 2023) over a list of tiles made on the host: no padding, no mask, nothing
 between segments. Windows (Qwen2.5-VL's tower, say) are just more, shorter segments:
-``PackedGrids.from_cu_seqlens(window_ends)``.
+``PackedGrids.from_cu_seqlens(cu_window_seqlens)``.
+
+The kernels are in varlen_attention_triton.py and varlen_attention_backward_triton.py. Only tensors
+and numbers cross the border of the torch ops, so that one graph of torch.compile serves all packs.
 """
 
 from __future__ import annotations
+
+import importlib.util
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import resolve
+from .launch import choose_backend
+from .ops_namespace import ops, register, register_backward
 from .packed_grids import PackedGrids
+from .rope_2d import check_rope_inputs, rope_2d
+
+MAX_HEAD_DIM = 128
+
+_LAYOUT = (
+    "Tensor cu_seqlens, Tensor tiles_64, Tensor tiles_128, Tensor? coords, Tensor? inv_freq, "
+    "float scale, bool deterministic"
+)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    tiles_64: Tensor,
+    tiles_128: Tensor,
+    coords: Tensor | None,
+    inv_freq: Tensor | None,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    from .varlen_attention_triton import forward
+
+    out, lse = _empty_outputs(q)
+    forward(q, k, v, out, lse, cu_seqlens, tiles_64, tiles_128, coords, inv_freq, scale)
+    return out, lse
+
+
+def _empty_outputs(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    return out, lse
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.deterministic = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _attention_grad(ctx: Any, g: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    grads = ops.varlen_attention_backward(g, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
+    return *grads, *[None] * 7
+
+
+def _backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    tiles_64: Tensor,
+    tiles_128: Tensor,
+    coords: Tensor | None,
+    inv_freq: Tensor | None,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .varlen_attention_backward_triton import backward
+
+    grads = _empty_grads(g, q, k, v)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    backward(
+        g, q, k, v, out, lse, *grads, cu_seqlens, tiles_64, tiles_128, coords, inv_freq, scale,
+        deterministic,
+    )  # fmt: skip
+    return grads
+
+
+def _empty_grads(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (q, k, v))
+    return dq, dk, dv
+
+
+register(
+    "varlen_attention",
+    f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor)",
+    _forward,
+    fake=_empty_outputs,
+    setup_context=_save,
+    backward=_attention_grad,
+)
+register_backward(
+    "varlen_attention_backward",
+    f"(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LAYOUT}) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_empty_grads,
+)
 
 
 def varlen_attention(
@@ -24,39 +127,114 @@ def varlen_attention(
     packed: PackedGrids,
     scale: float | None = None,
     *,
+    rope: tuple[Tensor, Tensor] | None = None,
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of each image over itself.
 
+    Under autocast q, k and v are cast to autocast's dtype, as scaled_dot_product_attention does.
+
     Args:
-        q: ``[T, H, D]``; may be a strided slice of a packed qkv, last stride 1.
-        k: ``[T, Hk, D]``; Hk divides H.
+        q: ``[T, H, D]``, D up to 128 for the kernels; may be a strided slice of a packed qkv (the
+            kernels copy a tensor only if its last stride is not 1).
+        k: ``[T, Hk, D]``; Hk divides H, and each head of k serves ``H / Hk`` neighbours of q.
         v: As `k`.
         packed: Layout of the T tokens.
         scale: Factor of the scores; ``D ** -0.5`` when None.
-        backend: One of :data:`hrvlm_kernels.backends.BACKENDS`.
+        rope: ``(coords, inv_freq)`` of :func:`hrvlm_kernels.rope_2d`: the result, and the gradients
+            of q and k, are those of rotating both first. The kernels then rotate q, dq and dk while
+            they have them in registers, and k in a pass of its own.
+        deterministic: Whether the backward gives the same bits for the same inputs. False lets
+            the kernels add up dq by atomics where that may be faster (16-bit, D up to 64), unless
+            ``torch.use_deterministic_algorithms`` is on; "flash_attn" gets it from here, the
+            other backends from that setting alone.
+        backend: One of :data:`hrvlm_kernels.backends.BACKENDS`. "flash_attn" is the package of
+            that name or, where only torch has the kernel, ``torch.nn.attention.varlen``.
 
     Returns:
-        ``[T, H, D]`` in the dtype of `q`.
+        ``[T, H, D]`` in the dtype of `q`, or autocast's.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
-        RuntimeError: the backend asked for can't run here.
+        RuntimeError: the backend asked for can't run here; or, from the kernels, a gradient of
+            the gradient was asked for.
     """
+    q, k, v = _as_autocast(q, k, v)
     check_attention_inputs(q, k, v, packed)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = resolve("varlen_attention", backend, q)
+    coords, inv_freq = rope if rope is not None else (None, None)
+    if coords is not None and inv_freq is not None:
+        check_rope_inputs(q, k, coords, inv_freq)
+    chosen = _choose(q, backend)
     if chosen == "triton":
-        from .varlen_attention_triton import varlen_attention as varlen_attention_kernel
-
-        return varlen_attention_kernel(q, k, v, packed, scale)
+        _check_constant(coords, inv_freq)
+        if scale <= 0:  # the kernels take the largest q.k for the largest score
+            q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+        out, _ = ops.varlen_attention(
+            q, k, v, packed.cu_seqlens, packed.tiles(64), packed.tiles(128), coords, inv_freq,
+            scale, deterministic,
+        )  # fmt: skip
+        return out
+    if coords is not None and inv_freq is not None:
+        q, k = rope_2d(q, k, coords, inv_freq, backend=backend)
     if chosen == "flash_attn":
-        raise NotImplementedError
+        return _flash_attn(q, k, v, packed, scale, deterministic)
     if chosen == "sdpa":
         return _sdpa(q, k, v, packed, scale)
     from . import reference
 
     return reference.varlen_attention(q, k, v, packed, scale)[0]
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(a.to(torch.get_autocast_dtype(device)) for a in tensors)
+
+
+def _choose(q: Tensor, backend: str) -> str:
+    chosen = choose_backend("varlen_attention", backend, q)
+    if chosen == "triton" and q.shape[-1] > MAX_HEAD_DIM:
+        if backend == "auto":
+            return "sdpa"
+        raise RuntimeError(
+            f"varlen_attention: backend {backend!r} can't run: head_dim is {q.shape[-1]}, "
+            f"the kernels take up to {MAX_HEAD_DIM}"
+        )
+    return chosen
+
+
+def _check_constant(coords: Tensor | None, inv_freq: Tensor | None) -> None:
+    for name, a in (("coords", coords), ("inv_freq", inv_freq)):
+        if a is not None and a.requires_grad:
+            raise ValueError(
+                f"rope: {name} requires grad, but the Triton kernels differentiate q, k and v "
+                'only: use backend="eager", or detach it'
+            )
+
+
+def _flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids, scale: float, deterministic: bool
+) -> Tensor:
+    ends, longest = packed.cu_seqlens, packed.max_seqlen
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(
+            q, k, v, ends, ends, longest, longest,
+            softmax_scale=scale, deterministic=deterministic,
+        )  # fmt: skip
+    from torch.nn.attention.varlen import varlen_attn
+
+    if q.shape[1] != k.shape[1]:
+        raise RuntimeError(
+            "varlen_attention: backend 'flash_attn' can't run: torch.nn.attention.varlen takes as "
+            f"many heads of k as of q, got {k.shape[1]} and {q.shape[1]}; flash-attn is not "
+            "installed"
+        )
+    return cast(Tensor, varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids, scale: float) -> Tensor:

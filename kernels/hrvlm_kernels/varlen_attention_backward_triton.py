@@ -1,0 +1,369 @@
+"""The backward Triton kernels of varlen_attention and their launcher.
+
+With p = softmax(scale q k^T), recomputed as 2^(s - lse) in base 2, and g the gradient of out = p v:
+
+    delta_i = g_i . out_i                   dv_j = sum_i p_ij g_i
+    ds_ij   = p_ij (g_i . v_j - delta_i)    dk_j = scale sum_i ds_ij q_i
+                                            dq_i = scale sum_j ds_ij k_j
+
+dq_kernel owns a tile of queries and walks over keys; it also writes delta. dkdv_kernel, which runs
+after it, owns a tile of keys and walks over queries. Every output is added up by one program in a
+fixed order: equal inputs give equal bits. With ATOMIC dkdv_kernel computes dq as well, by float32
+atomics: five products instead of seven, in an order that the hardware chooses.
+
+As in the forward, the block with masked rows comes before the loop (with the block last, ptxas
+serializes all wgmma), and rows of the next segment are never loaded. Where several heads of q share
+one of k, each head writes its part of dk and dv, and the parts are added afterwards: a loop over
+heads around the loop over queries spills, and Triton 3.6 makes an empty kernel of it for sm_100.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import architecture, device_guard, launch
+from .rope_2d_triton import rope_2d as rotate_heads
+from .varlen_attention_triton import (
+    FLOAT32,
+    INTERPRETER,
+    LOG2_E,
+    PRECISION,
+    Table,
+    Tiling,
+    load_rows,
+    locate,
+    padded_head_dim,
+    rope_tensors,
+    rotate,
+    rotated,
+    rotates_in_kernel,
+    store_rows,
+    table_head_dim,
+    tile_list,
+    unit_stride,
+)
+
+
+@triton.jit
+def _dq_step(
+    dq, b_q, b_g, lse, delta, p_k, p_v, i_n, n, stride_kt, stride_vt, qk_scale,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    b_k = load_rows(p_k, i_n, n, stride_kt, D, BD, MASKED)
+    b_v = load_rows(p_v, i_n, n, stride_vt, D, BD, MASKED)
+    qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [BM, BN]
+    p = tl.exp2(qk * qk_scale - lse[:, None])
+    if MASKED:
+        p = tl.where((i_n < n)[None, :], p, 0.0)
+    dp = tl.dot(b_g, b_v.T, input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(b_k.dtype), b_k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["T"])
+def dq_kernel(
+    q, k, v, out, g, dq, lse, delta, cu_seqlens, tiles, coords, inv_freq, T, scale,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    stride_gt, stride_gh, stride_dqt, stride_dqh,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, DELTA_ONLY: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of delta [H, T] and dq [T, H, D]; with ROPE, dq of q before its rotation."""
+    i_h, first, n, i_m = locate(cu_seqlens, tiles, H, BM, PARTS)
+    i_hk = i_h // GROUP
+    p_row = i_h * T + first + i_m
+    b_g = load_rows(g + first * stride_gt + i_h * stride_gh, i_m, n, stride_gt, D, BD, True)
+    b_o = load_rows(out + first * stride_ot + i_h * stride_oh, i_m, n, stride_ot, D, BD, True)
+    b_delta = tl.sum(b_o.to(tl.float32) * b_g.to(tl.float32), 1)
+    tl.store(delta + p_row, b_delta, mask=i_m < n)
+    if DELTA_ONLY:
+        return
+
+    b_q = load_rows(q + first * stride_qt + i_h * stride_qh, i_m, n, stride_qt, D, BD, True)
+    b_lse = tl.load(lse + p_row, mask=i_m < n, other=0.0)
+    p_k = k + first * stride_kt + i_hk * stride_kh
+    p_v = v + first * stride_vt + i_hk * stride_vh
+    i_n = tl.arange(0, BN)
+    last = ((n - 1) // BN) * BN
+    acc = tl.zeros([BM, BD], tl.float32)
+    acc = _dq_step(
+        acc, b_q, b_g, b_lse, b_delta, p_k, p_v, last + i_n, n, stride_kt, stride_vt,
+        scale * LOG2_E, D, BD, True,
+    )  # fmt: skip
+    for s in range(0, last, BN):
+        acc = _dq_step(
+            acc, b_q, b_g, b_lse, b_delta, p_k, p_v, s + i_n, n, stride_kt, stride_vt,
+            scale * LOG2_E, D, BD, False,
+        )  # fmt: skip
+    acc *= scale
+    if ROPE:
+        acc = rotate(acc, coords, inv_freq, first, i_m, n, True)
+    store_rows(dq + first * stride_dqt + i_h * stride_dqh, i_m, n, stride_dqt, acc, D, BD)
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, b_k, b_v, m_n, p_q, p_g, p_lse, p_delta, p_dq, i_m, n,
+    stride_qt, stride_gt, stride_dqt, qk_scale,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, ATOMIC: tl.constexpr,
+):  # fmt: skip
+    b_q = load_rows(p_q, i_m, n, stride_qt, D, BD, MASKED)
+    b_g = load_rows(p_g, i_m, n, stride_gt, D, BD, MASKED)
+    if MASKED:  # queries past the end: q = g = delta = 0, so that they add nothing
+        lse = tl.load(p_lse + i_m, mask=i_m < n, other=0.0)
+        delta = tl.load(p_delta + i_m, mask=i_m < n, other=0.0)
+    else:
+        lse, delta = tl.load(p_lse + i_m), tl.load(p_delta + i_m)
+    qk = tl.dot(b_k, b_q.T, input_precision=PRECISION)  # [BN, BM]
+    p = tl.exp2(qk * qk_scale - lse[None, :])
+    if ATOMIC:  # keys past the end have no row of dk and dv, but would be summands of dq
+        p = tl.where(m_n[:, None], p, 0.0)
+    dp = tl.dot(b_v, b_g.T, input_precision=PRECISION)
+    dv = tl.dot(p.to(b_g.dtype), b_g, dv, input_precision=PRECISION)
+    ds = (p * (dp - delta[None, :])).to(b_q.dtype)
+    dk = tl.dot(ds, b_q, dk, input_precision=PRECISION)
+    if ATOMIC:
+        i_d = tl.arange(0, BD)
+        p_rows = p_dq + i_m.to(tl.int64)[:, None] * stride_dqt + i_d[None, :]
+        mask = (i_m < n)[:, None] & (i_d < D)[None, :]
+        b_dq = tl.dot(ds.T, b_k, input_precision=PRECISION)
+        tl.atomic_add(p_rows, b_dq, mask=mask, sem="relaxed")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["T"])
+def dkdv_kernel(
+    q, k, v, g, dq, dk, dv, lse, delta, cu_seqlens, tiles, coords, inv_freq, T, scale,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
+    stride_dqt, stride_dqh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, ATOMIC: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of dk and dv, as far as head i_h of q goes: [T, H, D].
+
+    With ROPE, dk of k before its rotation. With ATOMIC, dq / scale of q after its rotation is added
+    to dq [T, H, D] float32.
+    """
+    i_h, first, n, i_n = locate(cu_seqlens, tiles, H, BN, PARTS)
+    i_hk = i_h // GROUP
+    b_k = load_rows(k + first * stride_kt + i_hk * stride_kh, i_n, n, stride_kt, D, BD, True)
+    b_v = load_rows(v + first * stride_vt + i_hk * stride_vh, i_n, n, stride_vt, D, BD, True)
+    p_q = q + first * stride_qt + i_h * stride_qh
+    p_g = g + first * stride_gt + i_h * stride_gh
+    p_dq = dq
+    if ATOMIC:
+        p_dq += first * stride_dqt + i_h * stride_dqh
+    p_lse = lse + i_h * T + first
+    p_delta = delta + i_h * T + first
+    m_n = i_n < n
+    i_m = tl.arange(0, BM)
+    last = ((n - 1) // BM) * BM
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+    b_dk, b_dv = _dkdv_step(
+        b_dk, b_dv, b_k, b_v, m_n, p_q, p_g, p_lse, p_delta, p_dq, last + i_m, n,
+        stride_qt, stride_gt, stride_dqt, scale * LOG2_E, D, BD, True, ATOMIC,
+    )  # fmt: skip
+    for s in range(0, last, BM):
+        b_dk, b_dv = _dkdv_step(
+            b_dk, b_dv, b_k, b_v, m_n, p_q, p_g, p_lse, p_delta, p_dq, s + i_m, n,
+            stride_qt, stride_gt, stride_dqt, scale * LOG2_E, D, BD, False, ATOMIC,
+        )  # fmt: skip
+    store_rows(dv + first * stride_dvt + i_h * stride_dvh, i_n, n, stride_dvt, b_dv, D, BD)
+    b_dk *= scale
+    if ROPE:
+        b_dk = rotate(b_dk, coords, inv_freq, first, i_n, n, True)
+    store_rows(dk + first * stride_dkt + i_h * stride_dkh, i_n, n, stride_dkt, b_dk, D, BD)
+
+
+# Tile sizes as in varlen_attention_triton.py; the rows of dq_kernel are queries, those of
+# dkdv_kernel keys.
+_SMALL = Tiling(64, 32, 4, 2)
+_DQ: Table = {
+    "sm_80": {
+        32: (Tiling(128, 64, 8, 2), _SMALL),
+        64: (Tiling(128, 64, 8, 2), _SMALL),
+        128: (Tiling(128, 32, 8, 2), Tiling(128, 16, 8, 2)),
+    },
+    "sm_90": dict.fromkeys((32, 64, 128), (Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2))),
+    "sm_100": dict.fromkeys((32, 64, 128), (Tiling(128, 64, 8, 2), _SMALL)),
+    "gfx942": {
+        32: (Tiling(128, 64, 8, 2), _SMALL),
+        64: (Tiling(128, 64, 8, 2), _SMALL),
+        128: (Tiling(128, 32, 8, 2), _SMALL),
+    },
+}
+_DKDV: Table = {
+    "sm_80": {
+        32: (Tiling(128, 64, 8, 2), _SMALL),
+        64: (Tiling(128, 64, 8, 2), _SMALL),
+        128: (Tiling(128, 16, 8, 2),),  # nothing smaller does without spills
+    },
+    "sm_90": {
+        32: (Tiling(128, 64, 8, 3), _SMALL),
+        64: (Tiling(128, 64, 8, 3), _SMALL),
+        128: (Tiling(128, 32, 8, 3), Tiling(128, 16, 8, 2)),
+    },
+    "sm_100": {
+        32: (Tiling(128, 64, 8, 2), _SMALL),
+        64: (Tiling(128, 64, 8, 2), _SMALL),
+        128: (Tiling(128, 32, 8, 2), _SMALL),
+    },
+    "gfx942": dict.fromkeys((32, 64, 128), (_SMALL, Tiling(64, 16, 4, 2))),
+}
+_FLOAT32 = {"gfx942": ((Tiling(32, 32, 4, 2),), (Tiling(32, 16, 4, 2),))}
+
+# dkdv_kernel with ATOMIC, where it fits the registers: wider heads always take the two kernels.
+_ATOMIC: Table = {
+    "sm_80": dict.fromkeys((32, 64), (Tiling(128, 32, 8, 2), _SMALL)),
+    "sm_90": dict.fromkeys((32, 64), (Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2))),
+    "sm_100": dict.fromkeys((32, 64), (Tiling(128, 32, 8, 2), _SMALL)),
+    "gfx942": dict.fromkeys((32, 64), (_SMALL, Tiling(64, 16, 4, 2))),
+}
+
+
+@dataclass(frozen=True)
+class BackwardTilings:
+    """Tile sizes of the kernels of a backward, each largest first."""
+
+    dq: tuple[Tiling, ...]
+    dkdv: tuple[Tiling, ...]
+    atomic: tuple[Tiling, ...]  # of dkdv_kernel with ATOMIC; empty where that is never used
+
+
+def select_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> BackwardTilings:
+    """Tile sizes for a chip, a head_dim and a dtype."""
+    if arch == "interpreter":
+        return BackwardTilings(INTERPRETER, INTERPRETER, INTERPRETER)
+    if dtype.itemsize == 4:
+        return BackwardTilings(*_FLOAT32.get(arch, (FLOAT32, FLOAT32)), ())
+    row = table_head_dim(head_dim)
+    return BackwardTilings(_DQ[arch][row], _DKDV[arch][row], _ATOMIC[arch].get(row, ()))
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What both kernels read; `rope` (coords, inv_freq) only where it is folded into them."""
+
+    g: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    delta: Tensor
+    cu_seqlens: Tensor
+    tiles_64: Tensor
+    tiles_128: Tensor
+    rope: tuple[Tensor, Tensor] | None
+    scale: float
+
+    def constants(self, tiling: Tiling) -> dict[str, int | bool]:
+        heads, head_dim = self.q.shape[1:]
+        return {
+            "H": heads,
+            "GROUP": heads // self.k.shape[1],
+            "D": head_dim,
+            "BD": padded_head_dim(head_dim),
+            "ROPE": self.rope is not None,
+            "num_warps": tiling.num_warps,
+            "num_stages": tiling.num_stages,
+        }
+
+
+def _start_dq(x: _Inputs, dq: Tensor, delta_only: bool, tiling: Tiling) -> None:
+    tiles, parts = tile_list(x.tiles_64, x.tiles_128, tiling)
+    strides = [n for a in (x.q, x.k, x.v, x.out, x.g, dq) for n in a.stride()[:2]]
+    dq_kernel[(tiles.shape[0] * parts * x.q.shape[1],)](
+        x.q, x.k, x.v, x.out, x.g, dq, x.lse, x.delta, x.cu_seqlens, tiles,
+        *(x.rope or (None, None)), x.q.shape[0], x.scale, *strides,
+        BM=tiling.rows, BN=tiling.step, PARTS=parts, DELTA_ONLY=delta_only, **x.constants(tiling),
+    )  # fmt: skip
+
+
+def _start_dkdv(x: _Inputs, dq_sum: Tensor | None, dk: Tensor, dv: Tensor, tiling: Tiling) -> None:
+    tiles, parts = tile_list(x.tiles_64, x.tiles_128, tiling)
+    dq_strides = (0, 0) if dq_sum is None else dq_sum.stride()[:2]
+    strides = [n for a in (x.q, x.k, x.v, x.g) for n in a.stride()[:2]]
+    dkdv_kernel[(tiles.shape[0] * parts * x.q.shape[1],)](
+        x.q, x.k, x.v, x.g, dq_sum, dk, dv, x.lse, x.delta, x.cu_seqlens, tiles,
+        *(x.rope or (None, None)), x.q.shape[0], x.scale,
+        *strides, *dq_strides, *dk.stride()[:2], *dv.stride()[:2],
+        BM=tiling.step, BN=tiling.rows, PARTS=parts, ATOMIC=dq_sum is not None,
+        **x.constants(tiling),
+    )  # fmt: skip
+
+
+def backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cu_seqlens: Tensor,
+    tiles_64: Tensor,
+    tiles_128: Tensor,
+    coords: Tensor | None,
+    inv_freq: Tensor | None,
+    scale: float,
+    deterministic: bool,
+    tilings: BackwardTilings | None = None,
+) -> None:
+    """Write `dq`, `dk` and `dv`; `tilings` forces the tile sizes."""
+    if q.numel() == 0:
+        return
+    if tilings is None:
+        tilings = select_tilings(architecture(q.device), q.shape[2], q.dtype)
+    with device_guard(q):
+        rope = rope_tensors(coords, inv_freq)
+        if rope is not None:
+            q, k = rotated(q, k, *rope)
+        folded = rope if rotates_in_kernel(q) else None
+        g, q, k, v, out = (unit_stride(a) for a in (g, q, k, v, out))
+        inputs = _Inputs(
+            g, q, k, v, out, lse, torch.empty_like(lse), cu_seqlens, tiles_64, tiles_128,
+            folded, scale,
+        )  # fmt: skip
+        atomic = bool(tilings.atomic) and not deterministic
+        dq_sum = _float32_like(q).zero_() if atomic else None
+        grouped = k.shape[1] < q.shape[1]
+        parts = (_float32_like(q), _float32_like(q)) if grouped else (dk, dv)
+
+        launch("varlen_attention dq", tilings.dq, partial(_start_dq, inputs, dq, atomic))
+        launch(
+            "varlen_attention dk, dv",
+            tilings.atomic if atomic else tilings.dkdv,
+            partial(_start_dkdv, inputs, dq_sum, *parts),
+        )
+        if grouped:
+            for total, part in zip((dk, dv), parts, strict=True):
+                total.copy_(part.unflatten(1, (k.shape[1], -1)).sum(2))
+        if dq_sum is not None:
+            _finish_dq(dq_sum, dq, folded, scale)
+        if rope is not None and folded is None:
+            rotate_heads(dq, dk, dq, dk, *rope, True)
+
+
+def _float32_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+
+
+def _finish_dq(
+    dq_sum: Tensor, dq: Tensor, rope: tuple[Tensor, Tensor] | None, scale: float
+) -> None:
+    """Scale what the atomics added up, rotate it where the kernel would have, and round it."""
+    dq_sum.mul_(scale)
+    if rope is not None:
+        none = dq_sum[:, :0]
+        rotate_heads(dq_sum, none, dq_sum, none, *rope, True)
+    dq.copy_(dq_sum)

@@ -1,0 +1,138 @@
+"""Seeded bugs in varlen_attention's kernels: the tests notice each one."""
+
+import pytest
+
+from hrvlm_kernels.varlen_attention_triton import Tiling
+from tests.kernels import test_varlen_attention as forward
+from tests.kernels import test_varlen_attention_backward as backward
+from tests.kernels.attention_cases import check_kernel, make_case
+from tests.kernels.helpers import interpreter_only
+from tests.kernels.mutations import caught, plant
+
+pytestmark = interpreter_only
+
+FORWARD = {
+    "wrong segment": ("p_ends = cu_seqlens + tl.load(p_tile)", "p_ends = cu_seqlens"),
+    "last row not stored": (
+        "x.to(p_head.dtype.element_ty), mask=(rows < n)[:, None]",
+        "x.to(p_head.dtype.element_ty), mask=(rows < n - 1)[:, None]",
+    ),
+    "last column not loaded": (
+        "mask=(rows < n)[:, None] & (i_d < D)[None, :], other=0.0",
+        "mask=(rows < n)[:, None] & (i_d < D - 1)[None, :], other=0.0",
+    ),
+    "a key too many": ("qk = tl.where((i_last < n)", "qk = tl.where((i_last <= n)"),
+    "no tail where blocks fit": ("last = ((n - 1) // BN) * BN", "last = (n // BN) * BN"),
+    "accumulator not rescaled": ("acc * fade[:, None]", "acc"),
+    "total not rescaled": ("total * fade + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
+    "natural base": ("qk_scale = scale * LOG2_E", "qk_scale = scale"),
+    "shared heads interleaved": ("i_hk = i_h // GROUP", "i_hk = i_h % (H // GROUP)"),
+    "v of the first block": ("p_v, s + i_n, n", "p_v, i_n, n"),
+    "lse without its sum": ("peak + tl.log2(total)", "peak"),
+    "halves mixed up": ("left * cos - right * sin", "left * cos + right * sin"),
+    "x and y swapped": ("y[:, None], x[:, None])", "x[:, None], y[:, None])"),
+    "positions of another image": ("coords + 2 * (first + rows)", "coords + 2 * rows"),
+}
+
+AHEAD = {
+    "k of the same block": ("[row + s + BN, head, 0]", "[row + s, head, 0]"),
+    "v of the next block": ("v_blocks.load([row + s, head", "v_blocks.load([row + s + BN, head"),
+    "scores not handed on": ("qk = qk_next", "qk = qk"),
+    "the neighbour's keys": ("qk = tl.where((i_last < n)", "qk = tl.where((i_last < n + BN)"),
+    "k of another image": ("k_blocks.load([row, head, 0])", "k_blocks.load([0, head, 0])"),
+}
+
+BACKWARD = {
+    "no delta in dq": ("ds = p * (dp - delta[:, None])", "ds = p * dp"),
+    "no delta in dk": ("(p * (dp - delta[None, :]))", "(p * dp)"),
+    "delta of the first head": ("p_row = i_h * T + first + i_m", "p_row = first + i_m"),
+    "dq not scaled": ("acc *= scale", "acc *= 1.0"),
+    "dk not scaled": ("b_dk *= scale", "b_dk *= 1.0"),
+    "dq without its tail": ("p_k, p_v, last + i_n, n", "p_k, p_v, last + BN + i_n, n"),
+    "dk without its tail": ("p_delta, p_dq, last + i_m", "p_delta, p_dq, last + BM + i_m"),
+    "keys past the end in dq": ("p = tl.where((i_n < n)[None, :], p, 0.0)", "p = p"),
+    "dv of ds": ("dv = tl.dot(p.to(b_g.dtype)", "dv = tl.dot((p * dp).to(b_g.dtype)"),
+    "dq's loop starts late": ("for s in range(0, last, BN)", "for s in range(BN, last, BN)"),
+    "dk's loop starts late": ("for s in range(0, last, BM)", "for s in range(BM, last, BM)"),
+    "dq rotated twice": ("first, i_m, n, True)", "first, i_m, n, False)"),
+    "dk rotated twice": ("first, i_n, n, True)", "first, i_n, n, False)"),
+    "shared heads not added": (".sum(2))", "[:, :, 0])"),
+}
+
+ATOMIC = {
+    "rows of another tile": ("p_dq + i_m.to(tl.int64)[:, None]", "p_dq + i_d[:, None]"),
+    "keys past the end": ("p = tl.where(m_n[:, None], p, 0.0)", "p = p"),
+    "not scaled": ("dq_sum.mul_(scale)", "dq_sum.mul_(1.0)"),
+    "not rotated back": ("none, *rope, True)", "none, *rope, False)"),
+}
+
+
+def ragged(**options):
+    options = {"heads": 4, "kv_heads": 2, "head_dim": 32, "rope": True} | options
+    return make_case((65, 128, 1), **options)
+
+
+def check_forward():
+    forward.check_forward(ragged())
+
+
+def check_ahead():
+    forward.check_forward(make_case((130, 129, 40)), [Tiling(128, 64, 1, 1, ahead=True)])
+
+
+def check_backward():
+    check_kernel(ragged())
+
+
+def check_one_head():
+    check_kernel(make_case((65, 40), heads=2, head_dim=32))
+
+
+def check_far_below_zero():
+    backward.test_scores_far_below_zero(True)
+
+
+def check_atomic():
+    check_kernel(ragged(heads=2, kv_heads=1, head_dim=64), deterministic=False)
+
+
+def check_atomic_far_below_zero():
+    backward.test_scores_far_below_zero(False)
+
+
+@pytest.mark.parametrize("bug", FORWARD)
+def test_forward(bug, monkeypatch, tmp_path):
+    users = [(forward, "kernels")]
+    plant(monkeypatch, tmp_path, "varlen_attention_triton", *FORWARD[bug], users=users)
+    assert caught(check_forward)
+
+
+@pytest.mark.parametrize("bug", AHEAD)
+def test_ahead(bug, monkeypatch, tmp_path):
+    users = [(forward, "kernels")]
+    plant(monkeypatch, tmp_path, "varlen_attention_triton", *AHEAD[bug], users=users)
+    assert caught(check_ahead)
+
+
+@pytest.mark.parametrize("bug", BACKWARD)
+def test_backward(bug, monkeypatch, tmp_path):
+    plant(monkeypatch, tmp_path, "varlen_attention_backward_triton", *BACKWARD[bug])
+    assert caught(check_one_head, check_backward, check_far_below_zero)
+
+
+@pytest.mark.parametrize("bug", ATOMIC)
+def test_atomic(bug, monkeypatch, tmp_path):
+    plant(monkeypatch, tmp_path, "varlen_attention_backward_triton", *ATOMIC[bug])
+    assert caught(check_atomic, check_atomic_far_below_zero)
+
+
+def test_a_rotation_that_is_never_inverse(monkeypatch, tmp_path):
+    plant(monkeypatch, tmp_path, "varlen_attention_triton", "sin = -sin", "sin = sin")
+    unchanged = ("acc *= scale", "acc *= scale")  # imported again, over the module with the bug
+    plant(monkeypatch, tmp_path, "varlen_attention_backward_triton", *unchanged)
+    assert caught(check_backward)
+
+
+def test_the_checks_pass_without_a_bug():
+    for check in (check_forward, check_ahead, check_backward, check_one_head, check_atomic):
+        check()
