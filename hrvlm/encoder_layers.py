@@ -90,20 +90,25 @@ class DINOv3Attention(nn.Module):
 
     def forward(self, x: Tensor, packed: PackedGrids, backend: str) -> Tensor:
         """``[T, C]`` to ``[T, C]``."""
-        q, k, v = self._qkv(x, packed, backend)
-        out = varlen_attention(q, k, v, packed, self.head_dim**-0.5, backend=backend)
+        q, k, v = self._qkv(x)
+        out = varlen_attention(
+            q, k, v, packed, self.head_dim**-0.5, rope=self._rope(packed), backend=backend
+        )
         return self.o_proj(out.flatten(1))
 
-    def _qkv(self, x: Tensor, packed: PackedGrids, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
-        if self.rope_theta is not None:
-            inv_freq = rope_frequencies(self.rope_theta, self.head_dim, x.device)
-            q, k = rope_2d(q, k, packed.coords, inv_freq, backend=backend)
-        return q, k, v
+    def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(x).unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
+
+    def _rope(self, packed: PackedGrids) -> tuple[Tensor, Tensor] | None:
+        if self.rope_theta is None:
+            return None
+        return packed.coords, rope_frequencies(self.rope_theta, self.head_dim, packed.device)
 
     def prefix_attention(self, x: Tensor, packed: PackedGrids, backend: str) -> Tensor:
         """Softmax weights ``[P, heads, T]`` of the prefix tokens over their own image's tokens."""
-        q, k, _ = self._qkv(x, packed, backend)
+        q, k, _ = self._qkv(x)
+        if rope := self._rope(packed):
+            q, k = rope_2d(q, k, *rope, backend=backend)
         maps = []
         for q_i, k_i in zip(packed.split(q), packed.split(k), strict=True):
             prefix = q_i[: self.num_prefix_tokens].float() * self.head_dim**-0.5
