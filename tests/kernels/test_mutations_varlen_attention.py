@@ -69,7 +69,7 @@ ATOMIC = {
 
 def ragged(**options):
     options = {"heads": 4, "kv_heads": 2, "head_dim": 32, "rope": True} | options
-    return make_case((65, 128, 1), **options)
+    return make_case((65, 192, 1), **options)
 
 
 def check_forward():

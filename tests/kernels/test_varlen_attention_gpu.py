@@ -1,0 +1,207 @@
+"""varlen_attention on a GPU: bfloat16, every tile of the tables, races, waits, other libraries."""
+
+import warnings
+
+import pytest
+import torch
+
+from hrvlm_kernels import varlen_attention_backward_triton as backward
+from hrvlm_kernels import varlen_attention_triton as forward
+from hrvlm_kernels.backends import flash_attn_obstacle
+from hrvlm_kernels.flash_attn_interface import flash_attn_varlen_func
+from hrvlm_kernels.varlen_attention import varlen_attention
+from tests.kernels.attention_cases import check, check_kernel, kernel_results, make_case
+from tests.kernels.helpers import gradients
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (32, 64, 80, 96, 128)
+# Images of 224, 448 and 768 px with 5 prefix tokens, windows, and what is around a tile.
+LENGTHS = (201, 789, 2309, 64, 0, 1, 63, 65, 127, 128, 129, 577)
+REPEATS = 20
+
+
+def gpu_case(lengths=LENGTHS, **options):
+    options = {"heads": 3, "dtype": torch.bfloat16, "device": DEVICE} | options
+    return make_case(lengths, **options)
+
+
+def same(results, expected):
+    return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_forward_and_backward(head_dim, dtype):
+    check_kernel(gpu_case(head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+def test_rope(head_dim, dtype):
+    check_kernel(gpu_case(head_dim=head_dim, dtype=dtype, rope=True))
+
+
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_atomic_sums(head_dim, rope):
+    check_kernel(gpu_case(head_dim=head_dim, rope=rope), deterministic=False)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_shared_heads_of_k_and_v(head_dim):
+    for deterministic in (True, False):
+        case = gpu_case(heads=6, kv_heads=2, head_dim=head_dim)
+        check_kernel(case, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_smaller_tiles(head_dim, monkeypatch):
+    """The entries of the tables for chips with less memory, and for tensors TMA can't load."""
+    select_forward, select_backward = forward.select_tilings, backward.select_tilings
+
+    def smallest(*args):
+        chosen = select_backward(*args)
+        last = (chosen.dq[-1:], chosen.dkdv[-1:], chosen.atomic[-1:])
+        return backward.BackwardTilings(*last)
+
+    monkeypatch.setattr(forward, "select_tilings", lambda *args: select_forward(*args)[-1:])
+    monkeypatch.setattr(backward, "select_tilings", smallest)
+    for deterministic in (True, False):
+        check_kernel(gpu_case(head_dim=head_dim), deterministic=deterministic)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_unaligned_tensors(head_dim):
+    case = gpu_case(head_dim=head_dim)
+    moved = []
+    for a in case.inputs:
+        room = torch.empty(a.numel() + 1, dtype=a.dtype, device=DEVICE)[1:]
+        moved.append(room.view(a.shape).copy_(a))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = varlen_attention(*moved, case.packed, backend="triton")
+    check(case, [out], ["out"])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_nothing_leaks_from_a_neighbour(head_dim, bad):
+    case = gpu_case((201, 577, 130), head_dim=head_dim)
+    clean = kernel_results(case)
+    for start, end in ((0, 201), (201, 778), (778, 908)):
+        tensors = {}
+        for name in "qkvg":
+            tensors[name] = torch.full_like(getattr(case, name), bad)
+            tensors[name][start:end] = getattr(case, name)[start:end]
+        g = tensors.pop("g")
+        results = gradients(
+            lambda q, k, v: varlen_attention(q, k, v, case.packed), tensors.values(), g
+        )
+        assert same([a[start:end] for a in results], [a[start:end] for a in clean])
+
+
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_repeats_bit_for_bit(head_dim, rope):
+    case = gpu_case(heads=8, head_dim=head_dim, rope=rope)
+    expected = kernel_results(case)
+    for _ in range(REPEATS):
+        assert same(kernel_results(case), expected)
+
+
+def test_one_kernel_forward_and_two_backward():
+    case = gpu_case(head_dim=64)
+    kernel_results(case)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        kernel_results(case)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+    assert names == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_the_host_never_waits_for_the_device(rope):
+    case = gpu_case(head_dim=64, rope=rope)
+    kernel_results(case)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernel_results(case)
+        kernel_results(case, deterministic=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph():
+    case = gpu_case(head_dim=64, rope=True)
+    inputs = [a.clone() for a in case.inputs]
+
+    def run():
+        return varlen_attention(*inputs, case.packed, rope=case.rope, backend="triton")
+
+    with torch.no_grad():
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()
+        for a in inputs:
+            a.mul_(0.5)
+        graph.replay()
+        assert torch.equal(out, run())
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_torch_compile(rope):
+    case = gpu_case(head_dim=64, rope=rope)
+
+    def run(q, k, v):
+        return varlen_attention(q, k, v, case.packed, rope=case.rope, backend="triton")
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True)
+    assert same(gradients(compiled, case.inputs, case.g), gradients(run, case.inputs, case.g))
+
+
+def test_autocast():
+    case = gpu_case(head_dim=64, dtype=torch.float32)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = varlen_attention(*case.inputs, case.packed)
+    expected = varlen_attention(*(a.bfloat16() for a in case.inputs), case.packed)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "sdpa", "eager"])
+def test_other_backends(backend):
+    obstacle = flash_attn_obstacle(torch.device(DEVICE, 0), torch.bfloat16)
+    if backend == "flash_attn" and obstacle:
+        pytest.skip(obstacle)
+    case = gpu_case(head_dim=64)
+    check(case, kernel_results(case, backend=backend))
+
+
+def test_flash_attn_interface():
+    case = gpu_case(head_dim=64)
+    ends, longest = case.packed.cu_seqlens, case.packed.max_seqlen
+    out = flash_attn_varlen_func(*case.inputs, ends, ends, longest, longest)
+    assert torch.equal(out, varlen_attention(*case.inputs, case.packed, backend="triton"))
+
+
+def test_offsets_beyond_int32():
+    """Rows 2^26 elements apart: 40 of them are beyond 2^31, in 5.4 GB."""
+    case = gpu_case((41,), heads=1, head_dim=64)
+    room = torch.zeros(40 * 2**26 + 64, dtype=torch.bfloat16, device=DEVICE)
+    expected = kernel_results(case)
+    for i in range(3):
+        inputs = [a.clone() for a in case.inputs]
+        far = torch.as_strided(room, (41, 1, 64), (2**26, 64, 1))
+        inputs[i] = far.copy_(inputs[i])
+        out = varlen_attention(*inputs, case.packed, backend="triton")
+        assert torch.equal(out, expected[0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_a_device_that_is_not_current():
+    check_kernel(gpu_case(head_dim=64, device="cuda:1"))
