@@ -215,7 +215,11 @@ _DKDV: Table = {
         64: (Tiling(128, 64, 8, 2), _SMALL),
         128: (Tiling(128, 32, 8, 2), _SMALL),
     },
-    "gfx942": dict.fromkeys((32, 64, 128), (_SMALL, Tiling(64, 16, 4, 2))),
+    "gfx942": {
+        32: (_SMALL, Tiling(64, 16, 4, 2)),
+        64: (_SMALL, Tiling(64, 16, 4, 2)),
+        128: (Tiling(64, 16, 4, 2),),
+    },
 }
 _FLOAT32 = {"gfx942": ((Tiling(32, 32, 4, 2),), (Tiling(32, 16, 4, 2),))}
 
