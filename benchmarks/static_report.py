@@ -65,8 +65,8 @@ def main() -> None:
     lines = [
         "# Shipped kernels, compiled without a GPU",
         "",
-        f"`python -m benchmarks.static_report` with torch {torch.__version__}, "
-        f"Triton {triton.__version__}. Registers are per thread, spills in bytes (NVIDIA) or "
+        f"`python -m benchmarks.static_report --target {' '.join(args.target)}` with torch "
+        f"{torch.__version__}, Triton {triton.__version__}. Registers are per thread, spills in bytes (NVIDIA) or "
         "registers (AMD). Nothing here is a measurement of speed.",
     ]
     for target in args.target:
