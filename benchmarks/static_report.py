@@ -66,8 +66,8 @@ def main() -> None:
         "# Shipped kernels, compiled without a GPU",
         "",
         f"`python -m benchmarks.static_report --target {' '.join(args.target)}` with torch "
-        f"{torch.__version__}, Triton {triton.__version__}. Registers are per thread, spills in bytes (NVIDIA) or "
-        "registers (AMD). Nothing here is a measurement of speed.",
+        f"{torch.__version__}, Triton {triton.__version__}. Registers are per thread, spills in "
+        "bytes (NVIDIA) or registers (AMD). Nothing here is a measurement of speed.",
     ]
     for target in args.target:
         lines += ["", f"## {target}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
