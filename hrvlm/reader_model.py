@@ -1,0 +1,74 @@
+"""The small model that reads: its tokenizer and how one is made from a recipe.
+
+The tokenizer is byte-level: one token per ASCII character, so that the language model spells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from .config import VLMConfig
+from .processors import IMAGE_TOKEN, VLMProcessor
+from .vision_language_model import VisionLanguageModel
+
+PAD, END, USER, ANSWER = "<|pad|>", "<|end|>", "<|user|>", "<|answer|>"
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{{ '<|answer|>' + message['content'] + '<|end|>' }}"
+    "{%- else -%}"
+    "{{ '<|user|>' + message['content'] }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|answer|>' }}{%- endif -%}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes and five special tokens; pads on the left; with a chat template."""
+    special = [PAD, END, USER, ANSWER]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=END,
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+    )
+
+
+def new_reader(
+    vision_config: Mapping[str, Any], text_config: Mapping[str, Any], **options: Any
+) -> tuple[VisionLanguageModel, VLMProcessor]:
+    """A reader with random weights, and its processor.
+
+    Args:
+        vision_config: Fields of a ``DINOv3ViTConfig``.
+        text_config: Fields of a ``LlamaConfig``; the vocabulary is the tokenizer's.
+        **options: Fields of :class:`~hrvlm.config.VLMConfig`, as ``mp_pixel_shuffle_factor``.
+    """
+    tokenizer = byte_tokenizer()
+    text = {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    config = VLMConfig(
+        vision_config={"model_type": "dinov3_vit", **vision_config},
+        text_config=text | dict(text_config),
+        image_token_id=tokenizer.image_token_id,
+        **options,
+    )
+    return VisionLanguageModel(config), VLMProcessor.from_config(config, tokenizer)
