@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, console, tables
+from . import __version__, cli_bench, cli_models, cli_train, console, tables
+from .cli_options import Debug, Device, Json
 from .console import CommandGroup, json_only, note, print_json
 
 app = typer.Typer(
@@ -25,16 +26,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Debug = Annotated[
-    bool,
-    typer.Option(
-        "--debug", help="Show the traceback of an error.", callback=console.remember_debug
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
-]
 MaxImgSize = Annotated[int, typer.Option(help="Limit of the longer side in pixels.")]
 Factor = Annotated[int, typer.Option(help="Pixel-shuffle factor: factor x factor patches a token.")]
 Upscale = Annotated[
@@ -165,38 +156,12 @@ def plan(
         tables.show_plan(planned)
 
 
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[
-        list[Path] | None, typer.Option(help="An image; repeat for several, in order.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Directory or hub id of a VisionLanguageModel.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    num_beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = 1,
-    device: Device = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Answer a prompt about images; the text streams to stdout."""
-    if model is None:
-        raise ValueError("--model is needed: no trained VisionLanguageModel comes with hrvlm")
-    with json_only(as_json):
-        from .generate import GenerateOptions
-        from .generate import generate as run
-
-        options = GenerateOptions(max_new_tokens, temperature, num_beams)
-        result = run(
-            model, image or [], prompt, options, device=device, dtype=dtype, stream=not as_json
-        )
-    if as_json:
-        print_json({"model": model, "images": [str(i) for i in image or []]} | result.to_json())
-    else:
-        tables.show_generated(result)
+app.command()(cli_train.train)
+app.command()(cli_models.generate)
+app.command()(cli_models.evaluate)
+app.command()(cli_bench.bench)
+app.command("bench-generate")(cli_models.bench_generate)
+app.command(context_settings=cli_models.PASS_ON)(cli_models.serve)
 
 
 @app.command()

@@ -31,6 +31,7 @@ CORE = (
 EXTRAS = {
     "flash-attn": ("flash-attn",),
     "train": ("accelerate", "datasets", "tensorboard"),
+    "serve": ("fastapi", "openai", "uvicorn"),
     "scale": ("ray",),
     "dev": ("pytest", "timm"),
 }
@@ -46,8 +47,10 @@ def diagnose() -> dict[str, Any]:
         absent); ``cpu``, ``gpus``, ``driver``; ``backends``, for each backend the ops and what runs
         them or why nothing can; ``problems``, sentences about what is broken.
     """
-    packages = {name: _version(name) for name in CORE}
-    extras = {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()}
+    packages = {name: installed_version(name) for name in CORE}
+    extras = {
+        extra: {name: installed_version(name) for name in names} for extra, names in EXTRAS.items()
+    }
     installed = packages | extras["flash-attn"]
     return {
         "hrvlm": __version__,
@@ -57,7 +60,7 @@ def diagnose() -> dict[str, Any]:
         "extras": extras,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "driver": _driver(),
+        "driver": nvidia_driver(),
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "cpu": {
             "cores": os.cpu_count(),
@@ -70,7 +73,8 @@ def diagnose() -> dict[str, Any]:
     }
 
 
-def _version(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution; None if it is absent."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -86,7 +90,7 @@ def _gpu(index: int) -> dict[str, Any]:
     }
 
 
-def _driver() -> str | None:
+def nvidia_driver() -> str | None:
     """Version of the NVIDIA driver, which torch does not tell."""
     program = shutil.which("nvidia-smi")
     if program is None:

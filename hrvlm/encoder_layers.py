@@ -68,9 +68,10 @@ class QKVLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``[T, C]`` to ``[T, 3C]``."""
         biases = (self.q_bias, self.k_bias, self.v_bias)
-        if all(b is None for b in biases):
+        present = [b for b in biases if b is not None]
+        if not present:
             return nn.functional.linear(x, self.weight)
-        zeros = self.weight.new_zeros(self.in_features)
+        zeros = torch.zeros_like(present[0])  # not of the weight, which may be quantised
         bias = torch.cat([zeros if b is None else b for b in biases])
         return nn.functional.linear(x, self.weight, bias)
 

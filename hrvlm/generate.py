@@ -1,4 +1,4 @@
-"""Answer a prompt about images with a trained vision-language model."""
+"""Answer questions about images with a trained vision-language model."""
 
 from __future__ import annotations
 
@@ -76,6 +76,61 @@ class _Streamer(TextStreamer):
             super().on_finalized_text(text, stream_end)
 
 
+class Chat:
+    """Questions and answers about a set of images, each asked with all before it.
+
+    The whole conversation, images included, is run again for every answer: nothing is kept between
+    turns but the text.
+
+    Args:
+        processor: The model's :class:`~hrvlm.processors.VLMProcessor`.
+        vlm: A VisionLanguageModel, on its device.
+        images: What the processor takes as images; they stand before the first question.
+        options: Decoding.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        vlm: Any,
+        images: Sequence[Any] = (),
+        options: GenerateOptions | None = None,
+    ):
+        self.processor, self.vlm = processor, vlm
+        self.options = options or GenerateOptions()
+        self.messages: list[dict[str, Any]] = []
+        self._images = list(images)
+
+    def ask(self, prompt: str, *, stream: bool = False) -> Generated:
+        """Answer the next question.
+
+        Args:
+            prompt: The user's text, without image tokens.
+            stream: Print the text on stdout as it comes (with beams: at the end).
+
+        Raises:
+            ValueError: the prompt has the image token in it, or the conversation does not fit into
+                the model's context; the conversation is then as it was before.
+        """
+        start = time.perf_counter()
+        messages = [*self.messages, user_message(prompt, [] if self.messages else self._images)]
+        inputs = chat_inputs(self.processor, messages).to(self.vlm.device)
+        streamer = None
+        if self.options.num_beams == 1:
+            streamer = _Streamer(self.processor.tokenizer, silent=not stream)
+        with torch.inference_mode():
+            sequences = self.vlm.generate(**inputs, **decoding(self.options), streamer=streamer)
+        prompt_tokens = inputs["input_ids"].shape[1]
+        answer = sequences[0, prompt_tokens:]
+        text = self.processor.tokenizer.decode(answer, skip_special_tokens=True)
+        seconds = time.perf_counter() - start
+        if stream and streamer is None:
+            print(text)
+        self.messages = [*messages, assistant_message(text)]
+        first = streamer.first_token - start if streamer and streamer.calls > 1 else None
+        return Generated(text, prompt_tokens, answer.shape[0], seconds, first)
+
+
 def generate(
     model: str,
     images: Sequence[Path],
@@ -86,7 +141,7 @@ def generate(
     dtype: str = "auto",
     stream: bool = True,
 ) -> Generated:
-    """Load a model and answer.
+    """Load a model and answer one question.
 
     Args:
         model: Directory (or hub id) of a VisionLanguageModel with its processor.
@@ -101,43 +156,83 @@ def generate(
         ValueError: there is no such model, an image can't be read, or the prompt does not fit.
         OSError: a file can't be opened.
     """
-    options = options or GenerateOptions()
+    chat = start_chat(model, images, options, device=device, dtype=dtype)
+    return chat.ask(prompt, stream=stream)
+
+
+def start_chat(
+    model: str,
+    images: Sequence[Path],
+    options: GenerateOptions | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> Chat:
+    """Load images and a model; the arguments and errors are those of :func:`generate`."""
     pictures = [load_image(path) for path in images]
-    processor, vlm = _load(model, pick_device(device), dtype)
-    start = time.perf_counter()
-    inputs = _inputs(processor, pictures, prompt).to(vlm.device)
-    streamer = None
-    if options.num_beams == 1:
-        streamer = _Streamer(processor.tokenizer, silent=not stream)
-    with torch.inference_mode():
-        sequences = vlm.generate(**inputs, **_decoding(options), streamer=streamer)
-    prompt_tokens = inputs["input_ids"].shape[1]
-    answer = sequences[0, prompt_tokens:]
-    text = processor.tokenizer.decode(answer, skip_special_tokens=True)
-    seconds = time.perf_counter() - start
-    if stream and streamer is None:
-        print(text)
-    first = streamer.first_token - start if streamer and streamer.calls > 1 else None
-    return Generated(text, prompt_tokens, answer.shape[0], seconds, first)
+    processor, vlm = load_vlm(model, device=device, dtype=dtype)
+    return Chat(processor, vlm, pictures, options)
 
 
-def _load(model: str, device: torch.device, dtype: str) -> tuple[Any, Any]:
+def load_vlm(model: str, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+    """The processor and the model of a directory or hub id, ready to generate.
+
+    Raises:
+        ValueError: there is no such model, or the device or dtype can't be used.
+    """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype!r}")
+    where = pick_device(device)
     check_model_type(model, VLMConfig.model_type)
     vlm: Any
     with quiet_loading():
         processor = VLMProcessor.from_pretrained(model)
         vlm = VisionLanguageModel.from_pretrained(model, dtype=dtype)
-    return processor, vlm.to(device).eval()
+    return processor, vlm.to(where).eval()
 
 
-def _inputs(processor: Any, pictures: Sequence[Any], prompt: str) -> Any:
-    """One user turn: the images, then the text; by the chat template where there is one."""
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in pictures]
-    content.append({"type": "text", "text": prompt})
+def answer_batch(
+    processor: Any,
+    vlm: Any,
+    conversations: Sequence[Sequence[dict[str, Any]]],
+    options: GenerateOptions | None = None,
+) -> list[str]:
+    """Answer several conversations in one batch, padded on the left.
+
+    Args:
+        processor: The model's :class:`~hrvlm.processors.VLMProcessor`.
+        vlm: A VisionLanguageModel, on its device.
+        conversations: Messages (see :func:`user_message`), the last of each a user's.
+        options: Decoding.
+
+    Raises:
+        ValueError: a conversation does not fit into the model's context, or a text has the image
+            token in it.
+    """
+    if not conversations:
+        return []
+    inputs = chat_inputs(processor, [list(c) for c in conversations]).to(vlm.device)
+    with torch.inference_mode():
+        sequences = vlm.generate(**inputs, **decoding(options or GenerateOptions()))
+    answers = sequences[:, inputs["input_ids"].shape[1] :]
+    return [processor.tokenizer.decode(row, skip_special_tokens=True) for row in answers]
+
+
+def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
+    """A user's turn: the images, then the text."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+
+
+def assistant_message(text: str) -> dict[str, Any]:
+    """An answer, as a turn of the conversation."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def chat_inputs(processor: Any, conversation: Any) -> Any:
+    """The model's inputs for a conversation, or for a list of them, up to the next answer."""
     return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
+        conversation,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -145,7 +240,8 @@ def _inputs(processor: Any, pictures: Sequence[Any], prompt: str) -> Any:
     )
 
 
-def _decoding(options: GenerateOptions) -> dict[str, Any]:
+def decoding(options: GenerateOptions) -> dict[str, Any]:
+    """The arguments of transformers' ``generate``."""
     sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
         sampling["temperature"] = options.temperature

@@ -288,7 +288,10 @@ class VLMImageProcessor(_PackedImageProcessor, TorchvisionBackend):
         In one call torchvision is off by up to 30 steps of 255 where bicubic overshoots (float), or
         by 2 (its 8-bit kernel, which only some CPUs have).
         """
-        pixels = to_tensor(image).to(options["device"]).float()
+        pixels = to_tensor(image).to(options["device"])
+        if (image.height, image.width) == (height, width):
+            return pixels
+        pixels = pixels.float()
         for size in (SizeDict(height=image.height, width=width), SizeDict(height, width)):
             pixels = self.resize(pixels, size, options["resample"]).round_().clamp_(0, 255)
         return pixels

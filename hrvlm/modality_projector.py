@@ -195,7 +195,10 @@ class ModalityProjector(nn.Module):
         weight = self.proj.weight
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(weight.dtype)
-        tokens = pixel_shuffle_linear(x, packed, self.factor, weight, backend=self.backend)
+        if type(self.proj) is nn.Linear and type(weight) is nn.Parameter:
+            tokens = pixel_shuffle_linear(x, packed, self.factor, weight, backend=self.backend)
+        else:  # an adapter or a quantised layer in its place has a forward of its own
+            tokens = self.proj(x[packed.shuffle_index(self.factor).long()].flatten(1))
         if self.cls_proj is None:
             return tokens
         if not packed.num_prefix_tokens:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import console, note, printable
 
 if TYPE_CHECKING:
+    from .bench import BenchReport
+    from .bench_generate import BenchResult
     from .checkpoints import CheckpointInfo
     from .encode import EncodeResult
+    from .evaluate import Scores
     from .generate import Generated
     from .plan import Plan
     from .verify import Report
@@ -92,6 +95,88 @@ def show_generated(result: Generated) -> None:
         f"{result.prompt_tokens} prompt tokens, {result.new_tokens} new in "
         f"{_seconds(result.seconds)} ({result.tokens_per_second:.1f} tokens/s{begun})"
     )
+
+
+def show_scores(scores: Scores, out: Path) -> None:
+    """Metrics of ``hrvlm evaluate``."""
+    rates = {
+        "character error rate": (scores.cer, f"{_count(scores.characters, 'character')}"),
+        "exact match": (scores.exact_match, _count(scores.answered, "answer")),
+        "VQA accuracy": (scores.vqa_accuracy, _count(scores.vqa_questions, "answer")),
+    }
+    _print_table(
+        ["metric", "", "over"],
+        [(n, "-" if rate is None else f"{rate:.2%}", of) for n, (rate, of) in rates.items()],
+    )
+    missed = f", {len(scores.bad)} could not be asked" if scores.bad else ""
+    _print(f"{_count(scores.questions, 'question')}{missed}; the answers are in {out}")
+
+
+def show_bench(report: BenchReport) -> None:
+    """Times, rates and ratios of ``hrvlm bench``."""
+    rows = [
+        (
+            case.name,
+            case.images,
+            case.tokens,
+            rival.name,
+            _seconds(rival.median_s),
+            f"{_seconds(rival.p20_s)} to {_seconds(rival.p80_s)}",
+            f"{rival.images_per_second:.1f}",
+            quantity(case.flops / rival.median_s, "FLOP/s"),
+            "-" if rival.memory_bytes is None else quantity(rival.memory_bytes, "B", base=1024),
+            "" if rival.ratio is None else f"{rival.ratio:.2f}x",
+        )
+        for case in report.cases
+        for rival in case.rivals
+    ]
+    headers = ["images", "", "tokens", "who", "median", "20 % to 80 %", "images/s", "rate"]
+    _print_table([*headers, "memory", "as long as hrvlm"], rows)
+    machine = report.machine
+    threads = f", {_count(machine['threads'], 'thread')}" if machine["type"] == "cpu" else ""
+    _print(f"{report.model}, {report.dtype} on {machine['device']}{threads}")
+    _print(
+        f"attention by {report.backend}; torch {machine['torch']}, "
+        f"transformers {machine['transformers']}; transformers takes mixed sizes one by one"
+    )
+    _print("they took turns; memory is the peak beside weights and images")
+
+
+def show_generate_bench(result: BenchResult) -> None:
+    """Times and memory of ``hrvlm bench-generate``."""
+    headers = ["size", "image tokens", "prompt tokens", "prepare", "first token", "tokens/s"]
+    _print_table(
+        [*headers, "peak memory"],
+        [
+            (
+                _grid(row.size),
+                row.image_tokens,
+                row.prompt_tokens,
+                _seconds(row.prepare_seconds),
+                _seconds(row.first_token_seconds),
+                f"{row.tokens_per_second:.1f}",
+                "-" if row.peak_bytes is None else quantity(row.peak_bytes, "B", base=1024),
+            )
+            for row in result.rows
+        ],
+    )
+    threads = "" if result.threads is None else f", {_count(result.threads, 'thread')}"
+    _print(
+        "sizes are down x across; the first token comes after the preparation, and tokens/s counts "
+        f"the others; medians of {_count(result.repeats, 'run')} of {result.new_tokens} new tokens"
+    )
+    _print(f"{result.model}, {result.dtype} on {result.device}{threads}, batch of 1")
+
+
+def show_trained(result: Mapping[str, Any]) -> None:
+    """Metrics of ``hrvlm train``, and where the model is."""
+    rows = [(name, f"{value:.4g}") for name, value in result["metrics"].items()]
+    _print_table(["metric", ""], rows)
+    if skipped := result.get("skipped"):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        note(f"rows left out: {reasons} (see {result['output_dir']}/data_report.json)")
+    if "output_dir" in result:
+        _print(f"{_count(result['steps'], 'step')}; the model is in {result['output_dir']}")
 
 
 def summarize_converted(directory: Path, info: CheckpointInfo) -> dict[str, Any]:

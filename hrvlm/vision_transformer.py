@@ -10,7 +10,7 @@ is a pack whose grids are equal. Nothing in a block knows about images except
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from hrvlm_kernels.backends import check_backend
 from .encoder_layers import DINOv3Embeddings, DINOv3Layer, LayerScale, patch_size_of
 from .encoder_output import EncoderOutput, PackedEncoderOutput
 from .patches import pack_images, patchify
+
+if TYPE_CHECKING:
+    from .cuda_graphs import GraphedEncoder
 
 Grids: TypeAlias = PackedGrids | Sequence[Sequence[int]] | Tensor
 
@@ -125,6 +128,16 @@ class DINOv3Encoder(PreTrainedModel):
             parameter.requires_grad_(True)
         self._frozen, self._thaws = False, []
         return self
+
+    def graphed(self, sizes: Sequence[Sequence[Sequence[int]]]) -> GraphedEncoder:
+        """This encoder replayed from CUDA graphs, for inference on a fixed set of sizes.
+
+        ``encoder.graphed([[(224, 224)] * 32, [(768, 512), (512, 768)]])``: heights and widths in
+        pixels of the images of each packing; see :class:`~hrvlm.cuda_graphs.GraphedEncoder`.
+        """
+        from .cuda_graphs import GraphedEncoder
+
+        return GraphedEncoder(self, sizes)
 
     def train(self, mode: bool = True) -> DINOv3Encoder:
         """Set the training mode; a frozen encoder stays in eval mode."""

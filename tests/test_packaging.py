@@ -94,7 +94,8 @@ def check_metadata(wheel):
     assert metadata["Version"] == "0.1.0"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra")) == {"dev", "flash-attn", "hub", "scale", "train"}
+    extras = {"dev", "flash-attn", "hub", "scale", "serve", "train"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
     assert "Apache License" in text("licenses/LICENSE")
     assert text("top_level.txt").split() == ["hrvlm", "hrvlm_kernels"]
     assert "hrvlm = hrvlm.cli:app" in text("entry_points.txt")

@@ -1,4 +1,9 @@
-"""The documents name only what exists: snippets run, commands parse, links and names resolve."""
+"""The documents name only what exists: snippets run, commands parse, links and names resolve.
+
+Those of docs/ are followed from top to bottom: Python snippets in one namespace and `hrvlm`
+commands in one folder, each where it stands. A block that starts with the comment "# needs ..." or
+"# runs until ..." is only looked at, as are the commands of the README.
+"""
 
 import importlib
 import re
@@ -20,9 +25,12 @@ from hrvlm.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *GUIDES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(\w+=\S+ )*(bash|hrvlm|make|pip|python) ")
+ONLY_SHOWN = re.compile(r"# (needs|runs until) ")
+OTHERS = ("accelerate", "curl", "lmms-eval", "torchrun")  # what is said to them is theirs to check
 WITHOUT_INPUTS = ("doctor", "plan")  # commands that can be run just as they are written
 
 
@@ -55,6 +63,27 @@ def test_snippet_runs(line, source, tmp_path, monkeypatch):
         exec(code, {"__name__": "__main__"})
 
 
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.name)
+def test_a_guide_can_be_followed(guide, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    text = guide.read_text()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for block in FENCE.finditer(text):
+            line, source = text.count("\n", 0, block.start()) + 1, block[2]
+            if ONLY_SHOWN.match(source):
+                continue
+            if block[1] == "python":
+                exec(compile("\n" * line + source, str(guide), "exec"), namespace)
+            elif block[1] == "bash":
+                for words in lines_of(source):
+                    assert words[0] == "hrvlm", f"{guide.name}, line {line}: only hrvlm is run"
+                    result = CliRunner().invoke(app, words[1:])
+                    assert result.exit_code == 0, f"{words}:\n{result.output}"
+
+
 def test_readme_shows_the_two_commands_first_and_then_snippets():
     (_, first), *_ = fences(README, "bash")
     assert [shlex.split(row, comments=True) for row in first.splitlines()] == [
@@ -70,24 +99,44 @@ def test_every_fence_has_a_language_that_is_tested():
         assert languages <= {"python", "bash", "text"}, document.name
 
 
+def lines_of(script):
+    """The words of each command in it; quotes and backslashes may carry one over several lines."""
+    found = []
+    row = ""
+    for part in script.splitlines():
+        row += part + "\n"
+        try:
+            words = shlex.split(row.replace("\\\n", " "), comments=True)
+        except ValueError:  # a quote is open
+            continue
+        if part.endswith("\\"):
+            continue
+        row = ""
+        while words and re.fullmatch(r"\w+=.*", words[0]):
+            del words[0]
+        if words:
+            found.append(words)
+    return found
+
+
 def commands():
     """(document, words) of every command line in the documents' bash blocks and code spans."""
-    found = []
-    for document in DOCUMENTS:
-        rows = [row for _, block in fences(document, "bash") for row in block.splitlines()]
-        rows += [span for span in spans(document) if COMMAND.match(span)]
-        for row in rows:
-            words = shlex.split(row, comments=True)
-            while words and re.fullmatch(r"\w+=.*", words[0]):
-                del words[0]
-            if words:
-                found.append(pytest.param(words, id=f"{document.name}: {' '.join(words)}"))
-    return found
+    return [
+        pytest.param(words, id=f"{document.name}: {' '.join(words)}")
+        for document in DOCUMENTS
+        for script in (
+            *(block for _, block in fences(document, "bash")),
+            *(span for span in spans(document) if COMMAND.match(span)),
+        )
+        for words in lines_of(script)
+    ]
 
 
 @pytest.mark.parametrize("words", commands())
 def test_command_exists(words):
     program, *arguments = words
+    if program in OTHERS:
+        return
     checks = {
         "bash": check_script,
         "hrvlm": check_hrvlm,
@@ -104,6 +153,8 @@ def check_hrvlm(arguments):
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
         assert name in command.commands, f"no command {name!r}"
+        if not arguments and name not in WITHOUT_INPUTS:
+            return  # a command that is spoken of
         command = command.commands[name]
         command.make_context(name, list(arguments))  # raises on unknown options, missing arguments
         if name in WITHOUT_INPUTS:

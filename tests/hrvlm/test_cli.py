@@ -21,7 +21,16 @@ from hrvlm.image_processing import IMAGENET, SAT493M, get_image_processor
 from hrvlm_kernels.backends import OPS
 from tests.hrvlm.encoders import config_of, pair_of
 
-COMMANDS = ["encode", "plan", "generate", "convert", "verify", "doctor"]
+COMMANDS = [
+    "encode",
+    "plan",
+    "generate",
+    "evaluate",
+    "bench-generate",
+    "convert",
+    "verify",
+    "doctor",
+]
 
 
 def run(*arguments):

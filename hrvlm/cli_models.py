@@ -1,0 +1,194 @@
+"""The commands that run a vision-language model; `cli.py` adds them to ``hrvlm``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import console, tables
+from .cli_options import Debug, Device, Json, StoredDtype
+from .console import json_only, note, print_json
+
+if TYPE_CHECKING:
+    from .generate import Chat
+
+# Arguments of another program's are passed on, --help included.
+PASS_ON: dict[str, Any] = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
+
+Model = Annotated[str, typer.Option(help="Directory or hub id of a VisionLanguageModel.")]
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask; with --chat: what to ask first.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image; repeat for several, in order.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id of a VisionLanguageModel.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Go on asking: one question a line, from stdin.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    num_beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = 1,
+    device: Device = None,
+    dtype: StoredDtype = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a prompt about images; the text streams to stdout."""
+    if model is None:
+        raise ValueError("--model is needed: no trained VisionLanguageModel comes with hrvlm")
+    if prompt is None and not chat:
+        raise ValueError("--prompt is needed, or --chat")
+    with json_only(as_json):
+        from .generate import GenerateOptions, start_chat
+
+        options = GenerateOptions(max_new_tokens, temperature, num_beams)
+        talk = start_chat(model, image or [], options, device=device, dtype=dtype)
+        turns = []
+        for question in _questions(prompt, chat):
+            result = _ask(talk, question, stream=not as_json, give_up=not chat)
+            if result is None:
+                continue
+            turns.append({"prompt": question} | result.to_json())
+            if not as_json:
+                tables.show_generated(result)
+    if as_json:
+        shown = {"model": model, "images": [str(i) for i in image or []]}
+        print_json(shown | ({"turns": turns} if chat else turns[0]))
+
+
+def _questions(prompt: str | None, chat: bool) -> Iterator[str]:
+    """The prompt, then with `chat` the lines of stdin that are not empty."""
+    if prompt is not None:
+        yield prompt
+    if not chat:
+        return
+    asking = sys.stdin.isatty()
+    if asking:
+        note("one question a line; end with Ctrl-D")
+    while True:
+        if asking:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _ask(talk: Chat, question: str, *, stream: bool, give_up: bool) -> Any:
+    """The answer; in a chat, a question that can't be asked is reported, and the chat goes on."""
+    try:
+        return talk.ask(question, stream=stream)
+    except ValueError as error:
+        if give_up:
+            raise
+        note(f"error: {error}")
+        return None
+
+
+def evaluate(
+    data: Annotated[
+        str, typer.Argument(help="A .jsonl or .parquet file, a dataset's directory or hub id.")
+    ],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="File of JSON lines for the answers.")],
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder of the images; default: that of DATA.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of the dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    limit: Annotated[int | None, typer.Option(help="Ask only the first so many.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    num_beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = 1,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin again instead of going on.")
+    ] = False,
+    device: Device = None,
+    dtype: StoredDtype = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score a model's answers: character error rate, exact match, VQA accuracy.
+
+    A run that was interrupted goes on where it was; images that can't be read are counted.
+    """
+    with json_only(as_json):
+        from .evaluate import EvaluateOptions
+        from .evaluate import evaluate as run
+        from .evaluation_data import DataSource
+
+        source = DataSource(data, image_root, name, split)
+        options = EvaluateOptions(batch_size, max_new_tokens, num_beams, limit)
+        with console.progress("questions", limit) as advance:
+            scores = run(
+                model,
+                source,
+                out,
+                options,
+                device=device,
+                dtype=dtype,
+                overwrite=overwrite,
+                on_questions=advance,
+            )
+    for key, reason in scores.bad:
+        note(f"not asked: {key}: {reason}")
+    if as_json:
+        print_json({"model": model, "data": data, "predictions": str(out)} | scores.to_json())
+    else:
+        tables.show_scores(scores, out)
+    if not scores.answered:
+        raise ValueError(f"{data}: no question could be asked")
+
+
+def bench_generate(
+    model: Model,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="Image size; repeat for several."),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate, exactly.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Runs of each size, after one to warm up.")] = 5,
+    device: Device = None,
+    dtype: StoredDtype = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time to the first token, tokens per second and memory, by image size (medians)."""
+    with json_only(as_json):
+        from .bench_generate import SIZES, BenchOptions
+        from .bench_generate import bench_generate as run
+        from .plan import size_of
+
+        sizes = tuple(size_of(text)[::-1] for text in size) if size else SIZES
+        options = BenchOptions(sizes, new_tokens, repeats)
+        with console.progress("runs", len(sizes) * (repeats + 1)) as advance:
+            result = run(model, options, device=device, dtype=dtype, on_run=advance)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        tables.show_generate_bench(result)
+
+
+def serve(
+    context: typer.Context,
+    debug: Debug = False,
+) -> None:
+    """An OpenAI-compatible server: `transformers serve`, and all its arguments, with our models."""
+    from .serve import serve as run
+
+    run(context.args)

@@ -1,0 +1,56 @@
+"""The command that trains; `cli.py` adds it to ``hrvlm``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import tables
+from .cli_options import Debug, Json
+from .console import json_only, print_json
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file: model, data, training.")],
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--override", "-o", help="A change, as training.max_steps=10; repeatable."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train or fine-tune a vision-language model.
+
+    On several devices: `torchrun --nproc-per-node N --no-python hrvlm train ...`, or with
+    `accelerate launch --no_python`. A file with a section `reading` is a recipe for a reader.
+    """
+    with json_only(as_json):
+        from .training_config import TrainingConfig, read_yaml
+
+        sections = read_yaml(config, override or ())
+        if "reading" in sections:
+            shown, is_main = _train_reader(sections, resume), True
+        else:
+            from .train import train as run
+
+            result = run(TrainingConfig.from_dict(sections), resume=resume)
+            shown, is_main = result.to_json(), result.is_main
+    if not is_main:
+        return
+    if as_json:
+        print_json(shown)
+    else:
+        tables.show_trained(shown)
+
+
+def _train_reader(sections: dict[str, Any], resume: bool) -> dict[str, Any]:
+    from .reader_recipe import SECTIONS, train_reader
+
+    if wrong := sorted(set(sections) ^ set(SECTIONS)):
+        raise ValueError(f"sections {wrong}: a recipe with `reading` has exactly {[*SECTIONS]}")
+    return {"metrics": train_reader(sections, resume=resume)}

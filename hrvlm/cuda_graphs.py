@@ -1,0 +1,175 @@
+"""CUDA graphs of the encoder for a fixed set of packings: ``encoder.graphed(sizes)``.
+
+A forward of a small model on small images is hundreds of launches, and the host can't issue them as
+fast as the GPU runs them. A CUDA graph records them once and starts them all with one call. It also
+records every size and every address, so there is one graph per packing, with buffers of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hrvlm_kernels import PackedGrids
+
+from .encoder_output import EncoderOutput, PackedEncoderOutput
+
+if TYPE_CHECKING:
+    from .vision_transformer import DINOv3Encoder, Grids
+
+_Grid = tuple[int, int]
+_Value = TypeVar("_Value")
+_WARM_UPS = 3  # compile the kernels, choose the libraries' algorithms, fill the caches of tables
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A graph, and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    patches: Tensor
+    last_hidden_state: Tensor
+    pooler_output: Tensor
+    packed: PackedGrids  # its tables are read by the graph
+
+
+class GraphedEncoder:
+    """A :class:`~hrvlm.DINOv3Encoder` that replays CUDA graphs, for inference.
+
+    The graphs read the encoder's weights where they are: changing them in place is seen, moving or
+    casting the encoder is not and needs a new GraphedEncoder. Results are copies, so that the next
+    call does not overwrite them.
+
+    Args:
+        encoder: On a GPU, in eval mode.
+        sizes: The packings: for each, height and width in pixels of its images, in order.
+
+    Raises:
+        ValueError: `sizes` is empty, a side is not a positive multiple of the patch size, or the
+            encoder is in training mode.
+        RuntimeError: the encoder is not on a GPU, or autocast is on (its copies of the weights do
+            not outlive it: cast the encoder instead).
+    """
+
+    def __init__(self, encoder: DINOv3Encoder, sizes: Sequence[Sequence[Sequence[int]]]):
+        packings = [_grids_of(i, images, encoder.patch_size) for i, images in enumerate(sizes)]
+        if not packings:
+            raise ValueError("sizes must hold at least one packing, got none")
+        if encoder.training:
+            raise ValueError("graphed: the encoder is in training mode; call eval() first")
+        device = encoder.norm.weight.device
+        if device.type != "cuda":
+            raise RuntimeError(
+                f"graphed: CUDA graphs need the encoder on a GPU, it is on {device.type!r}"
+            )
+        if torch.is_autocast_enabled(device.type):
+            raise RuntimeError(
+                "graphed: autocast is on; cast the encoder (encoder.to(torch.bfloat16)) instead"
+            )
+        self.encoder = encoder
+        self._recordings: dict[tuple[_Grid, ...], _Recording] = {}
+        pool = None
+        with torch.cuda.device(device):
+            for grids in dict.fromkeys(packings):
+                recording = _record(encoder, grids, device, pool)
+                self._recordings[grids] = recording
+                pool = recording.graph.pool()
+
+    def __call__(
+        self, pixel_values: Tensor | Sequence[Tensor], *, grids: Grids | None = None
+    ) -> EncoderOutput | PackedEncoderOutput:
+        """Encode images, given as to the encoder itself.
+
+        Args:
+            pixel_values: A batch ``[B, 3, H, W]``, a list of ``[3, Hi, Wi]``, or packed patches
+                ``[N, 3*p*p]`` with `grids`; on any device.
+            grids: Patch grids of packed patches.
+
+        Returns:
+            `last_hidden_state` and `pooler_output`, without gradients, as the encoder gives them.
+
+        Raises:
+            ValueError: there is no graph for these sizes in this order, or an input requires grad.
+        """
+        patches, packed, batch = self.encoder._pack(pixel_values, grids)
+        if patches.requires_grad and torch.is_grad_enabled():
+            raise ValueError("pixel_values requires grad, but a graphed encoder has no backward")
+        recording = _select(self._recordings, packed.grids or (), self.encoder.patch_size)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.cuda.device(recording.patches.device),
+        ):
+            recording.patches.copy_(patches.detach(), non_blocking=True)
+            recording.graph.replay()
+            hidden = recording.last_hidden_state.clone()
+            pooled = recording.pooler_output.clone()
+        fields: dict[str, Any] = {"last_hidden_state": hidden, "pooler_output": pooled}
+        if batch is None:
+            return PackedEncoderOutput(packed=recording.packed, **fields)
+        return EncoderOutput(**fields | {"last_hidden_state": hidden.unflatten(0, (batch, -1))})
+
+
+def _record(
+    encoder: DINOv3Encoder, grids: tuple[_Grid, ...], device: torch.device, pool: Any
+) -> _Recording:
+    packed = PackedGrids.from_grids(
+        grids, num_prefix_tokens=encoder.num_prefix_tokens, device=device
+    )
+    weight = encoder.embeddings.patch_embeddings.weight
+    rows = sum(hp * wp for hp, wp in grids)
+    with torch.inference_mode(False), torch.no_grad():
+        patches = torch.zeros(rows, weight[0].numel(), dtype=weight.dtype, device=device)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                encoder(patches, grids=packed, return_dict=True)
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            out = encoder(patches, grids=packed, return_dict=True)
+    return _Recording(graph, patches, out.last_hidden_state, out.pooler_output, packed)
+
+
+def _grids_of(i: int, images: Sequence[Sequence[int]], patch_size: int) -> tuple[_Grid, ...]:
+    grids = []
+    for j, size in enumerate(images):
+        if not _is_size(size, patch_size):
+            raise ValueError(
+                f"sizes[{i}], image {j}: expected (height, width), positive multiples of the patch "
+                f"size {patch_size}, got {size}"
+            )
+        grids.append((size[0] // patch_size, size[1] // patch_size))
+    if not grids:
+        raise ValueError(f"sizes[{i}] has no images")
+    return tuple(grids)
+
+
+def _is_size(size: object, patch_size: int) -> bool:
+    return (
+        isinstance(size, Sequence)
+        and len(size) == 2
+        and all(isinstance(n, int) and n > 0 and n % patch_size == 0 for n in size)
+    )
+
+
+def _select(
+    recordings: Mapping[tuple[_Grid, ...], _Value], grids: tuple[_Grid, ...], patch_size: int
+) -> _Value:
+    if grids not in recordings:
+        known = "; ".join(_pixels(key, patch_size) for key in recordings)
+        raise ValueError(
+            f"no graph was captured for images of {_pixels(grids, patch_size)} px (height x width, "
+            f"in this order), only for: {known}"
+        )
+    return recordings[grids]
+
+
+def _pixels(grids: tuple[_Grid, ...], patch_size: int) -> str:
+    sizes = [f"{hp * patch_size}x{wp * patch_size}" for hp, wp in grids]
+    return ", ".join(sizes[:8]) + (f", ... {len(sizes)} in all" if len(sizes) > 8 else "")

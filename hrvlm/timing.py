@@ -1,0 +1,200 @@
+"""Timing rivals against each other, and the ceilings of the machine they ran on.
+
+Machines differ and drift. What does not is the ratio of two rivals that took turns in one process:
+round by round, each starting a round in its turn, and the median over the rounds. On a GPU a
+measurement lies between two events of the device, after a write that pushes everything else out of
+the L2 cache; on the CPU it is the host's clock.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+# More than the last-level cache of any GPU so far, and long enough (0.1 ms and more) for the host
+# to queue what is timed behind it.
+FLUSH_BYTES = 512 * 2**20
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each round of one rival, in order."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds."""
+        return statistics.median(self.seconds)
+
+    def quantile(self, q: float) -> float:
+        """The round at the fraction `q` of the sorted ones."""
+        ordered = sorted(self.seconds)
+        return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+
+
+class Ceilings(NamedTuple):
+    """What the device reaches at best, measured.
+
+    Attributes:
+        copy_bytes_per_second: Of a large copy, bytes read plus bytes written.
+        flops_per_second: Of a large matrix product.
+        product: Size and dtype of that product.
+    """
+
+    copy_bytes_per_second: float
+    flops_per_second: float
+    product: str
+
+
+def take_turns(
+    rivals: Mapping[str, Run],
+    device: torch.device,
+    *,
+    budget_s: float = 2.0,
+    min_rounds: int = 5,
+    max_rounds: int = 30,
+) -> dict[str, Timing]:
+    """Time every rival once a round; each round another one starts.
+
+    Args:
+        rivals: Functions without arguments, already warm.
+        device: Where they run.
+        budget_s: Seconds that the rounds should take together, by the time of a first one that
+            does not count.
+        min_rounds: Not fewer, whatever they take.
+        max_rounds: Not more.
+    """
+    watch = _Stopwatch(device)
+    start = time.perf_counter()
+    for run in rivals.values():
+        run()
+    synchronize(device)
+    round_s = max(time.perf_counter() - start, 1e-9)
+    rounds = min(max(int(budget_s / round_s), min_rounds), max_rounds)
+    names, marks = list(rivals), []
+    for i in range(rounds):
+        for j in range(len(names)):
+            name = names[(i + j) % len(names)]
+            marks.append((name, watch.time(rivals[name])))
+    synchronize(device)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name, mark in marks:
+        seconds[name].append(mark())
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def median_ratio(slow: Timing, fast: Timing) -> float:
+    """Median over the rounds of ``slow / fast``: how many times faster the second is."""
+    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
+
+
+class _Stopwatch:
+    """Starts a run and returns a function that tells its seconds once the device is done."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.flush = None
+        if device.type == "cuda":
+            self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+
+    def time(self, run: Run) -> Callable[[], float]:
+        if self.flush is None:
+            synchronize(self.device)
+            start = time.perf_counter()
+            run()
+            synchronize(self.device)
+            seconds = time.perf_counter() - start
+            return lambda: seconds
+        self.flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        return lambda: begin.elapsed_time(end) / 1e3
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for everything queued on `device`."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory(run: Run, device: torch.device) -> int | None:
+    """Bytes that `run` allocates at most beyond what is there before it; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def measure_ceilings(device: torch.device, *, small: bool = False) -> Ceilings:
+    """Copy bandwidth and the rate of a matrix product, on random data.
+
+    A GPU copies 1 GiB and multiplies 8192^3 in bfloat16. The CPU copies 256 MiB and multiplies
+    2048^3 in float32; `small` divides all sides by 4.
+    """
+    gpu = device.type != "cpu"
+    count = (2**28 if gpu else 2**26) // (16 if small else 1)
+    side = (8192 if gpu else 2048) // (4 if small else 1)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    source = torch.rand(count, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    runs: dict[str, Run] = {
+        "copy": lambda: target.copy_(source),
+        "product": lambda: torch.mm(a, b, out=product),
+    }
+    for run in runs.values():
+        run()
+    timings = take_turns(runs, device, budget_s=1.0, max_rounds=20)
+    return Ceilings(
+        copy_bytes_per_second=2 * 4 * count / timings["copy"].median,
+        flops_per_second=2 * side**3 / timings["product"].median,
+        product=f"{side}^3 {str(dtype).removeprefix('torch.')}",
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls the GPU or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """The device and the versions that a time depends on, as plain data."""
+    from .doctor import installed_version, nvidia_driver
+
+    packages = ("torch", "triton", "transformers", "torchvision", "timm", "Pillow", "flash-attn")
+    gpu = device.type == "cuda"
+    return {
+        "type": device.type,
+        "device": device_name(device),
+        "driver": nvidia_driver() if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "hip": torch.version.hip if gpu else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name.lower().replace("-", "_"): installed_version(name) for name in packages},
+        "flash_attn_4": installed_version("flash-attn-4"),
+    }

@@ -1,0 +1,243 @@
+"""Train or fine-tune a vision-language model: what ``hrvlm train`` runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .collators import VQACollator
+from .encoder_loading import check_model_type, quiet_loading
+from .processors import VLMProcessor, get_tokenizer
+from .sequence_packing import PackedSequenceCollator
+from .trainer import VLMTrainer, VLMTrainingArguments
+from .training_config import DataConfig, ModelConfig, TrainingConfig
+from .training_data import RowDataset, SampleStream
+from .training_samples import SampleMaker, write_report
+from .training_sources import RowSource, open_source
+from .vision_language_model import VisionLanguageModel
+
+CONFIG_FILE = "train.yaml"
+_STATE_FILE = "trainer_state.json"  # the last that Trainer writes into a checkpoint
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gave.
+
+    Attributes:
+        output_dir: Where the model, its processor, checkpoints and the data report are.
+        steps: Optimizer steps in all, those before a resume included.
+        metrics: Trainer's, of training and of the last evaluation.
+        skipped: Rows left out, by reason.
+        is_main: Whether this process is the one that reports.
+    """
+
+    output_dir: str
+    steps: int
+    metrics: dict[str, float]
+    skipped: dict[str, int]
+    is_main: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {name: value for name, value in asdict(self).items() if name != "is_main"}
+
+
+def train(config: TrainingConfig, *, resume: bool = False) -> TrainResult:
+    """Train by a configuration; the trained model is in its ``output_dir``.
+
+    Args:
+        config: The run.
+        resume: Go on from the last checkpoint in ``output_dir``, or begin if there is none.
+
+    Raises:
+        ValueError: a value does not fit, or ``output_dir`` holds a run and `resume` is not given.
+        OSError: a file is missing.
+    """
+    args = training_arguments(config)
+    output_dir = Path(str(args.output_dir))
+    checkpoint = last_checkpoint(output_dir)
+    if checkpoint is not None and not resume:
+        raise ValueError(
+            f"{output_dir} holds a run ({checkpoint.name}): --resume goes on with it; or give "
+            "another training.output_dir"
+        )
+    set_seed(args.seed)
+    with quiet_loading():
+        model, processor = load_model(config.model)
+    trainer = make_trainer(config, args, model, processor)
+    main = trainer.is_world_process_zero()
+    if main:
+        if resume and checkpoint is None:
+            print(f"{output_dir} has no checkpoint yet: beginning at step 0", file=sys.stderr)
+        write_config(config, output_dir)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics = dict(result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_model()
+    if not main:
+        return TrainResult(str(output_dir), trainer.state.global_step, metrics, {}, False)
+    trainer.save_state()
+    report = write_report(output_dir)
+    return TrainResult(str(output_dir), trainer.state.global_step, metrics, report["skipped"], True)
+
+
+def training_arguments(config: TrainingConfig) -> VLMTrainingArguments:
+    """The section `training`, with what it leaves open.
+
+    Raises:
+        ValueError: as :class:`~hrvlm.trainer.VLMTrainingArguments`; a value is of a wrong type.
+    """
+    given = dict(config.training)
+    loggers = [name for name in ("tensorboard", "wandb") if find_spec(name) is not None]
+    given.setdefault("report_to", loggers)
+    if not config.data.eval and given.get("eval_strategy", "no") != "no":
+        raise ValueError(f"training.eval_strategy={given['eval_strategy']!r} needs data.eval")
+    try:
+        return VLMTrainingArguments(**given)
+    except TypeError as error:
+        raise ValueError(f"training: {error}") from error
+
+
+def load_model(config: ModelConfig) -> tuple[VisionLanguageModel, VLMProcessor]:
+    """The model to start from, with its processor.
+
+    Raises:
+        ValueError: the checkpoint is of another kind.
+    """
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    if config.path is not None:
+        check_model_type(config.path, "hrvlm")
+        model = VisionLanguageModel.from_pretrained(config.path, dtype=dtype)
+        processor = VLMProcessor.from_pretrained(config.path)
+    elif config.vision is not None and config.language is not None:
+        tokenizer = get_tokenizer(
+            str(config.tokenizer),
+            config.options.get("vlm_extra_tokens"),
+            config.options.get("lm_chat_template"),
+        )
+        model = VisionLanguageModel.from_backbones(
+            config.vision,
+            config.language,
+            tokenizer,
+            dtype=dtype,
+            lm_tokenizer=config.tokenizer,
+            **config.options,
+        )
+        processor = VLMProcessor.from_config(model.config, tokenizer)
+    else:
+        model, processor = _random_model(config.names, dtype)
+    if config.attn_implementation is not None:
+        model.decoder.set_attn_implementation(config.attn_implementation)
+    return model, processor
+
+
+def make_trainer(
+    config: TrainingConfig, args: VLMTrainingArguments, model: Any, processor: Any
+) -> VLMTrainer:
+    """The trainer of a run, with its data.
+
+    Raises:
+        ValueError: a length does not fit the model's context, or the data needs ``max_steps``.
+    """
+    data, output_dir = config.data, Path(str(args.output_dir))
+    context = model.config.lm_max_position_embeddings
+    for name in ("max_sample_length", "sequence_packing"):
+        value = getattr(data, name)
+        if value is not None and context is not None and value > context:
+            raise ValueError(f"data.{name}={value}: the language model's context holds {context}")
+    lengths = [n for n in (data.max_sample_length, data.sequence_packing, context) if n is not None]
+    make = SampleMaker(processor, min(lengths, default=None), output_dir)
+    train_data = training_set(data, make, args.seed)
+    if isinstance(train_data, SampleStream) and args.max_steps <= 0:
+        raise ValueError(
+            "training.max_steps is needed: streamed, drawn, weighted and packed data has no epochs"
+        )
+    eval_data = None
+    if data.eval:
+        eval_data = RowDataset([open_source(s, indexed=True) for s in data.eval], make)
+    packing = data.sequence_packing
+    collator = VQACollator(processor) if packing is None else _PackedOrNot(processor, packing)
+    return VLMTrainer(
+        model,
+        args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=collator,
+        processing_class=processor,
+    )
+
+
+def training_set(data: DataConfig, make: SampleMaker, seed: int) -> RowDataset | SampleStream:
+    """The training data: by index where all of it can be, else an endless stream."""
+    sources = [open_source(source) for source in data.train]
+    weights = [source.weight for source in data.train]
+    by_index = all(isinstance(source, RowSource) for source in sources)
+    if by_index and data.sequence_packing is None and not any(weights):
+        return RowDataset(sources, make)
+    return SampleStream(
+        sources,
+        make,
+        weights=[1.0 if weight is None else float(weight) for weight in weights],
+        seed=seed,
+        packing=data.sequence_packing,
+    )
+
+
+class _PackedOrNot:
+    """Packed rows in training; evaluation has one sample a row."""
+
+    def __init__(self, processor: Any, length: int):
+        self.packed, self.plain = PackedSequenceCollator(processor, length), VQACollator(processor)
+
+    def __call__(self, samples: Any) -> dict[str, torch.Tensor]:
+        packed = any(sample is not None and "position_ids" in sample for sample in samples)
+        return (self.packed if packed else self.plain)(samples)
+
+
+def _random_model(
+    names: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[VisionLanguageModel, VLMProcessor]:
+    from .config import VLMConfig
+
+    tokenizer = get_tokenizer(
+        names["lm_tokenizer"], names.get("vlm_extra_tokens"), names.get("lm_chat_template")
+    )
+    names = {"lm_vocab_size": len(tokenizer)} | dict(names)
+    config = VLMConfig.from_names(names | {"image_token_id": tokenizer.image_token_id})
+    text = config.text_config
+    text.pad_token_id, text.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    text.bos_token_id = tokenizer.bos_token_id
+    model = VisionLanguageModel(config)
+    for parameter in model.parameters():  # not the buffers: RoPE's frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
+    return model, VLMProcessor.from_config(config, tokenizer)
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The last checkpoint that was written to its end; a kill may have cut off a later one."""
+    found = [
+        path
+        for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (path / _STATE_FILE).is_file() and path.name.rpartition("-")[2].isdigit()
+    ]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def write_config(config: TrainingConfig, directory: Path) -> None:
+    """Keep the configuration with the run, overrides included."""
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / f"{CONFIG_FILE}.part"
+    part.write_text(yaml.safe_dump(dict(config.sections), sort_keys=False), encoding="utf-8")
+    os.replace(part, directory / CONFIG_FILE)

@@ -1,0 +1,226 @@
+"""transformers' Trainer for a VisionLanguageModel: a learning rate for each part, parts frozen.
+
+    trainer = VLMTrainer(model, args=VLMTrainingArguments("runs/x", learning_rate_vision=1e-5), ...)
+
+The loop, the devices, precision, accumulation and checkpoints are Trainer's and accelerate's. A
+subclass adds terms to the loss by overriding ``compute_loss``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from .optimizers import CombinedOptimizer
+from .training_data import SampleStream
+from .vision_language_model import without_mask_token
+from .vision_transformer import DINOv3Encoder
+
+PARTS = ("vision", "projector", "language")
+OPTIMIZERS = ("adamw", "muon")
+_MODULES = {"vision_encoder": "vision", "MP": "projector", "decoder": "language"}
+
+
+@dataclass
+class VLMTrainingArguments(TrainingArguments):
+    """TrainingArguments with a learning rate for each part, and with defaults that fit the model.
+
+    Attributes:
+        learning_rate_vision: Of the encoder; default: `learning_rate`.
+        learning_rate_projector: Of the projector; default: `learning_rate`.
+        learning_rate_language: Of the language model; default: `learning_rate`.
+        optimizer: "adamw" (whichever ``optim`` names), or "muon": Muon for the matrices inside
+            encoder and decoder blocks, ``optim`` for the rest. Muon's updates are scaled to the
+            size of AdamW's (``match_rms_adamw``), so that both take the same learning rates.
+        freeze: Parts that are not trained, of `PARTS`.
+
+    Raises:
+        ValueError: an unknown optimizer or part, or all parts are frozen.
+    """
+
+    learning_rate_vision: float | None = None
+    learning_rate_projector: float | None = None
+    learning_rate_language: float | None = None
+    optimizer: str = "adamw"
+    freeze: list[str] = field(default_factory=list)
+
+    # Trainer would drop `pixel_values` of a wrapped model, hide a NaN behind the mean of the losses
+    # before it, and let one process cut the packed batches for all.
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+    accelerator_config: Any = field(default_factory=lambda: {"dispatch_batches": False})
+    # The model itself sees to it that every parameter has a gradient.
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self) -> None:
+        """Check what TrainingArguments does not know."""
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={self.optimizer!r}: expected one of {[*OPTIMIZERS]}")
+        if unknown := sorted(set(self.freeze) - set(PARTS)):
+            raise ValueError(f"freeze={self.freeze}: unknown {unknown}, expected of {[*PARTS]}")
+        if set(self.freeze) == set(PARTS):
+            raise ValueError("freeze: all parts are frozen, nothing is left to train")
+        super().__post_init__()
+
+
+class VLMTrainer(Trainer):
+    """Trainer for a :class:`~hrvlm.vision_language_model.VisionLanguageModel`.
+
+    Args:
+        model: The model; its parts named in ``args.freeze`` are frozen.
+        args: :class:`VLMTrainingArguments`.
+        **kwargs: Of Trainer. A `train_dataset` that is a
+            :class:`~hrvlm.training_data.SampleStream` divides itself among the processes.
+    """
+
+    args: VLMTrainingArguments
+
+    def __init__(self, model: Any, args: VLMTrainingArguments, **kwargs: Any):
+        encoder = getattr(model, "vision_encoder", None)
+        if isinstance(encoder, DINOv3Encoder):
+            without_mask_token(encoder)  # loading a checkpoint makes it a parameter to train again
+        freeze_parts(model, args.freeze)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: packed images can't be cut by DataParallel; "
+                "start one process for each with torchrun or accelerate launch"
+            )
+        super().__init__(model=model, args=args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Parameter groups by part, with weight decay and without; see `parameter_groups`.
+
+        Raises:
+            ValueError: Muon with FSDP.
+        """
+        if self.optimizer is None:
+            if self.args.optimizer == "muon" and self.is_fsdp_enabled:
+                raise ValueError(
+                    "optimizer='muon': not with FSDP, which shards the matrices that it needs whole"
+                )
+            model = self.model if model is None else model
+            groups = parameter_groups(model, self.args)
+            make, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            optimizer = make([g for g in groups if not g["muon"]], **options)
+            if hidden := [g for g in groups if g["muon"]]:
+                muon = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")
+                optimizer = CombinedOptimizer(muon, optimizer)
+            self.optimizer = optimizer
+        return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's, but for a stream, which has its own way to be divided among processes."""
+        data = self.train_dataset
+        if not isinstance(data, SampleStream):
+            return super().get_train_dataloader()
+        args = self.args
+        data.divide(args.process_index, args.world_size)
+        loader = DataLoader(
+            data,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(
+            loader, device=args.device, num_processes=1, process_index=0, put_on_device=True
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Trainer's: the model's own loss, per answer token of the whole step."""
+        # With a cache, the language model would take packed sequences for one.
+        inputs = {**inputs, "use_cache": False}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the learning rates of the parts, where they differ."""
+        if "learning_rate" in logs and self.optimizer is not None:
+            groups = self.optimizer.param_groups
+            highest = {g["part"]: g["initial_lr"] for g in groups if "part" in g}
+            if len(set(highest.values())) > 1:
+                now = logs["learning_rate"] / groups[0]["initial_lr"]
+                logs |= {f"learning_rate_{part}": rate * now for part, rate in highest.items()}
+        super().log(logs, *args, **kwargs)
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to, by its name; "other" for modules added to the model."""
+    return next((_MODULES[word] for word in name.split(".") if word in _MODULES), "other")
+
+
+def parameter_groups(model: nn.Module, args: VLMTrainingArguments) -> list[dict[str, Any]]:
+    """Parameters to train, by part, with weight decay or without, for Muon or not.
+
+    Vectors (norms, biases, layer scales), learned tokens and position embeddings do not decay.
+
+    Returns:
+        ``params``, ``lr``, ``weight_decay``, and for us ``part`` and ``muon``; no group is empty.
+    """
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            muon = args.optimizer == "muon" and _is_hidden_matrix(name, parameter)
+            key = (part_of(name), muon, _decays(name, parameter))
+            groups.setdefault(key, []).append(parameter)
+    if not groups:
+        raise ValueError("model: no parameter requires a gradient, so there is nothing to train")
+    return [
+        {
+            "params": parameters,
+            "lr": _learning_rate(args, part),
+            "weight_decay": args.weight_decay if decay else 0.0,
+            "part": part,
+            "muon": muon,
+        }
+        for (part, muon, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def freeze_parts(model: Any, parts: Iterable[str]) -> None:
+    """Stop the training of parts: no gradients, and eval mode whenever they run.
+
+    DINOv3Encoder has its own ``freeze``, which keeps no graph.
+    """
+    for name, part in _MODULES.items():
+        if part not in parts:
+            continue
+        module = getattr(model, name)
+        if hasattr(module, "freeze"):
+            module.freeze()
+        else:
+            module.requires_grad_(False)
+            module.register_forward_pre_hook(_to_eval)
+
+
+def _to_eval(module: nn.Module, args: Any) -> None:
+    if module.training:
+        module.eval()
+
+
+def _learning_rate(args: VLMTrainingArguments, part: str) -> float:
+    rate = getattr(args, f"learning_rate_{part}", None)
+    return float(args.learning_rate if rate is None else rate)
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    learned_token = name.endswith(("_token", "_tokens")) or "position_embedding" in name
+    return parameter.ndim >= 2 and not learned_token
+
+
+def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim == 2 and any(word.isdigit() for word in name.split("."))

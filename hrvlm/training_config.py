@@ -1,0 +1,358 @@
+"""What ``hrvlm train`` reads: the model, the data and the training, from one YAML file.
+
+model: {path: runs/first}                   a VisionLanguageModel; or
+model: {vision: ..., language: ..., tokenizer: ..., max_img_size: 1024}    pretrained parts; or
+model: {vit_hidden_dim: 384, ..., lm_tokenizer: ...}    nanoVLM's names, random weights
+
+data:
+train: {kind: jsonl, path: train.jsonl}   one source, or a list of them
+eval: {kind: jsonl, path: eval.jsonl}
+training: {output_dir: runs/second, max_steps: 1000, learning_rate_vision: 1.0e-5, ...}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_PARTS = ("vision", "language", "tokenizer")
+
+
+@dataclass(frozen=True)
+class FineVision:
+    """Rows of the `datasets` library with ``images`` and ``texts``, as FineVision has them.
+
+    Attributes:
+        path: Hub id, a directory that `datasets` can load, or one by ``Dataset.save_to_disk``.
+        name: Configuration of the dataset.
+        split: Split of the dataset.
+        streaming: Read while training, instead of downloading everything before.
+        shuffle: Whether each pass is in a new order; in a stream, among `buffer` rows.
+        buffer: Rows that a stream keeps to draw from.
+        image_root: What relative paths of images are relative to.
+        limit: Use only the first so many rows.
+        weight: How often this source is drawn, relative to the others.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    shuffle: bool = True
+    buffer: int = 1000
+    image_root: str | None = None
+    limit: int | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """Parquet files with the same columns; see :class:`FineVision` for the attributes.
+
+    Attributes:
+        path: A file, or a pattern as ``data/*.parquet``.
+    """
+
+    path: str
+    streaming: bool = False
+    shuffle: bool = True
+    buffer: int = 1000
+    image_root: str | None = None
+    limit: int | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class JsonL:
+    """A file with a JSON object a line; see :class:`FineVision` for the attributes.
+
+    Attributes:
+        path: The file.
+        image_root: Folder of the images; default: that of the file.
+    """
+
+    path: str
+    image_root: str | None = None
+    shuffle: bool = True
+    limit: int | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Pictures of text.
+
+    Attributes:
+        seed: Of the supply.
+        start: Index of the first picture.
+        limit: Pictures in all; None for no end.
+        weight: As of :class:`FineVision`.
+        options: Of :class:`hrvlm.synthetic.RenderOptions`.
+    """
+
+    seed: int = 0
+    start: int = 0
+    limit: int | None = None
+    weight: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+SOURCES: dict[str, type] = {
+    "finevision": FineVision,
+    "jsonl": JsonL,
+    "parquet": Parquet,
+    "synthetic": Synthetic,
+}
+SourceConfig = FineVision | JsonL | Parquet | Synthetic
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to start from: `path`, or `vision` with `language` and `tokenizer`, or `names`.
+
+    Attributes:
+        path: Directory or hub id of a VisionLanguageModel with its processor.
+        vision: Directory or hub id of a DINOv3 or SigLIP checkpoint.
+        language: Directory or hub id of a causal language model.
+        tokenizer: Directory or hub id.
+        options: Attributes of VLMConfig that go with pretrained parts.
+        names: nanoVLM's names of VLMConfig; weights are random.
+        dtype: Of the weights, "float32" or "bfloat16"; ``training.bf16`` computes in bfloat16 with
+            weights in float32, which loses no small update.
+        attn_implementation: Of the language model, as transformers calls them.
+    """
+
+    path: str | None = None
+    vision: str | None = None
+    language: str | None = None
+    tokenizer: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Sources, and what becomes of their samples.
+
+    Attributes:
+        train: Sources to train on.
+        eval: Sources to evaluate on; may be none.
+        max_sample_length: Longer samples are left out, in tokens; default: the context.
+        sequence_packing: Length of rows that samples are packed into, in tokens; None for one
+            sample a row.
+    """
+
+    train: tuple[SourceConfig, ...]
+    eval: tuple[SourceConfig, ...] = ()
+    max_sample_length: int | None = None
+    sequence_packing: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """All of a run.
+
+    Attributes:
+        model: What is trained.
+        data: On what.
+        training: Fields of :class:`~hrvlm.trainer.VLMTrainingArguments`.
+        sections: What all this was read from.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    training: Mapping[str, Any]
+    sections: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str], overrides: Sequence[str] = ()) -> TrainingConfig:
+        """Read a file; see :meth:`from_dict`.
+
+        Args:
+            path: The file.
+            overrides: Changes as ``training.max_steps=10``; the value is YAML.
+
+        Raises:
+            ValueError: as :meth:`from_dict`; the file or an override is no YAML.
+        """
+        return cls.from_dict(read_yaml(path, overrides))
+
+    @classmethod
+    def from_dict(cls, sections: Mapping[str, Any]) -> TrainingConfig:
+        """Build from plain data.
+
+        Raises:
+            ValueError: a name is unknown (the nearest one is named) or missing; a value is wrong.
+        """
+        known = ("model", "data", "training")
+        _check_names(sections, known, "")
+        if missing := [name for name in known if name not in sections]:
+            raise ValueError(f"section {missing[0]!r} is missing; expected {[*known]}")
+        training = _mapping(sections["training"], "training")
+        check_training_names(training)
+        if "output_dir" not in training:
+            raise ValueError("training.output_dir is missing: where checkpoints go")
+        model, data = _model_config(sections["model"]), _data_config(sections["data"])
+        return cls(model, data, training, dict(sections))
+
+
+def read_yaml(path: str | PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A mapping from a file, with changes.
+
+    Args:
+        path: The file.
+        overrides: As of :meth:`TrainingConfig.from_yaml`; a number steps into a list.
+
+    Raises:
+        ValueError: the file is no mapping in YAML, or an override has no "=" or leads nowhere.
+    """
+    try:
+        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: no YAML: {error}") from error
+    sections = _mapping(sections, str(path))
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"{override!r}: expected name=value, as training.max_steps=10")
+        _set(sections, name, yaml.safe_load(value))
+    return sections
+
+
+def check_training_names(training: Mapping[str, Any]) -> None:
+    """Raise ValueError where a name is no field of VLMTrainingArguments."""
+    from .trainer import VLMTrainingArguments
+
+    known = [f.name for f in dataclasses.fields(VLMTrainingArguments) if f.init]
+    _check_names(training, known, "training.")
+
+
+def _set(sections: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    place: Any = sections
+    for word in path:
+        if isinstance(place, list):
+            place = place[_index(place, word, name)]
+        else:
+            if place.get(word) is None:
+                place[word] = {}
+            place = place[word]
+        if not isinstance(place, dict | list):
+            raise ValueError(f"{name!r}: {word!r} holds {place!r}, nothing can be set in it")
+    if isinstance(place, list):
+        place[_index(place, last, name)] = value
+    else:
+        place[last] = value
+
+
+def _index(place: list[Any], word: str, name: str) -> int:
+    if not word.isdigit() or int(word) >= len(place):
+        raise ValueError(f"{name!r}: {word!r} is no place in a list of {len(place)}")
+    return int(word)
+
+
+def _model_config(section: Any) -> ModelConfig:
+    section = _mapping(section, "model")
+    common = {name: section[name] for name in ("dtype", "attn_implementation") if name in section}
+    rest = {name: value for name, value in section.items() if name not in common}
+    if common.get("dtype", "float32") not in ("float32", "bfloat16"):
+        raise ValueError(f"model.dtype={common['dtype']!r}: expected 'float32' or 'bfloat16'")
+    if "path" in rest:
+        if len(rest) > 1:
+            others = sorted(set(rest) - {"path"})
+            raise ValueError(f"model.path: the model is all there; leave out {others}")
+        return ModelConfig(path=str(rest["path"]), **common)
+    if given := [name for name in _PARTS if name in rest]:
+        if missing := [name for name in _PARTS if name not in rest]:
+            raise ValueError(f"model: {given} need {missing} too")
+        options = {name: value for name, value in rest.items() if name not in _PARTS}
+        _check_names(options, _vlm_options(), "model.")
+        vision, language, tokenizer = (str(rest[name]) for name in _PARTS)
+        return ModelConfig(None, vision, language, tokenizer, options, **common)
+    _check_random(rest)
+    return ModelConfig(names=rest, **common)
+
+
+def _check_random(names: Mapping[str, Any]) -> None:
+    """NanoVLM's names, from which the parts are new."""
+    from .config import VLMConfig
+
+    for name in ("vit_model_type", "lm_model_type"):
+        if name in names:
+            raise ValueError(
+                f"model.{name}: with nanoVLM's names the weights are random; to start from "
+                "checkpoints, give vision, language and tokenizer"
+            )
+    if "lm_tokenizer" not in names:
+        raise ValueError("model: expected path; or vision, language, tokenizer; or lm_tokenizer")
+    VLMConfig.from_names(names)
+
+
+def _vlm_options() -> list[str]:
+    from .config import VLMConfig
+
+    skip = ("vision_config", "text_config", "image_token_id")
+    return [name for name in inspect.get_annotations(VLMConfig) if name not in skip]
+
+
+def _data_config(section: Any) -> DataConfig:
+    section = dict(_mapping(section, "data"))
+    _check_names(section, [f.name for f in dataclasses.fields(DataConfig)], "data.")
+    if not section.get("train"):
+        raise ValueError("data.train is missing: one source, or a list of them")
+    for name in ("train", "eval"):
+        given = section.get(name) or []
+        given = [given] if isinstance(given, Mapping) else given
+        if not isinstance(given, list):
+            raise ValueError(f"data.{name}: expected a source or a list of them, got {given!r}")
+        section[name] = tuple(_source(s, f"data.{name}[{i}]") for i, s in enumerate(given))
+    for name in ("max_sample_length", "sequence_packing"):
+        value = section.get(name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"data.{name}={value!r}: expected a number of tokens")
+    return DataConfig(**section)
+
+
+def _source(section: Any, where: str) -> SourceConfig:
+    section = dict(_mapping(section, where))
+    kind = section.pop("kind", None)
+    if kind not in SOURCES:
+        raise ValueError(f"{where}.kind={kind!r}: expected one of {sorted(SOURCES)}")
+    fields = dataclasses.fields(SOURCES[kind])
+    names = [f.name for f in fields]
+    if kind == "synthetic":  # what is drawn stands beside the rest, without a section of its own
+        drawn = {name: section.pop(name) for name in [*section] if name not in names}
+        section["options"] = _mapping(section.get("options", {}), f"{where}.options") | drawn
+    _check_names(section, names, f"{where}.")
+    if "path" in names and not isinstance(section.get("path"), str):
+        raise ValueError(f"{where}.path={section.get('path')!r}: expected a path")
+    weight, limit = section.get("weight"), section.get("limit")
+    if weight is not None and not (isinstance(weight, int | float) and weight > 0):
+        raise ValueError(f"{where}.weight={weight!r}: expected a positive number")
+    if limit is not None and not (isinstance(limit, int) and limit > 0):
+        raise ValueError(f"{where}.limit={limit!r}: expected a positive whole number")
+    make: Callable[..., SourceConfig] = SOURCES[kind]
+    return make(**section)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: expected names with values, got {value!r}")
+    return dict(value)
+
+
+def _check_names(given: Iterable[str], known: Sequence[str], where: str) -> None:
+    for name in given:
+        if name not in known:
+            nearest = get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown name {where}{name}: did you mean {nearest!r}?")

@@ -1,0 +1,276 @@
+"""From a row of a data set to a sample to train on: images opened, chat rendered, answers labelled.
+
+A row is in the form of FineVision, or has one question and answer:
+
+    {"images": [...], "texts": [{"user": "What is it?", "assistant": "A cat"}, ...]}
+    {"image": ..., "question": "What is it?", "answer": "A cat"}
+
+The images stand in front of the first question, or where the users' texts have ``<image>``, if they
+have it as many times as there are images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .collators import IGNORE_INDEX
+from .image_intake import load_image
+
+IMAGE_MARKER = "<image>"
+SKIPS_FILE, REPORT_FILE = "skipped.jsonl", "data_report.json"
+_BAD_IMAGE, _BAD_ROW, _TOO_LONG, _NO_ANSWER = "bad image", "bad row", "too long", "no answer"
+_GIVE_UP_AFTER = 1000
+
+
+class SkippedError(Exception):
+    """A row that is left out; `reason` is the kind, the message the details."""
+
+    def __init__(self, reason: str, details: str):
+        super().__init__(details)
+        self.reason = reason
+
+
+class SampleMaker:
+    """Turns rows into samples; the rows that can't be used are written to a file and left out.
+
+    Args:
+        processor: The model's :class:`~hrvlm.processors.VLMProcessor`, with a fast tokenizer.
+        max_length: Longest sample, in tokens; None for any.
+        report: Directory for the list of what was left out; None for no list.
+
+    Raises:
+        ValueError: the tokenizer can't tell which characters a token stands for.
+    """
+
+    def __init__(self, processor: Any, max_length: int | None = None, report: Path | None = None):
+        if not processor.tokenizer.is_fast:
+            raise ValueError(
+                "processor: its tokenizer is not a fast one, which the labels need: they are on "
+                "the tokens of the answers' characters"
+            )
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_sample_length={max_length}: expected at least 1")
+        self.processor = processor
+        self.max_length = max_length
+        self.report = report
+        self._skipped_in_a_row = 0
+
+    def __call__(self, row: Mapping[str, Any], where: str) -> dict[str, Tensor] | None:
+        """``input_ids`` and ``labels`` [L], with ``pixel_values`` and ``image_grid_hw`` if any.
+
+        Args:
+            row: As at the top of this file.
+            where: The row's name in the report.
+
+        Returns:
+            The sample, or None where it was left out.
+
+        Raises:
+            ValueError: so many rows were left out one after the other that none may be left.
+        """
+        try:
+            sample = self._sample(row)
+        except SkippedError as skip:
+            self._write(skip.reason, where, str(skip))
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row >= _GIVE_UP_AFTER:
+                raise ValueError(
+                    f"{self._skipped_in_a_row} rows one after the other could not be used; "
+                    f"the last: {where}: {skip.reason}: {skip}"
+                ) from skip
+            return None
+        self._skipped_in_a_row = 0
+        return sample
+
+    def _sample(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
+        images, turns = _images_of(row), _turns_of(row)
+        opened = [self._opened(i, image) for i, image in enumerate(images)]
+        try:
+            messages = _messages(opened, turns)
+            pieces = self._pieces(messages)
+        except ValueError as error:
+            raise SkippedError(_BAD_ROW, str(error)) from error
+        sample, strings = {}, iter(())
+        if opened:
+            prepared, *_ = self.processor.prepare_inputs_layout(images=opened)
+            pixels = self.processor.image_processor(prepared, return_tensors="pt")
+            sample = {name: pixels[name] for name in ("pixel_values", "image_grid_hw")}
+            strings = (self.processor.replace_image_token(pixels, i) for i in range(len(opened)))
+        ids, labels = self._tokens(pieces, strings)
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise SkippedError(_TOO_LONG, f"{len(ids)} tokens, above {self.max_length}")
+        if not labels[1:].ne(IGNORE_INDEX).any():
+            raise SkippedError(_NO_ANSWER, "no token of an answer to learn from")
+        return {"input_ids": ids, "labels": labels, **sample}
+
+    def _opened(self, index: int, image: Any) -> Any:
+        options = self.processor.image_processor
+        try:
+            return load_image(image, background=options.background, max_pixels=options.max_pixels)
+        except (ValueError, OSError, TypeError) as error:
+            raise SkippedError(_BAD_IMAGE, f"image {index}: {error}") from error
+
+    def _pieces(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+        """The rendered chat cut into what is given and what is learned (True).
+
+        A chat up to an answer is rendered with the header of that answer, as it is in generation;
+        what the answer adds to it is learned.
+        """
+        pieces, text = [], ""
+        for end, message in enumerate(messages, 1):
+            if message["role"] != "assistant":
+                continue
+            before = self._rendered(messages[: end - 1], add_generation_prompt=True)
+            after = self._rendered(messages[:end])
+            if not (before.startswith(text) and after.startswith(before)):
+                raise ValueError(
+                    "the chat template writes the beginning of a chat otherwise when the chat goes "
+                    "on, so that the answers can't be found; give another chat_template"
+                )
+            pieces += [(before[len(text) :], False), (after[len(before) :], True)]
+            text = after
+        return pieces
+
+    def _rendered(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        return self.processor.apply_chat_template(messages, tokenize=False, **options)
+
+    def _tokens(
+        self, pieces: list[tuple[str, bool]], strings: Iterator[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids of the whole text, and labels: the ids where the characters are learned."""
+        text, learned = "", []
+        for piece, is_answer in pieces:
+            parts = piece.split(self.processor.image_token)
+            start = len(text)
+            text += parts[0] + "".join(next(strings) + part for part in parts[1:])
+            if is_answer:
+                learned.append((start, len(text)))
+        tokenizer = self.processor.tokenizer
+        has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        encoded = tokenizer(
+            text,
+            add_special_tokens=not has_bos,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids = torch.tensor(encoded["input_ids"])
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        spans = iter(learned)
+        span = next(spans, None)
+        for i, (first, last) in enumerate(encoded["offset_mapping"]):
+            while span is not None and first >= span[1]:
+                span = next(spans, None)
+            if span is not None and first >= span[0] and last > first:
+                labels[i] = ids[i]
+        return ids, labels
+
+    def _write(self, reason: str, where: str, details: str) -> None:
+        """Append a line; one write, so that the lines of several processes do not mix."""
+        if self.report is None:
+            return
+        self.report.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"reason": reason, "row": where, "details": details}) + "\n"
+        with open(self.report / SKIPS_FILE, "ab", buffering=0) as file:
+            file.write(line.encode())
+
+
+def write_report(directory: Path, most: int = 1000) -> dict[str, Any]:
+    """Sum up what was left out, in ``data_report.json``.
+
+    A row that was met again (in a later epoch, or after a resume) counts once.
+
+    Args:
+        directory: The `report` of the SampleMaker.
+        most: So many rows are named at most.
+
+    Returns:
+        ``{"skipped": {reason: number of rows}, "rows": [{"reason", "row", "details"}]}``.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    path = directory / SKIPS_FILE
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            rows[entry["row"]] = entry
+    counts = Counter(entry["reason"] for entry in rows.values())
+    report = {"skipped": dict(counts), "rows": list(rows.values())[:most]}
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / f"{REPORT_FILE}.part"
+    part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, directory / REPORT_FILE)
+    return report
+
+
+def _images_of(row: Any) -> list[Any]:
+    if not isinstance(row, Mapping):
+        raise SkippedError(_BAD_ROW, f"expected an object, got {type(row).__name__}")
+    images = row.get("images")
+    if images is None:
+        images = [] if row.get("image") is None else [row["image"]]
+    if not isinstance(images, list | tuple):
+        raise SkippedError(_BAD_ROW, f"images: expected a list, got {type(images).__name__}")
+    return [_source_of(image) for image in images]
+
+
+def _source_of(image: Any) -> Any:
+    """What `load_image` takes; datasets' undecoded images are {"bytes": ..., "path": ...}."""
+    if isinstance(image, Mapping):
+        return image.get("path") if image.get("bytes") is None else image["bytes"]
+    return image
+
+
+def _turns_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    turns = row.get("texts")
+    names = ("user", "assistant")
+    if turns is None:
+        turns, names = [row], ("question", "answer")
+    if isinstance(turns, Mapping):  # a column of structs, as older datasets write it
+        turns = [
+            dict(zip(turns, texts, strict=True)) for texts in zip(*turns.values(), strict=True)
+        ]
+    found = []
+    for t, turn in enumerate(turns):
+        user, assistant = (_text(t, turn, name) for name in names)
+        found.append((user, assistant))
+    if not found:
+        raise SkippedError(_BAD_ROW, "texts: no turns")
+    return found
+
+
+def _text(index: int, turn: Any, name: str) -> str:
+    text = turn.get(name) if isinstance(turn, Mapping) else None
+    if not isinstance(text, str):
+        raise SkippedError(_BAD_ROW, f"turn {index}: expected a text in {name!r}, got {text!r:.60}")
+    return text
+
+
+def _messages(images: list[Any], turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """A chat whose images stand where the marker is, or in front."""
+    marked = sum(user.count(IMAGE_MARKER) for user, _ in turns)
+    if marked not in (0, len(images)):
+        raise ValueError(f"{len(images)} images, but {marked} times {IMAGE_MARKER} in the texts")
+    waiting = iter(images)
+    messages = []
+    for t, (user, assistant) in enumerate(turns):
+        content = []
+        if not marked and t == 0:
+            content += [{"type": "image", "image": image} for image in images]
+        for k, text in enumerate(user.split(IMAGE_MARKER) if marked else [user]):
+            if k:
+                content.append({"type": "image", "image": next(waiting)})
+            if text:
+                content.append({"type": "text", "text": text})
+        messages += [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": assistant}]},
+        ]
+    return messages

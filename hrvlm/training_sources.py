@@ -1,0 +1,262 @@
+"""Rows of training data: files, the `datasets` library, drawn text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .training_config import FineVision, JsonL, Parquet, SourceConfig, Synthetic
+from .training_data import Row
+
+
+def open_source(config: SourceConfig, *, indexed: bool = False) -> Any:
+    """A source of rows.
+
+    Args:
+        config: Which.
+        indexed: Whether it must have a length and rows by index, as for evaluation.
+
+    Raises:
+        ValueError: there are no rows, or no end where `indexed`.
+        OSError: there is no such file or dataset.
+    """
+    if isinstance(config, Synthetic):
+        source = SyntheticSource(
+            seed=config.seed, start=config.start, count=config.limit, **config.options
+        )
+        if indexed:
+            len(source)
+        return source
+    path = Path(config.path)
+    root = Path(config.image_root) if config.image_root is not None else None
+    if isinstance(config, JsonL):
+        rows: Any = JsonLines(path)
+        root = path.parent if root is None else root
+    else:
+        rows = _dataset(config)
+    if isinstance(config, JsonL) or not config.streaming:
+        if config.limit is not None:
+            rows = _First(rows, config.limit)
+        return RowSource(str(config.path), rows, root, shuffle=config.shuffle)
+    if config.limit is not None:
+        rows = rows.take(config.limit)
+    if indexed:
+        if config.limit is None:
+            raise ValueError(f"{config.path}: streamed evaluation data needs a `limit`")
+        return RowSource(str(config.path), list(rows), root)
+    return StreamSource(str(config.path), rows, root, config.buffer if config.shuffle else 0)
+
+
+def _dataset(config: FineVision | Parquet) -> Any:
+    """A data set of the `datasets` library whose images are not decoded.
+
+    A corrupt image is then one that this package fails to open, which it reports.
+    """
+    import datasets
+
+    path = Path(config.path)
+    rows: Any
+    if isinstance(config, Parquet):
+        rows = datasets.load_dataset(
+            "parquet", data_files=config.path, split="train", streaming=config.streaming
+        )
+    elif (path / "state.json").is_file():
+        rows = datasets.load_from_disk(config.path)
+        rows = rows.to_iterable_dataset() if config.streaming else rows
+    else:
+        rows = datasets.load_dataset(
+            config.path, config.name, split=config.split, streaming=config.streaming
+        )
+    if config.streaming:
+        return rows.decode(False)
+    for name, feature in rows.features.items():
+        if name == "images":
+            rows = rows.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        elif isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
+class _First:
+    """The first rows of a sequence."""
+
+    def __init__(self, rows: Any, count: int):
+        self.rows, self.count = rows, min(count, len(rows))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+class RowSource:
+    """Rows by index.
+
+    Args:
+        name: For the report.
+        rows: A sequence of rows.
+        image_root: What relative paths of images are relative to.
+        shuffle: Whether a pass is in a new random order.
+    """
+
+    def __init__(
+        self, name: str, rows: Any, image_root: Path | None = None, *, shuffle: bool = True
+    ):
+        self.name, self._rows, self.image_root, self.shuffle = name, rows, image_root, shuffle
+        if not len(rows):
+            raise ValueError(f"{name}: it has no rows")
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[str, Row]:
+        """Name of the row, and the row."""
+        return f"{self.name}, row {index}", _located(self._rows[index], self.image_root)
+
+    def rows(self, seed: int, epoch: int, shard: int, shards: int) -> Iterator[tuple[str, Row]]:
+        """See :class:`Source`."""
+        order: Sequence[int] = range(len(self))
+        if self.shuffle:
+            order = np.random.default_rng([seed, epoch]).permutation(len(self)).tolist()
+        for index in order[shard::shards]:
+            yield self[index]
+
+
+class StreamSource:
+    """Rows of a streamed data set of the `datasets` library.
+
+    Args:
+        name: For the report.
+        stream: ``datasets.IterableDataset``.
+        image_root: What relative paths of images are relative to.
+        shuffle: Rows among which one is drawn, with the order of the files shuffled; 0 for the
+            order of the files.
+    """
+
+    def __init__(self, name: str, stream: Any, image_root: Path | None = None, shuffle: int = 0):
+        self.name, self._stream, self.image_root, self.shuffle = name, stream, image_root, shuffle
+
+    def rows(self, seed: int, epoch: int, shard: int, shards: int) -> Iterator[tuple[str, Row]]:
+        """See :class:`Source`; by files where there are enough of them for all shards."""
+        stream = self._stream
+        if self.shuffle:
+            stream = stream.shuffle(seed=seed, buffer_size=self.shuffle)
+            stream.set_epoch(epoch)
+        own_files = stream.num_shards >= shards
+        if own_files:
+            stream = stream.shard(num_shards=shards, index=shard)
+        # In batches of one: a plain loop would divide the stream among the workers once more.
+        for i, batch in enumerate(stream.iter(batch_size=1)):
+            if own_files or i % shards == shard:
+                row = {name: values[0] for name, values in batch.items()}
+                where = f"shard {shard} of {shards}, pass {epoch}, row {i}"
+                yield f"{self.name}, {where}", _located(row, self.image_root)
+
+
+class SyntheticSource:
+    """Pictures of text, drawn as they are asked for: see :mod:`hrvlm.synthetic`.
+
+    Args:
+        name: For the report.
+        seed: Of the supply.
+        start: Index of the first picture.
+        count: Pictures in a pass; None for no end.
+        **options: Of :class:`~hrvlm.synthetic.RenderOptions`.
+
+    Raises:
+        ValueError: an option is unknown or wrong.
+    """
+
+    def __init__(
+        self,
+        name: str = "synthetic",
+        seed: int = 0,
+        start: int = 0,
+        count: int | None = None,
+        **options: Any,
+    ):
+        from .synthetic import RenderOptions
+
+        try:
+            RenderOptions(**options)  # refuses wrong ones now
+        except TypeError as error:
+            raise ValueError(f"{name}: {error}") from error
+        self.name, self.seed, self.start, self.count = name, seed, start, count
+        self.options = options
+
+    def __len__(self) -> int:
+        """Pictures.
+
+        Raises:
+            ValueError: there is no end.
+        """
+        if self.count is None:
+            raise ValueError(f"{self.name}: it has no end; give it a `count`")
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[str, Row]:
+        """Name of the row, and the row."""
+        from .synthetic import text_images
+
+        start = self.start + index
+        row = next(text_images(self.seed, start, 1, **self.options))
+        return f"{self.name}, row {start}", row
+
+    def rows(self, seed: int, epoch: int, shard: int, shards: int) -> Iterator[tuple[str, Row]]:
+        """See :class:`Source`; always in order, and the same in each pass."""
+        index = shard
+        while self.count is None or index < self.count:
+            yield self[index]
+            index += shards
+
+
+class JsonLines(Sequence[Any]):
+    """The rows of a JSONL file, read when asked for: only their places are kept in memory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        places, place = [], 0
+        with open(path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    places.append(place)
+                place += len(line)
+        self._places = np.array(places, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A row; a line that is no JSON comes as its text, which is no row that can be used."""
+        with open(self.path, "rb") as file:
+            file.seek(int(self._places[index]))
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError:
+            return line.decode(errors="replace")
+
+
+def _located(row: Any, root: Path | None) -> Any:
+    """The row with the paths of its images below `root`."""
+    if root is None or not isinstance(row, Mapping):
+        return row
+
+    def below(image: Any) -> Any:
+        if isinstance(image, Mapping) and image.get("bytes") is None:
+            image = image.get("path")
+        return root / image if isinstance(image, str) else image
+
+    found = dict(row)
+    if isinstance(row.get("images"), list):
+        found["images"] = [below(image) for image in row["images"]]
+    elif row.get("image") is not None:
+        found["image"] = below(row["image"])
+    return found

@@ -1,0 +1,112 @@
+"""CUDA graphs of the encoder: what is refused, and on a GPU equal outputs."""
+
+import pytest
+import torch
+
+from hrvlm.cuda_graphs import _select
+from hrvlm_kernels import PackedGrids
+from tests.hrvlm.encoders import pair_of
+
+SIZES = [[(32, 48), (16, 16)], [(64, 64)] * 3, [(16, 16), (32, 48)]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([], "at least one packing"),
+        ([[(32, 32)], []], r"sizes\[1\] has no images"),
+        ([[(32, 32), (32, 40)]], r"sizes\[0\], image 1: .* multiples of the patch size 16.*40"),
+        ([[(32, 0)]], r"got \(32, 0\)"),
+        ([(32, 32)], r"sizes\[0\], image 0: expected \(height, width\).* got 32"),
+    ],
+)
+def test_wrong_sizes_raise(sizes, message):
+    _, encoder = pair_of()
+    with pytest.raises(ValueError, match=message):
+        encoder.graphed(sizes)
+
+
+def test_an_encoder_that_can_not_be_captured_raises():
+    _, encoder = pair_of()
+    with pytest.raises(RuntimeError, match="need the encoder on a GPU, it is on 'cpu'"):
+        encoder.graphed(SIZES)
+    with pytest.raises(ValueError, match=r"training mode; call eval\(\) first"):
+        encoder.train().graphed(SIZES)
+
+
+def test_unknown_sizes_raise_and_say_what_is_known():
+    recordings = {((2, 3), (1, 1)): "first", ((4, 4),) * 9: "second"}
+    assert _select(recordings, ((2, 3), (1, 1)), 16) == "first"
+    with pytest.raises(ValueError, match=r"16x16, 32x48 px .* only for: 32x48, 16x16; 64x64") as e:
+        _select(recordings, ((1, 1), (2, 3)), 16)
+    assert "... 9 in all" in str(e.value)
+
+
+@pytest.fixture
+def encoder():
+    _, encoder = pair_of()
+    return encoder.to("cuda", torch.bfloat16)
+
+
+def images_of(sizes, seed):
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, *size, generator=rng).to("cuda", torch.bfloat16) for size in sizes]
+
+
+@pytest.mark.gpu
+def test_replays_equal_the_encoder(encoder):
+    graphed = encoder.graphed(SIZES)
+    kept = []
+    for seed in range(2):
+        for sizes in (*SIZES, *SIZES[::-1]):
+            images = images_of(sizes, seed)
+            out = graphed(images)
+            with torch.no_grad():
+                expected = encoder(images)
+            assert out.grids == expected.grids
+            kept.append((out, expected))
+    batch = torch.stack(images_of(SIZES[1], 7))
+    kept.append((graphed(batch.cpu()), encoder(batch)))  # from the CPU, and with a batch axis
+    for out, expected in kept:  # later replays have not written over them
+        assert torch.equal(out.last_hidden_state, expected.last_hidden_state)
+        assert torch.equal(out.pooler_output, expected.pooler_output)
+
+
+@pytest.mark.gpu
+def test_weights_changed_in_place_are_seen(encoder):
+    graphed = encoder.graphed(SIZES[:1])
+    images = images_of(SIZES[0], 0)
+    before = graphed(images).last_hidden_state
+    with torch.no_grad():
+        encoder.layer[0].attention.qkv.weight.mul_(0.5)
+        assert torch.equal(graphed(images).last_hidden_state, encoder(images).last_hidden_state)
+    assert not torch.equal(graphed(images).last_hidden_state, before)
+
+
+@pytest.mark.gpu
+def test_refusals_on_a_gpu(encoder):
+    graphed = encoder.graphed(SIZES[:1])
+    with pytest.raises(ValueError, match="no graph was captured for images of 64x64 px"):
+        graphed(images_of([(64, 64)], 0))
+    images = images_of(SIZES[0], 0)
+    with pytest.raises(ValueError, match="requires grad"):
+        graphed([images[0].requires_grad_(), images[1]])
+    with (
+        torch.autocast("cuda", dtype=torch.bfloat16),
+        pytest.raises(RuntimeError, match="autocast is on"),
+    ):
+        encoder.graphed(SIZES)
+
+
+@pytest.mark.gpu
+def test_a_replay_never_waits_for_the_device(encoder):
+    graphed = encoder.graphed(SIZES[:1])
+    grids = [(h // 16, w // 16) for h, w in SIZES[0]]
+    packed = PackedGrids.from_grids(grids, num_prefix_tokens=5, device="cuda")
+    rows = sum(h * w for h, w in grids)
+    patches = torch.randn(rows, 768, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graphed(patches, grids=packed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,107 @@
+"""Chats and the speed of answers; `hrvlm generate` for one question is in test_cli.py."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hrvlm.cli import app
+from hrvlm.generate import Chat, GenerateOptions, answer_batch, user_message
+from tests.hrvlm.tiny import model_of, picture, processor_of
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    model_of().save_pretrained(folder / "vlm")
+    processor_of().save_pretrained(folder / "vlm")
+    picture(60, 40).save(folder / "a.png")
+    picture(30, 64, seed=1).save(folder / "b.png")
+    return folder
+
+
+def chat(place, lines, *arguments):
+    words = ["generate", "--chat", "--model", place / "vlm", "--image", place / "a.png"]
+    words += ["--image", place / "b.png", "--max-new-tokens", 5, *arguments]
+    return CliRunner().invoke(app, [str(word) for word in words], input=lines)
+
+
+def test_a_chat_asks_line_by_line_with_everything_before_it(place):
+    result = chat(place, "And this?\n\nlast", "--prompt", "First?", "--json")
+    assert result.exit_code == 0, result.output
+    turns = json.loads(result.stdout)["turns"]
+    assert [turn["prompt"] for turn in turns] == ["First?", "And this?", "last"]
+    lengths = [turn["prompt_tokens"] for turn in turns]
+    assert lengths == sorted(set(lengths))
+    streamed = chat(place, "And this?\nlast\n", "--prompt", "First?")
+    assert streamed.stdout == "".join(turn["text"] + "\n" for turn in turns)
+    assert streamed.stderr.count("tokens/s") == 3
+
+
+def test_a_question_that_cannot_be_asked_does_not_end_a_chat(place):
+    result = chat(place, "an <|image|>\nlast\n", "--json")
+    assert result.exit_code == 0, result.output
+    assert [turn["prompt"] for turn in json.loads(result.stdout)["turns"]] == ["last"]
+    assert result.stderr.count("error: ") == 1 and "image token" in result.stderr
+
+
+def test_without_a_prompt_there_must_be_a_chat(place):
+    result = CliRunner().invoke(app, ["generate", "--model", str(place / "vlm")])
+    assert result.exit_code == 2 and "--prompt is needed" in result.stderr
+
+
+def test_a_chat_is_the_conversation_asked_at_once():
+    processor, vlm, images = processor_of(), model_of(), [picture(60, 40)]
+    options = GenerateOptions(max_new_tokens=5)
+    talk = Chat(processor, vlm, images, options)
+    talk.ask("first")
+    answer = talk.ask("second").text
+    said = talk.messages[:3]
+    assert [message["role"] for message in said] == ["user", "assistant", "user"]
+    assert answer_batch(processor, vlm, [said], options) == [answer]
+
+
+def test_a_batch_answers_as_one_by_one():
+    processor, vlm = processor_of(), model_of()
+    conversations = [
+        [user_message("one", [picture(60, 40)])],
+        [user_message("a longer question", [picture(16, 64, seed=1), picture(32, 32, seed=2)])],
+        [user_message("no image")],
+    ]
+    options = GenerateOptions(max_new_tokens=6)
+    together = answer_batch(processor, vlm, conversations, options)
+    assert together == [answer_batch(processor, vlm, [c], options)[0] for c in conversations]
+    assert answer_batch(processor, vlm, []) == []
+
+
+def test_bench_generate_measures_every_size(place):
+    arguments = ["bench-generate", "--model", str(place / "vlm"), "--new-tokens", "6"]
+    arguments += ["--size", "64x32", "--size", "16x16", "--repeats", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    wide, small = document["rows"]
+    assert (wide["size"], small["size"]) == ([32, 64], [16, 16])
+    assert (wide["image_tokens"], small["image_tokens"]) == (8, 1)
+    assert wide["prompt_tokens"] - small["prompt_tokens"] == 7
+    for row in document["rows"]:
+        assert 0 < row["prepare_seconds"] < row["first_token_seconds"]
+        assert row["tokens_per_second"] > 0
+    table = CliRunner().invoke(app, arguments)
+    assert "32x64" in table.stdout and "medians of 2 runs of 6 new tokens" in table.stdout
+
+
+def test_the_peak_of_one_size_is_not_that_of_the_one_before():
+    from hrvlm.bench_generate import _peak, _reset_peak
+
+    device = torch.device("cpu")
+    if _peak(device) is None:
+        pytest.skip("only Linux tells a process's peak memory")
+    _reset_peak(device)
+    before = _peak(device)
+    block = torch.ones(2**26)
+    high = _peak(device)
+    del block
+    _reset_peak(device)
+    assert high - before > 2**27 and high - _peak(device) > 2**27
