@@ -1,4 +1,4 @@
-"""Draws document.png, dashboard.png and receipt.png; the photograph's source is in README.md.
+"""Draws all pictures but the photograph, whose source is in README.md.
 
     python examples/draw.py
 
@@ -56,6 +56,14 @@ GOODS = (
     ("Yoghurt 4 x 125 g", 2, 1.75),
     ("Carrots 1 kg", 1, 1.30),
 )
+
+
+LINES = {
+    "total": ("Total $42.80", 22, (20, 20, 20), (250, 250, 250)),
+    "notice": ("Harbour closed", 28, (255, 244, 214), (24, 44, 92)),
+    "date": ("2031-05-14 09:58", 18, (30, 30, 30), (214, 228, 220)),
+    "alert": ("WARNING: ice", 24, (255, 255, 255), (176, 32, 40)),
+}
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
@@ -226,6 +234,19 @@ def rule(draw: ImageDraw.ImageDraw, y: int) -> int:
     return y + 22
 
 
+def line(text: str, size: int, ink: tuple, ground: tuple) -> Image.Image:
+    """One line of text with a little air around it."""
+    face = font(size)
+    width, height = round(face.getlength(text)) + 16, sum(face.getmetrics()) + 8
+    picture = Image.new("RGB", (width, height), ground)
+    ImageDraw.Draw(picture).text((8, 4), text, font=face, fill=ink)
+    return picture
+
+
 if __name__ == "__main__":
     for make in (document, dashboard, receipt):
         make().save(HERE / f"{make.__name__}.png", optimize=True)
+    for name, (text, size, ink, ground) in LINES.items():
+        line(text, size, ink, ground).save(HERE / f"line_{name}.png", optimize=True)
+    upright = line("Platform 9", 26, INK, (246, 240, 220))
+    upright.transpose(Image.Transpose.ROTATE_90).save(HERE / "sideways.png", optimize=True)

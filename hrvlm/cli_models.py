@@ -12,6 +12,7 @@ import typer
 from . import console, tables
 from .cli_options import Debug, Device, Json, StoredDtype
 from .console import json_only, note, print_json
+from .shipped_reader import PROMPT, reader_path
 
 if TYPE_CHECKING:
     from .generate import Chat
@@ -34,7 +35,8 @@ def generate(
         list[Path] | None, typer.Option(help="An image; repeat for several, in order.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Directory or hub id of a VisionLanguageModel.")
+        str | None,
+        typer.Option(help="Directory or hub id; without it: the small reader of hrvlm."),
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Go on asking: one question a line, from stdin.")
@@ -49,7 +51,10 @@ def generate(
 ) -> None:
     """Answer a prompt about images; the text streams to stdout."""
     if model is None:
-        raise ValueError("--model is needed: no trained VisionLanguageModel comes with hrvlm")
+        model = reader_path()
+        prompt = PROMPT if prompt is None and not chat else prompt
+        if not image:
+            raise ValueError("--image is needed: the reader of hrvlm reads the text in images")
     if prompt is None and not chat:
         raise ValueError("--prompt is needed, or --chat")
     with json_only(as_json):

@@ -13,7 +13,7 @@ from .console import json_only, print_json
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file: model, data, training.")],
+    config: Annotated[Path | None, typer.Argument(help="YAML file: model, data, training.")] = None,
     override: Annotated[
         list[str] | None,
         typer.Option("--override", "-o", help="A change, as training.max_steps=10; repeatable."),
@@ -21,6 +21,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
     ] = False,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Teach the reader of hrvlm a new font; no CONFIG.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Directory for what --demo makes.")] = Path(
+        "train-demo"
+    ),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -29,6 +35,11 @@ def train(
     On several devices: `torchrun --nproc-per-node N --no-python hrvlm train ...`, or with
     `accelerate launch --no_python`. A file with a section `reading` is a recipe for a reader.
     """
+    if demo == (config is not None):
+        raise ValueError("CONFIG or --demo is needed, and not both")
+    if config is None:
+        _demo(out, as_json)
+        return
     with json_only(as_json):
         from .training_config import TrainingConfig, read_yaml
 
@@ -46,6 +57,17 @@ def train(
         print_json(shown)
     else:
         tables.show_trained(shown)
+
+
+def _demo(out: Path, as_json: bool) -> None:
+    with json_only(as_json):
+        from .train_demo import train_demo
+
+        result = train_demo(out)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        tables.show_demo(result)
 
 
 def _train_reader(sections: dict[str, Any], resume: bool) -> dict[str, Any]:

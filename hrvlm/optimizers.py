@@ -6,9 +6,11 @@ matrix; embeddings, heads, norms and biases keep AdamW. torch.optim has both.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -23,7 +25,7 @@ class CombinedOptimizer(Optimizer):
         super().__init__([g for o in optimizers for g in o.param_groups], {})
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The parts' own groups, so that a learning rate set here is the parts'."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
@@ -35,12 +37,15 @@ class CombinedOptimizer(Optimizer):
         """Do nothing in the constructor, which calls this; later groups belong to a part."""
 
     @property
-    def state(self) -> dict[Any, Any]:  # type: ignore[override]
-        """All parts' state, by parameter."""
-        return {key: value for o in self.optimizers for key, value in o.state.items()}
+    def state(self) -> defaultdict[Tensor, Any]:
+        """All parts' state, by parameter; a copy."""
+        merged: defaultdict[Tensor, Any] = defaultdict(dict)
+        for optimizer in self.optimizers:
+            merged.update(optimizer.state)
+        return merged
 
     @state.setter
-    def state(self, state: dict[Any, Any]) -> None:
+    def state(self, state: Any) -> None:
         """Ignored: the parts hold the state."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -146,7 +146,8 @@ def make_optimizer(
     model: nn.Module, muon_lr: float, adamw_lr: float, weight_decay: float
 ) -> CombinedOptimizer:
     """Muon for the matrices inside encoder blocks and decoder layers, AdamW for the rest."""
-    hidden, rest = [], []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = name.startswith(("vision_encoder.layer.", "decoder.model.layers."))
         (hidden if inside and parameter.ndim == 2 else rest).append(parameter)

@@ -193,7 +193,8 @@ class ReadingTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """In order: the data is random by itself, and a resumed run skips without drawing."""
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(data)
 
     def compute_loss(
         self,

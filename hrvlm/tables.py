@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .evaluate import Scores
     from .generate import Generated
     from .plan import Plan
+    from .train_demo import DemoResult
     from .verify import Report
 
 
@@ -94,6 +95,15 @@ def show_generated(result: Generated) -> None:
     note(
         f"{result.prompt_tokens} prompt tokens, {result.new_tokens} new in "
         f"{_seconds(result.seconds)} ({result.tokens_per_second:.1f} tokens/s{begun})"
+    )
+
+
+def show_demo(result: DemoResult) -> None:
+    """What ``hrvlm train --demo`` did."""
+    _print(
+        f"{result.font}, new to the reader: {result.error_before:.1%} of the characters wrong "
+        f"before, {result.error_after:.1%} after {result.steps} steps on {result.images} images "
+        f"({result.held_out} other lines read)\nmodel: {result.model}\nloss: {result.loss_curve}"
     )
 
 

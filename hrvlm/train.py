@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from .training_sources import RowSource, open_source
 from .vision_language_model import VisionLanguageModel
 
 CONFIG_FILE = "train.yaml"
+_SMALL_NUMBER = re.compile(r"\d+(\.\d*)?[eE][+-]?\d+")
 _STATE_FILE = "trainer_state.json"  # the last that Trainer writes into a checkpoint
 
 
@@ -99,7 +101,7 @@ def training_arguments(config: TrainingConfig) -> VLMTrainingArguments:
     Raises:
         ValueError: as :class:`~hrvlm.trainer.VLMTrainingArguments`; a value is of a wrong type.
     """
-    given = dict(config.training)
+    given = {name: _as_meant(name, value) for name, value in config.training.items()}
     loggers = [name for name in ("tensorboard", "wandb") if find_spec(name) is not None]
     given.setdefault("report_to", loggers)
     if not config.data.eval and given.get("eval_strategy", "no") != "no":
@@ -108,6 +110,15 @@ def training_arguments(config: TrainingConfig) -> VLMTrainingArguments:
         return VLMTrainingArguments(**given)
     except TypeError as error:
         raise ValueError(f"training: {error}") from error
+
+
+def _as_meant(name: str, value: Any) -> Any:
+    """YAML takes `no` for False and 1e-4 (without a point) for text."""
+    if value is False and name.endswith("_strategy"):
+        return "no"
+    if isinstance(value, str) and _SMALL_NUMBER.fullmatch(value):
+        return float(value)
+    return value
 
 
 def load_model(config: ModelConfig) -> tuple[VisionLanguageModel, VLMProcessor]:

@@ -78,6 +78,9 @@ class VLMTrainer(Trainer):
         args: :class:`VLMTrainingArguments`.
         **kwargs: Of Trainer. A `train_dataset` that is a
             :class:`~hrvlm.training_data.SampleStream` divides itself among the processes.
+
+    Raises:
+        ValueError: several GPUs in one process, or FSDP where there is none.
     """
 
     args: VLMTrainingArguments
@@ -93,6 +96,8 @@ class VLMTrainer(Trainer):
                 "start one process for each with torchrun or accelerate launch"
             )
         super().__init__(model=model, args=args, **kwargs)
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(f"fsdp={args.fsdp!r}: accelerate does not shard on {args.device}")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Parameter groups by part, with weight decay and without; see `parameter_groups`.
@@ -132,7 +137,12 @@ class VLMTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return prepare_data_loader(
-            loader, device=args.device, num_processes=1, process_index=0, put_on_device=True
+            loader,
+            device=args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
         )
 
     def compute_loss(

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from hrvlm import train as train_module

@@ -1,0 +1,66 @@
+"""The model that comes with the package: small, loads from the wheel's data, and reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hrvlm import VisionLanguageModel, VLMProcessor
+from hrvlm.cli import app
+from hrvlm.reading_score import score
+from hrvlm.shipped_reader import reader_path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SAYS = {
+    "line_total.png": "Total $42.80",
+    "line_notice.png": "Harbour closed",
+    "line_date.png": "2031-05-14 09:58",
+    "line_alert.png": "WARNING: ice",
+}
+
+
+@pytest.fixture(scope="module")
+def reader():
+    model = VisionLanguageModel.from_pretrained(reader_path(), dtype=torch.float32).eval()
+    return model, VLMProcessor.from_pretrained(reader_path())
+
+
+def test_it_is_small_and_has_a_card(reader):
+    folder = Path(reader_path())
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 25_000_000
+    assert sum(p.numel() for p in reader[0].parameters()) <= 12_000_000
+    assert not hasattr(reader[0], "reading_head")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for word in ("character error rate", "hrvlm train recipes/reader.yaml", "can't read"):
+        assert word in card
+
+
+def test_it_reads_single_lines(reader):
+    """The whole figure is in its card; 48 lines are few, hence the margin of two per cent."""
+    assert score(*reader, "line", 48).error_rate <= 0.05
+
+
+def test_it_needs_the_normalisation(reader):
+    """Pixels that are only scaled to [0, 1] are read clearly worse."""
+    model, processor = reader
+    plain = VLMProcessor.from_pretrained(reader_path())
+    plain.image_processor.do_normalize = False
+    assert score(model, plain, "line", 24).error_rate > 0.2
+    assert score(model, processor, "line", 24).error_rate < 0.1
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_generate_reads_the_examples(name):
+    done = CliRunner().invoke(app, ["generate", "--image", str(EXAMPLES / name), "--json"])
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert answer["text"] == SAYS[name] and answer["tokens_per_second"] > 0
+
+
+def test_what_it_can_not_read():
+    done = CliRunner().invoke(
+        app, ["generate", "--image", str(EXAMPLES / "sideways.png"), "--json"]
+    )
+    assert done.exit_code == 0 and json.loads(done.stdout)["text"] != "Platform 9"

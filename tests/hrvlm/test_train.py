@@ -1,0 +1,315 @@
+import json
+import math
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
+from hrvlm import train as train_module
+from hrvlm.cli import app
+from hrvlm.train import last_checkpoint, make_trainer, train, training_arguments
+from hrvlm.trainer import VLMTrainer, VLMTrainingArguments, freeze_parts, parameter_groups
+from hrvlm.training_config import TrainingConfig, read_yaml
+from tests.hrvlm import runs
+from tests.hrvlm.tiny import config_of, model_of, siglip_config_of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return runs.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return {"kind": "jsonl", "path": str(runs.save_rows(tmp_path_factory.mktemp("rows")))}
+
+
+def losses(directory):
+    state = json.loads((directory / "trainer_state.json").read_text())
+    return {log["step"]: log["loss"] for log in state["log_history"] if "loss" in log}
+
+
+def same_weights(a, b):
+    a, b = (load_file(directory / "model.safetensors") for directory in (a, b))
+    return sorted(a) == sorted(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+RESUMED = {
+    "epochs": ({}, {"gradient_accumulation_steps": 2, "bf16": True}),
+    "muon": ({}, {"optimizer": "muon", "learning_rate_vision": 1e-4}),
+    "stream": ({"kind": "synthetic", "max_characters": 4, "font_sizes": [14, 14]}, {}),
+    "packing": ({"sequence_packing": 128}, {"dataloader_num_workers": 1, "freeze": ["vision"]}),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(name, model, rows, tmp_path, monkeypatch):
+    data, options = RESUMED[name]
+    if name == "stream":
+        source = data
+    elif name == "packing":
+        source = {"train": rows} | data
+    else:
+        source = rows
+    options |= {"max_steps": 5, "lr_scheduler_type": "cosine", "warmup_steps": 2}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(runs.config_of(whole, model, source, **options))
+    config = runs.config_of(cut, model, source, **options)
+    with monkeypatch.context() as patch:
+        made = make_trainer
+
+        def make_and_kill(*args):
+            trainer = made(*args)
+            trainer.add_callback(KillAt(3))
+            return trainer
+
+        patch.setattr(train_module, "make_trainer", make_and_kill)
+        with pytest.raises(Killed):
+            train(config)
+    assert last_checkpoint(cut).name == "checkpoint-2"
+    with pytest.raises(ValueError, match=r"holds a run \(checkpoint-2\): --resume goes on"):
+        train(config)
+    result = train(config, resume=True)
+    assert result.steps == 5
+    assert losses(cut) == losses(whole)
+    assert same_weights(cut, whole)
+    assert not same_weights(cut, model)
+
+
+def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(tmp_path):
+    for step, complete in ((2, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if complete:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_each_part_has_its_rate_and_only_matrices_decay():
+    args = VLMTrainingArguments(
+        "none",
+        learning_rate=1.0,
+        learning_rate_vision=0.1,
+        learning_rate_projector=0.2,
+        weight_decay=0.3,
+        optimizer="muon",
+        report_to="none",
+        use_cpu=True,
+    )
+    model = model_of()
+    model.extra = torch.nn.Linear(2, 2)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {}
+    for group in parameter_groups(model, args):
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = (group["lr"], group["weight_decay"], group["muon"])
+    assert len(found) == len(names) - 1  # the mask token is not trained
+    assert found["vision_encoder.layer.0.attention.qkv.weight"] == (0.1, 0.3, True)
+    assert found["vision_encoder.layer.0.attention.qkv.q_bias"] == (0.1, 0.0, False)
+    assert found["vision_encoder.layer.1.layer_scale1.lambda1"] == (0.1, 0.0, False)
+    assert found["vision_encoder.embeddings.register_tokens"] == (0.1, 0.0, False)
+    assert found["vision_encoder.embeddings.patch_embeddings.weight"] == (0.1, 0.3, False)
+    assert found["MP.proj.weight"] == (0.2, 0.3, False)
+    assert found["decoder.model.layers.0.mlp.up_proj.weight"] == (1.0, 0.3, True)
+    assert found["decoder.model.embed_tokens.weight"] == (1.0, 0.3, False)
+    assert found["decoder.model.norm.weight"] == (1.0, 0.0, False)
+    assert found["extra.weight"] == (1.0, 0.3, False)
+
+
+def test_rates_move_each_part_by_its_own_size(model, rows, tmp_path):
+    """SGD: what a step changes is the rate times the gradient, and all have the same schedule."""
+    before = load_file(model / "model.safetensors")
+    moved = {}
+    for rate in (1e-3, 2e-3):
+        directory = tmp_path / str(rate)
+        options = {"optim": "sgd", "max_steps": 1, "weight_decay": 0.0, "max_grad_norm": 0}
+        rates = {"learning_rate_vision": rate, "learning_rate_projector": 0.0}
+        train(runs.config_of(directory, model, rows, **options, **rates))
+        after = load_file(directory / "model.safetensors")
+        moved[rate] = {name: (after[name] - before[name]).norm() for name in before}
+    assert moved[1e-3]["MP.proj.weight"] == 0
+    for name, norm in moved[2e-3].items():
+        expected = 2 if name.startswith("vision_encoder") else 1
+        assert norm == pytest.approx(float(expected * moved[1e-3][name]), rel=1e-2, abs=1e-7), name
+
+
+@pytest.mark.parametrize("parts", [["vision"], ["vision", "language"], ["projector"]])
+def test_frozen_parts_do_not_move(parts, model, rows, tmp_path):
+    train(runs.config_of(tmp_path, model, rows, freeze=parts, max_steps=1))
+    before, after = (load_file(d / "model.safetensors") for d in (model, tmp_path))
+    names = {"vision": "vision_encoder.", "projector": "MP.", "language": "decoder."}
+    frozen = tuple(names[part] for part in parts)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any(name.startswith(frozen) for name in moved)
+    for part, prefix in names.items():
+        assert part in parts or any(name.startswith(prefix) for name in moved)
+
+
+@pytest.mark.parametrize("vision", ["dinov3", "siglip"])
+def test_frozen_parts_keep_no_graph_and_draw_nothing(vision):
+    config = config_of(siglip_config_of(attention_dropout=0.5)) if vision == "siglip" else None
+    model = model_of(config)
+    model.decoder.config.attention_dropout = 0.5
+    freeze_parts(model, ["vision", "language"])
+    model.train()
+    grids = [(4, 4)]
+    features = [
+        model.get_image_features(torch.ones(16, 3 * 64), grids).last_hidden_state for _ in "ab"
+    ]
+    assert features[0].grad_fn is None and torch.equal(*features)
+    ids = torch.arange(5, 15)[None]
+    assert torch.equal(*(model(input_ids=ids).logits for _ in "ab"))
+    assert model.MP.training and not model.decoder.training
+
+
+def test_a_subclass_adds_a_term_to_the_loss(model, rows, tmp_path):
+    class Heavier(VLMTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+            return loss + 0.5 * model.MP.proj.weight.square().sum()
+
+    seen = []
+    for trainer_class in (VLMTrainer, Heavier):
+        config = runs.config_of(tmp_path, model, rows, max_steps=1, save_strategy="no")
+        args = training_arguments(config)
+        loaded, processor = train_module.load_model(config.model)
+        plain = make_trainer(config, args, loaded, processor)
+        trainer = trainer_class(
+            loaded, args, train_dataset=plain.train_dataset, data_collator=plain.data_collator
+        )
+        extra = 0.5 * float(loaded.MP.proj.weight.detach().square().sum())
+        trainer.train()
+        seen.append(trainer.state.log_history[0]["loss"])
+    assert seen[1] == pytest.approx(seen[0] + extra, rel=1e-4)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_of_which_one_has_text_only(sharded, model, tmp_path):
+    """DDP and FSDP2 give the weights of one process with the whole batch."""
+    source = {"kind": "jsonl", "path": str(runs.save_halves(tmp_path)), "shuffle": False}
+    options = {"optim": "sgd", "max_steps": 2, "train_sampling_strategy": "sequential"}
+    fsdp = {"fsdp": True, "fsdp_config": {"version": 2}} if sharded else {}
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(runs.config_of(one, model, source, **options, per_device_train_batch_size=4))
+    config = runs.config_of(two, model, source, **options, **fsdp)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        runs.train_as, (2, port, config), nprocs=2, start_method="fork"
+    )
+    assert (two / "checkpoint-2" / "pytorch_model_fsdp.bin").exists() == sharded
+    before, expected, got = (load_file(d / "model.safetensors") for d in (model, one, two))
+    for name, weight in expected.items():
+        torch.testing.assert_close(got[name], weight, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(expected["MP.proj.weight"], before["MP.proj.weight"])
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_bf16_is_stable_and_checkpointing_changes_no_gradient(model, rows, tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        directory = tmp_path / str(checkpointing)
+        options = {"bf16": True, "gradient_checkpointing": checkpointing, "max_steps": 4}
+        train(runs.config_of(directory, model, rows, **options, optim="sgd"))
+        assert all(math.isfinite(loss) for loss in losses(directory).values())
+        found.append(load_file(directory / "model.safetensors"))
+    for name, weight in found[0].items():
+        assert torch.equal(found[1][name], weight), name
+
+
+def test_the_command_trains_evaluates_and_reports(model, rows, tmp_path):
+    source = read_jsonl(rows["path"])
+    source[1]["images"] = ["none.png"]
+    source[2]["texts"][0]["assistant"] = "x" * 200
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("".join(json.dumps(row) + "\n" for row in source))
+    sections = {
+        "model": {"path": str(model)},
+        "data": {
+            "train": {"kind": "jsonl", "path": str(broken), "image_root": str(rows_folder(rows))},
+            "eval": {"kind": "jsonl", "path": rows["path"], "limit": 3},
+            "max_sample_length": 150,
+        },
+        "training": {
+            "output_dir": str(tmp_path / "run"),
+            "num_train_epochs": 1,
+            "use_cpu": True,
+            "report_to": ["tensorboard"],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    override = ["-o", "training.per_device_train_batch_size=4", "-o", "training.save_strategy=no"]
+    override += ["-o", "training.learning_rate=1e-4"]
+    done = CliRunner().invoke(app, ["train", str(path), *override, "--json"])
+    assert done.exit_code == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["steps"] == 3 and math.isfinite(shown["metrics"]["eval_loss"])
+    assert shown["skipped"] == {"bad image": 1, "too long": 1}
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    assert {row["row"] for row in report["rows"]} == {f"{broken}, row {i}" for i in (1, 2)}
+    kept = yaml.safe_load((tmp_path / "run" / "train.yaml").read_text())
+    assert kept["training"]["per_device_train_batch_size"] == 4
+    assert list((tmp_path / "run").glob("**/events.out.tfevents*"))
+    loaded, processor = train_module.load_model(
+        TrainingConfig.from_dict(sections | {"model": {"path": str(tmp_path / "run")}}).model
+    )
+    assert processor.image_token_id == loaded.config.image_token_id
+
+
+def rows_folder(rows):
+    return Path(rows["path"]).parent
+
+
+def read_jsonl(path):
+    with open(path) as lines:
+        return [json.loads(line) for line in lines]
+
+
+WRONG = {
+    "data.train.path=3": r"data.train\[0\].path=3: expected a path",
+    "data.train.kind=csv": r"data.train\[0\].kind='csv': expected one of \['finevision', 'jsonl'",
+    "data.train.limits=3": r"unknown name data.train\[0\].limits: did you mean 'limit'\?",
+    "data.trian=3": r"unknown name data.trian: did you mean 'train'\?",
+    "trainning=3": r"unknown name trainning: did you mean 'training'\?",
+    "training.learning_rate_vison=3": r"vison: did you mean 'learning_rate_vision'\?",
+    "training.optimizer=sgd": r"optimizer='sgd': expected one of \['adamw', 'muon'\]",
+    "training.freeze=[eyes]": r"freeze=\['eyes'\]: unknown \['eyes'\]",
+    "training.eval_strategy=steps": r"training.eval_strategy='steps' needs data.eval",
+    "model.vision=x": r"model.path: the model is all there; leave out \['vision'\]",
+    "data.sequence_packing=9999": r"data.sequence_packing=9999: the language model's context holds",
+    "data.max_sample_length=-1": r"data.max_sample_length=-1: expected a number of tokens",
+    "data.sequence_packing=99": r"training.max_steps is needed",
+    "training.max_steps": r"'training.max_steps': expected name=value",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_what_is_wrong_is_said(override, model, rows, tmp_path):
+    path = tmp_path / "config.yaml"
+    training = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": "none"}
+    sections = {"model": {"path": str(model)}, "data": {"train": rows}, "training": training}
+    path.write_text(yaml.safe_dump(sections))
+    done = CliRunner().invoke(app, ["train", str(path), "-o", override])
+    assert done.exit_code == 2
+    with pytest.raises(ValueError, match=WRONG[override]):
+        train(TrainingConfig.from_dict(read_yaml(path, [override])))
