@@ -11,7 +11,7 @@ the model's layers are handed :class:`RotaryPositions`.
 
     patches -> embeddings [B, n, C] -> layers -> norm        as before: transformers' own code
                                          |
-                    attention: [B, n, C] -> [B*n, H, D] -> rope_2d -> varlen_attention -> o_proj
+                    attention: [B, n, C] -> [B*n, H, D] -> varlen_attention (with RoPE) -> o_proj
 
 Unlike the stock model, an accelerated one raises where an image's sides are not multiples of the
 patch size (instead of cropping), rotates q and k in float32 whatever the dtype, and draws random
@@ -33,7 +33,7 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import (
     augment_patches_center_coordinates,
 )
 
-from hrvlm_kernels import PackedGrids, rope_2d, varlen_attention
+from hrvlm_kernels import PackedGrids, varlen_attention
 from hrvlm_kernels.backends import check_backend
 
 from .encoder_layers import patch_size_of, rope_frequencies
@@ -109,7 +109,7 @@ class AcceleratedRope(DINOv3ViTRopePositionEmbedding):
 
 
 class AcceleratedAttention(DINOv3ViTAttention):
-    """The same projections with :func:`rope_2d` and :func:`varlen_attention` between them."""
+    """The same projections with :func:`varlen_attention` between them, RoPE folded in."""
 
     backend: str
 
@@ -139,8 +139,8 @@ class AcceleratedAttention(DINOv3ViTAttention):
         heads = (self.num_heads, self.head_dim)
         q, k, v = (proj(x).unflatten(1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         coords, inv_freq = position_embeddings.coords, position_embeddings.inv_freq
-        q, k = rope_2d(q, k, coords, inv_freq, backend=self.backend)
-        out = varlen_attention(q, k, v, packed, self.scaling, backend=self.backend)
+        rope = (coords, inv_freq)
+        out = varlen_attention(q, k, v, packed, self.scaling, rope=rope, backend=self.backend)
         return self.o_proj(out.flatten(1)).unflatten(0, (batch, tokens)), None
 
     def _refuse(self, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
