@@ -1,7 +1,8 @@
-# make demo    set up .venv, encode examples/ and write features and pictures to demo/
+# make demo    set up .venv, encode examples/ (features and pictures in demo/), read the text in some
 # make test    the same, then all tests
 # make lint    ruff and mypy
 # make gpu     the GPU tests and the benchmarks, with the python3 at hand: installs nothing
+# make sanitize  the kernels on small shapes under compute-sanitizer, on a GPU
 # make clean   remove what the others wrote, .venv excepted
 #
 # PYTHON, VENV, DEMO and PYTEST_ARGS can be given: make test PYTHON=python3.13 PYTEST_ARGS="-k rope"
@@ -10,7 +11,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := demo
 .NOTPARALLEL:
-.PHONY: demo test lint gpu clean
+.PHONY: demo test lint gpu sanitize clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,6 +35,8 @@ WORKERS := $(if $(filter 1,$(CORES)),,-n auto --maxprocesses 8 --dist worksteal)
 demo: $(INSTALLED)
 	@$(BIN)/hrvlm encode $(EXAMPLES) --out $(DEMO)
 	@echo "demo: features and pictures of $(words $(EXAMPLES)) images are in $(DEMO)/"
+	@echo "demo: the reader that comes with hrvlm, on lines of text and on one that it can't read (sideways.png):"
+	@$(BIN)/hrvlm generate --each $(addprefix --image ,$(sort $(wildcard examples/line_*.png)) examples/sideways.png)
 
 test: $(INSTALLED_DEV) demo
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable $(WORKERS) $(PYTEST_ARGS)
@@ -50,6 +53,14 @@ gpu:
 	  || { echo "make gpu: the benchmarks need pytest-benchmark for $(PYTHON)" >&2; exit 1; }
 	$(BARE) -m pytest tests -m gpu $(PYTEST_ARGS)
 	$(BARE) -m pytest benchmarks $(PYTEST_ARGS)
+
+sanitize:
+	@command -v compute-sanitizer >/dev/null \
+	  || { echo "make sanitize: compute-sanitizer is not found; it comes with the CUDA toolkit" >&2; exit 1; }
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.kernels.sanitize; \
+	done
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

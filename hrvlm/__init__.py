@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from .patches import pack_images, patchify, unpatchify
     from .plan import make_plan
     from .processors import VLMProcessor, get_image_string, get_tokenizer
+    from .sequence_packing import PackedSequenceCollator, pack_sequences
+    from .trainer import VLMTrainer, VLMTrainingArguments
+    from .training_config import TrainingConfig
     from .vision_language_model import VisionLanguageModel
     from .vision_transformer import DINOv3Encoder
     from .vlm_output import VLMOutput
@@ -50,12 +53,16 @@ _HOME = {
     "ImageProcessor": "image_processing",
     "ModalityProjector": "modality_projector",
     "PackedEncoderOutput": "encoder_output",
+    "PackedSequenceCollator": "sequence_packing",
     "TileGeometry": "geometry",
+    "TrainingConfig": "training_config",
     "VLMConfig": "config",
     "VLMImageProcessor": "image_processing_vlm",
     "VLMImageProcessorPil": "image_processing_vlm",
     "VLMOutput": "vlm_output",
     "VLMProcessor": "processors",
+    "VLMTrainer": "trainer",
+    "VLMTrainingArguments": "trainer",
     "VQACollator": "collators",
     "VisionLanguageModel": "vision_language_model",
     "accelerate": "acceleration",
@@ -70,6 +77,7 @@ _HOME = {
     "make_plan": "plan",
     "normalization_for": "image_processing",
     "pack_images": "patches",
+    "pack_sequences": "sequence_packing",
     "patchify": "patches",
     "pixel_shuffle": "modality_projector",
     "pixel_unshuffle": "modality_projector",
@@ -90,12 +98,16 @@ __all__ = [
     "ImageProcessor",
     "ModalityProjector",
     "PackedEncoderOutput",
+    "PackedSequenceCollator",
     "TileGeometry",
+    "TrainingConfig",
     "VLMConfig",
     "VLMImageProcessor",
     "VLMImageProcessorPil",
     "VLMOutput",
     "VLMProcessor",
+    "VLMTrainer",
+    "VLMTrainingArguments",
     "VQACollator",
     "VisionLanguageModel",
     "accelerate",
@@ -110,6 +122,7 @@ __all__ = [
     "make_plan",
     "normalization_for",
     "pack_images",
+    "pack_sequences",
     "patchify",
     "pixel_shuffle",
     "pixel_unshuffle",

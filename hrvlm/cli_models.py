@@ -41,6 +41,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Go on asking: one question a line, from stdin.")
     ] = False,
+    each: Annotated[bool, typer.Option("--each", help="Ask about every image by itself.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     num_beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = 1,
@@ -57,22 +58,33 @@ def generate(
             raise ValueError("--image is needed: the reader of hrvlm reads the text in images")
     if prompt is None and not chat:
         raise ValueError("--prompt is needed, or --chat")
+    if each and (chat or not image):
+        raise ValueError("--each: goes with --image, and not with --chat")
+    images = image or []
     with json_only(as_json):
-        from .generate import GenerateOptions, start_chat
+        from .generate import GenerateOptions, start_chats
 
         options = GenerateOptions(max_new_tokens, temperature, num_beams)
-        talk = start_chat(model, image or [], options, device=device, dtype=dtype)
+        groups = [[path] for path in images] if each else [images]
+        talks = start_chats(model, groups, options, device=device, dtype=dtype)
         turns = []
-        for question in _questions(prompt, chat):
-            result = _ask(talk, question, stream=not as_json, give_up=not chat)
-            if result is None:
-                continue
-            turns.append({"prompt": question} | result.to_json())
-            if not as_json:
-                tables.show_generated(result)
+        for talk, group in zip(talks, groups, strict=True):
+            for question in _questions(prompt, chat):
+                if each and not as_json:
+                    print(f"{group[0]}: ", end="", flush=True)
+                result = _ask(talk, question, stream=not as_json, give_up=not chat)
+                if result is None:
+                    continue
+                asked = {"image": str(group[0])} if each else {}
+                turns.append(asked | {"prompt": question} | result.to_json())
+                if not as_json:
+                    tables.show_generated(result)
     if as_json:
-        shown = {"model": model, "images": [str(i) for i in image or []]}
-        print_json(shown | ({"turns": turns} if chat else turns[0]))
+        if each:
+            print_json({"model": model, "answers": turns})
+        else:
+            shown = {"model": model, "images": [str(path) for path in images]}
+            print_json(shown | ({"turns": turns} if chat else turns[0]))
 
 
 def _questions(prompt: str | None, chat: bool) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,8 @@ def train(
     if config is None:
         _demo(out, as_json)
         return
+    if find_spec("accelerate") is None:
+        raise ValueError("training needs more packages: pip install 'hrvlm[train]'")
     with json_only(as_json):
         from .training_config import TrainingConfig, read_yaml
 

@@ -169,9 +169,21 @@ def start_chat(
     dtype: str = "auto",
 ) -> Chat:
     """Load images and a model; the arguments and errors are those of :func:`generate`."""
-    pictures = [load_image(path) for path in images]
+    return start_chats(model, [images], options, device=device, dtype=dtype)[0]
+
+
+def start_chats(
+    model: str,
+    groups: Sequence[Sequence[Path]],
+    options: GenerateOptions | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> list[Chat]:
+    """A chat about each group of images, all with one model; see :func:`start_chat`."""
+    pictures = [[load_image(path) for path in images] for images in groups]
     processor, vlm = load_vlm(model, device=device, dtype=dtype)
-    return Chat(processor, vlm, pictures, options)
+    return [Chat(processor, vlm, images, options) for images in pictures]
 
 
 def load_vlm(model: str, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:

@@ -5,7 +5,8 @@
 
 The batch has no attention_mask: from position ids that start again, transformers builds a mask
 that is block-diagonal and causal within the blocks (`masking_utils.find_packed_sequence_indices`).
-It does so only without a cache: pass ``use_cache=False``.
+It does so only without a cache (pass ``use_cache=False``), and for flash attention only in batches
+of one row.
 """
 
 from __future__ import annotations

@@ -125,8 +125,10 @@ class _Stopwatch:
 
 def synchronize(device: torch.device) -> None:
     """Wait for everything queued on `device`."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def peak_memory(run: Run, device: torch.device) -> int | None:

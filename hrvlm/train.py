@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .collators import VQACollator
@@ -23,7 +23,7 @@ from .sequence_packing import PackedSequenceCollator
 from .trainer import VLMTrainer, VLMTrainingArguments
 from .training_config import DataConfig, ModelConfig, TrainingConfig
 from .training_data import RowDataset, SampleStream
-from .training_samples import SampleMaker, write_report
+from .training_samples import SKIPS_FILE, SampleMaker, write_report
 from .training_sources import RowSource, open_source
 from .vision_language_model import VisionLanguageModel
 
@@ -82,6 +82,8 @@ def train(config: TrainingConfig, *, resume: bool = False) -> TrainResult:
     if main:
         if resume and checkpoint is None:
             print(f"{output_dir} has no checkpoint yet: beginning at step 0", file=sys.stderr)
+        if checkpoint is None:
+            (output_dir / SKIPS_FILE).unlink(missing_ok=True)
         write_config(config, output_dir)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = dict(result.metrics)
@@ -104,6 +106,7 @@ def training_arguments(config: TrainingConfig) -> VLMTrainingArguments:
     given = {name: _as_meant(name, value) for name, value in config.training.items()}
     loggers = [name for name in ("tensorboard", "wandb") if find_spec(name) is not None]
     given.setdefault("report_to", loggers)
+    given.setdefault("use_cpu", not torch.accelerator.is_available())
     if not config.data.eval and given.get("eval_strategy", "no") != "no":
         raise ValueError(f"training.eval_strategy={given['eval_strategy']!r} needs data.eval")
     try:
@@ -168,6 +171,12 @@ def make_trainer(
         value = getattr(data, name)
         if value is not None and context is not None and value > context:
             raise ValueError(f"data.{name}={value}: the language model's context holds {context}")
+    attention = model.decoder.config._attn_implementation
+    if data.sequence_packing and "flash" in attention and args.per_device_train_batch_size > 1:
+        raise ValueError(
+            f"attn_implementation={attention!r} keeps packed samples apart in batches of one row "
+            "only: set training.per_device_train_batch_size=1 (and longer rows), or use sdpa"
+        )
     lengths = [n for n in (data.max_sample_length, data.sequence_packing, context) if n is not None]
     make = SampleMaker(processor, min(lengths, default=None), output_dir)
     train_data = training_set(data, make, args.seed)
@@ -175,6 +184,8 @@ def make_trainer(
         raise ValueError(
             "training.max_steps is needed: streamed, drawn, weighted and packed data has no epochs"
         )
+    if isinstance(train_data, RowDataset) and not train_data.sources[0].shuffle:
+        args.train_sampling_strategy = "sequential"
     eval_data = None
     if data.eval:
         eval_data = RowDataset([open_source(s, indexed=True) for s in data.eval], make)
@@ -183,6 +194,7 @@ def make_trainer(
     return VLMTrainer(
         model,
         args,
+        callbacks=[_ReportCallback()],
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=collator,
@@ -191,11 +203,17 @@ def make_trainer(
 
 
 def training_set(data: DataConfig, make: SampleMaker, seed: int) -> RowDataset | SampleStream:
-    """The training data: by index where all of it can be, else an endless stream."""
+    """The training data: by index where all of it can be, else an endless stream.
+
+    Raises:
+        ValueError: some sources are shuffled and others not, in data by index.
+    """
     sources = [open_source(source) for source in data.train]
     weights = [source.weight for source in data.train]
     by_index = all(isinstance(source, RowSource) for source in sources)
     if by_index and data.sequence_packing is None and not any(weights):
+        if len({source.shuffle for source in sources}) > 1:
+            raise ValueError("data.train: `shuffle` has to be the same for all sources by index")
         return RowDataset(sources, make)
     return SampleStream(
         sources,
@@ -204,6 +222,14 @@ def training_set(data: DataConfig, make: SampleMaker, seed: int) -> RowDataset |
         seed=seed,
         packing=data.sequence_packing,
     )
+
+
+class _ReportCallback(TrainerCallback):
+    """Keeps the report on the data as young as the last checkpoint."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_report(Path(args.output_dir))
 
 
 class _PackedOrNot:

@@ -42,7 +42,7 @@ class VLMTrainingArguments(TrainingArguments):
         freeze: Parts that are not trained, of `PARTS`.
 
     Raises:
-        ValueError: an unknown optimizer or part, or all parts are frozen.
+        ValueError: an unknown optimizer or part, all parts are frozen, or batches would be cut.
     """
 
     learning_rate_vision: float | None = None
@@ -51,11 +51,10 @@ class VLMTrainingArguments(TrainingArguments):
     optimizer: str = "adamw"
     freeze: list[str] = field(default_factory=list)
 
-    # Trainer would drop `pixel_values` of a wrapped model, hide a NaN behind the mean of the losses
-    # before it, and let one process cut the packed batches for all.
+    # Trainer would drop `pixel_values` of a wrapped model, and hide a NaN behind the mean of the
+    # losses before it.
     remove_unused_columns: bool = False
     logging_nan_inf_filter: bool = False
-    accelerator_config: Any = field(default_factory=lambda: {"dispatch_batches": False})
     # The model itself sees to it that every parameter has a gradient.
     ddp_find_unused_parameters: bool | None = False
 
@@ -68,6 +67,12 @@ class VLMTrainingArguments(TrainingArguments):
         if set(self.freeze) == set(PARTS):
             raise ValueError("freeze: all parts are frozen, nothing is left to train")
         super().__post_init__()
+        # Left open, one process would cut the batches of an iterable for all: packed images have no
+        # batch axis to cut.
+        options: Any = self.accelerator_config
+        if options.split_batches or options.dispatch_batches:
+            raise ValueError("accelerator_config: split_batches and dispatch_batches cut images")
+        options.dispatch_batches = False
 
 
 class VLMTrainer(Trainer):
@@ -103,7 +108,7 @@ class VLMTrainer(Trainer):
         """Parameter groups by part, with weight decay and without; see `parameter_groups`.
 
         Raises:
-            ValueError: Muon with FSDP.
+            ValueError: Muon with FSDP, or an ``optim`` that groups the parameters by itself.
         """
         if self.optimizer is None:
             if self.args.optimizer == "muon" and self.is_fsdp_enabled:
@@ -113,6 +118,11 @@ class VLMTrainer(Trainer):
             model = self.model if model is None else model
             groups = parameter_groups(model, self.args)
             make, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if wrong := {"params", "model", "optimizer_dict"} & set(options):
+                raise ValueError(
+                    f"optim={self.args.optim!r} chooses its {wrong.pop()} by itself: it does not "
+                    "go with learning rates by part"
+                )
             optimizer = make([g for g in groups if not g["muon"]], **options)
             if hidden := [g for g in groups if g["muon"]]:
                 muon = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")
@@ -155,7 +165,11 @@ class VLMTrainer(Trainer):
         """Trainer's: the model's own loss, per answer token of the whole step."""
         # With a cache, the language model would take packed sequences for one.
         inputs = {**inputs, "use_cache": False}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            # Nothing that is trained took part: text only, and the language model is frozen.
+            loss = loss + sum(0 * p.sum() for p in model.parameters() if p.requires_grad)
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the learning rates of the parts, where they differ."""

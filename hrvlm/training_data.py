@@ -58,6 +58,9 @@ class RowDataset(Dataset):
 class SampleStream(IterableDataset):
     """An endless mixture of sources, as samples or as packed rows.
 
+    A resumed run goes through what was used before once more, without training on it; it needs the
+    number of processes and workers of the first.
+
     Args:
         sources: Each is gone through again and again.
         make: Row to sample, or to None where it can't be used.

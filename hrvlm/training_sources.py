@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def _dataset(config: FineVision | Parquet) -> Any:
 
     A corrupt image is then one that this package fails to open, which it reports.
     """
+    if find_spec("datasets") is None:
+        raise ValueError(f"{config.path}: the library `datasets` is missing: pip install datasets")
     import datasets
 
     path = Path(config.path)

@@ -2,19 +2,21 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from transformers import TrainerCallback
 
 from hrvlm import train as train_module
 from hrvlm.training_config import TrainingConfig
 from tests.hrvlm.tiny import model_of, picture, processor_of
 
 
-def save_model(directory: Path) -> Path:
-    model_of().save_pretrained(directory)
+def save_model(directory: Path, config=None) -> Path:
+    model_of(config).save_pretrained(directory)
     processor_of().save_pretrained(directory)
     return directory
 
@@ -52,6 +54,37 @@ def config_of(directory: Path, model: Path, train, **training) -> TrainingConfig
     return TrainingConfig.from_dict(
         {"model": {"path": str(model)}, "data": data, "training": options | training}
     )
+
+
+class KillAt(TrainerCallback):
+    """Kills its process after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(config: TrainingConfig, step: int) -> int:
+    """Train in a process that is killed after a step; returns its exit code."""
+    make = train_module.make_trainer
+
+    def make_and_kill(*args):
+        trainer = make(*args)
+        trainer.add_callback(KillAt(step))
+        return trainer
+
+    def run():
+        torch.set_num_threads(1)
+        train_module.make_trainer = make_and_kill
+        train_module.train(config)
+
+    process = torch.multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def save_halves(directory: Path) -> Path:

@@ -26,6 +26,7 @@ COMMANDS = [
     "plan",
     "generate",
     "evaluate",
+    "bench",
     "bench-generate",
     "convert",
     "verify",

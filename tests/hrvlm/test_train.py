@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 import socket
 from pathlib import Path
 
@@ -7,21 +8,50 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import DINOv3ViTModel, LlamaForCausalLM, TrainerCallback
 from typer.testing import CliRunner
 
 from hrvlm import train as train_module
 from hrvlm.cli import app
+from hrvlm.collators import VQACollator
 from hrvlm.train import last_checkpoint, make_trainer, train, training_arguments
 from hrvlm.trainer import VLMTrainer, VLMTrainingArguments, freeze_parts, parameter_groups
 from hrvlm.training_config import TrainingConfig, read_yaml
+from hrvlm.training_samples import SampleMaker
 from tests.hrvlm import runs
-from tests.hrvlm.tiny import config_of, model_of, siglip_config_of
+from tests.hrvlm.tiny import (
+    BYTES,
+    SPECIAL,
+    config_of,
+    model_of,
+    picture,
+    processor_of,
+    siglip_config_of,
+    text_config_of,
+    tokenizer_of,
+    vision_config_of,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the forked processes, whose sums have to be the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return runs.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    """Draws random numbers in every forward of encoder and language model."""
+    config = config_of(vision_config_of(drop_path_rate=0.3), text_config_of(attention_dropout=0.3))
+    return runs.save_model(tmp_path_factory.mktemp("random"), config)
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +69,6 @@ def same_weights(a, b):
     return sorted(a) == sorted(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing may catch it."""
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
-
-
 RESUMED = {
     "epochs": ({}, {"gradient_accumulation_steps": 2, "bf16": True}),
     "muon": ({}, {"optimizer": "muon", "learning_rate_vision": 1e-4}),
@@ -61,7 +78,8 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_killed_run_goes_on_as_if_it_had_not_been(name, model, rows, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_as_if_it_had_not_been(name, random_model, rows, tmp_path):
+    model = random_model
     data, options = RESUMED[name]
     if name == "stream":
         source = data
@@ -73,17 +91,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(name, model, rows, tmp_path,
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(runs.config_of(whole, model, source, **options))
     config = runs.config_of(cut, model, source, **options)
-    with monkeypatch.context() as patch:
-        made = make_trainer
-
-        def make_and_kill(*args):
-            trainer = made(*args)
-            trainer.add_callback(KillAt(3))
-            return trainer
-
-        patch.setattr(train_module, "make_trainer", make_and_kill)
-        with pytest.raises(Killed):
-            train(config)
+    assert runs.train_until_killed(config, 3) == -signal.SIGKILL
     assert last_checkpoint(cut).name == "checkpoint-2"
     with pytest.raises(ValueError, match=r"holds a run \(checkpoint-2\): --resume goes on"):
         train(config)
@@ -201,11 +209,12 @@ def test_a_subclass_adds_a_term_to_the_loss(model, rows, tmp_path):
     assert seen[1] == pytest.approx(seen[0] + extra, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_of_which_one_has_text_only(sharded, model, tmp_path):
     """DDP and FSDP2 give the weights of one process with the whole batch."""
     source = {"kind": "jsonl", "path": str(runs.save_halves(tmp_path)), "shuffle": False}
-    options = {"optim": "sgd", "max_steps": 2, "train_sampling_strategy": "sequential"}
+    options = {"optim": "sgd", "max_steps": 2}
     fsdp = {"fsdp": True, "fsdp_config": {"version": 2}} if sharded else {}
     one, two = tmp_path / "one", tmp_path / "two"
     train(runs.config_of(one, model, source, **options, per_device_train_batch_size=4))
@@ -224,16 +233,106 @@ def test_two_processes_of_which_one_has_text_only(sharded, model, tmp_path):
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
 
 
-def test_bf16_is_stable_and_checkpointing_changes_no_gradient(model, rows, tmp_path):
-    found = []
+class KeepGradients(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        own = {n: p.grad.float().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.steps.append(own)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bf16_at_768_is_stable_and_checkpointing_changes_no_gradient(device, tmp_path, capsys):
+    vision, text = vision_config_of(patch_size=16), text_config_of(max_position_embeddings=4096)
+    config = config_of(vision, text, mp_pixel_shuffle_factor=4, max_img_size=768)
+    model_of(config).save_pretrained(tmp_path / "model")
+    processor_of(config=config).save_pretrained(tmp_path / "model")
+    lines = []
+    for i, (width, height) in enumerate([(768, 512), (400, 768), (768, 96), (64, 64)]):
+        picture(width, height, seed=i).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "question": "?", "answer": str(i)}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    source = {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}
+    kept, saved = {}, {}
+
+    def count(tensor):
+        saved[checkpointing] += tensor.nbytes
+        return tensor
+
     for checkpointing in (False, True):
-        directory = tmp_path / str(checkpointing)
-        options = {"bf16": True, "gradient_checkpointing": checkpointing, "max_steps": 4}
-        train(runs.config_of(directory, model, rows, **options, optim="sgd"))
-        assert all(math.isfinite(loss) for loss in losses(directory).values())
-        found.append(load_file(directory / "model.safetensors"))
-    for name, weight in found[0].items():
-        assert torch.equal(found[1][name], weight), name
+        run = runs.config_of(
+            tmp_path / str(checkpointing),
+            tmp_path / "model",
+            source,
+            bf16=True,
+            gradient_checkpointing=checkpointing,
+            use_cpu=device == "cpu",
+            save_strategy="no",
+        )
+        args = training_arguments(run)
+        trainer = make_trainer(run, args, *train_module.load_model(run.model))
+        kept[checkpointing] = KeepGradients()
+        trainer.add_callback(kept[checkpointing])
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        saved[checkpointing] = 0
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            trainer.train()
+        held = f"{saved[checkpointing] / 2**20:.0f} MiB kept for the backwards of 4 steps"
+        if device == "cuda":
+            held += f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB at the peak"
+        with capsys.disabled():
+            print(f"\n{device}, checkpointing {checkpointing}: {held}")
+        assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+    assert saved[True] < 0.6 * saved[False]
+    plain, again = kept[False].steps, kept[True].steps
+    assert len(plain) == len(again) == 4
+    for step, gradients in enumerate(plain):
+        for name, gradient in gradients.items():
+            assert gradient.isfinite().all(), (step, name)
+            off = (again[step][name] - gradient).norm()
+            # Nothing but the order of sums on a GPU may differ.
+            assert off <= (0.02 if device == "cuda" else 0.0) * gradient.norm(), (step, name)
+
+
+def test_the_recipe_trains_once_its_paths_are_given(model, rows, tmp_path):
+    recipe = Path(__file__).parents[2] / "recipes" / "finetune.yaml"
+    changes = [
+        f"model.path={model}",
+        f"data.train.0.path={rows['path']}",
+        f"data.eval.0.path={rows['path']}",
+        "data.max_sample_length=400",
+        f"training.output_dir={tmp_path}",
+        "training.max_steps=2",
+        "training.eval_steps=1",
+        "training.dataloader_num_workers=0",
+    ]
+    result = train(TrainingConfig.from_yaml(recipe, changes))
+    assert result.steps == 2 and math.isfinite(result.metrics["eval_loss"])
+    logs = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [log["step"] for log in logs if "eval_loss" in log] == [1, 2, 2]
+
+
+def test_a_model_is_made_of_parts_or_of_sizes(tmp_path):
+    LlamaForCausalLM(text_config_of()).save_pretrained(tmp_path / "language")
+    DINOv3ViTModel(vision_config_of()).save_pretrained(tmp_path / "vision")
+    tokenizer_of(None).save_pretrained(tmp_path / "tokenizer")
+    parts = {name: str(tmp_path / name) for name in ("vision", "language", "tokenizer")}
+    sizes = {"vit_hidden_dim": 32, "vit_n_heads": 2, "vit_n_blocks": 1, "vit_patch_size": 8}
+    sizes |= {"lm_hidden_dim": 48, "lm_n_heads": 4, "lm_n_kv_heads": 2, "lm_n_blocks": 1}
+    options = {"max_img_size": 64, "mp_pixel_shuffle_factor": 2}
+    for section in (parts | options, sizes | options | {"lm_tokenizer": parts["tokenizer"]}):
+        sections = {"model": section, "data": {"train": {"kind": "synthetic"}}}
+        config = TrainingConfig.from_dict(sections | {"training": {"output_dir": str(tmp_path)}})
+        made, processor = train_module.load_model(config.model)
+        assert made.dtype == torch.float32 and made.config.max_img_size == 64
+        assert made.config.image_token_id == processor.image_token_id == BYTES + len(SPECIAL)
+        assert len(made.get_input_embeddings().weight) > processor.image_token_id
+        row = {"image": picture(32, 16), "question": "?", "answer": "yes"}
+        sample = SampleMaker(processor)(row, "row 0")
+        batch = VQACollator(processor)([sample])
+        assert made(**batch).loss.isfinite()
 
 
 def test_the_command_trains_evaluates_and_reports(model, rows, tmp_path):
@@ -278,6 +377,49 @@ def test_the_command_trains_evaluates_and_reports(model, rows, tmp_path):
 
 def rows_folder(rows):
     return Path(rows["path"]).parent
+
+
+def test_a_batch_of_which_nothing_is_left_changes_nothing(model, tmp_path):
+    turns = [{"user": "?", "assistant": "yes"}]
+    path = tmp_path / "rows.jsonl"
+    lines = [{"images": ["none.png"], "texts": turns}] * 2 + [{"images": [], "texts": turns}] * 2
+    path.write_text("\n".join(map(json.dumps, lines)))
+    options = {"max_steps": 2, "weight_decay": 0.0}
+    source = {"kind": "jsonl", "path": str(path), "shuffle": False}
+    train(runs.config_of(tmp_path / "run", model, source, **options, save_steps=1))
+    seen = losses(tmp_path / "run")
+    assert seen[1] == 0 and 0 < seen[2] < math.inf
+    before, after = (
+        load_file(d / "model.safetensors") for d in (model, tmp_path / "run" / "checkpoint-1")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_text_alone_has_nothing_to_teach_the_projector(model, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "?", "answer": "yes"}))
+    source = {"kind": "jsonl", "path": str(path)}
+    frozen = {"freeze": ["vision", "language"], "weight_decay": 0.0, "max_steps": 1}
+    train(runs.config_of(tmp_path / "run", model, source, **frozen))
+    assert losses(tmp_path / "run")[1] > 0
+    assert same_weights(tmp_path / "run", model)
+
+
+def test_batches_are_never_cut(tmp_path):
+    for name in ("split_batches", "dispatch_batches"):
+        with pytest.raises(ValueError, match="split_batches and dispatch_batches cut images"):
+            VLMTrainingArguments(str(tmp_path), accelerator_config={name: True}, use_cpu=True)
+    args = VLMTrainingArguments(str(tmp_path), accelerator_config={}, use_cpu=True)
+    assert args.accelerator_config.dispatch_batches is False
+
+
+def test_flash_attention_takes_one_packed_row_at_a_time(model, rows, tmp_path):
+    data = {"train": rows, "sequence_packing": 64}
+    config = runs.config_of(tmp_path, model, data, per_device_train_batch_size=2)
+    loaded, processor = train_module.load_model(config.model)
+    loaded.decoder.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"set training.per_device_train_batch_size=1"):
+        make_trainer(config, training_arguments(config), loaded, processor)
 
 
 def read_jsonl(path):

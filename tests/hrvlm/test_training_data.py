@@ -100,9 +100,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
 
 def test_a_source_with_nothing_to_learn_from_ends_the_run():
     make = maker()
-    with pytest.raises(
-        ValueError, match=r"1000 rows one after the other .* the last: null"
-    ):
+    with pytest.raises(ValueError, match=r"1000 rows one after the other .* the last: null"):
         for _ in range(1000):
             make({"question": "?", "answer": None}, "null")
 

@@ -1,0 +1,128 @@
+"""Does resolution pay? Wide lines of text, read by models of one recipe at 224 and at 768 pixels.
+
+    python -m benchmarks.reading_resolution                  (all: two limits, three seeds)
+    python -m benchmarks.reading_resolution --plot-only      (the plot again, from the results)
+
+Each model is trained by recipes/resolution.yaml at its own ``max_img_size`` and reads the same
+held-out lines. Writes benchmarks/results/reading_resolution.json and a plot of the character error
+rate against the height of the text in source pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.suite import commit_here
+from hrvlm.reader_recipe import make_trainer, read_recipe
+from hrvlm.reading_score import HELD_OUT_SEED, score
+from hrvlm.svg import Axis, Series, line_chart
+from hrvlm.synthetic import RenderOptions, render
+from hrvlm.text_metrics import edit_distance
+from hrvlm.timing import describe_device
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "reading_resolution.json"
+PLOT = ROOT / "docs" / "plots" / "reading_resolution.svg"
+SIZES, SEEDS, SAMPLES, BIN = (224, 768), (0, 1, 2), 64, 4
+
+
+def main() -> None:
+    """Train, read, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, help="Optimizer steps; default: the recipe's.")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="Held-out lines.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--plot", type=Path, default=PLOT)
+    parser.add_argument("--plot-only", action="store_true")
+    args = parser.parse_args()
+    if not args.plot_only:
+        runs = [run(s, size, args.steps, args.samples) for s in args.seeds for size in SIZES]
+        _write(
+            args.results,
+            json.dumps(
+                {
+                    "machine": describe_device(trained_on()) | {"commit": commit_here()},
+                    "runs": runs,
+                },
+                indent=1,
+            ),
+        )
+    runs = json.loads(args.results.read_text(encoding="utf-8"))["runs"]
+    _write(args.plot, plot(runs))
+    for entry in runs:
+        print(f"max_img_size {entry['max_img_size']}, seed {entry['seed']}: CER {entry['cer']:.3f}")
+
+
+def trained_on() -> torch.device:
+    """Where the Trainer puts the model."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(seed: int, max_img_size: int, steps: int | None, samples: int) -> dict[str, Any]:
+    """Train one model and let it read; errors and characters by height of the text."""
+    recipe = read_recipe(ROOT / "recipes" / "resolution.yaml")
+    recipe["seed"] = seed
+    recipe["model"]["max_img_size"] = max_img_size
+    draw = RenderOptions(**recipe["reading"]["stages"][0]["draw"])
+    with tempfile.TemporaryDirectory() as directory:
+        training = {"output_dir": directory, "report_to": "none"}
+        recipe["training"] |= training | ({} if steps is None else {"max_steps": steps})
+        trainer = make_trainer(recipe)
+        trainer.train()
+    result = score(trainer.model, trainer.processor, draw, samples)
+    heights: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    for index, read in enumerate(result.read):
+        sample = render(HELD_OUT_SEED, index, draw)
+        errors = min(edit_distance(read, sample.text), max(len(read), len(sample.text)))
+        for row, value in enumerate((errors, len(sample.text))):
+            heights[sample.font_size // BIN * BIN][row] += value
+    return {
+        "seed": seed,
+        "max_img_size": max_img_size,
+        "steps": recipe["training"]["max_steps"],
+        "samples": samples,
+        "cer": result.error_rate,
+        "exact": result.exact / samples,
+        "by_height": {str(height): heights[height] for height in sorted(heights)},
+        "torch": torch.__version__,
+    }
+
+
+def plot(runs: list[dict[str, Any]]) -> str:
+    """CER against the height of the text, all seeds of a limit together."""
+    series = []
+    for size in SIZES:
+        heights: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+        for entry in runs:
+            if entry["max_img_size"] == size:
+                for height, counts in entry["by_height"].items():
+                    for row in (0, 1):
+                        heights[int(height)][row] += counts[row]
+        points = [(h + BIN / 2, 100 * heights[h][0] / heights[h][1]) for h in sorted(heights)]
+        series.append(Series(f"max_img_size={size}", tuple(points)))
+    return line_chart(
+        "Wide lines of text: errors against the text's height",
+        Axis("font size in source pixels"),
+        Axis("character error rate, %"),
+        series[::-1],
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    main()
