@@ -7,19 +7,19 @@ and variance again, and nothing but x is saved.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import architecture, device_guard, multiprocessors
-from .pixel_shuffle_linear_triton import zero_prefix_rows
+from .pixel_shuffle_linear_backward_triton import zero_prefix_rows
+from .tile_tables import NORM_BACKWARD, NORM_FORWARD
+from .tilings import NormConfig, table_width
 
 
 @triton.jit
-def _normalise(b_x, m_c, eps, C: tl.constexpr):
+def normalise(b_x, m_c, eps, C: tl.constexpr):
     """b_x [BR, BC] with mean 0 and variance 1 (columns past C: any), and 1 / deviation [BR]."""
     mean = tl.sum(b_x, 1) / C
     # A row that is nearly constant is divided by a small deviation, and with it the rounding of its
@@ -43,7 +43,7 @@ def forward_kernel(
     row = tl.load(index + i_r, mask=m_r, other=0).to(tl.int64)
     p_x = x + (row * stride_xt)[:, None] + (i_c.to(tl.int64) * stride_xc)[None, :]
     b_x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)  # [BR, BC]
-    b_out, _ = _normalise(b_x, m_c, eps, C)
+    b_out, _ = normalise(b_x, m_c, eps, C)
     b_out *= tl.load(weight + i_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         b_out += tl.load(bias + i_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
@@ -72,7 +72,7 @@ def backward_kernel(
         p_y = dy + ((i_r // PATCHES) * stride_ym)[:, None]
         p_y += ((i_r % PATCHES) * C)[:, None] * stride_yk + (i_c.to(tl.int64) * stride_yk)[None, :]
         b_y = tl.load(p_y, mask=mask, other=0.0).to(tl.float32)
-        xhat, rstd = _normalise(b_x, m_c, eps, C)
+        xhat, rstd = normalise(b_x, m_c, eps, C)
         dw += b_y * xhat
         db += b_y
         grad = b_y * b_w
@@ -86,31 +86,15 @@ def backward_kernel(
     tl.store(db_parts + o_part, tl.sum(db, 0), mask=m_c)
 
 
-@dataclass(frozen=True)
-class NormConfig:
-    """Rows of a program and its warps."""
-
-    rows: int
-    num_warps: int
-
-
-# C, rounded up to a power of two -> (forward, backward), for every architecture and dtype (the
-# maths is float32): 16 to 32 elements a thread. Not yet measured on a GPU.
-_CONFIGS = {
-    512: (NormConfig(4, 4), NormConfig(4, 4)),
-    1024: (NormConfig(2, 4), NormConfig(2, 4)),
-    2048: (NormConfig(1, 4), NormConfig(1, 4)),
-    4096: (NormConfig(1, 4), NormConfig(1, 8)),
-    8192: (NormConfig(1, 8), NormConfig(1, 16)),
-}
-MAX_WIDTH = max(_CONFIGS)  # wider rows spill
+MAX_WIDTH = 8192  # wider rows spill
+_INTERPRETER = NormConfig(16, 1)
 
 
 def select_config(arch: str, width: int, *, backward: bool) -> NormConfig:
     """Tile sizes for a chip and C = `width`, at most :data:`MAX_WIDTH`."""
     if arch == "interpreter":
-        return NormConfig(16, 1)
-    return _CONFIGS[max(512, triton.next_power_of_2(width))][backward]
+        return _INTERPRETER
+    return (NORM_BACKWARD if backward else NORM_FORWARD)[arch, table_width(width)][0]
 
 
 def forward(

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ Grid = tuple[int, int]
 
 # Tile lists that travel with the first copy, so that torch.compile never meets a missing one.
 TILE_SIZES = (64, 128)
+SHORT_SEQLEN = 256  # up to here a segment is short: its keys may fit one tile
 _INT32_MAX = 2**31 - 1
 _CACHE_SIZE = 64
 
@@ -141,6 +142,14 @@ class PackedGrids:
             self._tables[key] = _upload(_tiles(self.lengths, block_m), self.device)
         return self._tables[key]
 
+    @property
+    def short_segments(self) -> Tensor:
+        """``[3 * (n + 1)]`` int32: (first row, tokens, segment) of the n short segments.
+
+        A record of zeros ends them, since torch.compile takes a size of 0 for a constant.
+        """
+        return self._tables["short_segments"]
+
     def token_grids(self, factor: int) -> tuple[Grid, ...]:
         """Token grid ``(hp // factor, wp // factor)`` of each image.
 
@@ -241,6 +250,7 @@ def _build(
         ends = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
         parts = {"cu_seqlens": ends.to(torch.int32)}
         parts |= {f"tiles{size}": _tiles(lengths, size) for size in TILE_SIZES}
+        parts["short_segments"] = _short_segments(lengths)
         if grids is not None:
             parts["coords"] = _coords(grids, prefix).view(torch.int32)
         on_device = _upload_together(parts, device)
@@ -303,6 +313,12 @@ def _tiles(lengths: tuple[int, ...], block_m: int) -> Tensor:
     first = (blocks.cumsum(0) - blocks).repeat_interleave(blocks, output_size=total)
     block = torch.arange(total, device="cpu") - first
     return torch.stack((segment, block), dim=1).to(torch.int32)
+
+
+def _short_segments(lengths: tuple[int, ...]) -> Tensor:
+    starts = [0, *accumulate(lengths)]
+    triples = [(starts[i], n, i) for i, n in enumerate(lengths) if n <= SHORT_SEQLEN]
+    return torch.tensor([*triples, (0, 0, 0)], dtype=torch.int32, device="cpu").flatten()
 
 
 def _shuffled_grid(hp: int, wp: int, s: int) -> Tensor:

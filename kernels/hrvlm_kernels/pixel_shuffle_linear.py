@@ -60,7 +60,7 @@ def _dx(
     num_prefix_tokens: int,
     total_tokens: int,
 ) -> Tensor:
-    from .pixel_shuffle_linear_triton import backward_dx
+    from .pixel_shuffle_linear_backward_triton import backward_dx
 
     dx = _dx_fake(dy, weight, index, cu_seqlens, num_prefix_tokens, total_tokens)
     backward_dx(dy, weight, index, cu_seqlens, num_prefix_tokens, dx)
@@ -81,7 +81,7 @@ def _dx_fake(
 
 
 def _dweight(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    from .pixel_shuffle_linear_triton import backward_dweight
+    from .pixel_shuffle_linear_backward_triton import backward_dweight
 
     dw = _dweight_fake(dy, x, index)
     backward_dweight(dy, x, index, dw)

@@ -88,6 +88,24 @@ def pixel_shuffle_linear(
     return F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
+def residual_layer_norm(
+    x: Tensor,
+    update: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    upcast: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``out = x + scale * update`` and the LayerNorm of `out`, all ``[T, C]``."""
+    dtype = upcast or x.dtype
+    x, update, scale, weight = (a.to(dtype) for a in (x, update, scale, weight))
+    out = torch.addcmul(x, update, scale)
+    bias = None if bias is None else bias.to(dtype)
+    return out, F.layer_norm(out, out.shape[-1:], weight, bias, eps)
+
+
 def varlen_attention(
     q: Tensor,
     k: Tensor,

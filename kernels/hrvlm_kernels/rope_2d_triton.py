@@ -10,14 +10,14 @@ frame, and the interpreter's and the chips' libraries differ in the last bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import architecture, device_guard
+from .tile_tables import ROPE
+from .tilings import RopeConfig, table_head_dim
 
 TWO_PI = tl.constexpr(6.2831854820251465)  # rounded to float32
 TWO_OVER_PI = tl.constexpr(0.6366197466850281)
@@ -117,33 +117,14 @@ def rope_2d_kernel(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class RopeConfig:
-    """Tile sizes of one launch."""
-
-    block_t: int  # tokens of a program
-    block_h: int  # heads rotated at a time
-    num_warps: int
-
-
-# (half of head_dim, as a power of two; bytes of an element) -> tile sizes, for every architecture:
-# 8 KiB of heads in flight per program. Chosen by arithmetic, not yet measured on a GPU.
-_CONFIGS = {
-    (16, 2): RopeConfig(8, 16, 4),
-    (16, 4): RopeConfig(4, 16, 4),
-    (32, 2): RopeConfig(4, 16, 4),
-    (32, 4): RopeConfig(4, 8, 4),
-    (64, 2): RopeConfig(4, 8, 4),
-    (64, 4): RopeConfig(4, 4, 4),
-}
+_INTERPRETER = RopeConfig(16, 4, 1)
 
 
 def select_config(arch: str, head_dim: int, dtype: torch.dtype) -> RopeConfig:
     """Tile sizes for a chip, a head_dim and a dtype."""
     if arch == "interpreter":
-        return RopeConfig(16, 4, 1)
-    half = min(max(triton.next_power_of_2(head_dim // 2), 16), 64)
-    return _CONFIGS[half, dtype.itemsize]
+        return _INTERPRETER
+    return ROPE[arch, table_head_dim(head_dim), dtype.itemsize][0]
 
 
 def rope_2d(

@@ -28,8 +28,8 @@ from .rope_2d import check_rope_inputs, rope_2d
 MAX_HEAD_DIM = 128
 
 _LAYOUT = (
-    "Tensor cu_seqlens, Tensor tiles_64, Tensor tiles_128, Tensor? coords, Tensor? inv_freq, "
-    "float scale, bool deterministic"
+    "Tensor cu_seqlens, Tensor tiles_64, Tensor tiles_128, Tensor short_segments, Tensor? coords, "
+    "Tensor? inv_freq, float scale, bool deterministic"
 )
 
 
@@ -40,6 +40,7 @@ def _forward(
     cu_seqlens: Tensor,
     tiles_64: Tensor,
     tiles_128: Tensor,
+    short_segments: Tensor,
     coords: Tensor | None,
     inv_freq: Tensor | None,
     scale: float,
@@ -48,7 +49,9 @@ def _forward(
     from .varlen_attention_triton import forward
 
     out, lse = _empty_outputs(q)
-    forward(q, k, v, out, lse, cu_seqlens, tiles_64, tiles_128, coords, inv_freq, scale)
+    forward(
+        q, k, v, out, lse, cu_seqlens, tiles_64, tiles_128, short_segments, coords, inv_freq, scale
+    )  # fmt: skip
     return out, lse
 
 
@@ -67,7 +70,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _attention_grad(ctx: Any, g: Tensor, _: None) -> tuple[Tensor | None, ...]:
     grads = ops.varlen_attention_backward(g, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
-    return *grads, *[None] * 7
+    return *grads, *[None] * 8
 
 
 def _backward(
@@ -80,6 +83,7 @@ def _backward(
     cu_seqlens: Tensor,
     tiles_64: Tensor,
     tiles_128: Tensor,
+    short_segments: Tensor,
     coords: Tensor | None,
     inv_freq: Tensor | None,
     scale: float,
@@ -144,7 +148,8 @@ def varlen_attention(
         scale: Factor of the scores; ``D ** -0.5`` when None.
         rope: ``(coords, inv_freq)`` of :func:`hrvlm_kernels.rope_2d`: the result, and the gradients
             of q and k, are those of rotating both first. The kernels then rotate q, dq and dk while
-            they have them in registers, and k in a pass of its own.
+            they have them in registers, and k in a pass of its own or, in images of up to 256
+            tokens on chips where that pays, in registers too.
         deterministic: Whether the backward gives the same bits for the same inputs. False lets
             the kernels add up dq by atomics where that may be faster (16-bit, D up to 64), unless
             ``torch.use_deterministic_algorithms`` is on; "flash_attn" gets it from here, the
@@ -172,8 +177,8 @@ def varlen_attention(
         if scale <= 0:  # the kernels take the largest q.k for the largest score
             q, scale = (-q, -scale) if scale else (q * 0, 1.0)
         out, _ = ops.varlen_attention(
-            q, k, v, packed.cu_seqlens, packed.tiles(64), packed.tiles(128), coords, inv_freq,
-            scale, deterministic,
+            q, k, v, packed.cu_seqlens, packed.tiles(64), packed.tiles(128),
+            packed.short_segments, coords, inv_freq, scale, deterministic,
         )  # fmt: skip
         return out
     if coords is not None and inv_freq is not None:
@@ -215,11 +220,19 @@ def _check_constant(coords: Tensor | None, inv_freq: Tensor | None) -> None:
             )
 
 
+def _flash_attn_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+# A constant to torch.compile, which can't trace the search; see launch.py.
+_flash_attn_installed.__dict__["_dynamo_marked_constant"] = True
+
+
 def _flash_attn(
     q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids, scale: float, deterministic: bool
 ) -> Tensor:
     ends, longest = packed.cu_seqlens, packed.max_seqlen
-    if importlib.util.find_spec("flash_attn") is not None:
+    if _flash_attn_installed():
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(

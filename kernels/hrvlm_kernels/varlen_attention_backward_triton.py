@@ -29,13 +29,11 @@ from torch import Tensor
 
 from .launch import architecture, device_guard, launch
 from .rope_2d_triton import rope_2d as rotate_heads
+from .tile_tables import ATOMIC, DKDV, DQ
+from .tilings import Tiling, table_head_dim
 from .varlen_attention_triton import (
-    FLOAT32,
-    INTERPRETER,
     LOG2_E,
     PRECISION,
-    Table,
-    Tiling,
     load_rows,
     locate,
     padded_head_dim,
@@ -44,7 +42,6 @@ from .varlen_attention_triton import (
     rotated,
     rotates_in_kernel,
     store_rows,
-    table_head_dim,
     tile_list,
     unit_stride,
 )
@@ -182,54 +179,7 @@ def dkdv_kernel(
     store_rows(dk + first * stride_dkt + i_h * stride_dkh, i_n, n, stride_dkt, b_dk, D, BD)
 
 
-# Tile sizes as in varlen_attention_triton.py; the rows of dq_kernel are queries, those of
-# dkdv_kernel keys.
-_SMALL = Tiling(64, 32, 4, 2)
-_DQ: Table = {
-    "sm_80": {
-        32: (Tiling(128, 64, 8, 2), _SMALL),
-        64: (Tiling(128, 64, 8, 2), _SMALL),
-        128: (Tiling(128, 32, 8, 2), Tiling(128, 16, 8, 2)),
-    },
-    "sm_90": dict.fromkeys((32, 64, 128), (Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2))),
-    "sm_100": dict.fromkeys((32, 64, 128), (Tiling(128, 64, 8, 2), _SMALL)),
-    "gfx942": {
-        32: (Tiling(128, 64, 8, 2), _SMALL),
-        64: (Tiling(128, 64, 8, 2), _SMALL),
-        128: (Tiling(128, 32, 8, 2), _SMALL),
-    },
-}
-_DKDV: Table = {
-    "sm_80": {
-        32: (Tiling(128, 64, 8, 2), _SMALL),
-        64: (Tiling(128, 64, 8, 2), _SMALL),
-        128: (Tiling(128, 16, 8, 2),),  # nothing smaller does without spills
-    },
-    "sm_90": {
-        32: (Tiling(128, 64, 8, 3), _SMALL),
-        64: (Tiling(128, 64, 8, 3), _SMALL),
-        128: (Tiling(128, 32, 8, 3), Tiling(128, 16, 8, 2)),
-    },
-    "sm_100": {
-        32: (Tiling(128, 64, 8, 2), _SMALL),
-        64: (Tiling(128, 64, 8, 2), _SMALL),
-        128: (Tiling(128, 32, 8, 2), _SMALL),
-    },
-    "gfx942": {
-        32: (_SMALL, Tiling(64, 16, 4, 2)),
-        64: (_SMALL, Tiling(64, 16, 4, 2)),
-        128: (Tiling(64, 16, 4, 2),),
-    },
-}
-_FLOAT32 = {"gfx942": ((Tiling(32, 32, 4, 2),), (Tiling(32, 16, 4, 2),))}
-
-# dkdv_kernel with ATOMIC, where it fits the registers: wider heads always take the two kernels.
-_ATOMIC: Table = {
-    "sm_80": dict.fromkeys((32, 64), (Tiling(128, 32, 8, 2), _SMALL)),
-    "sm_90": dict.fromkeys((32, 64), (Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2))),
-    "sm_100": dict.fromkeys((32, 64), (Tiling(128, 32, 8, 2), _SMALL)),
-    "gfx942": dict.fromkeys((32, 64), (_SMALL, Tiling(64, 16, 4, 2))),
-}
+_INTERPRETER = (Tiling(64, 64, 1, 1),)
 
 
 @dataclass(frozen=True)
@@ -244,11 +194,9 @@ class BackwardTilings:
 def select_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> BackwardTilings:
     """Tile sizes for a chip, a head_dim and a dtype."""
     if arch == "interpreter":
-        return BackwardTilings(INTERPRETER, INTERPRETER, INTERPRETER)
-    if dtype.itemsize == 4:
-        return BackwardTilings(*_FLOAT32.get(arch, (FLOAT32, FLOAT32)), ())
-    row = table_head_dim(head_dim)
-    return BackwardTilings(_DQ[arch][row], _DKDV[arch][row], _ATOMIC[arch].get(row, ()))
+        return BackwardTilings(_INTERPRETER, _INTERPRETER, _INTERPRETER)
+    row = arch, table_head_dim(head_dim), dtype.itemsize
+    return BackwardTilings(DQ[row], DKDV[row], ATOMIC.get(row, ()))
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,19 @@ and Inf stay with them.
 On Hopper the order decides whether the tensor cores run beside the softmax (read from compiled
 code, see tests/kernels/test_compile_varlen_attention.py):
 
-    plain   the masked block first, then the loop; with the block last, ptxas serializes all wgmma
-    ahead   q.k of the next block is issued before the softmax of this one; the masked block last.
-            K and V come by tensor descriptors (TMA): with pointers the registers do not suffice
+    plain        the masked block first, then the loop; with it last, ptxas serializes all wgmma
+    ahead        q.k of the next block is issued before the softmax of this one; the masked block
+                 last. K and V come by tensor descriptors (TMA): with pointers the registers do not
+                 suffice
+    specialised  a kernel of its own, varlen_attention_specialised_triton.py
+    gluon        likewise, varlen_attention_gluon.py
+
+Only the tables choose between them (or `tilings`, in the tests and in benchmarks.tune).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -38,6 +42,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .launch import architecture, device_guard, launch
 from .rope_2d_triton import TWO_PI, _cos_sin
 from .rope_2d_triton import rope_2d as rotate_heads
+from .tile_tables import FORWARD
+from .tilings import Tiling, table_head_dim
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PRECISION = tl.constexpr("ieee")  # of float32 products; those of 16-bit tensors are exact anyway
@@ -45,7 +51,14 @@ PRECISION = tl.constexpr("ieee")  # of float32 products; those of 16-bit tensors
 
 @triton.jit
 def locate(cu_seqlens, tiles, H, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """This program's head, its segment's first row and length, and its rows [BLOCK] in there.
+    """This program's head, its segment's first row and length, and its rows [BLOCK] in there."""
+    i_h, first, n, start = locate_start(cu_seqlens, tiles, H, BLOCK, PARTS)
+    return i_h, first, n, start + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def locate_start(cu_seqlens, tiles, H, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """This program's head, its segment's first row and length, and its first row in there.
 
     The tiles of the list have PARTS * BLOCK rows.
     """
@@ -56,7 +69,7 @@ def locate(cu_seqlens, tiles, H, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     first = tl.load(p_ends)
     n = tl.load(p_ends + 1) - first
     block = tl.load(p_tile + 1) * PARTS + i_t % PARTS
-    return i_h, first.to(tl.int64), n, block * BLOCK + tl.arange(0, BLOCK)
+    return i_h, first.to(tl.int64), n, block * BLOCK
 
 
 @triton.jit
@@ -100,7 +113,8 @@ def rotate(a, coords, inv_freq, first, rows, n, INVERSE: tl.constexpr):
 
 
 @triton.jit
-def _softmax_step(qk, peak, total, acc, qk_scale):
+def softmax_step(qk, peak, total, acc, qk_scale):
+    """One block of the online softmax: p, and peak, total and acc after it."""
     peak_new = tl.maximum(peak, tl.max(qk, 1) * qk_scale)
     p = tl.exp2(qk * qk_scale - peak_new[:, None])
     fade = tl.exp2(peak - peak_new)
@@ -113,9 +127,16 @@ def forward_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, ROPE: tl.constexpr,
+    SKIP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out [T, H, D] and lse [H, T]; AHEAD takes k and v as descriptors too."""
+    """A tile of out [T, H, D] and lse [H, T]; AHEAD takes k and v as descriptors too.
+
+    Segments of up to SKIP tokens are left to varlen_attention_short_triton.py.
+    """
     i_h, first, n, i_m = locate(cu_seqlens, tiles, H, BM, PARTS)
+    if SKIP:  # noqa: SIM102  (decided when compiling, the inner one when running)
+        if n <= SKIP:
+            return
     i_hk = i_h // GROUP
     i_n = tl.arange(0, BN)
     p_k = k + first * stride_kt + i_hk * stride_kh
@@ -137,7 +158,7 @@ def forward_kernel(
         for s in range(0, last, BN):
             b_k = k_blocks.load([row + s + BN, head, 0]).reshape(BN, BD)
             qk_next = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [BM, BN]
-            p, peak, total, acc = _softmax_step(qk, peak, total, acc, qk_scale)
+            p, peak, total, acc = softmax_step(qk, peak, total, acc, qk_scale)
             b_v = v_blocks.load([row + s, head, 0]).reshape(BN, BD)
             acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
             qk = qk_next
@@ -147,14 +168,14 @@ def forward_kernel(
 
     # In AHEAD, b_k may hold rows of the next segment: their columns go here.
     qk = tl.where((i_last < n)[None, :], qk, float("-inf"))
-    p, peak, total, acc = _softmax_step(qk, peak, total, acc, qk_scale)
+    p, peak, total, acc = softmax_step(qk, peak, total, acc, qk_scale)
     b_v = load_rows(p_v, i_last, n, stride_vt, D, BD, True)
     acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
     if not AHEAD:
         for s in range(0, last, BN):
             b_k = load_rows(p_k, s + i_n, n, stride_kt, D, BD, False)
             qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [BM, BN]
-            p, peak, total, acc = _softmax_step(qk, peak, total, acc, qk_scale)
+            p, peak, total, acc = softmax_step(qk, peak, total, acc, qk_scale)
             b_v = load_rows(p_v, s + i_n, n, stride_vt, D, BD, False)
             acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
 
@@ -163,60 +184,14 @@ def forward_kernel(
     tl.store(lse + i_h * T + first + i_m, peak + tl.log2(total), mask=i_m < n)
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """Tile sizes of one kernel."""
-
-    rows: int  # of the tile that a program owns: 128, or a divisor of 64 (the two tile lists)
-    step: int  # rows of a block of the loop
-    num_warps: int
-    num_stages: int
-    ahead: bool = False  # the order of the loop; forward only
-
-
-Table = dict[str, dict[int, tuple[Tiling, ...]]]
-
-# float32 runs on the plain cores: larger tiles spill, and from 64 rows on Triton 3.6 gives float32
-# products to the tensor cores of sm_100, at reduced precision.
-FLOAT32 = (Tiling(32, 32, 8, 2),)
-INTERPRETER = (Tiling(64, 64, 1, 1),)
-
-# architecture -> head_dim, rounded up -> tile sizes for 16-bit tensors, then those to use where
-# they do not fit. Chosen by compiling (no spills, asynchronous wgmma), not yet measured on a GPU.
-_TILINGS: Table = {
-    "sm_80": {
-        32: (Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2)),
-        64: (Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2)),
-        128: (Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2)),
-    },
-    "sm_90": {
-        32: (Tiling(128, 128, 8, 3, ahead=True), Tiling(128, 64, 8, 2)),
-        64: (Tiling(128, 128, 8, 3, ahead=True), Tiling(128, 64, 8, 2)),
-        128: (Tiling(128, 64, 8, 3, ahead=True), Tiling(128, 64, 8, 2)),
-    },
-    "sm_100": {
-        32: (Tiling(128, 128, 8, 2), Tiling(64, 64, 4, 2)),
-        64: (Tiling(128, 128, 8, 2), Tiling(64, 64, 4, 2)),
-        128: (Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2)),
-    },
-    "gfx942": {
-        32: (Tiling(128, 64, 4, 2), Tiling(64, 64, 4, 2)),
-        64: (Tiling(128, 64, 4, 2), Tiling(64, 64, 4, 2)),
-        128: (Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
-    },
-}
+_INTERPRETER = (Tiling(64, 64, 1, 1),)
 
 
 def select_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> tuple[Tiling, ...]:
     """Tile sizes of the forward for a chip, a head_dim and a dtype, largest first."""
     if arch == "interpreter":
-        return INTERPRETER
-    return FLOAT32 if dtype.itemsize == 4 else _TILINGS[arch][table_head_dim(head_dim)]
-
-
-def table_head_dim(head_dim: int) -> int:
-    """The row of the tables that holds `head_dim`."""
-    return min(width for width in (32, 64, 128) if width >= head_dim)
+        return _INTERPRETER
+    return FORWARD[arch, table_head_dim(head_dim), dtype.itemsize]
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -261,12 +236,21 @@ def tile_list(tiles_64: Tensor, tiles_128: Tensor, tiling: Tiling) -> tuple[Tens
     return (tiles_128, 1) if tiling.rows == 128 else (tiles_64, 64 // tiling.rows)
 
 
-def _fits_descriptor(x: Tensor) -> bool:
+def fits_descriptor(x: Tensor) -> bool:
     """Whether TMA can load `x`: everything aligned to 16 bytes, heads inside rows."""
     row, head, column = x.stride()
     nested = column == 1 and 0 < head <= row and row % head == 0
     aligned = not any(size % 16 for size in (x.data_ptr(), row * x.itemsize, head * x.itemsize))
     return nested and aligned
+
+
+def _can_take(tiling: Tiling, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the order of `tiling` can run on these tensors; "plain" always can."""
+    if tiling.order == "plain":
+        return True
+    if tiling.order == "gluon" and q.shape[2] not in (64, 128):
+        return False
+    return all(map(fits_descriptor, (q, k, v)))
 
 
 def forward(
@@ -278,12 +262,20 @@ def forward(
     cu_seqlens: Tensor,
     tiles_64: Tensor,
     tiles_128: Tensor,
+    short_segments: Tensor,
     coords: Tensor | None,
     inv_freq: Tensor | None,
     scale: float,
     tilings: Sequence[Tiling] | None = None,
+    short_tilings: Sequence[Tiling] | None = None,
 ) -> None:
-    """Write `out` and the contiguous `lse`; `tilings` forces the tile sizes."""
+    """Write `out` and the contiguous `lse`.
+
+    `tilings` forces the tile sizes; `short_tilings` those of the kernel for short images, which an
+    empty list keeps from running.
+    """
+    from .varlen_attention_short_triton import forward_short, select_short_tilings
+
     tokens, heads, head_dim = q.shape
     width = padded_head_dim(head_dim)
     if out.numel() == 0:
@@ -292,19 +284,31 @@ def forward(
         q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
         rope = rope_tensors(coords, inv_freq)
         folded = rope if rotates_in_kernel(q) else None
+        skip = 0
         if folded is not None:
+            if short_tilings is None:
+                short_tilings = select_short_tilings(architecture(q.device), head_dim, q.dtype)
+            if short_tilings:
+                skip = short_tilings[0].step
+                forward_short(q, k, v, out, lse, short_segments, *folded, scale, short_tilings)
+                if short_segments.shape[0] == 3 * cu_seqlens.shape[0]:
+                    return  # every segment is short
             _, k = rotated(q[:, :0], k, *folded)
         elif rope is not None:
             q, k = rotated(q, k, *rope)
         if tilings is None:
             tilings = select_tilings(architecture(q.device), head_dim, q.dtype)
-            if not (_fits_descriptor(k) and _fits_descriptor(v)):
-                tilings = [tiling for tiling in tilings if not tiling.ahead]
+            tilings = [tiling for tiling in tilings if _can_take(tiling, q, k, v)]
 
         def start(tiling: Tiling) -> None:
+            if tiling.order in ("specialised", "gluon"):
+                ready = q if folded is None else rotated(q, k[:, :0], *folded)[0]
+                lists = (tiles_64, tiles_128)
+                _start_variant(ready, k, v, out, lse, cu_seqlens, *lists, skip, scale, tiling)
+                return
             tiles, parts = tile_list(tiles_64, tiles_128, tiling)
             k_blocks = v_blocks = None
-            if tiling.ahead:
+            if tiling.order == "ahead":
                 block = [tiling.step, 1, width]
                 k_blocks, v_blocks = (TensorDescriptor.from_tensor(x, block) for x in (k, v))
             forward_kernel[(tiles.shape[0] * parts * heads,)](
@@ -312,8 +316,33 @@ def forward(
                 tokens, scale,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
                 H=heads, GROUP=heads // k.shape[1], D=head_dim, BD=width, BM=tiling.rows,
-                BN=tiling.step, PARTS=parts, AHEAD=tiling.ahead, ROPE=folded is not None,
-                num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+                BN=tiling.step, PARTS=parts, AHEAD=tiling.order == "ahead", ROPE=folded is not None,
+                SKIP=skip, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
             )  # fmt: skip
 
         launch("varlen_attention", tilings, start)
+
+
+def _start_variant(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    tiles_64: Tensor,
+    tiles_128: Tensor,
+    skip: int,
+    scale: float,
+    tiling: Tiling,
+) -> None:
+    """Launch a kernel that is not imported unless it is asked for; q and k are rotated."""
+    if tiling.order == "gluon":
+        from .varlen_attention_gluon import start_gluon
+
+        start_gluon(q, k, v, out, lse, cu_seqlens, tiles_128, skip, scale, tiling)
+    else:
+        from .varlen_attention_specialised_triton import start_specialised
+
+        lists = (tiles_64, tiles_128)
+        start_specialised(q, k, v, out, lse, cu_seqlens, *lists, skip, scale, tiling)

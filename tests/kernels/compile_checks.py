@@ -115,6 +115,21 @@ def assert_clean(
     assert serialized or not built.advisories, f"{what}: {built.advisories}"
 
 
+def exps_beside_wgmma(asm: str) -> int:
+    """The most exps that stand between the issue of a wgmma and the next wait (sm_90)."""
+    most = count = 0
+    issued = False
+    for line in asm.splitlines():
+        if re.search(r"\bHGMMA", line):
+            issued = True
+        elif "WARPGROUP.DEPBAR" in line:
+            issued, count = False, 0
+        elif issued and "MUFU.EX2" in line:
+            count += 1
+            most = max(most, count)
+    return most
+
+
 @functools.cache
 def _worker() -> ProcessPoolExecutor:
     spawn = multiprocessing.get_context("spawn")
@@ -133,6 +148,7 @@ def _compile(module, name, signature, constexprs, target, options) -> CompiledKe
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     fn = getattr(importlib.import_module(module), name)
     gpu = GPUTarget("hip", target, 64)
@@ -146,7 +162,8 @@ def _compile(module, name, signature, constexprs, target, options) -> CompiledKe
         raise ValueError(f"{name}: no type and no value for {missing}")
     aligned = [arg for arg, kind in signature.items() if kind.endswith(":16")]
     attrs = {(names.index(arg),): [["tt.divisibility", 16]] for arg in aligned}
-    source = ASTSource(fn, {arg: types[arg] for arg in names}, constexprs, attrs)
+    kind = GluonASTSource if fn.is_gluon() else ASTSource
+    source = kind(fn, {arg: types[arg] for arg in names}, constexprs, attrs)
     log = io.StringIO()
     # Triton hides ptxas' log and caches binaries: a cached kernel would have no log.
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
@@ -238,17 +255,26 @@ def _count(asm: str) -> Counter[str]:
     return Counter(op for op in map(_op, asm.splitlines()) if op)
 
 
+_EXP = re.compile(r"MUFU\.EX2|v_exp_f32")
+
+
 def _inner_loop(asm: str) -> int:
+    """Instructions of the smallest loop around a product, and around exps if a loop has both.
+
+    Slow paths that jump back from behind the end of a kernel look like loops too.
+    """
     labels: dict[str, int] = {}
-    sizes, ops = [], []
+    lines: list[str] = []
+    loops: list[tuple[bool, int]] = []  # (without exps, size)
     for line in asm.splitlines():
         if label := _LABEL.match(line):
-            labels[label.group(1)] = len(ops)
+            labels[label.group(1)] = len(lines)
         jump = _JUMP.search(line)
-        if op := _op(line):
-            ops.append(op)
+        if _op(line):
+            lines.append(line)
         if jump and jump.group(1) in labels:
-            body = ops[labels[jump.group(1)] :]
-            if any(map(_MMA.match, body)):
-                sizes.append(len(body))
-    return min(sizes, default=0)
+            body = lines[labels[jump.group(1)] :]
+            if any(_MMA.match(_op(a) or "") for a in body):
+                exps = sum(1 for a in body if _EXP.search(a))
+                loops.append((exps < 8, len(body)))
+    return min(loops, default=(False, 0))[1]

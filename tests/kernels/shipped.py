@@ -9,7 +9,9 @@ import torch
 import triton
 
 from hrvlm_kernels import layer_norm_pixel_shuffle_triton as norm
+from hrvlm_kernels import pixel_shuffle_linear_backward_triton as shuffle_backward
 from hrvlm_kernels import pixel_shuffle_linear_triton as shuffle
+from hrvlm_kernels import residual_layer_norm_triton as residual
 from hrvlm_kernels import rope_2d_triton as rope
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -67,7 +69,7 @@ def pixel_shuffle_job(
 ):
     pointer, index = f"*{NAMES[dtype]}:16", {"index": "*i32:16"}
     out = "*fp32:16" if split else pointer
-    tiling = shuffle._tiling(config)
+    tiling = shuffle.tile_arguments(config)
     options = {name: tiling.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"C": channels, "S": factor, "PRECISION": precision, **tiling}
     sizes = {"M": "i32", "N": "i32:16"}
@@ -81,12 +83,12 @@ def pixel_shuffle_job(
             del signature["bias"]
             constants["bias"] = None
     elif part == "dx":
-        kernel = shuffle.dx_kernel
+        kernel = shuffle_backward.dx_kernel
         signature = {"dy": pointer, "weight": pointer, "dx": pointer} | index | sizes
         strides = ("ym", "wn", "xt")
         constants |= {"stride_yn": 1, "stride_wk": 1, "EVEN_N": True}
     else:
-        kernel = shuffle.dweight_kernel
+        kernel = shuffle_backward.dweight_kernel
         signature = {"dy": pointer, "x": pointer, "dw": out} | index | sizes | {"steps": "i32"}
         strides = ("ym", "xt", "dp", "dn")
         constants |= {"stride_yn": 1, "stride_xc": 1}
@@ -132,6 +134,36 @@ def layer_norm_job(width, dtype, config, backward):
     return Job(name, kernel, signature, constants, {"num_warps": config.num_warps})
 
 
+def residual_jobs(target, *, widths=(384, 1024, 4096), dtype=torch.bfloat16):
+    """Forward and backward of residual_layer_norm."""
+    for width in widths:
+        for backward in (False, True):
+            yield residual_job(
+                width, dtype, norm.select_config(target, width, backward=backward), backward
+            )
+
+
+def residual_job(width, dtype, config, backward):
+    pointer = f"*{NAMES[dtype]}:16"
+    names = ["g", "h", "out", "update", "dx", "dupdate"] if backward else ["x", "update"]
+    signature = dict.fromkeys(names, pointer) | {"T": "i32", "eps": "fp32"}
+    signature |= {"scale": "*fp32:16", "weight": "*fp32:16"}
+    constants = {"C": width, "BR": config.rows, "BC": triton.next_power_of_2(width)}
+    strided = "ghu" if backward else "xu"
+    signature |= {f"stride_{name}t": "i32:16" for name in strided}
+    constants |= {f"stride_{name}c": 1 for name in strided}
+    if backward:
+        kernel = residual.backward_kernel
+        signature |= dict.fromkeys(("ds_parts", "dw_parts", "db_parts"), "*fp32:16")
+        signature["blocks"] = "i32"
+    else:
+        kernel = residual.forward_kernel
+        signature |= {"bias": "*fp32:16", "out": pointer, "normed": pointer}
+        constants["HAS_BIAS"] = True
+    name = f"residual_layer_norm {'backward' if backward else 'forward'} C={width}"
+    return Job(name, kernel, signature, constants, {"num_warps": config.num_warps})
+
+
 def small_jobs(target):
     """The kernels around the products: adding the parts of a split sum, zeroing prefix rows."""
     signature = {"parts": "*fp32:16", "bias": "*bf16:16", "out": "*bf16:16"}
@@ -140,10 +172,10 @@ def small_jobs(target):
     yield Job("add_parts", shuffle.add_parts_kernel, signature, constants)
     signature = {"dx": "*bf16:16", "cu_seqlens": "*i32:16", "C": "i32:16", "stride_xt": "i32:16"}
     constants = {"stride_xc": 1, "PREFIX": 5, "BLOCK": 1024}
-    yield Job("zero_prefix", shuffle.zero_prefix_kernel, signature, constants)
+    yield Job("zero_prefix", shuffle_backward.zero_prefix_kernel, signature, constants)
 
 
 def jobs(target):
     """Everything above."""
-    for make in (rope_jobs, pixel_shuffle_jobs, layer_norm_jobs, small_jobs):
+    for make in (rope_jobs, pixel_shuffle_jobs, layer_norm_jobs, residual_jobs, small_jobs):
         yield from make(target)

@@ -3,7 +3,11 @@
 import torch
 
 from hrvlm_kernels import varlen_attention_backward_triton as backward
+from hrvlm_kernels import varlen_attention_gluon as gluon
+from hrvlm_kernels import varlen_attention_short_triton as short
+from hrvlm_kernels import varlen_attention_specialised_triton as specialised
 from hrvlm_kernels import varlen_attention_triton as forward
+from hrvlm_kernels.packed_grids import SHORT_SEQLEN
 from tests.kernels.shipped import NAMES, Job
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -19,11 +23,34 @@ def attention_jobs(target, *, head_dims=HEAD_DIMS, dtypes=(torch.bfloat16, torch
             for rope in ropes:
                 yield from _forward_jobs(target, head_dim, dtype, rope)
                 yield from _backward_jobs(target, head_dim, dtype, rope)
+                if rope:
+                    yield from _short_jobs(target, head_dim, dtype)
+
+
+def distinct_jobs(target, head_dim):
+    """Those of :func:`attention_jobs` that no other one stands for.
+
+    A kernel with RoPE does all that it does without, and more. Narrower float32 heads run
+    in the tiles of 128. The table has a single DELTA_ONLY kernel.
+    """
+    wide = head_dim == 128
+    dtypes = (torch.bfloat16, torch.float32) if wide else (torch.bfloat16,)
+    jobs = list(attention_jobs(target, head_dims=[head_dim], dtypes=dtypes))
+    rotated = {job.name.replace(" rope", "") for job in jobs if " rope " in job.name}
+    for job in jobs:
+        if job.name not in rotated and (head_dim == 64 or " delta " not in job.name):
+            yield job
 
 
 def _forward_jobs(target, head_dim, dtype, rope):
+    skip = SHORT_SEQLEN if rope and short.select_short_tilings(target, head_dim, dtype) else 0
     for tiling in forward.select_tilings(target, head_dim, dtype):
-        yield forward_job(head_dim, dtype, tiling, rope)
+        yield forward_job(head_dim, dtype, tiling, rope, skip=skip)
+
+
+def _short_jobs(target, head_dim, dtype):
+    for tiling in short.select_short_tilings(target, head_dim, dtype):
+        yield short_job(head_dim, dtype, tiling)
 
 
 def _backward_jobs(target, head_dim, dtype, rope):
@@ -38,16 +65,52 @@ def _backward_jobs(target, head_dim, dtype, rope):
         yield dq_job(head_dim, dtype, tilings.dq[0], rope, delta_only=True)
 
 
-def forward_job(head_dim, dtype, tiling, rope=False, *, group=1):
+def forward_job(head_dim, dtype, tiling, rope=False, *, group=1, skip=0):
+    if tiling.order in ("specialised", "gluon"):
+        make = specialised_job if tiling.order == "specialised" else gluon_job
+        return make(head_dim, dtype, tiling, group=group)
     signature, constants = _common("qkvo", head_dim, dtype, tiling, rope, group)
-    constants |= {"BM": tiling.rows, "BN": tiling.step, "AHEAD": tiling.ahead}
-    if tiling.ahead:
+    ahead = tiling.order == "ahead"
+    constants |= {"BM": tiling.rows, "BN": tiling.step, "AHEAD": ahead}
+    constants["SKIP"] = skip
+    if ahead:
         block = f"tensordesc<{NAMES[dtype]}[{tiling.step}, 1, {constants['BD']}]>"
         signature |= {"k_blocks": block, "v_blocks": block}
     else:
         constants |= {"k_blocks": None, "v_blocks": None}
-    name = f"forward{' ahead' if tiling.ahead else ''}"
+    name = f"forward{' ahead' if ahead else ''}"
     return _job(name, forward.forward_kernel, signature, constants, head_dim, dtype, tiling, rope)
+
+
+def specialised_job(head_dim, dtype, tiling, *, group=1):
+    signature, constants = _common("qkvo", head_dim, dtype, tiling, False, group)
+    constants |= {"BM": tiling.rows, "BN": tiling.step, "SKIP": SHORT_SEQLEN}
+    for name in ("ROPE", "coords", "inv_freq"):
+        del constants[name]
+    kernel, name = specialised.specialised_kernel, "forward specialised"
+    return _job(name, kernel, signature, constants, head_dim, dtype, tiling, False)
+
+
+def gluon_job(head_dim, dtype, tiling, *, group=1):
+    job = specialised_job(head_dim, dtype, tiling, group=group)
+    constants = job.constants | {"NB": tiling.num_stages, "REGISTERS": gluon.REGISTERS}
+    constants |= {"GROUPS": gluon.GROUPS}
+    for name in ("BD", "BM", "PARTS"):
+        del constants[name]
+    name, options = job.name.replace("specialised", "gluon"), {"num_warps": tiling.num_warps}
+    return Job(name, gluon.gluon_kernel, job.signature, constants, options, job.tensor_core)
+
+
+def short_job(head_dim, dtype, tiling, *, group=1):
+    signature, constants = _common("qkvo", head_dim, dtype, tiling, True, group)
+    constants |= {"BM": tiling.rows, "BN": tiling.step}
+    signature["segments"] = "*i32:16"
+    for name in ("cu_seqlens", "tiles"):
+        del signature[name]
+    for name in ("BD", "PARTS", "ROPE"):
+        del constants[name]
+    kernel = short.short_kernel
+    return _job("forward short", kernel, signature, constants, head_dim, dtype, tiling, True)
 
 
 def dq_job(head_dim, dtype, tiling, rope=False, *, group=1, delta_only=False):

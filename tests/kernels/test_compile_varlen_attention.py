@@ -1,18 +1,20 @@
 """varlen_attention's kernels compiled for chips that are not here: resources and instructions."""
 
-import re
-
 import pytest
 import torch
 
 from hrvlm_kernels import varlen_attention_backward_triton as backward
 from hrvlm_kernels import varlen_attention_triton as forward
-from tests.kernels.compile_checks import TARGETS, assert_clean, submit_compile
+from hrvlm_kernels.tilings import Tiling
+from tests.kernels.compile_checks import (
+    TARGETS,
+    assert_clean,
+    exps_beside_wgmma,
+    submit_compile,
+)
 from tests.kernels.shipped_attention import (
-    HEAD_DIMS,
-    attention_jobs,
+    distinct_jobs,
     dkdv_job,
-    dq_job,
     forward_job,
 )
 
@@ -37,34 +39,6 @@ def check_built(job, built):
         assert built.tensor_core_ops == 0, f"{job.name} on {built.target}: not float32 products"
 
 
-def exps_beside_wgmma(asm):
-    """The most exps that stand between the issue of a wgmma and the next wait."""
-    most = count = 0
-    issued = False
-    for line in asm.splitlines():
-        if re.search(r"\bHGMMA", line):
-            issued = True
-        elif "WARPGROUP.DEPBAR" in line:
-            issued, count = False, 0
-        elif issued and "MUFU.EX2" in line:
-            count += 1
-            most = max(most, count)
-    return most
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_head_dim_64(target):
-    tilings = backward.select_tilings(target, 64, BF16)
-    jobs = [
-        forward_job(64, BF16, forward.select_tilings(target, 64, BF16)[0], rope=True),
-        dq_job(64, BF16, tilings.dq[0], rope=True),
-        dkdv_job(64, BF16, tilings.dkdv[0], rope=True),
-        dkdv_job(64, BF16, tilings.atomic[0], rope=True, atomic=True),
-    ]
-    for job, built in compile_all(jobs, target):
-        check_built(job, built)
-
-
 def test_ahead_runs_the_softmax_beside_the_tensor_cores():
     """A thread has 64 scores of a block: their exps stand behind the issue of the next q.k."""
     tilings = forward.select_tilings("sm_90", 64, BF16)
@@ -78,24 +52,31 @@ def test_ahead_runs_the_softmax_beside_the_tensor_cores():
     assert plain.loop_instructions / (128 * 64) < 1.05 * 273 / (128 * 64)
 
 
+@pytest.mark.parametrize("order", ["specialised", "gluon"])
+def test_orders_with_warps_that_load_and_warps_that_compute(order):
+    jobs = [forward_job(d, BF16, Tiling(128, 64, 4, 2, order)) for d in (64, 128)]
+    for job, built in compile_all(jobs, "sm_90"):
+        check_built(job, built)
+        assert built.num_warps == 12  # four for each group that computes, four to load
+        assert built.ops["USETMAXREG"] >= 3
+        beside = exps_beside_wgmma(built.asm)
+        assert beside >= 24 if order == "gluon" else beside == 0
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", (32, 64, 80, 128))  # 96: the tiles of 80
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_configuration(target, head_dim):
-    for job, built in compile_all(attention_jobs(target, head_dims=[head_dim]), target):
+    for job, built in compile_all(distinct_jobs(target, head_dim), target):
         check_built(job, built)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_float16_and_shared_heads(target):
     fp16 = torch.float16
-    tilings = backward.select_tilings(target, 64, fp16)
     jobs = [
         forward_job(64, fp16, forward.select_tilings(target, 64, fp16)[0], group=4),
-        dq_job(64, fp16, tilings.dq[0], group=4),
-        dkdv_job(64, fp16, tilings.dkdv[0], group=4),
-        dkdv_job(64, fp16, tilings.atomic[0], group=4, atomic=True),
+        dkdv_job(64, fp16, backward.select_tilings(target, 64, fp16).dkdv[0], group=4),
     ]
     for job, built in compile_all(jobs, target):
         check_built(job, built)

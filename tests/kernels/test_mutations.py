@@ -38,6 +38,11 @@ SHUFFLE = {
     "tail of C": ("mask=(i_c < C)[None, :], other", "mask=(i_c < C - 1)[None, :], other"),
     "bias forgotten": ("tl.load(bias + i_n * stride_b", "0 * tl.load(bias + i_n * stride_b"),
     "tiles twice": ("(pid % per_group) // height", "(pid % per_group) // GROUP"),
+    "last part not added": ("range(0, n_parts)", "range(0, n_parts - 1)"),
+    "bias of another column": ("(i % N) * stride_b", "(i % 2) * stride_b"),
+}
+
+SHUFFLE_BACKWARD = {
     "dx in a neighbour's row": (
         "patch, mask=m_m, other=0).to(tl.int64)\n    p_dx",
         "0, mask=m_m, other=0).to(tl.int64)\n    p_dx",
@@ -50,9 +55,7 @@ SHUFFLE = {
         "0, mask=m_m, other=0).to(tl.int64)\n        p_y",
     ),
     "last tokens missing in dweight": ("tl.cdiv(M, BK))", "tl.cdiv(M, BK) - 1)"),
-    "last part not added": ("range(0, n_parts)", "range(0, n_parts - 1)"),
     "parts overlap": ("i_k + step * BK", "i_k + (step - begin) * BK"),
-    "bias of another column": ("(i % N) * stride_b", "(i % 2) * stride_b"),
 }
 
 NORM = {
@@ -81,14 +84,17 @@ def test_rope_2d(bug, monkeypatch, tmp_path):
     assert caught(rope.check_forward, rope.check_backward, rope.check_prefix, many_heads)
 
 
-@pytest.mark.parametrize("bug", SHUFFLE)
+@pytest.mark.parametrize("bug", [*SHUFFLE, *SHUFFLE_BACKWARD])
 def test_pixel_shuffle_linear(bug, monkeypatch, tmp_path):
-    users = [(shuffle, "kernels")]
-    name = "pixel_shuffle_linear_triton"
-    plant(monkeypatch, tmp_path, name, *SHUFFLE[bug], users=users)
+    if bug in SHUFFLE:
+        name, change, user = "pixel_shuffle_linear_triton", SHUFFLE[bug], "kernels"
+    else:
+        name, change = "pixel_shuffle_linear_backward_triton", SHUFFLE_BACKWARD[bug]
+        user = "backward_kernels"
+    plant(monkeypatch, tmp_path, name, *change, users=[(shuffle, user)])
 
     def three_tiles():
-        shuffle.check_all(2, 16, 65)
+        shuffle.check_all(2, 16, 65, grids=[(5, 7), (5, 7)])
 
     assert caught(three_tiles, shuffle.check_order, shuffle.check_parts, shuffle.check_all)
 

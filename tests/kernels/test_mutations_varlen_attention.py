@@ -2,10 +2,10 @@
 
 import pytest
 
-from hrvlm_kernels.varlen_attention_triton import Tiling
+from hrvlm_kernels.tilings import Tiling
 from tests.kernels import test_varlen_attention as forward
 from tests.kernels import test_varlen_attention_backward as backward
-from tests.kernels.attention_cases import check_kernel, make_case
+from tests.kernels.attention_cases import check, check_kernel, make_case
 from tests.kernels.helpers import interpreter_only
 from tests.kernels.mutations import caught, plant
 
@@ -42,6 +42,21 @@ AHEAD = {
     "k of another image": ("k_blocks.load([row, head, 0])", "k_blocks.load([0, head, 0])"),
 }
 
+SHORT = {
+    "k not rotated": (
+        "b_k = rotate(b_k, coords, inv_freq, first, i_n, n, False).to",
+        "b_k = b_k.to",
+    ),
+    "q rotated back": ("first, i_m, n, False)", "first, i_m, n, True)"),
+    "a key too many": ("tl.where((i_n < n)", "tl.where((i_n <= n)"),
+    "queries of one tile only": ("for s in range(0, n, BM)", "for s in range(0, BM, BM)"),
+    "natural base": ("(scale * LOG2_E)", "scale"),
+    "lse without its sum": ("peak + tl.log2(total)", "peak"),
+    "shared heads interleaved": ("i_hk = i_h // GROUP", "i_hk = i_h % (H // GROUP)"),
+    "another segment's length": ("tl.load(p_segment + 1)", "tl.load(segments + 1)"),
+    "one segment too few": ("segments.shape[0] // 3 - 1", "segments.shape[0] // 3 - 2"),
+}
+
 BACKWARD = {
     "no delta in dq": ("ds = p * (dp - delta[:, None])", "ds = p * dp"),
     "no delta in dk": ("(p * (dp - delta[None, :]))", "(p * dp)"),
@@ -68,24 +83,31 @@ ATOMIC = {
 
 
 def ragged(**options):
-    options = {"heads": 4, "kv_heads": 2, "head_dim": 32, "rope": True} | options
-    return make_case((65, 192, 1), **options)
+    options = {"heads": 4, "kv_heads": 2, "head_dim": 16, "rope": True} | options
+    return make_case((33, 192), **options)
 
 
 def check_forward():
-    forward.check_forward(ragged())
+    forward.check_forward(ragged(), [Tiling(64, 64, 1, 1)])
+
+
+def check_short():
+    case = ragged()
+    out, lse = forward.run_forward(case)
+    check(case, [out], ["out"])
+    forward.check_lse(case, lse)
 
 
 def check_ahead():
-    forward.check_forward(make_case((130, 129, 40)), [Tiling(128, 64, 1, 1, ahead=True)])
+    forward.check_forward(make_case((130, 70), head_dim=32), [Tiling(128, 64, 1, 1, "ahead")])
 
 
 def check_backward():
-    check_kernel(ragged())
+    check_kernel(ragged(heads=2, kv_heads=1))
 
 
 def check_one_head():
-    check_kernel(make_case((65, 40), heads=2, head_dim=32))
+    check_kernel(make_case((65, 40), heads=2, head_dim=16))
 
 
 def check_far_below_zero():
@@ -114,6 +136,12 @@ def test_ahead(bug, monkeypatch, tmp_path):
     assert caught(check_ahead)
 
 
+@pytest.mark.parametrize("bug", SHORT)
+def test_short_images(bug, monkeypatch, tmp_path):
+    plant(monkeypatch, tmp_path, "varlen_attention_short_triton", *SHORT[bug])
+    assert caught(check_short)
+
+
 @pytest.mark.parametrize("bug", BACKWARD)
 def test_backward(bug, monkeypatch, tmp_path):
     plant(monkeypatch, tmp_path, "varlen_attention_backward_triton", *BACKWARD[bug])
@@ -134,5 +162,5 @@ def test_a_rotation_that_is_never_inverse(monkeypatch, tmp_path):
 
 
 def test_the_checks_pass_without_a_bug():
-    for check in (check_forward, check_ahead, check_backward, check_one_head, check_atomic):
-        check()
+    checks = check_forward, check_short, check_ahead, check_backward, check_one_head, check_atomic
+    assert not caught(*checks)

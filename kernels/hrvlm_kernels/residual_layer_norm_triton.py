@@ -1,0 +1,143 @@
+"""The Triton kernels of residual_layer_norm and their launchers; see residual_layer_norm.py.
+
+The backward computes mean and variance of the stored sum again, so nothing but the sum and the
+update is saved. Each program adds up its rows' part of the parameters' gradients; the parts are
+added afterwards: no atomics, so equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import architecture, device_guard, multiprocessors
+from .layer_norm_pixel_shuffle_triton import normalise, select_config
+
+
+@triton.jit(do_not_specialize=["T"])
+def forward_kernel(
+    x, update, scale, weight, bias, out, normed, T,
+    stride_xt, stride_xc, stride_ut, stride_uc, eps,
+    C: tl.constexpr, HAS_BIAS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """BR rows of out and normed, both contiguous [T, C]."""
+    i_t = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    i_c = tl.arange(0, BC)
+    o_c = i_c.to(tl.int64)
+    m_c = i_c < C
+    mask = (i_t < T)[:, None] & m_c[None, :]
+    p_x = x + (i_t * stride_xt)[:, None] + (o_c * stride_xc)[None, :]
+    p_u = update + (i_t * stride_ut)[:, None] + (o_c * stride_uc)[None, :]
+    b_s = tl.load(scale + i_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)  # [BR, BC]
+    b_out = b_x + b_s * tl.load(p_u, mask=mask, other=0.0).to(tl.float32)
+    b_out = b_out.to(out.dtype.element_ty)
+    o_row = (i_t * C)[:, None] + i_c[None, :]
+    tl.store(out + o_row, b_out, mask=mask)
+    b_norm, _ = normalise(b_out.to(tl.float32), m_c, eps, C)
+    b_norm *= tl.load(weight + i_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        b_norm += tl.load(bias + i_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    tl.store(normed + o_row, b_norm.to(normed.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "blocks"])
+def backward_kernel(
+    g, h, out, update, scale, weight, dx, dupdate, ds_parts, dw_parts, db_parts, T, blocks,
+    stride_gt, stride_gc, stride_ht, stride_hc, stride_ut, stride_uc, eps,
+    C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `blocks` times BR rows, and this program's part of the parameters'."""
+    i_c = tl.arange(0, BC)
+    o_c = i_c.to(tl.int64)
+    m_c = i_c < C
+    b_s = tl.load(scale + i_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_w = tl.load(weight + i_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    ds = tl.zeros([BR, BC], tl.float32)
+    dw = tl.zeros([BR, BC], tl.float32)
+    db = tl.zeros([BR, BC], tl.float32)
+    i_t = tl.program_id(0).to(tl.int64) * (blocks * BR) + tl.arange(0, BR)
+    for _ in range(0, blocks):
+        mask = (i_t < T)[:, None] & m_c[None, :]
+        o_row = (i_t * C)[:, None] + i_c[None, :]
+        p_g = g + (i_t * stride_gt)[:, None] + (o_c * stride_gc)[None, :]
+        p_h = h + (i_t * stride_ht)[:, None] + (o_c * stride_hc)[None, :]
+        p_u = update + (i_t * stride_ut)[:, None] + (o_c * stride_uc)[None, :]
+        b_out = tl.load(out + o_row, mask=mask, other=0.0).to(tl.float32)
+        xhat, rstd = normalise(b_out, m_c, eps, C)
+        b_h = tl.load(p_h, mask=mask, other=0.0).to(tl.float32)
+        dw += b_h * xhat
+        db += b_h
+        grad = b_h * b_w
+        projection = tl.sum(grad * xhat, 1) / C
+        mean = tl.sum(grad, 1) / C
+        b_dx = (grad - mean[:, None] - xhat * projection[:, None]) * rstd[:, None]
+        b_dx += tl.load(p_g, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + o_row, b_dx.to(dx.dtype.element_ty), mask=mask)
+        ds += b_dx * tl.load(p_u, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dupdate + o_row, (b_s * b_dx).to(dupdate.dtype.element_ty), mask=mask)
+        i_t += BR
+    o_part = tl.program_id(0).to(tl.int64) * C + i_c
+    tl.store(ds_parts + o_part, tl.sum(ds, 0), mask=m_c)
+    tl.store(dw_parts + o_part, tl.sum(dw, 0), mask=m_c)
+    tl.store(db_parts + o_part, tl.sum(db, 0), mask=m_c)
+
+
+def forward(
+    x: Tensor,
+    update: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor,
+    normed: Tensor,
+) -> None:
+    """Write the contiguous `out` and `normed`."""
+    tokens, width = x.shape
+    if tokens == 0:
+        return
+    config = select_config(architecture(x.device), width, backward=False)
+    with device_guard(x):
+        forward_kernel[(triton.cdiv(tokens, config.rows),)](
+            x, update, scale.contiguous(), weight.contiguous(),
+            None if bias is None else bias.contiguous(), out, normed, tokens,
+            *x.stride(), *update.stride(), eps, C=width, HAS_BIAS=bias is not None,
+            BR=config.rows, BC=triton.next_power_of_2(width), num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def backward(
+    g: Tensor,
+    h: Tensor,
+    out: Tensor,
+    update: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    eps: float,
+    dx: Tensor,
+    dupdate: Tensor,
+) -> Tensor:
+    """Write the contiguous `dx` and `dupdate`, given the contiguous `out`.
+
+    Returns:
+        ``[3, n, C]`` float32, whose sums over n are the gradients of scale, weight and bias.
+    """
+    tokens, width = out.shape
+    config = select_config(architecture(out.device), width, backward=True)
+    blocks = triton.cdiv(tokens, config.rows)
+    # About as many programs as run at once: few parts to add.
+    each = max(1, triton.cdiv(blocks, 4 * multiprocessors(out.device)))
+    programs = triton.cdiv(blocks, each)
+    parts = torch.empty(3, programs, width, dtype=torch.float32, device=out.device)
+    if programs:
+        with device_guard(out):
+            backward_kernel[(programs,)](
+                g, h, out, update, scale.contiguous(), weight.contiguous(), dx, dupdate, *parts,
+                tokens, each, *g.stride(), *h.stride(), *update.stride(), eps,
+                C=width, BR=config.rows, BC=triton.next_power_of_2(width),
+                num_warps=config.num_warps,
+            )  # fmt: skip
+    return parts
