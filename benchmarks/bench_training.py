@@ -21,7 +21,7 @@ from hrvlm.vision_language_model import VisionLanguageModel
 
 SUITE = "training"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BUDGET_S = 60
+BUDGET_S = 20
 
 FACTOR, ANSWER, PIXELS = 4, 32, 3 * 16 * 16
 IMAGE_ID = 1

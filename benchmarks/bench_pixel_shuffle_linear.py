@@ -1,0 +1,201 @@
+"""pixel_shuffle_linear against a copy and a GEMM, forward and backward, and the bare GEMM.
+
+    python -m pytest benchmarks/bench_pixel_shuffle_linear.py
+
+C = 1024, N = 1024 or 4096, about 16k tokens in images of 224 px (factor 2: 14 patches are no
+multiple of 4), 768 and 1024 px (factor 4), one image of 1024 px, and the mixed draw with its sides
+rounded to multiples of 4 patches, as the image processor does. The bare GEMM multiplies rows that
+are shuffled already: the bound. "backward" gives the gradients of x, weight and bias, over the
+graph of one forward. "after LayerNorm" begins with the encoder's last norm, where ours has two
+routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import pixel_shuffle_peers
+from benchmarks.case import OURS, Case, Outputs, Prepared, Rival, Run, Settings
+from benchmarks.mixed_sizes import MIXED_SIZES, PREFIX_TOKENS
+from hrvlm.geometry import token_grid
+from hrvlm_kernels import (
+    PackedGrids,
+    layer_norm_pixel_shuffle_linear,
+    pixel_shuffle_linear,
+    reference,
+)
+
+SUITE, DEVICE, BUDGET_S = "pixel_shuffle_linear", "cuda", 25
+
+TOKENS = 16384
+EPS = 1e-5
+DIRECTIONS = ("forward", "backward", "forward after LayerNorm")
+
+
+class Shape(NamedTuple):
+    """What is shuffled and projected: grids, factor, C and N."""
+
+    grids: list[tuple[int, int]]
+    factor: int
+    channels: int
+    width: int
+
+
+def image_sets(settings: Settings) -> dict[str, tuple[list[tuple[int, int]], int]]:
+    """Patch grids and factor by what they are called in names."""
+    if settings.small:
+        return {"224 px": ([(4, 4)] * 3, 2), "mixed": ([(2, 4), (4, 6)], 2)}
+    sets = {}
+    for side, factor in ((14, 2), (48, 4), (64, 4)):
+        count = max(1, round(TOKENS / (PREFIX_TOKENS + side * side)))
+        sets[f"{16 * side} px"] = [(side, side)] * count, factor
+    sets["one of 1024 px"] = [(64, 64)], 4
+    snapped = (token_grid(h, w, max_img_size=1024, allow_upscale=False) for h, w in MIXED_SIZES)
+    return sets | {"mixed": ([size.patch_grid for size in snapped], 4)}
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """The forward of both widths, then the backward, then with the norm."""
+    dtype = torch.bfloat16 if settings.device.type == "cuda" else torch.float32
+    channels = 32 if settings.small else 1024
+    for direction in DIRECTIONS:
+        for width in (channels, 4 * channels):
+            for name, (grids, factor) in image_sets(settings).items():
+                shape = Shape(grids, factor, channels, width)
+                yield _case(settings, name, shape, direction, dtype)
+
+
+def _case(settings: Settings, name: str, shape: Shape, direction: str, dtype: torch.dtype) -> Case:
+    grids, factor, channels, width = shape
+    patches = sum(hp * wp for hp, wp in grids)
+    tokens = patches + PREFIX_TOKENS * len(grids)
+    products = 2 if direction == "backward" else 1
+    elements = patches * channels + factor**2 * channels * width + patches // factor**2 * width
+    relation = "N=C" if width == channels else f"N={width // channels}C"
+    return Case(
+        name=f"{direction}, {relation}, {name}",
+        group=f"{direction}, {relation}",
+        op="pixel_shuffle_linear",
+        parameters={
+            "images": name,
+            "segments": len(grids),
+            "tokens": tokens,
+            "factor": factor,
+            "channels": channels,
+            "width": width,
+            "direction": direction,
+        },
+        prepare=lambda: _prepare(settings.device, shape, direction, dtype),
+        dtype=dtype,
+        flops=2 * products * patches * channels * width,
+        bytes=products * elements * dtype.itemsize,
+    )
+
+
+def _prepare(device: torch.device, shape: Shape, direction: str, dtype: torch.dtype) -> Prepared:
+    grids, factor, channels, _ = shape
+    packed = PackedGrids.from_grids(grids, num_prefix_tokens=PREFIX_TOKENS, device=device)
+    inputs, norm, g = _random(packed, shape, dtype)
+    x = inputs[0]
+    backend = "triton" if device.type == "cuda" else "eager"
+    normed = direction.endswith("LayerNorm")
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return pixel_shuffle_linear(x, packed, factor, weight, bias, backend=backend)
+
+    def route(name: str) -> pixel_shuffle_peers.Project:
+        return lambda x, weight, bias: layer_norm_pixel_shuffle_linear(
+            x, packed, factor, *norm, EPS, weight, bias, route=name, backend=backend
+        )
+
+    def peer(make: pixel_shuffle_peers.MakeProject) -> Callable[[], Run]:
+        def build() -> Run:
+            project = make(packed, factor)
+            if not normed:
+                return _runner(project, inputs, g, direction)
+            return _runner(
+                lambda x, *rest: project(F.layer_norm(x, (channels,), *norm, EPS), *rest),
+                inputs, g, direction,
+            )  # fmt: skip
+
+        return build
+
+    def expected() -> Outputs:
+        x, *rest = (a.float() for a in inputs)
+        if normed:
+            x = F.layer_norm(x, (channels,), *(a.float() for a in norm), EPS)
+        return _runner(
+            lambda x, weight, bias: reference.pixel_shuffle_linear(x, packed, factor, weight, bias),
+            (x, *rest), g.float(), direction,
+        )()  # fmt: skip
+
+    def bare_gemm() -> Run:
+        shuffled = reference.pixel_shuffle(x, packed, factor)
+        return _runner(F.linear, (shuffled, *inputs[1:]), g, direction)
+
+    projects = {OURS: ours}
+    if normed:
+        projects = {OURS: route("auto")} | {
+            f"hrvlm, route {name}": route(name) for name in ("fused", "layernorm_gemm")
+        }
+    rivals = [
+        Rival(
+            name,
+            lambda project=project: _runner(project, inputs, g, direction),
+            role="ours" if name == OURS else "peer",
+        )
+        for name, project in projects.items()
+    ]
+    rivals += [
+        Rival(name, peer(make), compiles="compiled" in name)
+        for name, make in pixel_shuffle_peers.PEERS.items()
+    ]
+    rivals.append(Rival("bare GEMM", bare_gemm, role="bound"))
+    return Prepared(rivals, expected)
+
+
+def _random(
+    packed: PackedGrids, shape: Shape, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """x, weight and bias; weight and bias of the norm; the gradient of the output."""
+    generator = torch.Generator(packed.device).manual_seed(0)
+
+    def randn(*size: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(*size, generator=generator, device=packed.device)
+        return (values * scale).to(dtype)
+
+    inner, width = shape.factor**2 * shape.channels, shape.width
+    inputs = (
+        randn(packed.total_tokens, shape.channels),
+        randn(width, inner, scale=inner**-0.5),
+        randn(width),
+    )
+    norm = (1 + randn(shape.channels, scale=0.1)).to(dtype), randn(shape.channels)
+    return inputs, norm, randn(packed.shuffle_index(shape.factor).shape[0], width)
+
+
+def _runner(
+    project: pixel_shuffle_peers.Project, inputs: tuple[Tensor, ...], g: Tensor, direction: str
+) -> Run:
+    """A function that computes the output, or the three gradients from one forward."""
+    if direction != "backward":
+
+        def forward() -> Outputs:
+            with torch.no_grad():
+                return [project(*inputs)]
+
+        return forward
+    leaves = [a.detach().requires_grad_() for a in inputs]
+    with torch._functorch.config.patch(donated_buffer=False):
+        out = project(*leaves)
+        torch.autograd.grad(out, leaves, g, retain_graph=True)
+    return lambda: torch.autograd.grad(out, leaves, g, retain_graph=True)
+
+
+def bench_pixel_shuffle_linear(run_case, case):
+    run_case(case)

@@ -1,0 +1,164 @@
+"""What a benchmark compares, and what comes of it: plain records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+OURS = "hrvlm"
+
+Role = Literal["ours", "peer", "bound", "part"]
+Outputs = Sequence[Tensor]
+Run = Callable[[], Outputs]
+
+
+class Unavailable(Exception):
+    """A rival can't run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One way to compute what a case asks for.
+
+    Attributes:
+        name: As in tables.
+        make: Builds what is timed, or raises :class:`Unavailable`.
+        role: "ours"; "peer"; "bound", what nothing that does the whole work can beat; or "part" of
+            the work, such as the attention of all layers.
+        compiles: Takes long to make: left out once the suite's time is used up.
+        full_only: Runs with ``--full`` alone.
+        weight_bytes: Of the model and, where it is trained, of its gradients.
+    """
+
+    name: str
+    make: Callable[[], Run]
+    role: Role = "peer"
+    compiles: bool = False
+    full_only: bool = False
+    weight_bytes: int = 0
+
+
+class Prepared(NamedTuple):
+    """The inputs of a case, made: its rivals, and the result they should have.
+
+    Attributes:
+        rivals: Who runs.
+        reference: Makes the expected outputs; None takes those of the first rival.
+    """
+
+    rivals: Sequence[Rival]
+    reference: Callable[[], Outputs] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        name: Unique in its suite.
+        group: Table and plot that it belongs to.
+        op: Op of ``hrvlm verify`` that has to pass first; "" for none.
+        parameters: What was run, as plain data.
+        prepare: Makes the inputs.
+        dtype: Of the inputs.
+        flops: Useful floating-point operations (no padding, no recomputation).
+        bytes: The fewest bytes it has to move: inputs read once, outputs written once.
+        tolerance: Largest relative difference from the reference; default: :data:`TOLERANCE`.
+        full_only: Runs with ``--full`` alone.
+    """
+
+    name: str
+    group: str
+    op: str
+    parameters: dict[str, Any]
+    prepare: Callable[[], Prepared]
+    dtype: torch.dtype
+    flops: int | None = None
+    bytes: int | None = None
+    tolerance: float | None = None
+    full_only: bool = False
+
+
+@dataclass
+class RivalResult:
+    """What came of one rival; times in seconds.
+
+    Attributes:
+        status: "measured", "unavailable", "out of memory", "failed", "differs" or "left out".
+        reason: Why there is no number.
+        difference: From the reference, relative.
+        ratio: Its time over ours, median over the rounds.
+        memory_bytes: Peak beside weights and inputs, outputs and gradients included.
+    """
+
+    name: str
+    role: str
+    status: str
+    reason: str = ""
+    difference: float | None = None
+    median_s: float | None = None
+    p20_s: float | None = None
+    p80_s: float | None = None
+    rounds: int | None = None
+    ratio: float | None = None
+    memory_bytes: int | None = None
+    weight_bytes: int = 0
+    flops_per_second: float | None = None
+    share_of_product: float | None = None
+    bytes_per_second: float | None = None
+    share_of_copy: float | None = None
+
+
+@dataclass
+class CaseResult:
+    """What came of one case.
+
+    Attributes:
+        date: When it was run.
+        status: "measured", "gate failed" or "left out".
+        reason: Why there are no numbers.
+    """
+
+    name: str
+    group: str
+    parameters: dict[str, Any]
+    dtype: str
+    flops: int | None
+    bytes: int | None
+    date: str
+    status: str
+    reason: str = ""
+    rivals: list[RivalResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a suite is run.
+
+    Attributes:
+        device: Where.
+        full: Everything, however long it takes.
+        small: Tiny inputs: for the tests, which need the code to run and no more.
+        compiled: Run the rivals that compile.
+        round_s: Seconds that the rounds of a case may take.
+        min_rounds: Fewest rounds.
+        max_rounds: Most rounds.
+        results: Directory of the result files.
+        commit: Of the code; default: git's.
+    """
+
+    device: torch.device
+    full: bool = False
+    small: bool = False
+    compiled: bool = True
+    round_s: float = 1.0
+    min_rounds: int = 5
+    max_rounds: int = 30
+    results: Path = RESULTS
+    commit: str | None = None

@@ -1,0 +1,213 @@
+"""Turn the result files into docs/benchmarks.md, its plots, and the README's table.
+
+    python -m benchmarks.report
+    python -m benchmarks.report --add DIR    # first take over the files of a run made elsewhere
+
+Of each suite and device the newest file is taken. A file that is added to one of the same name
+(suite, device, versions, commit) replaces the cases that both have and keeps the others, so that a
+long suite can be run in parts (``pytest -k``). The README's table goes between the lines
+``<!-- benchmarks:start -->`` and ``<!-- benchmarks:end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots, scaling, tables
+from benchmarks.case import RESULTS
+from benchmarks.suite import SCHEMA
+
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+GPU_SUITES = {
+    "encoder": "The encoder",
+    "varlen_attention": "varlen_attention",
+    "rope_2d": "rope_2d",
+    "pixel_shuffle_linear": "pixel_shuffle_linear",
+    "training": "A training step",
+}
+CPU_SUITES = {
+    "cpu_encoder": "The encoder",
+    "processing": "Image files to patches",
+    "training": "A training step",
+}
+
+INTRODUCTION = """# Benchmarks
+
+Written by `python -m benchmarks.report` from the files in `benchmarks/results/`; nothing here is
+typed by hand.
+
+- A number stands here only if the op passed its check against float64 (`hrvlm verify`) on that
+  device, in the same process, and its result agreed with the peers' on the inputs that were timed.
+- Rivals take turns in one process, on random data. Times are medians, with the 20th and 80th
+  percentile in brackets; ratios are medians over the rounds. On a GPU, device events give the time
+  and the L2 cache is flushed before each run.
+- FLOPs are useful ones: no padding, nothing computed twice. Percentages are of the ceilings that
+  the same run measured: a large copy, and a large matrix product.
+- Ratios above 1 say how many times longer the other took.
+
+```bash
+# needs a GPU for all but the two CPU suites
+python -m pytest benchmarks           # meant to stay under six minutes
+python -m pytest benchmarks --full    # all models, sizes and peers, max-autotune: an hour or more
+python -m benchmarks.report           # this page, its plots and the README's table
+hrvlm bench                           # a short comparison on the machine at hand
+```
+
+The *mixed draw* is 64 images with longer sides of 224 to 1024 px and aspect ratios from 1:4 to 4:1
+(`benchmarks/mixed_sizes.py`): 63 669 tokens, of which the longest image has 3 909, so a batch
+padded to it would be 25 % full."""
+
+
+ON_A_CPU = """Only the ratios are meant: a CPU is shared with other programs, and its speed changes
+while a suite runs. Rivals that take turns share that fate."""
+
+
+def load(directory: Path) -> list[dict[str, Any]]:
+    """The newest result of each suite and device, in the order of their names.
+
+    Raises:
+        ValueError: a file is of another version of the format.
+    """
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in result_files(directory):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result.get("schema") != SCHEMA:
+            raise ValueError(f"{path}: schema {result.get('schema')!r}, expected {SCHEMA}")
+        if result["settings"]["small"]:
+            continue
+        key = result["suite"], result["machine"]["device"]
+        if key not in newest or result["machine"]["date"] > newest[key]["machine"]["date"]:
+            newest[key] = result
+    return [newest[key] for key in sorted(newest)]
+
+
+def add(source: Path, directory: Path) -> None:
+    """Take over the result files in `source`, merging those that `directory` has.
+
+    Raises:
+        ValueError: there are none.
+    """
+    paths = result_files(source)
+    if not paths:
+        raise ValueError(f"{source}: no result files")
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        known = directory / path.name
+        if known.exists():
+            result = merged(json.loads(known.read_text(encoding="utf-8")), result)
+        write(known, json.dumps(result, indent=1) + "\n")
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` with the cases of `old` that it lacks or left out."""
+    ran = {case["name"]: case for case in new["cases"] if case["status"] != "left out"}
+    cases = [ran.pop(case["name"], case) for case in old["cases"]] + list(ran.values())
+    seen = {case["name"] for case in cases}
+    cases += [case for case in new["cases"] if case["name"] not in seen]
+    gates = {(gate["op"], gate["dtype"]): gate for gate in (*old["gates"], *new["gates"])}
+    return new | {"cases": cases, "gates": list(gates.values())}
+
+
+def result_files(directory: Path) -> list[Path]:
+    """The files of all suites in a directory."""
+    suites = GPU_SUITES | CPU_SUITES
+    return sorted(path for suite in suites for path in directory.glob(f"{suite}-*.json"))
+
+
+def page(results: Sequence[dict[str, Any]], charts: dict[str, str]) -> str:
+    """The Markdown of docs/benchmarks.md."""
+    parts = [INTRODUCTION, "## On a GPU"]
+    for suite, title in GPU_SUITES.items():
+        missing = [tables.compared(suite), f"**{tables.NOT_YET.replace('not', 'Not', 1)}.**"]
+        parts += [f"### {title}", *(_sections(results, suite, "cuda", charts) or missing)]
+    parts += ["## Scaling", *_scaling(results), "## On a CPU", ON_A_CPU]
+    for suite, title in CPU_SUITES.items():
+        missing = [tables.compared(suite), "Not yet measured."]
+        parts += [f"### {title}", *(_sections(results, suite, "cpu", charts) or missing)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sections(
+    results: Sequence[dict[str, Any]], suite: str, device: str, charts: dict[str, str]
+) -> list[str]:
+    found = [r for r in results if r["suite"] == suite and r["machine"]["type"] == device]
+    return [part for result in found for part in tables.suite_section(result, charts)]
+
+
+def _scaling(results: Sequence[dict[str, Any]]) -> list[str]:
+    parts = [
+        "From 224 to 1024 px an image has 20.9 times the patches. The matrix products grow with "
+        "them, attention with their square. GFLOPs of a forward of one image, and the share of "
+        "attention in brackets:",
+        "\n".join(scaling.flops_table()),
+        tables.picture("flops", "FLOPs of a ViT-L against the size of the image"),
+    ]
+    measured = tables.measured_scaling(results)
+    parts += measured or [f"Times and memory against size: {tables.NOT_YET}."]
+    return parts
+
+
+def readme_table(results: Sequence[dict[str, Any]]) -> str:
+    """The table between the README's markers."""
+    rows = tables.headlines(results)
+    lines = ["| hrvlm against | where | it takes so many times as long |", "|---|---|---|"]
+    lines += [f"| {what} | {where} | {ratio} |" for what, where, ratio in rows]
+    link = "[docs/benchmarks.md](docs/benchmarks.md)"
+    return "\n".join([*lines, "", f"All numbers, how they were taken, and plots: {link}."])
+
+
+def fill(text: str, table: str) -> str:
+    """`text` with the table between the two markers.
+
+    Raises:
+        ValueError: a marker is missing, occurs twice, or they are in the wrong order.
+    """
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"expected one line {START} and, after it, one line {END}")
+    head, rest = text.split(START)
+    _, tail = rest.split(END)
+    return f"{head}{START}\n{table}\n{END}{tail}"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page, the plots and, where it has the markers, the README's table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--add", type=Path, metavar="DIR", help="take over its result files first")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    args = parser.parse_args(arguments)
+    if args.add is not None:
+        add(args.add, args.results)
+    results = load(args.results)
+    charts = plots.all_charts(results)
+    for name, chart in charts.items():
+        write(args.docs / "plots" / f"{name}.svg", chart)
+    for stale in (args.docs / "plots").glob("*.svg"):
+        if stale.stem not in charts:
+            stale.unlink()
+    write(args.docs / "benchmarks.md", page(results, charts))
+    try:
+        write(args.readme, fill(args.readme.read_text(encoding="utf-8"), readme_table(results)))
+    except ValueError as error:
+        print(f"{args.readme}: not filled in: {error}", file=sys.stderr)
+    print(f"{len(results)} result files, {len(charts)} plots: {args.docs / 'benchmarks.md'}")
+
+
+if __name__ == "__main__":
+    main()

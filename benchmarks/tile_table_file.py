@@ -1,0 +1,94 @@
+"""kernels/hrvlm_kernels/tile_tables.py as a file that a program writes: read, render, replace."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from hrvlm_kernels import tile_tables
+
+PATH = Path(tile_tables.__file__)
+Table = dict[tuple[Any, ...], tuple[Any, ...]]
+
+_HEADER = '''\
+"""Tile sizes of the kernels, by chip: data only, written by ``python -m benchmarks.tune``.
+
+Each row holds the tile sizes to use, then those for when they do not fit the chip. CHOSEN_BY names
+the GPU that decided, or says "compiled": chosen by reading compiled code (no spills, asynchronous
+tensor cores), not yet measured on a GPU.
+"""
+
+from .tilings import GemmConfig, NormConfig, RopeConfig, Tiling
+
+'''
+_COMMENTS = {
+    "FORWARD": "varlen_attention: (chip, head_dim rounded up, bytes of an element).",
+    "SHORT": (
+        "Its kernel for short images with RoPE: rows of queries and of the image.\n"
+        "# Chips and heads without a row rotate k in a pass of its own."
+    ),
+    "DQ": "The rows of its backward: those of dq_kernel are queries, those of dkdv_kernel keys.",
+    "DKDV": None,
+    "ATOMIC": "dkdv_kernel with ATOMIC; heads without a row always take the two kernels.",
+    "GEMM": "pixel_shuffle_linear, forward, dx and dweight: (chip, bytes of an element).",
+    "GEMM_PARTS": (
+        "For parts of a sum, where the float32 store makes ptxas hold up\n"
+        "# the tensor cores with the tiles above."
+    ),
+    "ROPE": "rope_2d: (chip, head_dim rounded up, bytes of an element).",
+    "NORM_FORWARD": "layer_norm_pixel_shuffle: (chip, C rounded up).",
+    "NORM_BACKWARD": None,
+}
+
+
+def tables() -> dict[str, Table]:
+    """The tables as they are, by name."""
+    return {name: dict(getattr(tile_tables, name)) for name in _COMMENTS}
+
+
+def chosen_by() -> dict[str, str]:
+    """How the rows of each chip were chosen."""
+    return dict(tile_tables.CHOSEN_BY)
+
+
+def render(rows: Mapping[str, Table], chosen: Mapping[str, str]) -> str:
+    """The text of the file, formatted as ``ruff format`` would."""
+    lines = ["CHOSEN_BY = {", *(f'    "{chip}": "{how}",' for chip, how in chosen.items()), "}", ""]
+    for name, comment in _COMMENTS.items():
+        if comment is not None:
+            lines.append(f"# {comment}")
+        lines.append(f"{name}: {_annotation(rows[name])} = {{")
+        for key, configs in rows[name].items():
+            items = ", ".join(map(text, configs))
+            lines.append(f"    {_tuple(key)}: ({items}{',' if len(configs) == 1 else ''}),")
+        lines += ["}", ""]
+    return _HEADER + "\n".join(lines).rstrip() + "\n"
+
+
+def replace(rows: Mapping[str, Table], chosen: Mapping[str, str], path: Path = PATH) -> None:
+    """Write the file, complete or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(render(rows, chosen))
+    os.replace(temporary, path)
+
+
+def _annotation(table: Table) -> str:
+    key, configs = next(iter(table.items()))
+    kinds = ", ".join(type(part).__name__ for part in key)
+    return f"dict[tuple[{kinds}], tuple[{type(configs[0]).__name__}, ...]]"
+
+
+def _tuple(key: tuple[Any, ...]) -> str:
+    return "(" + ", ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in key) + ")"
+
+
+def text(config: Any) -> str:
+    """The call that makes `config`, without what are defaults anyway."""
+    values = [getattr(config, field.name) for field in fields(config)]
+    defaults = [field.default for field in fields(config)]
+    while defaults[-1] is not MISSING and values[-1] == defaults[-1]:
+        values.pop(), defaults.pop()
+    return type(config).__name__ + _tuple(tuple(values))

@@ -1,0 +1,72 @@
+"""``hrvlm bench`` and the mixed draw."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks.mixed_sizes import MIXED_GRIDS, MIXED_LENGTHS, MIXED_SIZES
+from hrvlm import tables
+from hrvlm.bench import OURS, PEER, BenchOptions, bench, image_sets, mixed_grids
+from hrvlm.cli import app
+
+TINY = BenchOptions("vits16", sizes=(32, 48), tokens=30, mixed=3, seconds=0.0, layers=1)
+
+
+def test_the_mixed_draw_is_fixed_and_as_documented():
+    assert MIXED_GRIDS[:4] == [(57, 20), (27, 13), (53, 35), (12, 43)]
+    assert len(MIXED_SIZES) == 64 and sum(MIXED_LENGTHS) == 63669 and max(MIXED_LENGTHS) == 3909
+    longer, shorter = [max(size) for size in MIXED_SIZES], [min(size) for size in MIXED_SIZES]
+    assert min(longer) >= 224 and max(longer) <= 1024
+    assert all(4 * a >= b for a, b in zip(shorter, longer, strict=True))
+    assert any(h > 2 * w for h, w in MIXED_SIZES) and any(w > 2 * h for h, w in MIXED_SIZES)
+    assert mixed_grids(8) == MIXED_GRIDS[:8]
+
+
+def test_rivals_get_the_same_images_and_take_turns(capsys):
+    seen = []
+    report = bench(torch.device("cpu"), TINY, on_case=seen.append)
+    assert [case.name for case in report.cases] == ["32x32", "48x48", "mixed"]
+    assert tuple(seen) == report.cases and report.backend == "sdpa"
+    for case in report.cases:
+        assert [r.name for r in case.rivals] == [PEER, OURS]
+        theirs, ours = case.rivals
+        assert theirs.ratio > 0 and ours.ratio is None and case.difference < 1e-5
+        assert ours.images_per_second == pytest.approx(case.images / ours.median_s)
+    assert report.cases[0].images == round(30 / 9) and report.cases[0].tokens == 27
+    tables.show_bench(report)
+    shown = capsys.readouterr().out
+    assert all(f"{case.rivals[0].ratio:.2f}x" in shown for case in report.cases)
+    assert "vits16, 1 layers, random weights, float32 on" in shown
+
+
+def test_results_that_differ_give_no_times(monkeypatch):
+    from hrvlm import encoder_layers
+
+    def unrotated(*inputs, rope, **options):
+        return attention(*inputs, **options)
+
+    attention = encoder_layers.varlen_attention
+    monkeypatch.setattr(encoder_layers, "varlen_attention", unrotated)
+    with pytest.raises(RuntimeError, match="32x32: hrvlm and transformers differ by"):
+        bench(torch.device("cpu"), TINY)
+
+
+def test_sets_of_images_and_what_is_refused():
+    assert list(image_sets(BenchOptions(mixed=0), 16, 5)) == ["224x224", "768x768", "1024x1024"]
+    longer = {max(grid) for grid in image_sets(TINY, 16, 5)["mixed"]}
+    assert longer <= {2, 3}
+    for sizes, message in [((), "at least one"), ((40,), "40 is not a positive multiple of 16")]:
+        with pytest.raises(ValueError, match=message):
+            image_sets(BenchOptions(sizes=sizes), 16, 5)
+    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16"):
+        bench(torch.device("cpu"), TINY, dtype=torch.float16)
+
+
+def test_the_command_prints_one_json_document():
+    arguments = ["bench", "--device=cpu", "--size=32", "--tokens=9", "--mixed=2", "--seconds=0"]
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert [case["name"] for case in found["cases"]] == ["32x32", "mixed"]
+    assert found["machine"]["type"] == "cpu" and found["dtype"] == "float32"
+    assert CliRunner().invoke(app, ["bench", "--device=cpu", "--size=33"]).exit_code == 2

@@ -1,0 +1,83 @@
+"""Every suite runs on the CPU with tiny inputs: GPU time is too dear to find slips in."""
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from benchmarks.case import Settings
+from benchmarks.suite import SuiteRun
+
+SUITES = {
+    "encoder": 5,
+    "varlen_attention": 12,
+    "rope_2d": 8,
+    "pixel_shuffle_linear": 12,
+    "cpu_encoder": 4,
+    "processing": 2,
+    "training": 1,
+}
+# What torch itself can't do on a CPU.
+IMPOSSIBLE = {
+    "SDPA cuDNN": "No viable backend",
+    "SDPA efficient": "No viable backend",
+    "FlexAttention, document mask": "does not support backward on CPU",
+}
+
+
+def settings(path, **changes):
+    options = {"small": True, "compiled": False, "round_s": 0.0, "min_rounds": 2, "max_rounds": 2}
+    return Settings(torch.device("cpu"), results=path, **(options | changes))
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_case_gives_numbers_or_a_reason(name, tmp_path):
+    suite = importlib.import_module(f"benchmarks.bench_{name}")
+    assert name == suite.SUITE
+    run = SuiteRun(suite.SUITE, settings(tmp_path), budget_s=1e9)
+    for case in suite.cases(run.settings):
+        result = run.measure(case)
+        assert result.status == "measured", result
+        ours = [r for r in result.rivals if r.role == "ours"]
+        assert len(ours) == 1 and ours[0].median_s > 0
+        for rival in result.rivals:
+            if rival.status == "failed":
+                assert IMPOSSIBLE[rival.name] in rival.reason
+            elif rival.status == "measured":
+                assert rival.median_s > 0 and rival.p20_s <= rival.median_s <= rival.p80_s
+            else:
+                assert rival.status in ("unavailable", "left out") and rival.reason
+        peers = [r for r in result.rivals if r.role == "peer" and r.status == "measured"]
+        assert all(r.ratio > 0 for r in peers)
+        assert peers or result.parameters["images"] == "mixed", result.name
+    written = json.loads(run.path.read_text())
+    assert len(written["cases"]) == SUITES[name]
+    assert all(gate["failure"] is None for gate in written["gates"])
+
+
+@pytest.mark.parametrize("name", ["encoder", "varlen_attention", "rope_2d", "pixel_shuffle_linear"])
+def test_names_of_full_suites_are_unique_and_sizes_as_promised(name):
+    suite = importlib.import_module(f"benchmarks.bench_{name}")
+    for full in (False, True):
+        cases = list(suite.cases(Settings(torch.device("cuda"), full=full)))
+        assert len({case.name for case in cases}) == len(cases)
+        assert all(case.dtype == torch.bfloat16 for case in cases)
+        assert all(case.flops or case.bytes for case in cases)
+
+
+def test_every_model_size_and_peer_of_the_encoder_is_in_the_full_suite():
+    from benchmarks import bench_encoder
+
+    cases = list(bench_encoder.cases(Settings(torch.device("cuda"), full=True)))
+    names = {case.name for case in cases}
+    for model in ("S", "B", "L"):
+        for direction in ("forward", "forward + backward"):
+            assert f"ViT-{model} mixed {direction}, mixed" in names
+            for size in (224, 768, 1024):
+                assert f"ViT-{model} {direction}, {size} px" in names
+    for model in ("H+", "7B"):
+        assert {f"ViT-{model} forward, {size} px" for size in (224, 768, 1024)} <= names
+    by_name = {case.name: case.parameters for case in cases}
+    assert by_name["ViT-L forward, 224 px"]["tokens"] == 326 * 201
+    assert by_name["ViT-L mixed forward, mixed"]["count"] == 64
