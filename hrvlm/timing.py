@@ -8,6 +8,7 @@ the L2 cache; on the CPU it is the host's clock.
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -196,6 +197,8 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if gpu else None,
         "hip": torch.version.hip if gpu else None,
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         **{name.lower().replace("-", "_"): installed_version(name) for name in packages},
         "flash_attn_4": installed_version("flash-attn-4"),
