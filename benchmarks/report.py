@@ -66,7 +66,8 @@ padded to it would be 25 % full."""
 
 
 ON_A_CPU = """Only the ratios are meant: a CPU is shared with other programs, and its speed changes
-while a suite runs. Rivals that take turns share that fate."""
+while a suite runs. Rivals that take turns share that fate; where the brackets of two overlap, their
+order means little."""
 
 
 def load(directory: Path) -> list[dict[str, Any]]:

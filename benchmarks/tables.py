@@ -240,8 +240,6 @@ def headlines(results: Sequence[Result]) -> list[tuple[str, str, str]]:
          "torch varlen_attn (FA2)", [f"forward, D=64, n={n}" for n in (201, 2309, 4101)]),
     ]  # fmt: skip
     cpu = [
-        ("cpu_encoder", "transformers, ViT-S, 224 / 448 px", "transformers, sdpa",
-         [f"ViT-S forward, {size} px" for size in (224, 448)]),
         ("cpu_encoder", "transformers one by one, ViT-S, mixed sizes",
          "transformers, one by one", ["ViT-S mixed forward, mixed"]),
         ("processing", "transformers' processor (torchvision), JPEG files to patches",

@@ -133,7 +133,8 @@ def _explain(op: str, backend: str, example: Tensor) -> str:
 
 def _installed(name: str) -> bool:
     try:
-        return importlib.util.find_spec(name) is not None
+        spec = importlib.util.find_spec(name)
+        return spec is not None and spec.origin is not None  # None: a namespace, not the package
     except (ImportError, ValueError):
         return False
 

@@ -221,7 +221,9 @@ def _check_constant(coords: Tensor | None, inv_freq: Tensor | None) -> None:
 
 
 def _flash_attn_installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    """Whether there is FlashAttention 2; FlashAttention 4 has the name as a namespace only."""
+    spec = importlib.util.find_spec("flash_attn")
+    return spec is not None and spec.origin is not None
 
 
 # A constant to torch.compile, which can't trace the search; see launch.py.

@@ -24,7 +24,7 @@ code, see tests/kernels/test_compile_varlen_attention.py):
                  last. K and V come by tensor descriptors (TMA): with pointers the registers do not
                  suffice
     specialised  a kernel of its own, varlen_attention_specialised_triton.py
-    gluon        likewise, varlen_attention_gluon.py
+    gluon        likewise, varlen_attention_gluon_triton.py
 
 Only the tables choose between them (or `tilings`, in the tests and in benchmarks.tune).
 """
@@ -338,7 +338,7 @@ def _start_variant(
 ) -> None:
     """Launch a kernel that is not imported unless it is asked for; q and k are rotated."""
     if tiling.order == "gluon":
-        from .varlen_attention_gluon import start_gluon
+        from .varlen_attention_gluon_triton import start_gluon
 
         start_gluon(q, k, v, out, lse, cu_seqlens, tiles_128, skip, scale, tiling)
     else:

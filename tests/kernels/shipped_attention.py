@@ -3,7 +3,7 @@
 import torch
 
 from hrvlm_kernels import varlen_attention_backward_triton as backward
-from hrvlm_kernels import varlen_attention_gluon as gluon
+from hrvlm_kernels import varlen_attention_gluon_triton as gluon
 from hrvlm_kernels import varlen_attention_short_triton as short
 from hrvlm_kernels import varlen_attention_specialised_triton as specialised
 from hrvlm_kernels import varlen_attention_triton as forward
