@@ -92,7 +92,7 @@ def bar_chart(title: str, label: str, bars: Sequence[tuple[str, float]]) -> str:
     """
     if not bars:
         raise ValueError("bars: expected at least one, got none")
-    row, left = 24, 330
+    row, left = 24, 372
     bottom = TOP + row * len(bars)
     axis = Axis(label, log=True)
     place, ticks = _scale([1.0, *(value for _, value in bars)], axis, left, WIDTH - 70)
