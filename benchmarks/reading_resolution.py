@@ -30,7 +30,7 @@ from hrvlm.timing import describe_device
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "reading_resolution.json"
-PLOT = ROOT / "docs" / "plots" / "reading_resolution.svg"
+PLOT = ROOT / "docs" / "reading_resolution.svg"
 SIZES, SEEDS, SAMPLES, BIN = (224, 768), (0, 1, 2), 64, 4
 
 
