@@ -1,10 +1,10 @@
 """How well the reader that comes with hrvlm reads, on samples it has not seen.
 
-    python -m benchmarks.reading_score
+    python -m benchmarks.reading_score            (--card-only: from the last results)
 
 Character error rates on single lines (the kind that it was trained for), on every layout of the
 full distribution (8 to 40 pixels, up to 40 characters a line), and on a font that it has never
-seen. Writes benchmarks/results/reader.json, which the card's figures come from.
+seen. Writes benchmarks/results/reader.json, and from it the table in the reader's card.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,41 @@ from hrvlm.synthetic import NEW_FONT
 from hrvlm.timing import describe_device
 
 RESULTS = Path(__file__).parent / "results" / "reader.json"
+CARD = Path(__file__).parents[1] / "hrvlm" / "assets" / "reader" / "README.md"
+START, END = "<!-- figures:start -->\n", "<!-- figures:end -->"
+KINDS = {
+    "line": "single lines, up to 20 characters, 14 to 32 px, the fonts of training",
+    "line, new font": "the same in a font that it has not seen",
+    "full: line": "single lines of up to 40 characters, 8 to 40 px",
+    "full: lines": "several lines, 8 to 40 px",
+    "full: receipt": "receipts, 8 to 40 px",
+    "full: form": "forms, 8 to 40 px",
+    "full: panel": "panels of user interfaces, 8 to 40 px",
+}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The results as the card shows them."""
+    rows = [
+        f"| {KINDS[row['set']]} | {row['cer']:.1%} | {row['exact']:.0%} of {row['samples']} |"
+        for row in report["sets"]
+    ]
+    rows.append(f"| the last five together: the full distribution | {report['full_cer']:.1%} | |")
+    head = ["| what | character error rate | without an error |", "|---|---|---|"]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def fill_card(report: dict[str, Any]) -> None:
+    """Put the table between the card's markers."""
+    before, rest = CARD.read_text(encoding="utf-8").split(START)
+    _write(CARD, before + START + table(report) + END + rest.split(END)[1])
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def main() -> None:
@@ -34,7 +70,11 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=512, help="Samples of single lines.")
     parser.add_argument("--others", type=int, default=48, help="Samples of each other set.")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--card-only", action="store_true", help="Only write the card's table.")
     args = parser.parse_args()
+    if args.card_only:
+        fill_card(json.loads(args.results.read_text(encoding="utf-8")))
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = args.model or reader_path()
     model = VisionLanguageModel.from_pretrained(path, dtype=torch.float32).to(device).eval()
@@ -67,10 +107,9 @@ def main() -> None:
     print(f"full: CER {errors / characters:.4f} of {characters} characters")
     machine = describe_device(device) | {"commit": commit_here()}
     report = {"machine": machine, "sets": rows, "full_cer": errors / characters}
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    part = args.results.with_name(args.results.name + ".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, args.results)
+    _write(args.results, json.dumps(report, indent=1) + "\n")
+    if args.model is None:
+        fill_card(report)
 
 
 if __name__ == "__main__":
