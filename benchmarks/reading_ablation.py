@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.suite import commit_here
+from hrvlm.files import write_text
 from hrvlm.reader_recipe import make_trainer, read_recipe
 from hrvlm.reading import BLANK, ReadingCollator, ReadingData
 from hrvlm.reading_score import HELD_OUT_SEED
@@ -36,16 +36,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     runs = [run(s, use_rope, args.steps) for s in args.seeds for use_rope in (True, False)]
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    part = args.results.with_name(args.results.name + ".part")
-    part.write_text(
-        json.dumps(
-            {"machine": describe_device(trained_on()) | {"commit": commit_here()}, "runs": runs},
-            indent=1,
-        )
-        + "\n"
-    )
-    os.replace(part, args.results)
+    machine = describe_device(trained_on()) | {"commit": commit_here()}
+    write_text(args.results, json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
     for entry in runs:
         print(f"use_rope={entry['use_rope']}, seed {entry['seed']}: {entry['right']:.3f} named")
 

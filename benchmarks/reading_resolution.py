@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.suite import commit_here
+from hrvlm.files import write_text
 from hrvlm.reader_recipe import make_trainer, read_recipe
 from hrvlm.reading_score import HELD_OUT_SEED, score
 from hrvlm.svg import Axis, Series, line_chart
@@ -31,7 +31,7 @@ from hrvlm.timing import describe_device
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "reading_resolution.json"
 PLOT = ROOT / "docs" / "reading_resolution.svg"
-SIZES, SEEDS, SAMPLES, BIN = (224, 768), (0, 1, 2), 64, 4
+SIZES, SEEDS, SAMPLES, BIN = (224, 768), (0, 1, 2), 48, 4
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.plot_only:
         runs = [run(s, size, args.steps, args.samples) for s in args.seeds for size in SIZES]
-        _write(
+        write_text(
             args.results,
             json.dumps(
                 {
@@ -57,7 +57,7 @@ def main() -> None:
             ),
         )
     runs = json.loads(args.results.read_text(encoding="utf-8"))["runs"]
-    _write(args.plot, plot(runs))
+    write_text(args.plot, plot(runs))
     for entry in runs:
         print(f"max_img_size {entry['max_img_size']}, seed {entry['seed']}: CER {entry['cer']:.3f}")
 
@@ -115,13 +115,6 @@ def plot(runs: list[dict[str, Any]]) -> str:
         Axis("character error rate, %"),
         series[::-1],
     )
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

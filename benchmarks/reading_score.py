@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 
 from benchmarks.suite import commit_here
 from hrvlm import VisionLanguageModel, VLMProcessor
+from hrvlm.files import write_text
 from hrvlm.reading_score import HELD_OUT, score
 from hrvlm.shipped_reader import reader_path
 from hrvlm.synthetic import NEW_FONT
@@ -53,14 +53,7 @@ def table(report: dict[str, Any]) -> str:
 def fill_card(report: dict[str, Any]) -> None:
     """Put the table between the card's markers."""
     before, rest = CARD.read_text(encoding="utf-8").split(START)
-    _write(CARD, before + START + table(report) + END + rest.split(END)[1])
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_text(CARD, before + START + table(report) + END + rest.split(END)[1])
 
 
 def main() -> None:
@@ -107,7 +100,7 @@ def main() -> None:
     print(f"full: CER {errors / characters:.4f} of {characters} characters")
     machine = describe_device(device) | {"commit": commit_here()}
     report = {"machine": machine, "sets": rows, "full_cer": errors / characters}
-    _write(args.results, json.dumps(report, indent=1) + "\n")
+    write_text(args.results, json.dumps(report, indent=1) + "\n")
     if args.model is None:
         fill_card(report)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from benchmarks import plots, scaling, tables
 from benchmarks.case import RESULTS
 from benchmarks.suite import SCHEMA
+from hrvlm.files import write_text
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
@@ -103,7 +103,7 @@ def add(source: Path, directory: Path) -> None:
         known = directory / path.name
         if known.exists():
             result = merged(json.loads(known.read_text(encoding="utf-8")), result)
-        write(known, json.dumps(result, indent=1) + "\n")
+        write_text(known, json.dumps(result, indent=1) + "\n")
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -177,14 +177,6 @@ def fill(text: str, table: str) -> str:
     return f"{head}{START}\n{table}\n{END}{tail}"
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page, the plots and, where it has the markers, the README's table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -198,13 +190,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = load(args.results)
     charts = plots.all_charts(results)
     for name, chart in charts.items():
-        write(args.docs / "plots" / f"{name}.svg", chart)
+        write_text(args.docs / "plots" / f"{name}.svg", chart)
     for stale in (args.docs / "plots").glob("*.svg"):
         if stale.stem not in charts:
             stale.unlink()
-    write(args.docs / "benchmarks.md", page(results, charts))
+    write_text(args.docs / "benchmarks.md", page(results, charts))
     try:
-        write(args.readme, fill(args.readme.read_text(encoding="utf-8"), readme_table(results)))
+        write_text(
+            args.readme, fill(args.readme.read_text(encoding="utf-8"), readme_table(results))
+        )
     except ValueError as error:
         print(f"{args.readme}: not filled in: {error}", file=sys.stderr)
     print(f"{len(results)} result files, {len(charts)} plots: {args.docs / 'benchmarks.md'}")

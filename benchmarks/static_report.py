@@ -12,7 +12,6 @@ softmax. The orders of the attention forward on sm_90, shipped or not, are compa
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
+from hrvlm.files import write_text
 from hrvlm_kernels.tilings import Tiling
 from tests.kernels import shipped, shipped_attention
 from tests.kernels.compile_checks import (
@@ -149,9 +149,7 @@ def main() -> None:
             "|---" * len(VARIANT_COLUMNS) + "|",
         ]
         lines += [f"| {' | '.join(row)} |" for row in variant_rows()]
-    temporary = args.out.with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    os.replace(temporary, args.out)
+    write_text(args.out, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

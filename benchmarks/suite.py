@@ -18,7 +18,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from benchmarks.case import (
     Settings,
     Unavailable,
 )
+from hrvlm.files import write_text
 from hrvlm.timing import (
     Ceilings,
     Timing,
@@ -264,10 +264,7 @@ class SuiteRun:
             ],
             "cases": [asdict(case) for case in self.cases],
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(finite(document), indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, self.path)
+        write_text(self.path, json.dumps(finite(document), indent=1, allow_nan=False) + "\n")
 
 
 def worst_difference(outputs: Outputs, expected: Outputs) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from hrvlm.files import write_text
 from hrvlm_kernels import tile_tables
 
 PATH = Path(tile_tables.__file__)
@@ -70,9 +70,7 @@ def render(rows: Mapping[str, Table], chosen: Mapping[str, str]) -> str:
 
 def replace(rows: Mapping[str, Table], chosen: Mapping[str, str], path: Path = PATH) -> None:
     """Write the file, complete or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(render(rows, chosen))
-    os.replace(temporary, path)
+    write_text(path, render(rows, chosen))
 
 
 def _annotation(table: Table) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .evaluation_data import DataSource, Question
+from .files import write_text
 from .generate import GenerateOptions, answer_batch, load_vlm
 from .image_intake import ImageError, load_image
 from .text_metrics import (
@@ -221,10 +222,7 @@ def claim(out: Path, run: dict[str, Any]) -> None:
                 "choose another file, or overwrite it"
             )
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside.with_name(f".{beside.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, beside)
+    write_text(beside, json.dumps(run, indent=2) + "\n")
 
 
 def read_predictions(out: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .collators import VQACollator
 from .encoder_loading import check_model_type, quiet_loading
+from .files import write_text
 from .processors import VLMProcessor, get_tokenizer
 from .sequence_packing import PackedSequenceCollator
 from .trainer import VLMTrainer, VLMTrainingArguments
@@ -274,7 +274,4 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 def write_config(config: TrainingConfig, directory: Path) -> None:
     """Keep the configuration with the run, overrides included."""
-    directory.mkdir(parents=True, exist_ok=True)
-    part = directory / f"{CONFIG_FILE}.part"
-    part.write_text(yaml.safe_dump(dict(config.sections), sort_keys=False), encoding="utf-8")
-    os.replace(part, directory / CONFIG_FILE)
+    write_text(directory / CONFIG_FILE, yaml.safe_dump(dict(config.sections), sort_keys=False))

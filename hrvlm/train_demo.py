@@ -6,7 +6,6 @@ on other lines in that font before and after, and the loss as a picture.
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from .encoder_loading import quiet_loading
+from .files import write_text
 from .reading_score import score
 from .shipped_reader import reader_path
 from .svg import Axis, Series, line_chart
@@ -110,7 +110,7 @@ def train_demo(out: Path, *, held_out: int = 64, epochs: int = EPOCHS) -> DemoRe
     after = score(model, processor, draw, held_out).error_rate
     trainer.save_model()
     picture = out / "loss.svg"
-    _write(picture, _plot(curve.points))
+    write_text(picture, _plot(curve.points))
     return DemoResult(
         NEW_FONT, IMAGES, steps, held_out, before, after, str(out), loss_curve=str(picture)
     )
@@ -123,9 +123,3 @@ def _plot(points: list[tuple[float, float]]) -> str:
         Axis("loss"),
         [Series("training loss", tuple(points))],
     )
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -12,7 +12,6 @@ have it as many times as there are images.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .collators import IGNORE_INDEX
+from .files import write_text
 from .image_intake import load_image
 
 IMAGE_MARKER = "<image>"
@@ -203,10 +203,7 @@ def write_report(directory: Path, most: int = 1000) -> dict[str, Any]:
             rows[entry["row"]] = entry
     counts = Counter(entry["reason"] for entry in rows.values())
     report = {"skipped": dict(counts), "rows": list(rows.values())[:most]}
-    directory.mkdir(parents=True, exist_ok=True)
-    part = directory / f"{REPORT_FILE}.part"
-    part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, directory / REPORT_FILE)
+    write_text(directory / REPORT_FILE, json.dumps(report, indent=2) + "\n")
     return report
 
 

@@ -1,0 +1,53 @@
+"""The experiments on reading run, in a few steps, and write what they say they write."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import reading_ablation, reading_resolution
+from hrvlm.train_demo import train_demo
+
+
+def run_main(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
+    module.main()
+
+
+@pytest.mark.slow
+def test_resolution(tmp_path, monkeypatch):
+    results, plot = tmp_path / "results.json", tmp_path / "plot.svg"
+    options = ("--steps", 1, "--samples", 4, "--seeds", 0, "--results", results, "--plot", plot)
+    run_main(reading_resolution, monkeypatch, *options)
+    runs = json.loads(results.read_text())["runs"]
+    assert [run["max_img_size"] for run in runs] == [224, 768]
+    small, large = (run["cer"] for run in runs)
+    assert large < small  # the reader that both start from reads such lines where it sees them
+    assert "max_img_size=768" in plot.read_text()
+
+
+@pytest.mark.slow
+def test_ablation(tmp_path, monkeypatch):
+    results = tmp_path / "results.json"
+    run_main(reading_ablation, monkeypatch, "--steps", 1, "--seeds", 0, "--results", results)
+    runs = json.loads(results.read_text())["runs"]
+    assert [run["use_rope"] for run in runs] == [True, False]
+    assert all(0 <= run["right"] <= 1 and run["characters"] > 100 for run in runs)
+
+
+def test_what_the_experiments_found():
+    """The committed results say what the documents say of them."""
+    ablation = json.loads(reading_ablation.RESULTS.read_text())["runs"]
+    with_rope = [run["right"] for run in ablation if run["use_rope"]]
+    without = [run["right"] for run in ablation if not run["use_rope"]]
+    assert min(with_rope) > max(without) + 0.03
+
+
+@pytest.mark.slow
+def test_the_reader_learns_a_new_font(tmp_path):
+    result = train_demo(tmp_path / "demo", held_out=32, epochs=1)
+    assert result.error_after < result.error_before
+    assert "training loss" in (tmp_path / "demo" / "loss.svg").read_text()
+    assert (tmp_path / "demo" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="empty"):
+        train_demo(tmp_path / "demo")
