@@ -26,6 +26,7 @@ from .reading import (
 from .reading_score import score
 from .shipped_reader import reader_path
 from .synthetic import RenderOptions
+from .train import last_checkpoint
 from .vision_language_model import VisionLanguageModel
 
 SECTIONS = ("seed", "model", "reading", "optimizer", "training")
@@ -69,14 +70,24 @@ def train_reader(
 
     Args:
         recipe: As `read_recipe` returns it.
-        resume: Go on from the last checkpoint in the output directory.
+        resume: Go on from the last checkpoint in the output directory, if there is one.
         save: Write the model for use when the run is done.
 
     Returns:
         The last metrics.
+
+    Raises:
+        ValueError: the output directory holds a run and `resume` is not given.
     """
+    output_dir = Path(recipe["training"]["output_dir"])
+    checkpoint = last_checkpoint(output_dir)
+    if checkpoint is not None and not resume:
+        raise ValueError(
+            f"{output_dir} holds a run ({checkpoint.name}): --resume goes on with it; or give "
+            "another training.output_dir"
+        )
     trainer = make_trainer(recipe)
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = trainer.evaluate()
     if save:
         target = Path(str(trainer.args.output_dir)) / "reader"

@@ -118,8 +118,10 @@ def test_collated_pointers_follow_the_padding():
 @pytest.mark.slow
 def test_a_resumed_run_is_the_whole_run(tmp_path):
     """Both stages, both optimizers: weights bit for bit, and a model that loads and reads."""
-    whole = train_and_load(recipe_of(tmp_path / "whole"))
+    whole = train_and_load(recipe_of(tmp_path / "whole"), resume=True)  # nothing to resume yet
     train_reader(recipe_of(tmp_path / "parts", max_steps=2), save=False)
+    with pytest.raises(ValueError, match="holds a run"):
+        train_reader(recipe_of(tmp_path / "parts"))
     resumed = train_and_load(recipe_of(tmp_path / "parts"), resume=True)
     assert whole.keys() == resumed.keys() and not any("reading_head" in key for key in whole)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
