@@ -12,6 +12,7 @@ group needs little padding in the language model; groups are independent of each
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ _CANVASES = {
     "panel": ((160, 512), (64, 256)),
 }
 _MAX_ASPECT = 8
+_PATIENCE = 50  # tries with other fonts and texts before a canvas grows
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class RenderOptions:
         max_rotation: Degrees, either way.
         max_noise: Standard deviation of the noise, of 255.
         group: Consecutive samples of one layout and canvas size.
-        scale: Canvas sides are multiplied by this before they are rounded.
+        scale: Canvas sides are multiplied by this before they are rounded; a "line" has a canvas
+            cut to its text.
 
     Raises:
         ValueError: a name is unknown or a number out of range.
@@ -135,17 +138,19 @@ def render(seed: int, index: int, options: RenderOptions | None = None) -> TextI
     layout = group.choices(names, [options.layouts[name] for name in names])[0]
     canvas = _canvas(layout, options, group)
     rng = Random(f"{seed}/sample/{index}")
-    while True:
+    for attempt in itertools.count():
         name = rng.choice(list(options.fonts))
         size = rng.randint(*options.font_sizes)
         ink = _ink(_font(name, size), rng)
-        width, height = canvas
+        # A canvas that is too small for all these fonts grows in the end.
+        growth = 1 + max(0, attempt - _PATIENCE) / _PATIENCE
+        width, height = (round(growth * side) for side in canvas)
         text = ""
         if layout == "line":
             full = options.full_lines
             limit = options.max_characters if full else rng.randint(3, options.max_characters)
             text = phrase(rng, limit, fill=full)
-            width, height = _around(text, ink.font, options, rng)
+            width, height = _around(text, ink.font, rng)
         image = _background(width, height, ink, rng)
         rows = LAYOUTS[layout](ImageDraw.Draw(image), ink, rng, text)
         if rows:
@@ -209,12 +214,12 @@ def _canvas(layout: str, options: RenderOptions, rng: Random) -> tuple[int, int]
             return width, height
 
 
-def _around(text: str, font: Any, options: RenderOptions, rng: Random) -> tuple[int, int]:
+def _around(text: str, font: Any, rng: Random) -> tuple[int, int]:
     """A canvas for one line, with some air around it."""
     unit = 1 if rng.random() < 0.25 else 16
     wide, high = advances(text, font)[-1] + 6, sum(font.getmetrics()) + 2
-    width = math.ceil(wide * options.scale * rng.uniform(1.0, 1.5) / unit) * unit
-    height = math.ceil(high * options.scale * rng.uniform(1.0, 1.6) / unit) * unit
+    width = math.ceil(wide * rng.uniform(1.0, 1.5) / unit) * unit
+    height = math.ceil(high * rng.uniform(1.0, 1.6) / unit) * unit
     return max(width, -(-height // _MAX_ASPECT)), max(height, -(-width // _MAX_ASPECT))
 
 

@@ -105,3 +105,14 @@ def test_held_out_texts_are_not_those_of_training():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         RenderOptions(**options)
+
+
+@pytest.mark.parametrize("layout", ["lines", "receipt", "form", "panel"])
+def test_canvases_too_small_for_the_fonts_grow(layout):
+    options = RenderOptions(layouts={layout: 1.0}, font_sizes=(40, 40), scale=0.3)
+    assert min(render(3, 0, options).image.size) > 40
+
+
+def test_lines_are_whole_at_any_scale():
+    small = RenderOptions(scale=0.3, max_characters=40)
+    assert render(3, 0, small).text == render(3, 0, RenderOptions(max_characters=40)).text
