@@ -254,15 +254,17 @@ def _flash_attn(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids, scale: float) -> Tensor:
     """One scaled_dot_product_attention call per run of equally long segments, never with a mask."""
-    outputs, start = [], 0
-    for count, length in _runs(packed.lengths):
-        rows = slice(start, start + count * length)
-        q_i, k_i, v_i = (a[rows].unflatten(0, (count, length)).transpose(1, 2) for a in (q, k, v))
+    runs = _runs(packed.lengths)
+    sizes = [count * length for count, length in runs]
+    # split, not slices: the gradient of each slice would be a tensor of all rows.
+    pieces = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    outputs = []
+    for run, *rows in pieces:
+        q_i, k_i, v_i = (a.unflatten(0, run).transpose(1, 2) for a in rows)
         out = F.scaled_dot_product_attention(
-            q_i, k_i, v_i, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q_i, k_i, v_i, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-        start = rows.stop
     if not outputs:
         return torch.zeros_like(q)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
