@@ -1,7 +1,7 @@
 # make demo    set up .venv, encode examples/ (features and pictures in demo/), read the text in some
 # make test    the same, then all tests
 # make lint    ruff and mypy
-# make gpu     the GPU tests and the benchmarks, with the python3 at hand: installs nothing
+# make gpu     the GPU tests, then the benchmarks whatever came of them, with the python3 at hand
 # make sanitize  the kernels on small shapes under compute-sanitizer, on a GPU
 # make clean   remove what the others wrote, .venv excepted
 #
@@ -51,8 +51,10 @@ gpu:
 	  || { echo "make gpu: $(PYTHON) has no torch that sees a GPU" >&2; exit 1; }
 	@$(PYTHON) -c 'import pytest_benchmark' 2>/dev/null \
 	  || { echo "make gpu: the benchmarks need pytest-benchmark for $(PYTHON)" >&2; exit 1; }
-	$(BARE) -m pytest tests -m gpu $(PYTEST_ARGS)
-	$(BARE) -m pytest benchmarks $(PYTEST_ARGS)
+	status=0; \
+	$(BARE) -m pytest tests -m gpu $(PYTEST_ARGS) || status=$$?; \
+	$(BARE) -m pytest benchmarks $(PYTEST_ARGS) || status=$$?; \
+	exit $$status
 
 sanitize:
 	@command -v compute-sanitizer >/dev/null \

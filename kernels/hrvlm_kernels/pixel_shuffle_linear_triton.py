@@ -116,10 +116,14 @@ def parts_config(arch: str, dtype: torch.dtype, config: GemmConfig) -> GemmConfi
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed: as ``torch.set_float32_matmul_precision`` says."""
+    """How float32 products are computed: as torch's products on a GPU are.
+
+    Whichever of torch's settings was used: ``torch.get_float32_matmul_precision`` raises after
+    ``torch.backends.fp32_precision`` was set.
+    """
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def count_parts(tiles: int, steps: int, processors: int) -> int:

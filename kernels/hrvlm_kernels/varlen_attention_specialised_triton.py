@@ -39,8 +39,8 @@ def specialised_kernel(
 ):  # fmt: skip
     """A tile of out [T, H, D] and lse [H, T]."""
     i_h, first, n, start = locate_start(cu_seqlens, tiles, H, BM, PARTS)
-    if SKIP:  # the pass that specialises can't take an early return
-        n = tl.where(n <= SKIP, 0, n)
+    # The pass that specialises can't take an early return; a descriptor can't have no rows.
+    stored = tl.where(n > SKIP, n, 0)
     i_m = start + tl.arange(0, BM)
     i_hk = i_h // GROUP
     # Descriptors of the segment alone: rows past its end are zeros, not the neighbour's.
@@ -56,7 +56,7 @@ def specialised_kernel(
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    for s in tl.range(0, n, BN, warp_specialize=True):
+    for s in tl.range(0, stored, BN, warp_specialize=True):
         b_k = k_blocks.load([s, 0])
         qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [BM, BN]
         qk = tl.where((s + i_n < n)[None, :], qk, float("-inf"))
@@ -64,8 +64,8 @@ def specialised_kernel(
         b_v = v_blocks.load([s, 0])
         acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
     acc = acc / total[:, None]
-    store_rows(out + first * stride_ot + i_h * stride_oh, i_m, n, stride_ot, acc, D, BD)
-    tl.store(lse + i_h * T + first + i_m, peak + tl.log2(total), mask=i_m < n)
+    store_rows(out + first * stride_ot + i_h * stride_oh, i_m, stored, stride_ot, acc, D, BD)
+    tl.store(lse + i_h * T + first + i_m, peak + tl.log2(total), mask=i_m < stored)
 
 
 def start_specialised(

@@ -300,6 +300,16 @@ def test_float32_products_follow_torchs_setting():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_float32_products_follow_torchs_newer_setting(setting):
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert kernels.dot_precision(torch.float32) == setting
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 # As a torch citizen
 
 

@@ -1,5 +1,8 @@
 """varlen_attention on a GPU: bfloat16, every tile of the tables, races, waits, other libraries."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -23,6 +26,7 @@ HEAD_DIMS = (32, 64, 80, 96, 128)
 # Images of 224, 448 and 768 px with 5 prefix tokens, windows, and what is around a tile.
 LENGTHS = (201, 789, 2309, 64, 0, 1, 63, 65, 127, 128, 129, 577)
 REPEATS = 20
+ORDER_TIMEOUT_S = 120
 
 
 def gpu_case(lengths=LENGTHS, **options):
@@ -83,7 +87,7 @@ def test_unaligned_tensors(head_dim):
         room = torch.empty(a.numel() + 1, dtype=a.dtype, device=DEVICE)[1:]
         moved.append(room.view(a.shape).copy_(a))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".* does not fit")
         out = varlen_attention(*moved, case.packed, backend="triton")
     check(case, [out], ["out"])
 
@@ -114,7 +118,8 @@ def test_repeats_bit_for_bit(head_dim, rope):
         assert same(kernel_results(case), expected)
 
 
-def test_one_kernel_forward_and_two_backward():
+def test_one_kernel_forward_and_two_backward(monkeypatch):
+    monkeypatch.undo()  # filling what is empty with NaN launches kernels too
     case = gpu_case(head_dim=64)
     kernel_results(case)
     torch.cuda.synchronize()
@@ -142,10 +147,31 @@ def test_short_images_with_rope(head_dim):
 
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("order", ["plain", "ahead", "specialised", "gluon"])
-def test_every_order_of_the_forward(order, head_dim, rope):
+@pytest.mark.parametrize("order", ["plain", "ahead"])
+def test_the_orders_of_the_tables(order, head_dim, rope):
+    skip_unless_hopper()
+    check_order(order, head_dim, rope)
+
+
+@pytest.mark.parametrize("order", ["specialised", "gluon"])
+def test_the_orders_that_no_table_asks_for(order):
+    """In a process of their own: one that hangs or breaks the device takes no other test along."""
+    skip_unless_hopper()
+    calls = [f"check_order({order!r}, {d}, {rope})" for d in (64, 128) for rope in (False, True)]
+    code = "\n".join(["from tests.kernels.test_varlen_attention_gpu import check_order", *calls])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=ORDER_TIMEOUT_S,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def skip_unless_hopper():
     if torch.version.hip or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the orders differ on sm_90 only")
+
+
+def check_order(order, head_dim, rope):
     step, warps = (64, 8) if order in ("plain", "ahead") else (64, 4)
     tiling = Tiling(128, step, warps, 2, order)
     case = gpu_case(head_dim=head_dim, rope=rope)
