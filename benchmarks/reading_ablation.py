@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.suite import commit_here
+from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
 from hrvlm.reader_recipe import make_trainer, read_recipe
 from hrvlm.reading import BLANK, ReadingCollator, ReadingData
@@ -36,15 +37,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     runs = [run(s, use_rope, args.steps) for s in args.seeds for use_rope in (True, False)]
-    machine = describe_device(trained_on()) | {"commit": commit_here()}
+    machine = describe_device(pick_device(None)) | {"commit": commit_here()}
     write_text(args.results, json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
     for entry in runs:
         print(f"use_rope={entry['use_rope']}, seed {entry['seed']}: {entry['right']:.3f} named")
-
-
-def trained_on() -> torch.device:
-    """Where the Trainer puts the model."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(seed: int, use_rope: bool, steps: int | None) -> dict[str, Any]:

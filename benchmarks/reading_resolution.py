@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.suite import commit_here
+from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
 from hrvlm.reader_recipe import make_trainer, read_recipe
 from hrvlm.reading_score import HELD_OUT_SEED, score
@@ -50,7 +51,7 @@ def main() -> None:
             args.results,
             json.dumps(
                 {
-                    "machine": describe_device(trained_on()) | {"commit": commit_here()},
+                    "machine": describe_device(pick_device(None)) | {"commit": commit_here()},
                     "runs": runs,
                 },
                 indent=1,
@@ -60,11 +61,6 @@ def main() -> None:
     write_text(args.plot, plot(runs))
     for entry in runs:
         print(f"max_img_size {entry['max_img_size']}, seed {entry['seed']}: CER {entry['cer']:.3f}")
-
-
-def trained_on() -> torch.device:
-    """Where the Trainer puts the model."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(seed: int, max_img_size: int, steps: int | None, samples: int) -> dict[str, Any]:
@@ -82,8 +78,7 @@ def run(seed: int, max_img_size: int, steps: int | None, samples: int) -> dict[s
     heights: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for index, read in enumerate(result.read):
         sample = render(HELD_OUT_SEED, index, draw)
-        errors = min(edit_distance(read, sample.text), max(len(read), len(sample.text)))
-        for row, value in enumerate((errors, len(sample.text))):
+        for row, value in enumerate((edit_distance(read, sample.text), len(sample.text))):
             heights[sample.font_size // BIN * BIN][row] += value
     return {
         "seed": seed,

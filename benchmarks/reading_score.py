@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import fill
 from benchmarks.suite import commit_here
 from hrvlm import VisionLanguageModel, VLMProcessor
+from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
 from hrvlm.reading_score import HELD_OUT, score
 from hrvlm.shipped_reader import reader_path
@@ -27,7 +29,7 @@ from hrvlm.timing import describe_device
 
 RESULTS = Path(__file__).parent / "results" / "reader.json"
 CARD = Path(__file__).parents[1] / "hrvlm" / "assets" / "reader" / "README.md"
-START, END = "<!-- figures:start -->\n", "<!-- figures:end -->"
+START, END = "<!-- figures:start -->", "<!-- figures:end -->"
 KINDS = {
     "line": "single lines, up to 20 characters, 14 to 32 px, the fonts of training",
     "line, new font": "the same in a font that it has not seen",
@@ -47,13 +49,12 @@ def table(report: dict[str, Any]) -> str:
     ]
     rows.append(f"| the last five together: the full distribution | {report['full_cer']:.1%} | |")
     head = ["| what | character error rate | without an error |", "|---|---|---|"]
-    return "\n".join([*head, *rows]) + "\n"
+    return "\n".join([*head, *rows])
 
 
 def fill_card(report: dict[str, Any]) -> None:
     """Put the table between the card's markers."""
-    before, rest = CARD.read_text(encoding="utf-8").split(START)
-    write_text(CARD, before + START + table(report) + END + rest.split(END)[1])
+    write_text(CARD, fill(CARD.read_text(encoding="utf-8"), table(report), START, END))
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def main() -> None:
     if args.card_only:
         fill_card(json.loads(args.results.read_text(encoding="utf-8")))
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(None)
     path = args.model or reader_path()
     model = VisionLanguageModel.from_pretrained(path, dtype=torch.float32).to(device).eval()
     processor = VLMProcessor.from_pretrained(path)

@@ -30,6 +30,7 @@ GPU_SUITES = {
     "varlen_attention": "varlen_attention",
     "rope_2d": "rope_2d",
     "pixel_shuffle_linear": "pixel_shuffle_linear",
+    "fused_ops": "Fused ops",
     "training": "A training step",
 }
 CPU_SUITES = {
@@ -164,17 +165,17 @@ def readme_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"All numbers, how they were taken, and plots: {link}."])
 
 
-def fill(text: str, table: str) -> str:
+def fill(text: str, table: str, start: str = START, end: str = END) -> str:
     """`text` with the table between the two markers.
 
     Raises:
         ValueError: a marker is missing, occurs twice, or they are in the wrong order.
     """
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"expected one line {START} and, after it, one line {END}")
-    head, rest = text.split(START)
-    _, tail = rest.split(END)
-    return f"{head}{START}\n{table}\n{END}{tail}"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"expected one line {start} and, after it, one line {end}")
+    head, rest = text.split(start)
+    _, tail = rest.split(end)
+    return f"{head}{start}\n{table}\n{end}{tail}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

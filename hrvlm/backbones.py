@@ -58,9 +58,7 @@ def join(
     )
     with torch.device("meta"):
         model = model_class(config)
-    if isinstance(encoder, DINOv3Encoder):
-        without_mask_token(encoder)
-    model.vision_encoder, model.decoder = encoder, decoder
+    model.vision_encoder, model.decoder = without_mask_token(encoder), decoder
     config.text_config = decoder.config
     model.MP.to_empty(device=decoder.device).reset_parameters()
     for parameter in model.parameters():  # not the buffers: RoPE's frequencies stay in float32

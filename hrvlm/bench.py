@@ -184,8 +184,12 @@ def image_sets(
     """The patch grids of each set of images, by its name.
 
     Raises:
-        ValueError: there is no size, or one is not a positive multiple of `patch_size`.
+        ValueError: there is no size, one is not a positive multiple of `patch_size`, or a number
+            is out of range.
     """
+    for name, least in (("tokens", 1), ("mixed", 0), ("seconds", 0)):
+        if not (value := getattr(options, name)) >= least:
+            raise ValueError(f"{name}={value}: expected at least {least}")
     if not options.sizes:
         raise ValueError("sizes: expected at least one, got none")
     sets = {}

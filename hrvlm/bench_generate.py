@@ -103,12 +103,12 @@ def bench_generate(
     for height, width in options.sizes:
         pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         rows.append(_measure(processor, vlm, Image.fromarray(pixels), options, on_run))
-    on_cpu = vlm.device.type == "cpu"
+    on_gpu = vlm.device.type == "cuda"
     return BenchResult(
         model=model,
-        device=str(vlm.device) if on_cpu else torch.cuda.get_device_name(vlm.device),
+        device=torch.cuda.get_device_name(vlm.device) if on_gpu else str(vlm.device),
         dtype=str(vlm.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads() if on_cpu else None,
+        threads=torch.get_num_threads() if vlm.device.type == "cpu" else None,
         new_tokens=options.new_tokens,
         repeats=options.repeats,
         rows=tuple(rows),

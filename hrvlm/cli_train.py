@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -34,7 +34,8 @@ def train(
     """Train or fine-tune a vision-language model.
 
     On several devices: `torchrun --nproc-per-node N --no-python hrvlm train ...`, or with
-    `accelerate launch --no_python`. A file with a section `reading` is a recipe for a reader.
+    `accelerate launch --no_python`. A file with a section `reading` is a recipe for a reader, which
+    is trained on one device.
     """
     if demo == (config is not None):
         raise ValueError("CONFIG or --demo is needed, and not both")
@@ -48,7 +49,11 @@ def train(
 
         sections = read_yaml(config, override or ())
         if "reading" in sections:
-            shown, is_main = _train_reader(sections, resume), True
+            from .reader_recipe import check_sections, train_reader
+
+            check_sections(sections, str(config))
+            # A recipe has one process.
+            shown, is_main = {"metrics": train_reader(sections, resume=resume)}, True
         else:
             from .train import train as run
 
@@ -71,11 +76,3 @@ def _demo(out: Path, as_json: bool) -> None:
         print_json(result.to_json())
     else:
         tables.show_demo(result)
-
-
-def _train_reader(sections: dict[str, Any], resume: bool) -> dict[str, Any]:
-    from .reader_recipe import SECTIONS, train_reader
-
-    if wrong := sorted(set(sections) ^ set(SECTIONS)):
-        raise ValueError(f"sections {wrong}: a recipe with `reading` has exactly {[*SECTIONS]}")
-    return {"metrics": train_reader(sections, resume=resume)}

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .geometry import positive_int
 from .registration import register_models
+from .yaml_files import read_mapping
 
 ARCHITECTURES = {"dinov3": "dinov3_vit", "siglip": "siglip_vision_model"}
 
@@ -79,6 +80,17 @@ _OWN_NAMES = (
     "vlm_extra_tokens",
 )
 _ALIASES = {"resize_to_max_side_len": "allow_upscale"}
+_GONE = {  # nanoVLM's names that have no place here, and what is instead
+    "vit_cls_flag": "DINOv3 always has a CLS token; mp_append_cls hands it to the language model",
+    "lm_base_vocab_size": "the whole vocabulary is lm_vocab_size; from_backbones enlarges it",
+    "extra_token_amount": "the whole vocabulary is lm_vocab_size; from_backbones enlarges it",
+    "lm_max_length": "rows of packed samples are data.sequence_packing of a training config",
+    "lm_use_tokens": "not needed with a language model of transformers",
+    "lm_attn_scaling": "not needed with a language model of transformers",
+    "vlm_load_backbone_weights": "VisionLanguageModel(config) is random, from_backbones pretrained",
+    "vlm_checkpoint_path": "an argument of save_pretrained and from_pretrained",
+    "hf_repo_name": "an argument of push_to_hub",
+}
 _DERIVED = {  # what a config derives from a field unless told, and saves
     "hidden_size": ("head_dim",),
     "num_attention_heads": ("head_dim",),
@@ -241,13 +253,7 @@ class VLMConfig(PreTrainedConfig):
         Raises:
             ValueError: as :meth:`from_names`, or the file is not a mapping.
         """
-        import yaml
-
-        with open(path, encoding="utf-8") as file:
-            names = yaml.safe_load(file)
-        if not isinstance(names, dict):
-            raise ValueError(f"{path}: expected a mapping of names to values, got {names!r}")
-        return cls.from_names(names)
+        return cls.from_names(read_mapping(path))
 
     @classmethod
     def from_names(cls, names: Mapping[str, Any]) -> VLMConfig:
@@ -259,8 +265,8 @@ class VLMConfig(PreTrainedConfig):
         The rest are the attributes of this class; ``resize_to_max_side_len`` is `allow_upscale`.
 
         Raises:
-            ValueError: a name is unknown (the nearest one is named), a value does not fit, or
-                ``mp_image_token_length`` is not 1.
+            ValueError: a name is unknown (the nearest one, or what replaced it, is named), a value
+                does not fit, or ``mp_image_token_length`` is not 1.
         """
         for name in names:
             if name not in _NAMES:
@@ -348,6 +354,8 @@ def _changed(base: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedConfi
 
 
 def _unknown(name: str) -> str:
+    if name in _GONE:
+        return f"unknown name {name!r}, nanoVLM's: {_GONE[name]}"
     nearest = get_close_matches(name, _NAMES, n=1, cutoff=0.0)[0]
     return f"unknown name {name!r}: did you mean {nearest!r}?"
 
@@ -372,8 +380,10 @@ def _refuse_misspelt(kwargs: dict[str, Any]) -> None:
                 f"{name!r} is a name of VLMConfig.from_names and from_yaml; "
                 "here it belongs in vision_config or text_config"
             )
-        if name.startswith(("vit_", "lm_", "mp_")) or get_close_matches(
-            name, _OWN_NAMES, n=1, cutoff=0.8
+        if (
+            name in _GONE
+            or name.startswith(("vit_", "lm_", "mp_"))
+            or get_close_matches(name, _OWN_NAMES, n=1, cutoff=0.8)
         ):
             raise ValueError(_unknown(name))
 

@@ -24,6 +24,7 @@ from .geometry import Geometry
 from .image_intake import load_image
 from .image_processing import get_image_processor
 from .plan import Architecture, forward_cost
+from .timing import synchronize
 
 if TYPE_CHECKING:
     from .encoder_output import PackedEncoderOutput
@@ -261,10 +262,10 @@ def _forward(loaded: LoadedEncoder, pixels: list[Tensor]) -> tuple[PackedEncoder
     on_device = [p.to(encoder.device) for p in pixels]
     try:
         with torch.inference_mode():
-            _wait(encoder.device)
+            synchronize(encoder.device)
             start = time.perf_counter()
             output = encoder(on_device, out_indices=[-2], apply_layernorm=False)
-            _wait(encoder.device)
+            synchronize(encoder.device)
             return output, time.perf_counter() - start
     except torch.OutOfMemoryError as error:
         area = sum(p.shape[1] * p.shape[2] for p in pixels) // encoder.patch_size**2
@@ -279,11 +280,6 @@ def _warm_up(loaded: LoadedEncoder) -> None:
     encoder = loaded.encoder
     if encoder.device.type != "cpu":
         _forward(loaded, [torch.zeros(3, 4 * encoder.patch_size, 4 * encoder.patch_size)])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _account(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from . import __version__
 from .encoder_loading import LoadedEncoder
+from .files import replacing
 from .visualize import pca_colors, sheet
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ class ResultWriter:
 
     def _write(self, image: EncodedImage, suffix: str, save: Callable[[Path], Any]) -> Path:
         target = self._directory / f"{self._names[image.path]}{suffix}"
-        with _replacing(target) as temporary:
+        with replacing(target) as temporary:
             save(temporary)
         return target
 
@@ -172,14 +171,3 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
 def _readable(name: str) -> str:
     """A file's name without the bytes that are no characters."""
     return name.encode("utf-8", "replace").decode("utf-8")
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary name beside `target` that takes its place when the block ends well."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

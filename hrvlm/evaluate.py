@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -120,15 +120,17 @@ def evaluate(
         "max_new_tokens": options.max_new_tokens,
         "num_beams": options.num_beams,
     }
+    batches = _batches(islice(source.questions(), options.limit), options.batch_size)
+    first = next(batches)  # bad data, or a bad model, costs no answers that are there
+    processor = vlm = None
     if overwrite:
+        processor, vlm = load_vlm(model, device=device, dtype=dtype)
         out.unlink(missing_ok=True)
     claim(out, run)
     done = {line["id"] for line in read_predictions(out)}
-    questions = islice(source.questions(), options.limit)
     keys: set[str] = set()
-    processor = vlm = None
     with open(out, "a", encoding="utf-8") as file:
-        for batch in _batches(questions, options.batch_size):
+        for batch in chain([first], batches):
             keys.update(question.key for question in batch)
             waiting = [question for question in batch if question.key not in done]
             if waiting and vlm is None:

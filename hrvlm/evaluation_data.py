@@ -1,15 +1,8 @@
 """Questions with reference answers, from the same rows that training takes.
 
-A row (see :mod:`hrvlm.training_samples`) is in the form of FineVision,
-
-    {"images": [...], "texts": [{"user": "What is it?", "assistant": "A cat"}, ...]}
-
-where each turn is a question that is asked with the turns before it (and their reference answers)
-in the conversation, or it is one question:
-
-    {"image": ..., "question": "What is it?", "answer": "A cat"}
-
-In place of "assistant" or "answer" there may be "answers", a list: those of several people.
+The forms of a row are in :mod:`hrvlm.data_rows`. Each turn is a question that is asked with the
+turns before it (and their reference answers) in the conversation. In place of "assistant" or
+"answer" there may be "answers", a list: those of several people.
 """
 
 from __future__ import annotations
@@ -19,8 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .data_rows import (
+    IMAGE_MARKER,
+    check_markers,
+    images_of,
+    messages_of,
+    records_of,
+    text_of,
+    turns_of,
+)
 from .training_config import FineVision, JsonL, Parquet, SourceConfig
-from .training_samples import IMAGE_MARKER
 from .training_sources import open_source
 
 
@@ -48,23 +49,8 @@ class Question:
         return self.turns[-1][0]
 
     def conversation(self, images: Sequence[Any]) -> list[dict[str, Any]]:
-        """The messages up to this question, with the images opened.
-
-        They stand where the texts have ``<image>``, or in front of the first.
-        """
-        users = [user for user, _ in self.turns]
-        marked = any(IMAGE_MARKER in user for user in users)
-        waiting = iter(images)
-        messages: list[dict[str, Any]] = []
-        for t, (user, assistant) in enumerate(self.turns):
-            content = [] if marked or t else [_image(image) for image in images]
-            for k, text in enumerate(user.split(IMAGE_MARKER)):
-                content += [_image(next(waiting))] if k else []
-                content += [{"type": "text", "text": text}] if text else []
-            answer = [{"type": "text", "text": assistant}]
-            messages.append({"role": "user", "content": content})
-            messages.append({"role": "assistant", "content": answer})
-        return messages[:-1]
+        """The messages up to this question, with the images opened."""
+        return messages_of(images, self.turns)[:-1]
 
 
 @dataclass(frozen=True)
@@ -93,6 +79,7 @@ class DataSource:
             OSError: there is no such file or dataset.
         """
         source = open_source(self._config())
+        i = None
         for i, (_, row) in enumerate(source.rows(seed=0, epoch=0, shard=0, shards=1)):
             try:
                 yield from questions_of(i, row)
@@ -100,6 +87,8 @@ class DataSource:
                 if i == 0:
                     raise ValueError(f"{self.data}: row 0: {error}") from error
                 yield Question(str(i), problem=str(error))
+        if i is None:
+            raise ValueError(f"{self.data}: it has no rows")
 
     def _config(self) -> SourceConfig:
         root = None if self.image_root is None else str(self.image_root)
@@ -116,62 +105,35 @@ def questions_of(index: int, row: Any) -> list[Question]:
     """The questions of a row.
 
     Raises:
-        ValueError: it is in none of the forms at the top of this file.
+        ValueError: it is in none of the forms.
     """
-    if not isinstance(row, Mapping):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
-    images = _images_of(row)
-    texts, names = row.get("texts"), ("user", "assistant")
-    if texts is None:
-        texts, names = [row], ("question", "answer")
+    images = tuple(images_of(row))
+    texts, asked, answered = turns_of(row)
     turns: tuple[tuple[str, str], ...] = ()
     found = []
     for t, turn in enumerate(texts):
-        references = _references(turn, names[1])
-        turns = (*turns, (_text(turn, names[0]), references[0]))
+        references = _references(t, turn, answered)
+        turns = (*turns, (text_of(t, turn, asked), references[0]))
         key = f"{index}.{t}" if len(texts) > 1 else str(index)
         found.append(Question(key, images, turns, references))
-    if not found:
-        raise ValueError("texts: no turns")
+    check_markers(len(images), [user for user, _ in turns])
     marks = [sum(user.count(IMAGE_MARKER) for user, _ in q.turns) for q in found]
     if not marks[-1]:
         return found
-    if marks[-1] != len(images):
-        raise ValueError(f"{len(images)} images, but {marks[-1]} times {IMAGE_MARKER} in the texts")
     # A question knows the images up to it only.
     return [replace(q, images=images[:mark]) for q, mark in zip(found, marks, strict=True)]
 
 
-def _image(image: Any) -> dict[str, Any]:
-    return {"type": "image", "image": image}
-
-
-def _images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    images = row.get("images")
-    if images is None:
-        images = [] if row.get("image") is None else [row["image"]]
-    if not isinstance(images, list | tuple):
-        raise ValueError(f"images: expected a list, got {type(images).__name__}")
-    return tuple(
-        (i.get("path") if i.get("bytes") is None else i["bytes"]) if isinstance(i, Mapping) else i
-        for i in images
-    )
-
-
-def _text(turn: Any, name: str) -> str:
-    value = turn.get(name) if isinstance(turn, Mapping) else None
-    if not isinstance(value, str):
-        raise ValueError(f"expected a text in {name!r}, got {value!r:.60}")
-    return value
-
-
-def _references(turn: Any, single: str) -> tuple[str, ...]:
+def _references(index: int, turn: Any, single: str) -> tuple[str, ...]:
     answers = turn.get("answers") if isinstance(turn, Mapping) else None
     if answers is None:
-        return (_text(turn, single),)
+        return (text_of(index, turn, single),)
     # VQAv2's own files have {"answer": ..., "answer_confidence": ...} for each person.
-    said = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
+    said = [
+        answer.get("answer") if isinstance(answer, Mapping) else answer
+        for answer in records_of(f"turn {index}: answers", answers)
+    ]
     texts = tuple(text for text in said if isinstance(text, str))
     if not texts or len(texts) < len(said):
-        raise ValueError(f"expected texts in 'answers', got {answers!r:.60}")
+        raise ValueError(f"turn {index}: expected texts in 'answers', got {answers!r:.60}")
     return texts

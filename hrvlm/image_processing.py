@@ -189,11 +189,11 @@ class ImageProcessor:
 def get_image_processor(
     max_img_size: int,
     splitted_image_size: int | None = None,
+    *,
     single_image_mode: bool = True,
     vit_patch_size: int = 16,
     pixel_shuffle_factor: int = 4,
     allow_upscale: bool = True,
-    *,
     image_mean: Sequence[float] = IMAGENET_MEAN,
     image_std: Sequence[float] = IMAGENET_STD,
     background: Sequence[int] = WHITE,

@@ -5,7 +5,7 @@ The tokenizer is byte-level: one token per ASCII character, so that the language
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -30,21 +30,25 @@ CHAT_TEMPLATE = (
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """256 bytes and five special tokens; pads on the left; with a chat template."""
-    special = [PAD, END, USER, ANSWER]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=byte_backend([PAD, END, USER, ANSWER]),
         pad_token=PAD,
         eos_token=END,
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
         extra_special_tokens={"image_token": IMAGE_TOKEN},
     )
+
+
+def byte_backend(special: Sequence[str]) -> Tokenizer:
+    """A token for each of 256 bytes, after the special ones; they never merge."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([*special])
+    return backend
 
 
 def new_reader(

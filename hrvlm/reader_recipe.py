@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
@@ -26,8 +25,9 @@ from .reading import (
 from .reading_score import score
 from .shipped_reader import reader_path
 from .synthetic import RenderOptions
-from .train import last_checkpoint
+from .train import checkpoint_to_resume
 from .vision_language_model import VisionLanguageModel
+from .yaml_files import read_mapping
 
 SECTIONS = ("seed", "model", "reading", "optimizer", "training")
 
@@ -55,12 +55,17 @@ def read_recipe(path: str | PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the file is not a mapping, or a section is unknown or missing.
     """
-    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: expected a mapping of sections, got {recipe!r}")
-    if wrong := sorted(set(recipe) ^ set(SECTIONS)):
-        raise ValueError(f"{path}: sections {wrong}: expected exactly {list(SECTIONS)}")
+    recipe = read_mapping(path)
+    check_sections(recipe, str(path))
     return recipe
+
+
+def check_sections(recipe: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError where a section of the recipe `name` is unknown or missing."""
+    if wrong := sorted(set(recipe) ^ set(SECTIONS)):
+        raise ValueError(
+            f"{name}: sections {wrong}: a recipe with `reading` has exactly {[*SECTIONS]}"
+        )
 
 
 def train_reader(
@@ -77,15 +82,12 @@ def train_reader(
         The last metrics.
 
     Raises:
-        ValueError: the output directory holds a run and `resume` is not given.
+        ValueError: the output directory is missing, or holds a run and `resume` is not given.
     """
-    output_dir = Path(recipe["training"]["output_dir"])
-    checkpoint = last_checkpoint(output_dir)
-    if checkpoint is not None and not resume:
-        raise ValueError(
-            f"{output_dir} holds a run ({checkpoint.name}): --resume goes on with it; or give "
-            "another training.output_dir"
-        )
+    output_dir = recipe["training"].get("output_dir")
+    if output_dir is None:
+        raise ValueError("training.output_dir is missing: where checkpoints and the reader go")
+    checkpoint = checkpoint_to_resume(Path(output_dir), resume)
     trainer = make_trainer(recipe)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = trainer.evaluate()
@@ -96,19 +98,30 @@ def train_reader(
 
 
 def make_trainer(recipe: Mapping[str, Any]) -> RecipeTrainer:
-    """Model, data and optimizer of a recipe, ready to train."""
+    """Model, data and optimizer of a recipe, ready to train.
+
+    Raises:
+        ValueError: several processes, several GPUs in one, or a name that is unknown or missing.
+    """
     set_seed(recipe["seed"])
     model, processor = make_model(recipe["model"])
     reading = reading_options(recipe["reading"])
-    arguments = TrainingArguments(
-        **{
+    arguments = _made(
+        "training",
+        TrainingArguments,
+        {
             "report_to": "none",
             "remove_unused_columns": False,
             "seed": recipe["seed"],
             "use_cpu": not torch.cuda.is_available(),
         }
-        | recipe["training"]
+        | recipe["training"],
     )
+    if (devices := arguments.world_size * max(1, arguments.n_gpu)) > 1:
+        raise ValueError(
+            f"{devices} devices: a reader is trained on one, by one process without torchrun; "
+            "CUDA_VISIBLE_DEVICES=0 hides the other GPUs"
+        )
     batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps
     data = ReadingData(processor, reading, recipe["seed"], batch_size, arguments.max_steps)
     trainer = RecipeTrainer(
@@ -120,7 +133,8 @@ def make_trainer(recipe: Mapping[str, Any]) -> RecipeTrainer:
         data_collator=ReadingCollator(processor),
         eval_dataset=data,
     )
-    trainer.optimizer = make_optimizer(model, **recipe["optimizer"])
+    optimizer = {"model": model} | recipe["optimizer"]
+    trainer.optimizer = _made("optimizer", make_optimizer, optimizer)
     return trainer
 
 
@@ -146,11 +160,26 @@ def save_reader(model: Any, processor: Any, target: Path) -> None:
 
 
 def reading_options(section: Mapping[str, Any]) -> ReadingOptions:
-    """The recipe's section `reading` as options."""
-    stages = [
-        Stage(**{**stage, "draw": RenderOptions(**stage["draw"])}) for stage in section["stages"]
-    ]
-    return ReadingOptions(**{**section, "stages": stages})
+    """The recipe's section `reading` as options.
+
+    Raises:
+        ValueError: there are no stages, or a name is unknown.
+    """
+    stages = []
+    for i, stage in enumerate(section.get("stages") or ()):
+        where = f"reading.stages[{i}]"
+        draw = _made(f"{where}.draw", RenderOptions, stage.get("draw", {}))
+        stages.append(_made(where, Stage, {**stage, "draw": draw}))
+    if not stages:
+        raise ValueError("reading.stages: expected at least one")
+    return _made("reading", ReadingOptions, {**section, "stages": stages})
+
+
+def _made(name: str, make: Callable[..., Any], section: Mapping[str, Any]) -> Any:
+    try:
+        return make(**section)
+    except TypeError as error:  # a name that it does not know, or one that is missing
+        raise ValueError(f"{name}: {error}") from error
 
 
 def make_optimizer(

@@ -26,7 +26,7 @@ class ReadingScore:
     """What a model read.
 
     Attributes:
-        errors: Edits from what was read to what is written, at most the longer's length per sample.
+        errors: Edits from what was read to what is written.
         characters: Written in all samples.
         exact: Samples without an error.
         samples: Number of samples.
@@ -81,7 +81,7 @@ def score(
         model.train(training)
     errors = [edit_distance(read[i], drawn[i].text) for i in range(samples)]
     return ReadingScore(
-        errors=sum(min(e, max(len(read[i]), len(drawn[i].text))) for i, e in enumerate(errors)),
+        errors=sum(errors),
         characters=sum(len(sample.text) for sample in drawn),
         exact=errors.count(0),
         samples=samples,

@@ -66,7 +66,7 @@ def lines(draw: ImageDraw.ImageDraw, ink: Ink, rng: Random, text: str) -> Rows:
 def _block(draw: ImageDraw.ImageDraw, ink: Ink, rng: Random, fill: bool) -> Rows:
     width, height = draw.im.size
     step, line_height = _steps(ink.font, rng)
-    most = int((height - 2 - line_height) // step) + 1 if height >= line_height + 2 else 0
+    most = _most_rows(height - 2, line_height, step)
     if most < 1:
         return []
     count = most if fill else rng.randint(1, min(most, 8))
@@ -94,7 +94,7 @@ def receipt(draw: ImageDraw.ImageDraw, ink: Ink, rng: Random, text: str) -> Rows
     """A heading, rows of an item and its price, a rule and the total."""
     width, height = draw.im.size
     step, line_height = _steps(ink.font, rng)
-    most = int((height - 4 - line_height) // step) + 1 if height >= line_height + 4 else 0
+    most = _most_rows(height - 4, line_height, step)
     if most < 3:
         return []
     heading = _fitted(phrase(rng, 16), ink.font, width)
@@ -121,7 +121,7 @@ def form(draw: ImageDraw.ImageDraw, ink: Ink, rng: Random, text: str) -> Rows:
     width, height = draw.im.size
     step, line_height = _steps(ink.font, rng)
     step += 6
-    most = int((height - 8 - line_height) // step) + 1 if height >= line_height + 8 else 0
+    most = _most_rows(height - 8, line_height, step)
     if most < 1:
         return []
     column = round(width * rng.uniform(0.35, 0.5))
@@ -190,6 +190,11 @@ def _steps(font: Any, rng: Random) -> tuple[float, int]:
     """Distance of two lines, and the height of one."""
     ascent, descent = font.getmetrics()
     return (ascent + descent) * rng.uniform(1.0, 1.3), ascent + descent
+
+
+def _most_rows(room: int, line_height: int, step: float) -> int:
+    """How many lines `step` pixels apart fit `room` pixels; below 1 where not even one does."""
+    return int((room - line_height) // step) + 1
 
 
 def advances(text: str, font: Any) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,7 +27,6 @@ from .training_sources import RowSource, open_source
 from .vision_language_model import VisionLanguageModel
 
 CONFIG_FILE = "train.yaml"
-_SMALL_NUMBER = re.compile(r"\d+(\.\d*)?[eE][+-]?\d+")
 _STATE_FILE = "trainer_state.json"  # the last that Trainer writes into a checkpoint
 
 
@@ -68,12 +66,7 @@ def train(config: TrainingConfig, *, resume: bool = False) -> TrainResult:
     """
     args = training_arguments(config)
     output_dir = Path(str(args.output_dir))
-    checkpoint = last_checkpoint(output_dir)
-    if checkpoint is not None and not resume:
-        raise ValueError(
-            f"{output_dir} holds a run ({checkpoint.name}): --resume goes on with it; or give "
-            "another training.output_dir"
-        )
+    checkpoint = checkpoint_to_resume(output_dir, resume)
     set_seed(args.seed)
     with quiet_loading():
         model, processor = load_model(config.model)
@@ -116,12 +109,8 @@ def training_arguments(config: TrainingConfig) -> VLMTrainingArguments:
 
 
 def _as_meant(name: str, value: Any) -> Any:
-    """YAML takes `no` for False and 1e-4 (without a point) for text."""
-    if value is False and name.endswith("_strategy"):
-        return "no"
-    if isinstance(value, str) and _SMALL_NUMBER.fullmatch(value):
-        return float(value)
-    return value
+    """YAML takes `no` for False."""
+    return "no" if value is False and name.endswith("_strategy") else value
 
 
 def load_model(config: ModelConfig) -> tuple[VisionLanguageModel, VLMProcessor]:
@@ -270,6 +259,21 @@ def last_checkpoint(directory: Path) -> Path | None:
         if (path / _STATE_FILE).is_file() and path.name.rpartition("-")[2].isdigit()
     ]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def checkpoint_to_resume(directory: Path, resume: bool) -> Path | None:
+    """The last checkpoint of a directory; None if there is none, and a run begins.
+
+    Raises:
+        ValueError: there is one, and `resume` is not given.
+    """
+    checkpoint = last_checkpoint(directory)
+    if checkpoint is not None and not resume:
+        raise ValueError(
+            f"{directory} holds a run ({checkpoint.name}): --resume goes on with it; or give "
+            "another training.output_dir"
+        )
+    return checkpoint
 
 
 def write_config(config: TrainingConfig, directory: Path) -> None:

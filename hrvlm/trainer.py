@@ -20,8 +20,6 @@ from transformers import Trainer, TrainingArguments
 
 from .optimizers import CombinedOptimizer
 from .training_data import SampleStream
-from .vision_language_model import without_mask_token
-from .vision_transformer import DINOv3Encoder
 
 PARTS = ("vision", "projector", "language")
 OPTIMIZERS = ("adamw", "muon")
@@ -62,6 +60,8 @@ class VLMTrainingArguments(TrainingArguments):
         """Check what TrainingArguments does not know."""
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={self.optimizer!r}: expected one of {[*OPTIMIZERS]}")
+        if isinstance(self.freeze, str):
+            raise ValueError(f"freeze={self.freeze!r}: expected a list of {[*PARTS]}")
         if unknown := sorted(set(self.freeze) - set(PARTS)):
             raise ValueError(f"freeze={self.freeze}: unknown {unknown}, expected of {[*PARTS]}")
         if set(self.freeze) == set(PARTS):
@@ -91,9 +91,6 @@ class VLMTrainer(Trainer):
     args: VLMTrainingArguments
 
     def __init__(self, model: Any, args: VLMTrainingArguments, **kwargs: Any):
-        encoder = getattr(model, "vision_encoder", None)
-        if isinstance(encoder, DINOv3Encoder):
-            without_mask_token(encoder)  # loading a checkpoint makes it a parameter to train again
         freeze_parts(model, args.freeze)
         if args.n_gpu > 1:
             raise ValueError(

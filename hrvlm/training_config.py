@@ -5,8 +5,8 @@ model: {vision: ..., language: ..., tokenizer: ..., max_img_size: 1024}    pretr
 model: {vit_hidden_dim: 384, ..., lm_tokenizer: ...}    nanoVLM's names, random weights
 
 data:
-train: {kind: jsonl, path: train.jsonl}   one source, or a list of them
-eval: {kind: jsonl, path: eval.jsonl}
+    train: {kind: jsonl, path: train.jsonl}   one source, or a list of them
+    eval: {kind: jsonl, path: eval.jsonl}
 training: {output_dir: runs/second, max_steps: 1000, learning_rate_vision: 1.0e-5, ...}
 """
 
@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-import yaml
+from .yaml_files import parse_yaml, read_mapping
 
 _PARTS = ("vision", "language", "tokenizer")
 
@@ -200,7 +199,7 @@ class TrainingConfig:
             raise ValueError(f"section {missing[0]!r} is missing; expected {[*known]}")
         training = _mapping(sections["training"], "training")
         check_training_names(training)
-        if "output_dir" not in training:
+        if training.get("output_dir") is None:
             raise ValueError("training.output_dir is missing: where checkpoints go")
         model, data = _model_config(sections["model"]), _data_config(sections["data"])
         return cls(model, data, training, dict(sections))
@@ -214,27 +213,27 @@ def read_yaml(path: str | PathLike[str], overrides: Sequence[str] = ()) -> dict[
         overrides: As of :meth:`TrainingConfig.from_yaml`; a number steps into a list.
 
     Raises:
-        ValueError: the file is no mapping in YAML, or an override has no "=" or leads nowhere.
+        ValueError: the file is no mapping in YAML, or an override has no "=", is no YAML or leads
+            nowhere.
     """
-    try:
-        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: no YAML: {error}") from error
-    sections = _mapping(sections, str(path))
+    sections = read_mapping(path)
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r}: expected name=value, as training.max_steps=10")
-        _set(sections, name, yaml.safe_load(value))
+        _set(sections, name, parse_yaml(value, repr(override)))
     return sections
 
 
 def check_training_names(training: Mapping[str, Any]) -> None:
-    """Raise ValueError where a name is no field of VLMTrainingArguments."""
+    """Raise ValueError where a name is no field of VLMTrainingArguments, or a number is text."""
     from .trainer import VLMTrainingArguments
 
-    known = [f.name for f in dataclasses.fields(VLMTrainingArguments) if f.init]
-    _check_names(training, known, "training.")
+    defaults = {f.name: f.default for f in dataclasses.fields(VLMTrainingArguments) if f.init}
+    _check_names(training, [*defaults], "training.")
+    for name, value in training.items():
+        if isinstance(value, str) and type(defaults[name]) in (int, float):
+            raise ValueError(f"training.{name}={value!r}: expected a number")
 
 
 def _set(sections: dict[str, Any], name: str, value: Any) -> None:

@@ -1,12 +1,6 @@
 """From a row of a data set to a sample to train on: images opened, chat rendered, answers labelled.
 
-A row is in the form of FineVision, or has one question and answer:
-
-    {"images": [...], "texts": [{"user": "What is it?", "assistant": "A cat"}, ...]}
-    {"image": ..., "question": "What is it?", "answer": "A cat"}
-
-The images stand in front of the first question, or where the users' texts have ``<image>``, if they
-have it as many times as there are images.
+The forms of a row are in :mod:`hrvlm.data_rows`.
 """
 
 from __future__ import annotations
@@ -21,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .collators import IGNORE_INDEX
+from .data_rows import images_of, messages_of, text_of, turns_of
 from .files import write_text
 from .image_intake import load_image
 
-IMAGE_MARKER = "<image>"
 SKIPS_FILE, REPORT_FILE = "skipped.jsonl", "data_report.json"
 _BAD_IMAGE, _BAD_ROW, _TOO_LONG, _NO_ANSWER = "bad image", "bad row", "too long", "no answer"
 _GIVE_UP_AFTER = 1000
@@ -67,7 +61,7 @@ class SampleMaker:
         """``input_ids`` and ``labels`` [L], with ``pixel_values`` and ``image_grid_hw`` if any.
 
         Args:
-            row: As at the top of this file.
+            row: In a form of :mod:`hrvlm.data_rows`.
             where: The row's name in the report.
 
         Returns:
@@ -91,11 +85,10 @@ class SampleMaker:
         return sample
 
     def _sample(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
-        images, turns = _images_of(row), _turns_of(row)
-        opened = [self._opened(i, image) for i, image in enumerate(images)]
         try:
-            messages = _messages(opened, turns)
-            pieces = self._pieces(messages)
+            images, turns = images_of(row), _question_and_answer(row)
+            opened = [self._opened(i, image) for i, image in enumerate(images)]
+            pieces = self._pieces(messages_of(opened, turns))
         except ValueError as error:
             raise SkippedError(_BAD_ROW, str(error)) from error
         sample, strings = {}, iter(())
@@ -207,67 +200,6 @@ def write_report(directory: Path, most: int = 1000) -> dict[str, Any]:
     return report
 
 
-def _images_of(row: Any) -> list[Any]:
-    if not isinstance(row, Mapping):
-        raise SkippedError(_BAD_ROW, f"expected an object, got {type(row).__name__}")
-    images = row.get("images")
-    if images is None:
-        images = [] if row.get("image") is None else [row["image"]]
-    if not isinstance(images, list | tuple):
-        raise SkippedError(_BAD_ROW, f"images: expected a list, got {type(images).__name__}")
-    return [_source_of(image) for image in images]
-
-
-def _source_of(image: Any) -> Any:
-    """What `load_image` takes; datasets' undecoded images are {"bytes": ..., "path": ...}."""
-    if isinstance(image, Mapping):
-        return image.get("path") if image.get("bytes") is None else image["bytes"]
-    return image
-
-
-def _turns_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    turns = row.get("texts")
-    names = ("user", "assistant")
-    if turns is None:
-        turns, names = [row], ("question", "answer")
-    if isinstance(turns, Mapping):  # a column of structs, as older datasets write it
-        turns = [
-            dict(zip(turns, texts, strict=True)) for texts in zip(*turns.values(), strict=True)
-        ]
-    found = []
-    for t, turn in enumerate(turns):
-        user, assistant = (_text(t, turn, name) for name in names)
-        found.append((user, assistant))
-    if not found:
-        raise SkippedError(_BAD_ROW, "texts: no turns")
-    return found
-
-
-def _text(index: int, turn: Any, name: str) -> str:
-    text = turn.get(name) if isinstance(turn, Mapping) else None
-    if not isinstance(text, str):
-        raise SkippedError(_BAD_ROW, f"turn {index}: expected a text in {name!r}, got {text!r:.60}")
-    return text
-
-
-def _messages(images: list[Any], turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """A chat whose images stand where the marker is, or in front."""
-    marked = sum(user.count(IMAGE_MARKER) for user, _ in turns)
-    if marked not in (0, len(images)):
-        raise ValueError(f"{len(images)} images, but {marked} times {IMAGE_MARKER} in the texts")
-    waiting = iter(images)
-    messages = []
-    for t, (user, assistant) in enumerate(turns):
-        content = []
-        if not marked and t == 0:
-            content += [{"type": "image", "image": image} for image in images]
-        for k, text in enumerate(user.split(IMAGE_MARKER) if marked else [user]):
-            if k:
-                content.append({"type": "image", "image": next(waiting)})
-            if text:
-                content.append({"type": "text", "text": text})
-        messages += [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": [{"type": "text", "text": assistant}]},
-        ]
-    return messages
+def _question_and_answer(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    turns, user, assistant = turns_of(row)
+    return [(text_of(t, turn, user), text_of(t, turn, assistant)) for t, turn in enumerate(turns)]

@@ -63,6 +63,11 @@ def _dataset(config: FineVision | Parquet) -> Any:
 
     path = Path(config.path)
     rows: Any
+    if isinstance(config, FineVision) and path.is_file():
+        raise ValueError(
+            f"{path}: a file; of files, JSON lines (.jsonl) and Parquet (.parquet) are read, each "
+            "by its own kind of source"
+        )
     if isinstance(config, Parquet):
         rows = datasets.load_dataset(
             "parquet", data_files=config.path, split="train", streaming=config.streaming

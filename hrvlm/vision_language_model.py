@@ -11,7 +11,7 @@ sample follows from the placeholders: see `placeholders.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hrvlm_kernels import PackedGrids
 
-from .config import VLMConfig
+from .config import ARCHITECTURES, VLMConfig
 from .modality_projector import ModalityProjector
 from .patches import unpatchify
 from .placeholders import (
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from .vision_transformer import DINOv3Encoder
 
+Encoder = TypeVar("Encoder", bound=PreTrainedModel)
 Grids = Tensor | Sequence[Sequence[int]]
 
 
@@ -112,6 +113,14 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         from .backbones import join
 
         return join(cls, vision, language, tokenizer, dtype, options)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, whose loading makes a parameter to train of the mask token too."""
+        loaded: Any = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        without_mask_token(model.vision_encoder)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -370,9 +379,11 @@ def _new_encoder(config: VLMConfig) -> DINOv3Encoder | SiglipVisionModel:
     return without_mask_token(DINOv3Encoder(config.vision_config))
 
 
-def without_mask_token(encoder: DINOv3Encoder) -> DINOv3Encoder:
+def without_mask_token(encoder: Encoder) -> Encoder:
     """Leave the mask token out of training: nothing is masked here, and DDP waits for gradients."""
-    encoder.embeddings.mask_token.requires_grad_(False)
+    if encoder.config.model_type == ARCHITECTURES["dinov3"]:
+        embeddings: Any = encoder.embeddings
+        embeddings.mask_token.requires_grad_(False)
     return encoder
 
 

@@ -57,9 +57,14 @@ def test_sets_of_images_and_what_is_refused():
     assert list(image_sets(BenchOptions(mixed=0), 16, 5)) == ["224x224", "768x768", "1024x1024"]
     longer = {max(grid) for grid in image_sets(TINY, 16, 5)["mixed"]}
     assert longer <= {2, 3}
-    for sizes, message in [((), "at least one"), ((40,), "40 is not a positive multiple of 16")]:
+    for wrong, message in [
+        ({"sizes": ()}, "at least one"),
+        ({"sizes": (40,)}, "40 is not a positive multiple of 16"),
+        ({"mixed": -1}, "mixed=-1: expected at least 0"),
+        ({"seconds": float("nan")}, "seconds=nan: expected at least 0"),
+    ]:
         with pytest.raises(ValueError, match=message):
-            image_sets(BenchOptions(sizes=sizes), 16, 5)
+            image_sets(BenchOptions(**wrong), 16, 5)
     with pytest.raises(ValueError, match="dtype must be float32 or bfloat16"):
         bench(torch.device("cpu"), TINY, dtype=torch.float16)
 

@@ -130,7 +130,9 @@ def test_images_of_the_function_are_packed(processor):
     pixels, grids = pack_images([image for image, _ in images], PATCH)
     assert torch.equal(batch["pixel_values"], pixels)
     assert batch["image_grid_hw"].tolist() == [list(grid) for grid in grids]
-    split = get_image_processor(64, 32, False, vit_patch_size=PATCH, pixel_shuffle_factor=2)
+    split = get_image_processor(
+        64, 32, single_image_mode=False, vit_patch_size=PATCH, pixel_shuffle_factor=2
+    )
     tiles = split(picture(64, 32))
     batch = BaseCollator(processor)([{"input_ids": [5], "images": [tiles]}])
     assert batch["image_grid_hw"].tolist() == [[4, 4]] * 3

@@ -106,6 +106,17 @@ def test_an_unknown_name_is_refused_with_the_nearest(tmp_path, wrong, nearest):
         VLMConfig(**{wrong: 4})
 
 
+@pytest.mark.parametrize("make", [lambda n: VLMConfig(**n), VLMConfig.from_names])
+@pytest.mark.parametrize(
+    ("gone", "instead"),
+    [("vit_cls_flag", "mp_append_cls"), ("lm_max_length", "packing"), ("hf_repo_name", "push_to")],
+)
+def test_a_name_that_was_dropped_is_refused_with_what_replaced_it(make, gone, instead):
+    with pytest.raises(ValueError, match=f"'{gone}'.*{instead}") as refused:
+        make({gone: None})
+    assert "did you mean" not in str(refused.value)
+
+
 def test_sizes_of_the_parts_are_not_taken_for_own_options():
     with pytest.raises(ValueError, match=r"'vit_patch_size' is a name of VLMConfig.from_names"):
         VLMConfig(vit_patch_size=8)
@@ -136,6 +147,15 @@ def test_a_fixed_number_of_tokens_per_image_is_refused(make):
 def test_values_that_do_not_fit_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         VLMConfig.from_names(names)
+
+
+def test_a_small_number_of_a_yaml_needs_no_point(tmp_path):
+    path = tmp_path / "names.yaml"
+    path.write_text("vit_ln_eps: 1e-6\n")
+    assert VLMConfig.from_yaml(path).vision_config.layer_norm_eps == 1e-6
+    path.write_bytes(b"\xff\x81")
+    with pytest.raises(ValueError, match=r"names.yaml: no text"):
+        VLMConfig.from_yaml(path)
 
 
 def test_a_yaml_that_is_no_mapping_is_refused(tmp_path):

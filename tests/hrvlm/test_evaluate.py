@@ -125,6 +125,10 @@ def test_answers_of_different_runs_do_not_mix(place, tmp_path):
     assert other.exit_code == 2
     assert "another run (max_new_tokens 4, now 3)" in other.stderr
     assert run(place, out, "--max-new-tokens", 3, "--limit", 1, "--overwrite").exit_code == 0
+    before = out.read_bytes()
+    assert run(place, out, "--overwrite", data="missing.jsonl").exit_code == 2
+    assert run(place, out, "--overwrite", "--model", place / "missing").exit_code == 2
+    assert out.read_bytes() == before
     out.with_name(out.name + ".run.json").unlink()
     assert "says of which run" in run(place, out, "--limit", 1).stderr
 
@@ -166,10 +170,12 @@ def test_parquet_and_saved_datasets_give_what_json_lines_give(place, tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ('{"image": "a.png", "question": "q"}', "expected a text in 'answer', got None"),
-        ('{"texts": [{"user": "q"}]}', "expected a text in 'assistant', got None"),
+        ('{"image": "a.png", "question": "q"}', "turn 0: expected a text in 'answer', got None"),
+        ('{"texts": [{"user": "q"}]}', "turn 0: expected a text in 'assistant', got None"),
         ('{"texts": []}', "texts: no turns"),
-        ('{"question": "q", "answers": []}', "expected texts in 'answers', got []"),
+        ('{"question": "q", "answers": []}', "turn 0: expected texts in 'answers', got []"),
+        ('{"question": "q", "answers": "a"}', "turn 0: answers: expected a list, got 'a'"),
+        ('{"texts": 5}', "texts: expected a list, got 5"),
         ('{"images": "a", "question": "q", "answer": ""}', "images: expected a list, got str"),
         ('{"question": "<image>", "answer": ""}', "0 images, but 1 times <image> in the texts"),
         ("{", "expected an object, got str"),

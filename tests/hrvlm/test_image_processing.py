@@ -105,7 +105,11 @@ def test_white_and_black_by_hand():
 def test_mean_and_std_are_applied(preset, single):
     image = picture(128, 192)
     processor = get_image_processor(
-        192, 64, single, image_mean=list(preset.mean), image_std=np.array(preset.std)
+        192,
+        64,
+        single_image_mode=single,
+        image_mean=list(preset.mean),
+        image_std=np.array(preset.std),
     )
     got, _ = processor(image)
     if not single:
@@ -217,6 +221,11 @@ def test_split_mode(size, allow_upscale):
         y, x = i // n_w * side, i % n_w * side
         expected = whole[:, y : y + side, x : x + side]
         assert steps(part, expected, IMAGENET.std) <= 1 + 1e-4
+
+
+def test_a_call_of_nanovlm_is_not_misread():
+    with pytest.raises(TypeError, match="positional"):
+        get_image_processor(512, 128, False)  # nanoVLM's third is resize_to_max_side_len
 
 
 def test_a_lone_tile_has_no_global_image():

@@ -3,10 +3,18 @@
 import pytest
 import torch
 import yaml
+from transformers import TrainingArguments
 
 from hrvlm.optimizers import CombinedOptimizer
 from hrvlm.reader_model import byte_tokenizer, new_reader
-from hrvlm.reader_recipe import SECTIONS, make_optimizer, read_recipe, reading_options, train_reader
+from hrvlm.reader_recipe import (
+    SECTIONS,
+    make_optimizer,
+    make_trainer,
+    read_recipe,
+    reading_options,
+    train_reader,
+)
 from hrvlm.reading import BLANK, ReadingCollator, ReadingData, ReadingOptions, Stage, without_head
 from hrvlm.reading_score import score
 from hrvlm.synthetic import RenderOptions, render
@@ -182,6 +190,12 @@ def test_combined_optimizer_state_survives(tmp_path):
         resumed.load_state_dict({"optimizers": []})
 
 
+def test_a_reader_is_trained_on_one_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="2 devices: a reader is trained on one"):
+        make_trainer(recipe_of(tmp_path))
+
+
 def test_head_is_taken_off():
     model, _ = new_reader(VISION, TEXT, **OPTIONS)
     keys = set(model.state_dict())
@@ -197,3 +211,7 @@ def test_recipes(tmp_path):
     bad.write_text(yaml.safe_dump({**recipe, "optimiser": {}}))
     with pytest.raises(ValueError, match="optimiser"):
         read_recipe(bad)
+    stage = {"steps": 1, "draw": {"font": "Roboto"}}
+    for wrong, message in (([], "at least one"), ([stage], r"stages\[0\].draw: .*'font'")):
+        with pytest.raises(ValueError, match=message):
+            reading_options({"stages": wrong})

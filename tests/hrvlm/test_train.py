@@ -441,6 +441,11 @@ WRONG = {
     "data.sequence_packing=9999": r"data.sequence_packing=9999: the language model's context holds",
     "data.max_sample_length=-1": r"data.max_sample_length=-1: expected a number of tokens",
     "data.sequence_packing=99": r"training.max_steps is needed",
+    "data.train={kind: finevision, path: setup.py}": r"setup.py: a file; of files",
+    "training.freeze=vision": r"freeze='vision': expected a list",
+    "training.max_steps=ten": r"training.max_steps='ten': expected a number",
+    "training.output_dir=": r"training.output_dir is missing",
+    "training.seed=[1": r"'training.seed=\[1': no YAML",
     "training.max_steps": r"'training.max_steps': expected name=value",
 }
 

@@ -85,13 +85,15 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
         "marker": (good | {"question": "<image><image>"}, "bad row"),
         "token": (good | {"question": "an <|image|>"}, "bad row"),
         "no object": ("{broken", "bad row"),
+        "no list": ({"texts": 5}, "bad row"),
+        "ragged": ({"texts": {"user": ["a", "b"], "assistant": ["c"]}}, "bad row"),
     }
     assert make(good, "good") is not None
     for _ in range(2):  # a second epoch
         for name, (row, _) in bad.items():
             assert make(row, name) is None, name
     report = write_report(tmp_path / "run")
-    assert report["skipped"] == {"bad image": 2, "too long": 1, "bad row": 4}
+    assert report["skipped"] == {"bad image": 2, "too long": 1, "bad row": 6}
     assert {r["row"]: r["reason"] for r in report["rows"]} == {n: r for n, (_, r) in bad.items()}
     assert json.loads((tmp_path / "run" / "data_report.json").read_text()) == report
     details = {r["row"]: r["details"] for r in report["rows"]}

@@ -417,6 +417,10 @@ def test_a_batch_without_samples_has_a_loss_of_zero(model):
 # Saving and loading
 
 
+def trained_of(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("vision", [vision_config_of, siglip_config_of])
@@ -430,6 +434,7 @@ def test_saving_and_loading_is_exact(tmp_path, dtype, tied, vision):
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert trained_of(loaded) == trained_of(model)  # DDP waits for all of them
     head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
     assert (head.weight is embedding.weight) == tied
     batch = batch_of([[5, *[IMAGE] * 4, 6]], [(4, 4)])

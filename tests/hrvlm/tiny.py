@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DINOv3ViTConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
 from hrvlm.config import VLMConfig
 from hrvlm.image_processing_vlm import VLMImageProcessorPil
 from hrvlm.processors import IMAGE_TOKEN, VLMProcessor
+from hrvlm.reader_model import byte_backend
 from hrvlm.vision_language_model import VisionLanguageModel
 
 PATCH, FACTOR = 8, 2
@@ -18,12 +18,6 @@ SPECIAL = ["<pad>", "<eos>", "<|im_start|>", "<|im_end|>"]
 
 def tokenizer_of(image_token: str | None = IMAGE_TOKEN, grid_tokens: int = 0, **options):
     """A byte-level tokenizer with left padding, the image token last but the grid tokens."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *letters])}
-    backend = Tokenizer(models.BPE(vocab, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(SPECIAL)
     named = {} if image_token is None else {"image_token": image_token}
     named |= {
         f"r{i}c{j}": f"<row_{i}_col_{j}>"
@@ -31,7 +25,7 @@ def tokenizer_of(image_token: str | None = IMAGE_TOKEN, grid_tokens: int = 0, **
         for j in range(1, grid_tokens + 1)
     }
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=byte_backend(SPECIAL),
         pad_token="<pad>",
         eos_token="<eos>",
         padding_side="left",
