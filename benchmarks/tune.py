@@ -118,9 +118,14 @@ def compiled(op: TunedOp, key: Key, config: Any, chip: str) -> tuple[str, str]:
 
 
 def tune(rows: Sequence[tuple[str, TunedOp, Key]], chip: str, out: Path) -> int:
-    """Time the candidates of the rows and write the tables; 1 if a row has none that works."""
+    """Time the candidates, writing the tables row by row; 1 if a row has none that works."""
     device = torch.device("cuda", torch.cuda.current_device())
     tables, failed = tile_table_file.tables(), False
+    chosen = tile_table_file.chosen_by()
+    chosen[chip] = (
+        f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, "
+        f"Triton {triton.__version__}"
+    )
     for name, op, key in rows:
         right = [c for c in candidates_of(op, key) if _works(op, key, c, str(device))]
         if not right:
@@ -135,12 +140,7 @@ def tune(rows: Sequence[tuple[str, TunedOp, Key]], chip: str, out: Path) -> int:
             mark = "*" if i == best else " "
             print(mark, name, key, _short(right[i]), ms, f"{scores[i]:.3f}", sep="  ", flush=True)
         put(tables[op.table], key, right[best])
-    chosen = tile_table_file.chosen_by()
-    chosen[chip] = (
-        f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, "
-        f"Triton {triton.__version__}"
-    )
-    tile_table_file.replace(tables, chosen, out)
+        tile_table_file.replace(tables, chosen, out)  # a candidate that hangs costs no other row
     return int(failed)
 
 

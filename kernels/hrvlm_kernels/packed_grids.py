@@ -39,7 +39,8 @@ class PackedGrids:
 
     Made by :meth:`from_grids`, :meth:`from_lengths` or :meth:`from_cu_seqlens`, once per batch, and
     passed to every op of every layer. Equal requests return the same object while it stays in a
-    small LRU cache.
+    small LRU cache. Its tensors are uploaded, without waiting, on the stream that is current at the
+    first request: work on another stream has to wait for that one, as for any tensor.
 
     Attributes:
         grids: Patch grid ``(hp, wp)`` of each image, or None for a pack without grids.
