@@ -19,6 +19,7 @@ IN_BARS = {
     "varlen_attention": ("forward, D=64", "backward, D=64", "forward with RoPE, D=64"),
     "rope_2d": ("forward, D=64", "backward, D=64"),
     "pixel_shuffle_linear": ("forward, N=C", "forward, N=4C", "backward, N=C"),
+    "fused_ops": ("residual_layer_norm, backward", "swiglu, backward", "normalize_patchify"),
     "cpu_encoder": ("forward", "mixed forward", "forward + backward", "mixed forward + backward"),
     "processing": ("decode, resize, normalise, patchify",),
 }

@@ -222,7 +222,8 @@ def verify(
     op: Annotated[
         list[str] | None,
         typer.Option(
-            help="rope_2d, pixel_shuffle_linear, varlen_attention, encoder; default: all."
+            help="rope_2d, pixel_shuffle_linear, varlen_attention, residual_layer_norm, swiglu, "
+            "normalize_patchify, encoder; default: all."
         ),
     ] = None,
     as_json: Json = False,

@@ -7,6 +7,7 @@ Parameters have the names of transformers' DINOv3ViTModel, except that q, k and 
 
 from __future__ import annotations
 
+from collections.abc import Set
 from functools import lru_cache
 
 import torch
@@ -16,6 +17,12 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hrvlm_kernels import PackedGrids, rope_2d, varlen_attention
+from hrvlm_kernels.residual_layer_norm import residual_layer_norm
+from hrvlm_kernels.swiglu import swiglu
+
+# What a block can run in fewer passes over memory: its first residual connection with the norm
+# behind it, and the gate of its MLP. None is on until it is faster on a GPU.
+FUSED_OPS = ("residual_layer_norm", "swiglu")
 
 
 class DINOv3Embeddings(nn.Module):
@@ -127,11 +134,14 @@ class DINOv3MLP(nn.Module):
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.is_swiglu = config.use_gated_mlp and config.hidden_act in ("silu", "swish")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, backend: str = "auto", fused: Set[str] = frozenset()) -> Tensor:
         """``[T, C]`` to ``[T, C]``."""
         if self.gate_proj is None:
             return self.down_proj(self.act_fn(self.up_proj(x)))
+        if self.is_swiglu and "swiglu" in fused:
+            return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=backend))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -148,6 +158,22 @@ class LayerScale(nn.Module):
         """``residual + lambda1 * update`` in one pass."""
         return torch.addcmul(residual, update, self.lambda1)
 
+    def with_norm(
+        self, residual: Tensor, update: Tensor, norm: nn.LayerNorm, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` and the norm of it, both in one pass."""
+        # Under autocast the parameters are wider than the activations, and addcmul promotes.
+        dtype = torch.promote_types(residual.dtype, self.lambda1.dtype)
+        return residual_layer_norm(
+            residual.to(dtype),
+            update,
+            self.lambda1,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            backend=backend,
+        )
+
 
 class DINOv3Layer(GradientCheckpointingLayer):
     """One pre-norm block with LayerScale and, in training, stochastic depth per image."""
@@ -163,12 +189,22 @@ class DINOv3Layer(GradientCheckpointingLayer):
         self.layer_scale2 = LayerScale(config)
 
     def forward(
-        self, x: Tensor, packed: PackedGrids, backend: str = "auto", drop_path: bool = False
+        self,
+        x: Tensor,
+        packed: PackedGrids,
+        backend: str = "auto",
+        drop_path: bool = False,
+        fused: Set[str] = frozenset(),
     ) -> Tensor:
-        """Packed tokens ``[T, C]`` to ``[T, C]``."""
+        """Packed tokens ``[T, C]`` to ``[T, C]``; `fused` is some of :data:`FUSED_OPS`."""
         drop = self._drop_path if drop_path else _keep
-        x = self.layer_scale1(x, drop(self.attention(self.norm1(x), packed, backend), packed))
-        return self.layer_scale2(x, drop(self.mlp(self.norm2(x)), packed))
+        update = drop(self.attention(self.norm1(x), packed, backend), packed)
+        if "residual_layer_norm" in fused and not drop_path:
+            x, normed = self.layer_scale1.with_norm(x, update, self.norm2, backend)
+        else:
+            x = self.layer_scale1(x, update)
+            normed = self.norm2(x)
+        return self.layer_scale2(x, drop(self.mlp(normed, backend, fused), packed))
 
     def prefix_attention(self, x: Tensor, packed: PackedGrids, backend: str = "auto") -> Tensor:
         """Attention ``[P, heads, T]`` of the prefix tokens in this block, given its input `x`."""

@@ -27,6 +27,9 @@ _IMPLEMENTATIONS = {
     "rope_2d": _PLAIN,
     "pixel_shuffle_linear": _PLAIN,
     "varlen_attention": BACKENDS,
+    "residual_layer_norm": _PLAIN,
+    "swiglu": _PLAIN,
+    "normalize_patchify": _PLAIN,
     "encoder": BACKENDS,
 }
 
@@ -36,7 +39,7 @@ class Check:
     """Outcome of one direction of one op on one backend.
 
     Attributes:
-        op: rope_2d, pixel_shuffle_linear, varlen_attention or encoder.
+        op: Key of :data:`~hrvlm.verify_cases.CASES`.
         backend: What ran.
         dtype: Of inputs and outputs.
         what: forward, backward, gather (data movement) or isolation (of the images of a pack).
@@ -109,8 +112,7 @@ def verify(
         dtypes: Keys of :data:`DTYPES`. The encoder leaves out float16, which it refuses.
         backends: Some of :data:`BACKENDS`; default: all that can run, the others are reported as
             skipped.
-        ops: Some of "rope_2d", "pixel_shuffle_linear", "varlen_attention" and "encoder"; default:
-            all.
+        ops: Some of the keys of :data:`~hrvlm.verify_cases.CASES`; default: all.
         on_check: Called after each check.
         seed: Of all random numbers.
 

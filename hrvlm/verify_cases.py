@@ -14,9 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrvlm_kernels import PackedGrids, pixel_shuffle_linear, reference, rope_2d, varlen_attention
+from hrvlm_kernels import (
+    PackedGrids,
+    normalize_patchify,
+    pixel_shuffle_linear,
+    reference,
+    rope_2d,
+    varlen_attention,
+)
+from hrvlm_kernels.residual_layer_norm import residual_layer_norm
+from hrvlm_kernels.swiglu import swiglu
 
 from . import numeric_rules as rules
+from .image_processing import IMAGENET
 from .numeric_rules import Finding
 
 _GRIDS = ((4, 4), (8, 12), (4, 20), (16, 4), (12, 8))  # patches, each divisible by 4
@@ -173,6 +183,55 @@ def _cancelling_terms(
     }
 
 
+def _residual_case(random: Random) -> Iterator[Direction]:
+    tokens, width = 130, 200
+    tensors = {name: random(tokens, width) for name in ("x", "update")}
+    tensors |= {name: random(width) for name in ("scale", "weight", "bias")}
+
+    def plain(upcast: torch.dtype | None) -> Callable[..., Tensor]:
+        return lambda *a: torch.cat(reference.residual_layer_norm(*a, upcast=upcast), dim=1)
+
+    def op(backend: str) -> Callable[..., Tensor]:
+        return lambda *a: torch.cat(residual_layer_norm(*a, backend=backend), dim=1)
+
+    yield from _contraction(op, plain, tensors, random(tokens, 2 * width))
+
+
+def _swiglu_case(random: Random) -> Iterator[Direction]:
+    shape = 12, 1100
+    tensors = {"gate": random(*shape, scale=3.0), "up": random(*shape)}
+
+    def plain(upcast: torch.dtype | None) -> Callable[..., Tensor]:
+        return lambda gate, up: reference.swiglu(gate, up, upcast=upcast)
+
+    def op(backend: str) -> Callable[..., Tensor]:
+        return lambda gate, up: swiglu(gate, up, backend=backend)
+
+    yield from _contraction(op, plain, tensors, random(*shape))
+
+
+def _patchify_case(random: Random) -> Iterator[Direction]:
+    p = 16
+    images = [
+        torch.randint(256, (3, p * hp, p * wp), generator=random.generator, dtype=torch.uint8)
+        for hp, wp in _ODD_GRIDS
+    ]
+    images = [image.to(random.device) for image in images]
+    exact, single = (
+        reference.normalize_patchify([a[None] for a in images], p, *IMAGENET, upcast=upcast)
+        for upcast in (torch.float64, torch.float32)
+    )
+    baseline = single.to(random.dtype)
+
+    def forward(backend: str) -> list[Measured]:
+        rows, _ = normalize_patchify(images, p, *IMAGENET, dtype=random.dtype, backend=backend)
+        found = rules.contraction(rows, exact, baseline)
+        errors = (rules.relative_error(a, exact) for a in (rows, baseline))
+        return [Measured("rows", found, *errors)]
+
+    yield "forward", forward
+
+
 def _encoder_case(random: Random) -> Iterator[Direction]:
     from .vision_transformer import DINOv3Encoder
 
@@ -232,7 +291,7 @@ def _contraction(
     plain: Callable[[torch.dtype | None], Callable[..., Tensor]],
     tensors: dict[str, Tensor],
     cotangent: Tensor,
-    packed: PackedGrids,
+    packed: PackedGrids | None = None,
     terms: dict[str, Tensor] | None = None,
 ) -> Iterator[Direction]:
     """Forward and backward of a function of `tensors` by the rule of contractions."""
@@ -281,5 +340,8 @@ CASES: dict[str, Callable[[Random], Iterator[Direction]]] = {
     "rope_2d": _rope_case,
     "pixel_shuffle_linear": _pixel_shuffle_case,
     "varlen_attention": _attention_case,
+    "residual_layer_norm": _residual_case,
+    "swiglu": _swiglu_case,
+    "normalize_patchify": _patchify_case,
     "encoder": _encoder_case,
 }

@@ -22,7 +22,7 @@ from transformers.core_model_loading import Concatenate, WeightConverter, Weight
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import check_backend
 
-from .encoder_layers import DINOv3Embeddings, DINOv3Layer, LayerScale, patch_size_of
+from .encoder_layers import FUSED_OPS, DINOv3Embeddings, DINOv3Layer, LayerScale, patch_size_of
 from .encoder_output import EncoderOutput, PackedEncoderOutput
 from .patches import pack_images, patchify
 
@@ -70,6 +70,7 @@ class DINOv3Encoder(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DINOv3Layer"]
     _supports_sdpa = True
+    _fused: frozenset[str] = frozenset()
 
     def __init__(
         self, config: DINOv3ViTConfig, *, backend: str | None = None, allow_fp16: bool = False
@@ -138,6 +139,13 @@ class DINOv3Encoder(PreTrainedModel):
         from .cuda_graphs import GraphedEncoder
 
         return GraphedEncoder(self, sizes)
+
+    def _fuse(self, *ops: str) -> DINOv3Encoder:
+        """Run these of FUSED_OPS in every block, and no others; for the benchmarks to compare."""
+        if unknown := set(ops) - set(FUSED_OPS):
+            raise ValueError(f"ops must be some of {FUSED_OPS}, got {sorted(unknown)}")
+        self._fused = frozenset(ops)
+        return self
 
     def train(self, mode: bool = True) -> DINOv3Encoder:
         """Set the training mode; a frozen encoder stays in eval mode."""
@@ -287,7 +295,7 @@ class DINOv3Encoder(PreTrainedModel):
         for i, layer in enumerate(cast("Iterable[DINOv3Layer]", self.layer), start=1):
             if prefix_attentions:
                 attentions.append(layer.prefix_attention(x, packed, self.backend))
-            x = layer(x, packed, self.backend, drop_path)
+            x = layer(x, packed, self.backend, drop_path, self._fused)
             if keep_all or i in keep:
                 states[i] = x
         normed = self.norm(x)

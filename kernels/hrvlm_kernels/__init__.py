@@ -9,6 +9,7 @@ them.
 from .backends import explain_backend
 from .flash_attn_interface import flash_attn_varlen_func
 from .layer_norm_pixel_shuffle import layer_norm_pixel_shuffle, layer_norm_pixel_shuffle_linear
+from .normalize_patchify import normalize_patchify
 from .packed_grids import PackedGrids
 from .pixel_shuffle_linear import pixel_shuffle_linear
 from .rope_2d import rope_2d, rope_2d_
@@ -20,6 +21,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "layer_norm_pixel_shuffle",
     "layer_norm_pixel_shuffle_linear",
+    "normalize_patchify",
     "pixel_shuffle_linear",
     "rope_2d",
     "rope_2d_",

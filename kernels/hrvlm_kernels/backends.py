@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "flash_attn", "sdpa", "eager")
-OPS = ("rope_2d", "pixel_shuffle_linear", "layer_norm_pixel_shuffle", "varlen_attention")
+OPS = (
+    "rope_2d",
+    "pixel_shuffle_linear",
+    "layer_norm_pixel_shuffle",
+    "normalize_patchify",
+    "varlen_attention",
+)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MIN_CAPABILITY = (8, 0)
 

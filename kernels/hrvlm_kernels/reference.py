@@ -8,6 +8,7 @@ beat). All of it is differentiable by autograd. The kernels never import this fi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,42 @@ def residual_layer_norm(
     out = torch.addcmul(x, update, scale)
     bias = None if bias is None else bias.to(dtype)
     return out, F.layer_norm(out, out.shape[-1:], weight, bias, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor, *, upcast: torch.dtype | None = None) -> Tensor:
+    """``silu(gate) * up``, all ``[T, F]``."""
+    dtype = upcast or gate.dtype
+    return F.silu(gate.to(dtype)) * up.to(dtype)
+
+
+def normalize_patchify(
+    images: Sequence[Tensor],
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    upcast: torch.dtype = torch.float32,
+) -> Tensor:
+    """``(pixel / 255 - mean) / std``, a row for each patch; uint8 has no precision of its own.
+
+    Args:
+        images: ``[B, 3, H, W]`` uint8 each.
+        patch_size: Side p of a patch.
+        mean: Of red, green and blue, on the scale of [0, 1].
+        std: Likewise.
+        upcast: Precision and dtype of the result.
+
+    Returns:
+        ``[sum B*hp*wp, 3*p*p]``, each row in the order (channel, dy, dx).
+    """
+    p, rows = patch_size, []
+    for image in images:
+        batch, channels, height, width = image.shape
+        center, spread = (image.new_tensor(v, dtype=upcast).view(-1, 1, 1) for v in (mean, std))
+        pixels = image.to(upcast).mul(1 / 255).sub_(center).div_(spread)
+        grid = pixels.reshape(batch, channels, height // p, p, width // p, p)
+        rows.append(grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * p * p))
+    return torch.cat(rows)
 
 
 def varlen_attention(

@@ -5,7 +5,7 @@
 
 LayerScale (Touvron et al. 2021, arXiv 2103.17239) and LayerNorm (Ba et al. 2016): what stands
 between two halves of DINOv3's blocks. `out` is read and written once instead of three times. The
-encoder does not use it: it has no number on a GPU yet.
+encoder does not use it unless asked to: it has no number on a GPU yet.
 
 Gradients, with g and h the cotangents of `out` and `normed`, k = h * weight, xhat the norm before
 weight and bias, and means over c:

@@ -14,6 +14,7 @@ SUITES = {
     "varlen_attention": 12,
     "rope_2d": 8,
     "pixel_shuffle_linear": 12,
+    "fused_ops": 8,
     "cpu_encoder": 4,
     "processing": 2,
     "training": 1,
@@ -56,7 +57,9 @@ def test_every_case_gives_numbers_or_a_reason(name, tmp_path):
     assert all(gate["failure"] is None for gate in written["gates"])
 
 
-@pytest.mark.parametrize("name", ["encoder", "varlen_attention", "rope_2d", "pixel_shuffle_linear"])
+@pytest.mark.parametrize(
+    "name", ["encoder", "varlen_attention", "rope_2d", "pixel_shuffle_linear", "fused_ops"]
+)
 def test_names_of_full_suites_are_unique_and_sizes_as_promised(name):
     suite = importlib.import_module(f"benchmarks.bench_{name}")
     for full in (False, True):

@@ -13,6 +13,9 @@ DIRECTIONS = {
     "rope_2d": {"forward", "backward"},
     "pixel_shuffle_linear": {"forward", "backward", "gather"},
     "varlen_attention": {"forward", "backward", "isolation"},
+    "residual_layer_norm": {"forward", "backward"},
+    "swiglu": {"forward", "backward"},
+    "normalize_patchify": {"forward"},
     "encoder": {"forward", "backward"},
 }
 

@@ -11,11 +11,14 @@ import torch
 from hrvlm_kernels import (
     PackedGrids,
     layer_norm_pixel_shuffle,
+    normalize_patchify,
     pixel_shuffle_linear,
     rope_2d,
     rope_2d_,
     varlen_attention,
 )
+from hrvlm_kernels.residual_layer_norm import residual_layer_norm
+from hrvlm_kernels.swiglu import swiglu
 from tests.kernels.attention_cases import kernel_results, make_case
 
 LENGTHS = (1, 65, 0, 129, 257)
@@ -59,7 +62,23 @@ def pixel_shuffle(device, dtype):
         out.backward(torch.randn_like(out))
 
 
-OPS = (attention, rope, pixel_shuffle)
+def elementwise(device, dtype):
+    """Widths that fill no block, rows that fill no program, patches that are no power of two."""
+    for tokens, width in ((3, 1030), (1, 5)):
+        x, update = torch.randn(2, tokens, width, device=device).to(dtype).unbind()
+        leaves = x.clone().requires_grad_(), update.clone().requires_grad_()
+        out = swiglu(*leaves, backend="triton")
+        out.backward(torch.randn_like(out))
+        channels = torch.ones(width, device=device, dtype=dtype, requires_grad=True)
+        outs = residual_layer_norm(*leaves, channels, channels, backend="triton")
+        torch.autograd.backward(outs, [torch.randn_like(out) for out in outs])
+    for patch_size in (14, 16):
+        image = torch.zeros(3, 2 * patch_size, 9 * patch_size, dtype=torch.uint8, device=device)
+        numbers = (0.5,) * 3, (0.5,) * 3
+        normalize_patchify([image], patch_size, *numbers, dtype=dtype, backend="triton")
+
+
+OPS = (attention, rope, pixel_shuffle, elementwise)
 
 
 def main() -> int:

@@ -9,10 +9,12 @@ import torch
 import triton
 
 from hrvlm_kernels import layer_norm_pixel_shuffle_triton as norm
+from hrvlm_kernels import normalize_patchify_triton as patchify
 from hrvlm_kernels import pixel_shuffle_linear_backward_triton as shuffle_backward
 from hrvlm_kernels import pixel_shuffle_linear_triton as shuffle
 from hrvlm_kernels import residual_layer_norm_triton as residual
 from hrvlm_kernels import rope_2d_triton as rope
+from hrvlm_kernels import swiglu_triton as gated
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -164,6 +166,37 @@ def residual_job(width, dtype, config, backward):
     return Job(name, kernel, signature, constants, {"num_warps": config.num_warps})
 
 
+def swiglu_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
+    """Forward and backward of swiglu; nothing depends on the chip or on F."""
+    for dtype in dtypes:
+        pointer = f"*{NAMES[dtype]}:16"
+        for backward in (False, True):
+            names = ("g", "gate", "up", "dgate", "dup") if backward else ("gate", "up", "out")
+            strided = "ygu" if backward else "gu"
+            signature = dict.fromkeys(names, pointer) | {"F": "i32:16"}
+            signature |= {f"stride_{name}t": "i32:16" for name in strided}
+            constants = {f"stride_{name}f": 1 for name in strided} | {"BLOCK": gated.BLOCK}
+            kernel = gated.backward_kernel if backward else gated.forward_kernel
+            name = f"swiglu {'backward' if backward else 'forward'} {NAMES[dtype]}"
+            yield Job(name, kernel, signature, constants, {"num_warps": gated.NUM_WARPS})
+
+
+def patchify_jobs(target, *, patch_sizes=(16, 14), dtypes=(torch.bfloat16, torch.float32)):
+    """normalize_patchify of contiguous images; nothing depends on the chip."""
+    for patch_size in patch_sizes:
+        for dtype in dtypes:
+            aligned = ":16" if patch_size == 16 else ""  # 14 divides sides that 16 does not
+            signature = {"image": "*u8:16", "out": f"*{NAMES[dtype]}:16", "hp": "i32", "wp": "i32"}
+            signature |= {f"{name}_{c}": "fp32" for name in ("scale", "shift") for c in range(3)}
+            signature |= {f"stride_{name}": f"i32{aligned}" for name in "bcy"}
+            elements = triton.next_power_of_2(patch_size**2)
+            constants = {"stride_x": 1, "P": patch_size, "BE": elements}
+            constants["BN"] = patchify.ELEMENTS // elements
+            name = f"normalize_patchify p={patch_size} {NAMES[dtype]}"
+            options = {"num_warps": patchify.NUM_WARPS}
+            yield Job(name, patchify.forward_kernel, signature, constants, options)
+
+
 def small_jobs(target):
     """The kernels around the products: adding the parts of a split sum, zeroing prefix rows."""
     signature = {"parts": "*fp32:16", "bias": "*bf16:16", "out": "*bf16:16"}
@@ -177,5 +210,13 @@ def small_jobs(target):
 
 def jobs(target):
     """Everything above."""
-    for make in (rope_jobs, pixel_shuffle_jobs, layer_norm_jobs, residual_jobs, small_jobs):
+    for make in (
+        rope_jobs,
+        pixel_shuffle_jobs,
+        layer_norm_jobs,
+        residual_jobs,
+        swiglu_jobs,
+        patchify_jobs,
+        small_jobs,
+    ):
         yield from make(target)

@@ -5,6 +5,7 @@ from hrvlm_kernels import (
     PackedGrids,
     explain_backend,
     layer_norm_pixel_shuffle,
+    normalize_patchify,
     pixel_shuffle_linear,
     rope_2d,
     varlen_attention,
@@ -21,6 +22,9 @@ def _call(op, backend, device="cpu", dtype=torch.float32):
     if op == "layer_norm_pixel_shuffle":
         weight = torch.ones(16, dtype=dtype)
         return layer_norm_pixel_shuffle(q.flatten(1), PACKED, 2, weight, backend=backend)
+    if op == "normalize_patchify":
+        image = torch.zeros(1, 3, 4, 4, dtype=torch.uint8, device=device)
+        return normalize_patchify(image, 2, (0.5,) * 3, (0.5,) * 3, dtype=dtype, backend=backend)[0]
     if op == "varlen_attention":
         return varlen_attention(q, q, q, PACKED, backend=backend)
     return pixel_shuffle_linear(

@@ -1,0 +1,103 @@
+"""swiglu: the gated activation in the MLP of DINOv3's larger models, in one pass.
+
+    out[t, f] = silu(gate[t, f]) * up[t, f],      silu(a) = a * s(a),      s(a) = 1 / (1 + exp(-a))
+
+Shazeer 2020, arXiv 2002.05202. Neither silu(gate) nor anything else is written beside the result.
+The encoder does not use it unless asked to: it has no number on a GPU yet.
+
+Gradients, with g the cotangent of `out` and s = s(gate), which the backward computes again, so that
+only gate and up are kept for it:
+
+    dup = g * gate * s,      dgate = g * up * s * (1 + gate * (1 - s))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launch import choose_backend
+from .ops_namespace import ops, register, register_backward
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    from .swiglu_triton import forward
+
+    out = _forward_fake(gate, up)
+    forward(gate, up, out)
+    return out
+
+
+def _forward_fake(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+
+
+def _backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    from .swiglu_triton import backward
+
+    dgate, dup = _backward_fake(g, gate, up)
+    backward(g, gate, up, dgate, dup)
+    return dgate, dup
+
+
+def _backward_fake(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return _forward_fake(gate, up), _forward_fake(gate, up)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.swiglu_backward(g, *ctx.saved_tensors)
+
+
+register(
+    "swiglu",
+    "(Tensor gate, Tensor up) -> Tensor",
+    _forward,
+    fake=_forward_fake,
+    setup_context=_save,
+    backward=_differentiate,
+)
+register_backward(
+    "swiglu_backward",
+    "(Tensor g, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    _backward,
+    fake=_backward_fake,
+)
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+    """``silu(gate) * up``, the arithmetic in float32 on the Triton path.
+
+    Args:
+        gate: ``[T, F]`` float32, float16 or bfloat16 (the torch path: also float64); any strides,
+            so the halves of one ``[T, 2F]`` product are read where they are.
+        up: As `gate`, in its dtype.
+        backend: One of :data:`hrvlm_kernels.backends.BACKENDS`.
+
+    Returns:
+        ``[T, F]`` in the dtype of `gate`, contiguous on the Triton path.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+        RuntimeError: the backend asked for can't run here, or a gradient of the kernels' gradient
+            was asked for.
+    """
+    if gate.ndim != 2 or gate.shape != up.shape:
+        raise ValueError(
+            f"gate and up must be [T, F] both, got {tuple(gate.shape)} and {tuple(up.shape)}"
+        )
+    if gate.dtype != up.dtype or gate.device != up.device:
+        raise ValueError(
+            "gate and up must have one dtype and device, "
+            f"got {gate.dtype} on {gate.device} and {up.dtype} on {up.device}"
+        )
+    if choose_backend("swiglu", backend, gate) == "triton":
+        return ops.swiglu(gate, up)
+    from . import reference
+
+    return reference.swiglu(gate, up)
