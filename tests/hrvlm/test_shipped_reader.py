@@ -39,7 +39,7 @@ def test_it_is_small_and_has_a_card(reader):
 
 def test_it_reads_single_lines(reader):
     """The whole figure is in its card; 96 lines are few, hence the margin."""
-    assert score(*reader, "line", 96).error_rate <= 0.07
+    assert score(*reader, "line", 96).error_rate <= 0.04
 
 
 def test_it_needs_the_normalisation(reader):
