@@ -3,7 +3,8 @@
     python -m benchmarks.reading_ablation
 
 Trains by recipes/rope_ablation.yaml and writes the share of characters that the encoder names at
-their patches, on held-out pages, into benchmarks/results/rope_ablation.json.
+their patches, on held-out pages, into benchmarks/results/rope_ablation.json and the table in
+docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import fill
 from benchmarks.suite import commit_here
 from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
@@ -26,6 +28,8 @@ from hrvlm.timing import describe_device
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "rope_ablation.json"
+PAGE = ROOT / "docs" / "experiments.md"
+MARKS = "<!-- rope:start -->", "<!-- rope:end -->"
 SEEDS = (0, 1)
 
 
@@ -39,8 +43,24 @@ def main() -> None:
     runs = [run(s, use_rope, args.steps) for s in args.seeds for use_rope in (True, False)]
     machine = describe_device(pick_device(None)) | {"commit": commit_here()}
     write_text(args.results, json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
+    if args.results == RESULTS:
+        write_text(PAGE, fill(PAGE.read_text(encoding="utf-8"), table(runs), *MARKS))
     for entry in runs:
         print(f"use_rope={entry['use_rope']}, seed {entry['seed']}: {entry['right']:.3f} named")
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """A row for each kind of encoder, a column for each seed."""
+    seeds = sorted({entry["seed"] for entry in runs})
+    right = {(entry["use_rope"], entry["seed"]): entry["right"] for entry in runs}
+    lines = [
+        "| characters named | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
+        "|---" * (len(seeds) + 1) + "|",
+    ]
+    for use_rope, name in ((True, "with RoPE"), (False, "without")):
+        shares = " | ".join(f"{right[use_rope, seed]:.1%}" for seed in seeds)
+        lines.append(f"| {name} | {shares} |")
+    return "\n".join(lines)
 
 
 def run(seed: int, use_rope: bool, steps: int | None) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Does resolution pay? Wide lines of text, read by models of one recipe at 224 and at 768 pixels.
 
     python -m benchmarks.reading_resolution                  (all: two limits, three seeds)
-    python -m benchmarks.reading_resolution --plot-only      (the plot again, from the results)
+    python -m benchmarks.reading_resolution --page-only      (from the results)
 
 Each model is trained by recipes/resolution.yaml at its own ``max_img_size`` and reads the same
-held-out lines. Writes benchmarks/results/reading_resolution.json and a plot of the character error
-rate against the height of the text in source pixels.
+held-out lines. Writes benchmarks/results/reading_resolution.json, and from it the table in
+docs/experiments.md and a plot of the errors against the height of the text in source pixels.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import fill
 from benchmarks.suite import commit_here
 from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
@@ -32,6 +33,8 @@ from hrvlm.timing import describe_device
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "reading_resolution.json"
 PLOT = ROOT / "docs" / "reading_resolution.svg"
+PAGE = ROOT / "docs" / "experiments.md"
+MARKS = "<!-- resolution:start -->", "<!-- resolution:end -->"
 SIZES, SEEDS, SAMPLES, BIN = (224, 768), (0, 1, 2), 48, 4
 
 
@@ -43,9 +46,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path, default=PLOT)
-    parser.add_argument("--plot-only", action="store_true")
+    parser.add_argument("--page-only", action="store_true", help="Train nothing.")
     args = parser.parse_args()
-    if not args.plot_only:
+    if not args.page_only:
         runs = [run(s, size, args.steps, args.samples) for s in args.seeds for size in SIZES]
         write_text(
             args.results,
@@ -59,6 +62,8 @@ def main() -> None:
         )
     runs = json.loads(args.results.read_text(encoding="utf-8"))["runs"]
     write_text(args.plot, plot(runs))
+    if args.results == RESULTS:
+        write_text(PAGE, fill(PAGE.read_text(encoding="utf-8"), table(runs), *MARKS))
     for entry in runs:
         print(f"max_img_size {entry['max_img_size']}, seed {entry['seed']}: CER {entry['cer']:.3f}")
 
@@ -90,6 +95,19 @@ def run(seed: int, max_img_size: int, steps: int | None, samples: int) -> dict[s
         "by_height": {str(height): heights[height] for height in sorted(heights)},
         "torch": torch.__version__,
     }
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """A row for each limit, a column for each seed."""
+    seeds = sorted({entry["seed"] for entry in runs})
+    cer = {(entry["max_img_size"], entry["seed"]): entry["cer"] for entry in runs}
+    lines = [
+        "| `max_img_size` | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
+        "|---" * (len(seeds) + 1) + "|",
+    ]
+    for size in SIZES:
+        lines.append(f"| {size} | " + " | ".join(f"{cer[size, seed]:.1%}" for seed in seeds) + " |")
+    return "\n".join(lines)
 
 
 def plot(runs: list[dict[str, Any]]) -> str:
