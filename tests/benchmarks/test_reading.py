@@ -40,6 +40,19 @@ def test_what_the_experiments_found():
     with_rope = [run["right"] for run in ablation if run["use_rope"]]
     without = [run["right"] for run in ablation if not run["use_rope"]]
     assert min(with_rope) > max(without) + 0.03
+    resolution = json.loads(reading_resolution.RESULTS.read_text())["runs"]
+    rates = {
+        size: [run["cer"] for run in resolution if run["max_img_size"] == size]
+        for size in reading_resolution.SIZES
+    }
+    assert len(rates[224]) == len(rates[768]) == 3
+    assert max(rates[768]) < 0.6 * min(rates[224])
+    page = reading_resolution.PAGE.read_text(encoding="utf-8")
+    assert reading_resolution.table(resolution) in page
+    assert reading_ablation.table(ablation) in page
+    assert reading_resolution.PLOT.read_text(encoding="utf-8") == reading_resolution.plot(
+        resolution
+    )
 
 
 @pytest.mark.slow
