@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.report import fill
 from benchmarks.suite import commit_here
+from benchmarks.tables import seed_table
 from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
 from hrvlm.reader_recipe import make_trainer, read_recipe
@@ -50,17 +51,11 @@ def main() -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """A row for each kind of encoder, a column for each seed."""
-    seeds = sorted({entry["seed"] for entry in runs})
-    right = {(entry["use_rope"], entry["seed"]): entry["right"] for entry in runs}
-    lines = [
-        "| characters named | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
-        "|---" * (len(seeds) + 1) + "|",
-    ]
-    for use_rope, name in ((True, "with RoPE"), (False, "without")):
-        shares = " | ".join(f"{right[use_rope, seed]:.1%}" for seed in seeds)
-        lines.append(f"| {name} | {shares} |")
-    return "\n".join(lines)
+    """Characters named: a row for each kind of encoder, a column for each seed."""
+    shares: dict[str, dict[int, float]] = {"with RoPE": {}, "without": {}}
+    for entry in runs:
+        shares["with RoPE" if entry["use_rope"] else "without"][entry["seed"]] = entry["right"]
+    return seed_table("characters named", shares)
 
 
 def run(seed: int, use_rope: bool, steps: int | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.report import fill
 from benchmarks.suite import commit_here
+from benchmarks.tables import seed_table
 from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
 from hrvlm.reader_recipe import make_trainer, read_recipe
@@ -98,16 +99,11 @@ def run(seed: int, max_img_size: int, steps: int | None, samples: int) -> dict[s
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """A row for each limit, a column for each seed."""
-    seeds = sorted({entry["seed"] for entry in runs})
-    cer = {(entry["max_img_size"], entry["seed"]): entry["cer"] for entry in runs}
-    lines = [
-        "| `max_img_size` | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
-        "|---" * (len(seeds) + 1) + "|",
-    ]
-    for size in SIZES:
-        lines.append(f"| {size} | " + " | ".join(f"{cer[size, seed]:.1%}" for seed in seeds) + " |")
-    return "\n".join(lines)
+    """Character error rates: a row for each limit, a column for each seed."""
+    rates: dict[str, dict[int, float]] = {str(size): {} for size in SIZES}
+    for entry in runs:
+        rates[str(entry["max_img_size"])][entry["seed"]] = entry["cer"]
+    return seed_table("`max_img_size`", rates)
 
 
 def plot(runs: list[dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import scaling
@@ -296,3 +296,15 @@ def milliseconds(seconds: float) -> str:
     """Three digits, at least."""
     value = seconds * 1e3
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def seed_table(head: str, shares: Mapping[str, Mapping[int, float]]) -> str:
+    """Shares by what was compared and, across, by seed."""
+    seeds = sorted({seed for row in shares.values() for seed in row})
+    lines = [
+        f"| {head} | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
+        "|---" * (len(seeds) + 1) + "|",
+    ]
+    for name, row in shares.items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[seed]:.1%}" for seed in seeds) + " |")
+    return "\n".join(lines)
