@@ -204,6 +204,7 @@ class DINOv3Layer(GradientCheckpointingLayer):
         else:
             x = self.layer_scale1(x, update)
             normed = self.norm2(x)
+        del update  # a [T, C] that the MLP, where memory peaks, would carry along
         return self.layer_scale2(x, drop(self.mlp(normed, backend, fused), packed))
 
     def prefix_attention(self, x: Tensor, packed: PackedGrids, backend: str = "auto") -> Tensor:
