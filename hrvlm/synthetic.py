@@ -109,6 +109,11 @@ class RenderOptions:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        if not isinstance(self.layouts, Mapping) or isinstance(self.fonts, str):
+            raise ValueError(
+                f"layouts={self.layouts!r}, fonts={self.fonts!r}: expected weights by name and a "
+                "list of names"
+            )
         if not self.layouts or min(self.layouts.values()) < 0 or not sum(self.layouts.values()):
             raise ValueError(f"layouts={dict(self.layouts)}: expected positive weights")
         for name, known in ((self.layouts, LAYOUTS), (self.fonts, (*FONTS, NEW_FONT))):

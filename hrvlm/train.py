@@ -22,7 +22,7 @@ from .sequence_packing import PackedSequenceCollator
 from .trainer import VLMTrainer, VLMTrainingArguments
 from .training_config import DataConfig, ModelConfig, TrainingConfig
 from .training_data import RowDataset, SampleStream
-from .training_samples import SKIPS_FILE, SampleMaker, write_report
+from .training_samples import REPORT_FILE, SKIPS_FILE, SampleMaker, write_report
 from .training_sources import RowSource, open_source
 from .vision_language_model import VisionLanguageModel
 
@@ -61,7 +61,8 @@ def train(config: TrainingConfig, *, resume: bool = False) -> TrainResult:
         resume: Go on from the last checkpoint in ``output_dir``, or begin if there is none.
 
     Raises:
-        ValueError: a value does not fit, or ``output_dir`` holds a run and `resume` is not given.
+        ValueError: a value does not fit, ``output_dir`` holds a run and `resume` is not given, or
+            no row of the data could be used.
         OSError: a file is missing.
     """
     args = training_arguments(config)
@@ -79,6 +80,11 @@ def train(config: TrainingConfig, *, resume: bool = False) -> TrainResult:
             (output_dir / SKIPS_FILE).unlink(missing_ok=True)
         write_config(config, output_dir)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.has_learned is False:
+        reasons = write_report(output_dir)["skipped"] if main else {}
+        raise ValueError(
+            f"data.train: no row could be used {reasons}; {output_dir / REPORT_FILE} names them"
+        )
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()

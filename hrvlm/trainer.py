@@ -84,6 +84,9 @@ class VLMTrainer(Trainer):
         **kwargs: Of Trainer. A `train_dataset` that is a
             :class:`~hrvlm.training_data.SampleStream` divides itself among the processes.
 
+    Attributes:
+        has_learned: Whether a step of any process had an answer to learn; None before the first.
+
     Raises:
         ValueError: several GPUs in one process, or FSDP where there is none.
     """
@@ -100,6 +103,7 @@ class VLMTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(f"fsdp={args.fsdp!r}: accelerate does not shard on {args.device}")
+        self.has_learned: bool | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Parameter groups by part, with weight decay and without; see `parameter_groups`.
@@ -160,6 +164,8 @@ class VLMTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Trainer's: the model's own loss, per answer token of the whole step."""
+        if torch.is_grad_enabled() and not self.has_learned:
+            self.has_learned = num_items_in_batch is None or bool(num_items_in_batch)
         # With a cache, the language model would take packed sequences for one.
         inputs = {**inputs, "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

@@ -97,6 +97,8 @@ def test_held_out_texts_are_not_those_of_training():
     [
         ({"layouts": {"poster": 1.0}}, "poster"),
         ({"layouts": {}}, "positive weights"),
+        ({"layouts": "line"}, "layouts='line'"),
+        ({"fonts": "Roboto-Bold"}, "fonts='Roboto-Bold'"),
         ({"fonts": ("Comic",)}, "Comic"),
         ({"font_sizes": (2, 10)}, "font_sizes"),
         ({"group": 0}, "group=0"),

@@ -460,3 +460,18 @@ def test_what_is_wrong_is_said(override, model, rows, tmp_path):
     assert done.exit_code == 2
     with pytest.raises(ValueError, match=WRONG[override]):
         train(TrainingConfig.from_dict(read_yaml(path, [override])))
+
+
+def test_data_of_which_nothing_can_be_used_is_an_error(model, rows, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("".join(json.dumps({"texts": n}) + "\n" for n in range(6)))
+    config = TrainingConfig.from_dict(
+        {
+            "model": {"path": str(model)},
+            "data": {"train": {"kind": "jsonl", "path": str(broken)}},
+            "training": {"output_dir": str(tmp_path / "run"), "max_steps": 2, "use_cpu": True},
+        }
+    )
+    with pytest.raises(ValueError, match=r"no row could be used \{'bad row': 6\}.*data_report"):
+        train(config)
+    assert not (tmp_path / "run" / "config.json").exists()
