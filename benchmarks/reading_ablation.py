@@ -71,6 +71,7 @@ def run(seed: int, use_rope: bool, steps: int | None) -> dict[str, Any]:
     model = trainer.model.eval()
     data = ReadingData(trainer.processor, trainer.reading, HELD_OUT_SEED, 32, 1)
     batch = ReadingCollator(trainer.processor)([data[i] for i in range(32)])
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     with torch.inference_mode():
         output = model.vision_encoder(batch["pixel_values"], grids=batch["image_grid_hw"])
         logits = model.reading_head(output.patches).view(-1, BLANK + 1)

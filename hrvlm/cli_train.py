@@ -39,11 +39,11 @@ def train(
     """
     if demo == (config is not None):
         raise ValueError("CONFIG or --demo is needed, and not both")
+    if find_spec("accelerate") is None:
+        raise ValueError("training needs more packages: pip install 'hrvlm[train]'")
     if config is None:
         _demo(out, as_json)
         return
-    if find_spec("accelerate") is None:
-        raise ValueError("training needs more packages: pip install 'hrvlm[train]'")
     with json_only(as_json):
         from .training_config import TrainingConfig, read_yaml
 

@@ -101,7 +101,9 @@ def train_demo(out: Path, *, held_out: int = 64, epochs: int = EPOCHS) -> DemoRe
     )
     with quiet_loading():
         model, processor = load_model(config.model)
-    trainer = make_trainer(config, training_arguments(config), model, processor)
+    args = training_arguments(config)
+    args._n_gpu = min(args.n_gpu, 1)  # one of several GPUs is enough, and Trainer takes them all
+    trainer = make_trainer(config, args, model, processor)
     curve = _LossCurve()
     trainer.add_callback(curve)
     draw = RenderOptions(**_DRAW)

@@ -74,6 +74,15 @@ class VLMTrainingArguments(TrainingArguments):
             raise ValueError("accelerator_config: split_batches and dispatch_batches cut images")
         options.dispatch_batches = False
 
+    @property
+    def device(self) -> torch.device:
+        """Where this process trains; several on the CPU are not counted.
+
+        To TrainingArguments the second is on ``cpu:1``, where torch.load can't put a checkpoint.
+        """
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
 
 class VLMTrainer(Trainer):
     """Trainer for a :class:`~hrvlm.vision_language_model.VisionLanguageModel`.

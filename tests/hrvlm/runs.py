@@ -105,7 +105,7 @@ def save_halves(directory: Path) -> Path:
     return path
 
 
-def train_as(process: int, processes: int, port: int, config: TrainingConfig) -> None:
+def train_as(process: int, processes: int, port: int, config: TrainingConfig, resume: bool) -> None:
     """Be one of several processes that train together on the CPU."""
     os.environ |= {
         "RANK": str(process),
@@ -119,7 +119,7 @@ def train_as(process: int, processes: int, port: int, config: TrainingConfig) ->
     AcceleratorState._reset_state(reset_partial_state=True)  # the forked parent's
     if config.training.get("fsdp"):
         train_module.training_arguments = _of_accelerator(train_module.training_arguments)
-    train_module.train(config)
+    train_module.train(config, resume=resume)
     torch.distributed.destroy_process_group()
 
 

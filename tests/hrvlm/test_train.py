@@ -210,21 +210,26 @@ def test_a_subclass_adds_a_term_to_the_loss(model, rows, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_of_which_one_has_text_only(sharded, model, tmp_path):
-    """DDP and FSDP2 give the weights of one process with the whole batch."""
+def test_two_processes_of_which_one_has_text_only(sharded, checkpointing, model, tmp_path):
+    """DDP and FSDP2, resumed half way, give the weights of one process with the whole batch."""
     source = {"kind": "jsonl", "path": str(runs.save_halves(tmp_path)), "shuffle": False}
-    options = {"optim": "sgd", "max_steps": 2}
-    fsdp = {"fsdp": True, "fsdp_config": {"version": 2}} if sharded else {}
+    # AdamW with so large an epsilon steps along the gradient, without making its last bits larger.
+    options = {"adam_epsilon": 1.0, "lr_scheduler_type": "constant"}
+    several = options | {"gradient_checkpointing": checkpointing}
+    if sharded:
+        several |= {"fsdp": True, "fsdp_config": {"version": 2}}
     one, two = tmp_path / "one", tmp_path / "two"
     train(runs.config_of(one, model, source, **options, per_device_train_batch_size=4))
-    config = runs.config_of(two, model, source, **options, **fsdp)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        runs.train_as, (2, port, config), nprocs=2, start_method="fork"
-    )
+    for max_steps, resume in ((2, False), (4, True)):
+        config = runs.config_of(two, model, source, **several, max_steps=max_steps)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.start_processes(
+            runs.train_as, (2, port, config, resume), nprocs=2, start_method="fork"
+        )
     assert (two / "checkpoint-2" / "pytorch_model_fsdp.bin").exists() == sharded
     before, expected, got = (load_file(d / "model.safetensors") for d in (model, one, two))
     for name, weight in expected.items():
