@@ -5,6 +5,7 @@ commands in one folder, each where it stands. A block that starts with the comme
 "# runs until ..." is only looked at, as are the commands of the README.
 """
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -22,6 +23,8 @@ from PIL import ExifTags, Image, ImageChops, ImageOps, ImageStat
 from typer.testing import CliRunner
 
 from hrvlm.cli import app
+from hrvlm.trainer import VLMTrainingArguments
+from hrvlm.training_config import TrainingConfig, read_yaml
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -135,6 +138,8 @@ def commands():
 @pytest.mark.parametrize("words", commands())
 def test_command_exists(words):
     program, *arguments = words
+    if {"--no-python", "--no_python"} & set(arguments):  # a launcher's way to start a program
+        program, arguments = "hrvlm", arguments[arguments.index("hrvlm") + 1 :]
     if program in OTHERS:
         return
     checks = {
@@ -156,13 +161,22 @@ def check_hrvlm(arguments):
         if not arguments and name not in WITHOUT_INPUTS:
             return  # a command that is spoken of
         command = command.commands[name]
-        command.make_context(name, list(arguments))  # raises on unknown options, missing arguments
+        context = command.make_context(name, list(arguments))  # raises on unknown options
+        if name == "train" and (config := context.params["config"]) and (ROOT / config).exists():
+            check_training(ROOT / config, context.params["override"] or ())
         if name in WITHOUT_INPUTS:
             result = CliRunner().invoke(app, [name, *arguments])
             assert result.exit_code == 0, result.output
         return
     options = {name for parameter in command.params for name in parameter.opts}
     assert set(arguments) <= options | {"-h", "--help"}
+
+
+def check_training(path, overrides):
+    sections = read_yaml(path, overrides)
+    if "reading" not in sections:
+        known = {field.name for field in dataclasses.fields(VLMTrainingArguments)}
+        assert set(TrainingConfig.from_dict(sections).training) <= known
 
 
 def check_make(arguments):
