@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,7 @@ class DINOv3Attention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_prefix_tokens = 1 + config.num_register_tokens
         self.rope_theta = config.rope_theta if getattr(config, "use_rope", True) else None
+        self._inv_freq = self._frequencies(torch.device("cpu"))
         self.qkv = QKVLinear(config)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
         self.register_load_state_dict_pre_hook(_fuse_qkv)
@@ -110,7 +112,19 @@ class DINOv3Attention(nn.Module):
     def _rope(self, packed: PackedGrids) -> tuple[Tensor, Tensor] | None:
         if self.rope_theta is None:
             return None
-        return packed.coords, rope_frequencies(self.rope_theta, self.head_dim, packed.device)
+        if self._inv_freq.device != packed.device:
+            self._inv_freq = self._frequencies(packed.device)
+        return packed.coords, self._inv_freq
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        return rope_frequencies(self.rope_theta or 1.0, self.head_dim, device)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> DINOv3Attention:
+        """Moved, keep the frequencies at hand: torch.compile would make them in every forward."""
+        super()._apply(fn, *args, **kwargs)
+        if not self.o_proj.weight.is_meta:
+            self._inv_freq = self._frequencies(self.o_proj.weight.device)
+        return self
 
     def prefix_attention(self, x: Tensor, packed: PackedGrids, backend: str) -> Tensor:
         """Softmax weights ``[P, heads, T]`` of the prefix tokens over their own image's tokens."""

@@ -242,7 +242,7 @@ class DINOv3Encoder(PreTrainedModel):
             patches, grids = pack_images(pixel_values, p)
         packed = self._layout(grids, patches.device)
         expected = (
-            packed.total_tokens - len(packed) * self.num_prefix_tokens,
+            packed.patch_rows().shape[0],  # not from lengths: a graph would hold for their number
             self.config.num_channels * p * p,
         )
         if tuple(patches.shape) != expected:

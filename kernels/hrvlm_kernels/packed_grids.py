@@ -26,21 +26,25 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Grid = tuple[int, int]
 
-# Tile lists that travel with the first copy, so that torch.compile never meets a missing one.
+# These tile lists and the rows of the patches travel with the first copy, so that torch.compile
+# never meets a missing one.
 TILE_SIZES = (64, 128)
 SHORT_SEQLEN = 256  # up to here a segment is short: its keys may fit one tile
 _INT32_MAX = 2**31 - 1
 _CACHE_SIZE = 64
 
 
-@dataclass(frozen=True, eq=False)
+# Not frozen: of a frozen one that it returns, torch.compile guards every field, so that each number
+# of images would have a graph of its own.
+@dataclass(eq=False)
 class PackedGrids:
     """Layout of images packed one after the other in ``[T, C]``, without padding or masks.
 
     Made by :meth:`from_grids`, :meth:`from_lengths` or :meth:`from_cu_seqlens`, once per batch, and
-    passed to every op of every layer. Equal requests return the same object while it stays in a
-    small LRU cache. Its tensors are uploaded, without waiting, on the stream that is current at the
-    first request: work on another stream has to wait for that one, as for any tensor.
+    passed to every op of every layer; never changed afterwards. Equal requests return the same
+    object while it stays in a small LRU cache. Its tensors are uploaded, without waiting, on the
+    stream that is current at the first request: work on another stream has to wait for that one, as
+    for any tensor.
 
     Attributes:
         grids: Patch grid ``(hp, wp)`` of each image, or None for a pack without grids.
@@ -179,17 +183,9 @@ class PackedGrids:
         key = f"shuffle{factor}"
         if key not in self._tables:
             self.token_grids(factor)
-            self._tables[key] = _upload(self._shuffle_index(factor), self.device)
+            index = _shuffle_index(self.grids or (), self.num_prefix_tokens, factor)
+            self._tables[key] = _upload(index, self.device)
         return self._tables[key]
-
-    def _shuffle_index(self, factor: int) -> Tensor:
-        blocks, start = [], 0
-        for (hp, wp), length in zip(self.grids or (), self.lengths, strict=True):
-            first_patch = start + self.num_prefix_tokens
-            blocks.append(_shuffled_grid(hp, wp, factor) + first_patch)
-            start += length
-        empty = torch.empty(0, factor * factor, dtype=torch.int32, device="cpu")
-        return torch.cat([empty, *blocks])
 
     def patch_rows(self) -> Tensor:
         """``[sum hp*wp]`` int32: the packed row of every patch, prefix tokens left out."""
@@ -254,6 +250,7 @@ def _build(
         parts["short_segments"] = _short_segments(lengths)
         if grids is not None:
             parts["coords"] = _coords(grids, prefix).view(torch.int32)
+            parts["shuffle1"] = _shuffle_index(grids, prefix, 1)
         on_device = _upload_together(parts, device)
         return PackedGrids(
             grids=grids,
@@ -271,8 +268,12 @@ _build_cached = lru_cache(maxsize=_CACHE_SIZE)(_build)
 
 
 def _upload_together(parts: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copy int32 tensors to the device as one pinned buffer; views of it, 16-byte aligned."""
-    sizes = [-(-part.numel() // 4) * 4 for part in parts.values()]
+    """Copy int32 tensors to the device as one pinned buffer; views of it, 16-byte aligned.
+
+    There is a gap before each but the first: torch.compile takes numbers that agree for one, and
+    where a view begins would often agree with the length of the one before.
+    """
+    sizes = [-(-part.numel() // 4) * 4 + 4 for part in parts.values()]
     pinned = device.type == "cuda"
     buffer = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -320,6 +321,14 @@ def _short_segments(lengths: tuple[int, ...]) -> Tensor:
     starts = [0, *accumulate(lengths)]
     triples = [(starts[i], n, i) for i, n in enumerate(lengths) if n <= SHORT_SEQLEN]
     return torch.tensor([*triples, (0, 0, 0)], dtype=torch.int32, device="cpu").flatten()
+
+
+def _shuffle_index(grids: tuple[Grid, ...], prefix: int, factor: int) -> Tensor:
+    blocks, start = [torch.empty(0, factor * factor, dtype=torch.int32, device="cpu")], 0
+    for hp, wp in grids:
+        blocks.append(_shuffled_grid(hp, wp, factor) + (start + prefix))
+        start += prefix + hp * wp
+    return torch.cat(blocks)
 
 
 def _shuffled_grid(hp: int, wp: int, s: int) -> Tensor:

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 from transformers import DINOv3ViTModel
 
@@ -499,3 +500,21 @@ def test_forward_reads_no_size_from_the_tensors(rng, monkeypatch):
     out = ours(patches, grids=packed)
     monkeypatch.undo()
     assert out.last_hidden_state.isfinite().all()
+
+
+def test_one_graph_serves_many_packings(rng):
+    """But for a single image, since torch.compile takes a size of 1 for a constant."""
+    encoder = DINOv3Encoder(config_of(num_hidden_layers=1)).eval()
+    encoder.backend = "triton"
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True, dynamic=True)
+    # In the first pack no two numbers agree (images, tiles, where tables begin): they would be one.
+    for grids in ([(11, 13), (9, 16), (3, 7)], [(3, 5), (8, 2)], [(4, 4)] * 5, [(14, 14)]):
+        packed = PackedGrids.from_grids(grids, num_prefix_tokens=encoder.num_prefix_tokens)
+        patches = torch.randn(len(packed.patch_rows()), 3 * encoder.patch_size**2, generator=rng)
+        with torch.no_grad():
+            got, expected = (f(patches, grids=packed) for f in (compiled, encoder))
+        assert got.grids == tuple(grids)
+        assert torch.equal(got.last_hidden_state, expected.last_hidden_state)
+        assert counters["stats"]["unique_graphs"] == 1 + (len(grids) == 1)
