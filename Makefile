@@ -1,22 +1,26 @@
 # make demo    set up .venv, encode examples/ (features and pictures in demo/), read the text in some
 # make test    the same, then all tests
 # make lint    ruff and mypy
-# make gpu     the GPU tests, then the benchmarks whatever came of them, with the python3 at hand
+# make tune    time the kernels' tile sizes on a GPU and write their tables: before make gpu
+# make gpu     the GPU tests and benchmarks in under ten minutes, with the python3 at hand
 # make sanitize  the kernels on small shapes under compute-sanitizer, on a GPU
 # make clean   remove what the others wrote, .venv excepted
 #
-# PYTHON, VENV, DEMO and PYTEST_ARGS can be given: make test PYTHON=python3.13 PYTEST_ARGS="-k rope"
+# PYTHON, VENV, DEMO, PYTEST_ARGS, TUNE_ARGS and GPU_ARGS can be given: make test PYTEST_ARGS="-k rope",
+# make gpu PYTHON=python3.13 GPU_ARGS="--only tests" (all: python3 -m benchmarks.gpu_run --help)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := demo
 .NOTPARALLEL:
-.PHONY: demo test lint gpu sanitize clean
+.PHONY: demo test lint tune gpu sanitize clean
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 PYTEST_ARGS ?=
+GPU_ARGS ?=
+TUNE_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
@@ -46,23 +50,24 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+tune:
+	$(BARE) -m benchmarks.tune $(TUNE_ARGS)
+
 gpu:
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
 	  || { echo "make gpu: $(PYTHON) has no torch that sees a GPU" >&2; exit 1; }
 	@$(PYTHON) -c 'import pytest_benchmark' 2>/dev/null \
 	  || { echo "make gpu: the benchmarks need pytest-benchmark for $(PYTHON)" >&2; exit 1; }
-	status=0; \
-	$(BARE) -m pytest tests -m gpu $(PYTEST_ARGS) || status=$$?; \
-	$(BARE) -m pytest benchmarks $(PYTEST_ARGS) || status=$$?; \
-	exit $$status
+	@$(BARE) -m benchmarks.gpu_run $(GPU_ARGS)
 
 sanitize:
 	@command -v compute-sanitizer >/dev/null \
 	  || { echo "make sanitize: compute-sanitizer is not found; it comes with the CUDA toolkit" >&2; exit 1; }
-	for tool in memcheck racecheck; do \
+	status=0; for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.kernels.sanitize; \
-	done
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.kernels.sanitize \
+	    || status=$$?; \
+	done; exit $$status
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

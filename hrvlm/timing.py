@@ -2,8 +2,9 @@
 
 Machines differ and drift. What does not is the ratio of two rivals that took turns in one process:
 round by round, each starting a round in its turn, and the median over the rounds. On a GPU a
-measurement lies between two events of the device, after a write that pushes everything else out of
-the L2 cache; on the CPU it is the host's clock.
+measurement lies between two events of the device, after a read that pushes all else out of the L2
+cache (what a write leaves there would be written back while the clock runs); on the CPU it is the
+host's clock.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class _Stopwatch:
         self.device = device
         self.flush = None
         if device.type == "cuda":
-            self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+            self.flush = torch.zeros(FLUSH_BYTES // 4, device=device)
 
     def time(self, run: Run) -> Callable[[], float]:
         if self.flush is None:
@@ -116,7 +117,7 @@ class _Stopwatch:
             synchronize(self.device)
             seconds = time.perf_counter() - start
             return lambda: seconds
-        self.flush.zero_()
+        self.flush.sum()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()

@@ -1,0 +1,52 @@
+"""What `make gpu` runs stays in its time, and one bad step does not cost the others."""
+
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gpu_run import SUITES, Step, run_steps, steps_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def step(name, code, share=1.0):
+    return Step(name, (sys.executable, "-c", code), share)
+
+
+def test_a_step_that_fails_or_hangs_costs_no_other(tmp_path):
+    start = time.monotonic()
+    # A child that would outlive its parent, as the workers of a test run do.
+    hang = "import subprocess, sys; subprocess.run([sys.executable, '-c', {!r}])".format(
+        f"import time; time.sleep(2); open({str(tmp_path / 'late')!r}, 'w')"
+    )
+    ends = run_steps(
+        [
+            step("failed", "raise SystemExit(3)"),
+            step("hung", hang, share=0.1),
+            step("done", f"open({str(tmp_path / 'made')!r}, 'w')"),
+        ],
+        10.0,
+    )
+    assert ends == {
+        "failed": "failed (exit status 3)",
+        "hung": "ended after 1 s",
+        "done": "done",
+    }
+    assert (tmp_path / "made").exists() and time.monotonic() - start < 10
+    time.sleep(2)
+    assert not (tmp_path / "late").exists()
+
+
+def test_no_step_is_begun_without_time_for_it():
+    ends = run_steps([step("long", "import time; time.sleep(60)"), step("late", "")], 0.5)
+    assert ends == {"long": "ended after 0 s", "late": "no time left"}
+
+
+def test_every_suite_of_the_gpu_is_a_step(tmp_path):
+    tests, *suites = steps_of(tmp_path, "abc")
+    assert tests.command[3:6] == ("tests", "-m", "gpu")
+    modules = [Path(suite.command[3]) for suite in suites]
+    assert all((ROOT / module).exists() for module in modules)
+    there = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")}
+    assert set(SUITES) == there - {"cpu_encoder", "processing"}
+    assert all(suite.command[-3:] == (str(tmp_path), "--commit", "abc") for suite in suites)
