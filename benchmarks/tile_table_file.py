@@ -21,7 +21,7 @@ the GPU that decided, or says "compiled": chosen by reading compiled code (no sp
 tensor cores), not yet measured on a GPU.
 """
 
-from .tilings import GemmConfig, NormConfig, RopeConfig, Tiling
+from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Tiling
 
 '''
 _COMMENTS = {
@@ -41,6 +41,8 @@ _COMMENTS = {
     "ROPE": "rope_2d: (chip, head_dim rounded up, bytes of an element).",
     "NORM_FORWARD": "layer_norm_pixel_shuffle: (chip, C rounded up).",
     "NORM_BACKWARD": None,
+    "SWIGLU": "swiglu, forward and backward: (chip, bytes of an element).",
+    "PATCHIFY": "normalize_patchify: (chip, bytes of an element of its result).",
 }
 
 

@@ -4,9 +4,12 @@
     python -m benchmarks.tune --dry-run [--chip sm_90] ...
 
 For every row of kernels/hrvlm_kernels/tile_tables.py that belongs to this chip, each candidate has
-to pass the op's test against float64 first; those that do take turns on images of 201, 2309 and
-4101 tokens (256, 768 and 1024 px for the ops on grids), and the one with the smallest geometric
-mean of its times goes into the table. The file is replaced once, at the end.
+to pass the op's test against float64 first, in a process of its own: one that hangs or breaks the
+device costs itself alone. Those that pass take turns on images of 201, 2309 and 4101 tokens (256,
+768 and 1024 px for the ops on grids), and the one with the smallest geometric mean of its times
+goes into the table. After each row the table is written, and what was measured goes into
+benchmarks/results/tune-*.json, beside what the device reaches at best and the commit; a later run
+on the same commit adds to that file.
 
 ``--dry-run`` compiles every candidate for a chip that need not be there, and tells registers,
 spills and shared memory. Nothing is timed or written.
@@ -21,6 +24,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +33,22 @@ if "--dry-run" in sys.argv:  # with the interpreter, nothing would be compiled
 
 import torch
 import triton
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from benchmarks import tile_table_file
+from benchmarks.case import RESULTS, Settings
+from benchmarks.isolation import Worker
+from benchmarks.suite import SuiteRun
 from benchmarks.tile_table_file import Table
-from benchmarks.tune_ops import OPS, Key, TunedOp, candidates_of, row
-from hrvlm.timing import take_turns
+from benchmarks.tune_ops import OPS, trouble
+from benchmarks.tune_results import MISSING, RowResult, earlier, replaced, short
+from benchmarks.tune_row import Call, Key, TunedOp, candidates_of, reason, row
+from hrvlm.timing import Timing, device_name, take_turns
 from hrvlm_kernels.launch import architecture
 from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
+
+TIMEOUT_S = 180  # for a candidate: compiled, tested, and run once as it will be timed
+ROUNDS_S = 2.0  # of the candidates of a row together, for each call
 
 Selection = Iterator[tuple[str, TunedOp, Key]]
 
@@ -51,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bytes", nargs="+", type=int, choices=(2, 4), help="of an element")
     parser.add_argument("--dry-run", action="store_true", help="compile the candidates only")
     parser.add_argument("--chip", choices=TARGETS, help="of a dry run; default: this GPU's")
-    parser.add_argument("--out", type=Path, default=tile_table_file.PATH)
+    parser.add_argument("--out", type=Path, default=tile_table_file.PATH, help="the tables' file")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the JSON file")
+    parser.add_argument("--commit", help="commit to name in it, where there is no git")
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
     if args.chip and not args.dry_run:
@@ -66,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"no row of the tables fits --head-dim {args.head_dim} --bytes {args.bytes}")
     if args.dry_run:
         return dry_run(rows, chip)
-    return tune(rows, chip, args.out)
+    device = torch.device("cuda", torch.cuda.current_device())
+    settings = Settings(device, round_s=ROUNDS_S, results=args.results, commit=args.commit)
+    return tune(rows, chip, args.out, settings)
 
 
 def _refuse(why: str) -> int:
@@ -95,7 +111,7 @@ def dry_run(rows: Sequence[tuple[str, TunedOp, Key]], chip: str) -> int:
                 continue
             verdict, resources = compiled(op, key, config, chip)
             clean += verdict == "clean"
-            print(name, key, _short(config), resources, verdict, sep="  ", flush=True)
+            print(name, key, short(config), resources, verdict, sep="  ", flush=True)
         if not clean:
             failed = True
             print(f"tune: {name} {key}: no candidate compiles clean", file=sys.stderr)
@@ -107,8 +123,8 @@ def compiled(op: TunedOp, key: Key, config: Any, chip: str) -> tuple[str, str]:
     job = op.job(key, config)
     try:
         built = compile_kernel(job.kernel, job.signature, job.constants, chip, **job.options)
-    except (RuntimeError, triton.CompilationError) as error:
-        return f"does not compile: {str(error).splitlines()[0][:80]}", "-"
+    except (RuntimeError, TritonError) as error:
+        return f"does not compile: {reason(error)[:80]}", "-"
     resources = f"{built.regs} registers, {built.spills} spilled, {built.shared // 1024} KiB"
     try:
         assert_clean(built, tensor_core=job.tensor_core)
@@ -117,71 +133,68 @@ def compiled(op: TunedOp, key: Key, config: Any, chip: str) -> tuple[str, str]:
     return "clean", resources
 
 
-def tune(rows: Sequence[tuple[str, TunedOp, Key]], chip: str, out: Path) -> int:
+def tune(rows: Sequence[tuple[str, TunedOp, Key]], chip: str, out: Path, settings: Settings) -> int:
     """Time the candidates, writing the tables row by row; 1 if a row has none that works."""
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = settings.device
     tables, failed = tile_table_file.tables(), False
     chosen = tile_table_file.chosen_by()
-    chosen[chip] = (
-        f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, "
-        f"Triton {triton.__version__}"
-    )
-    for name, op, key in rows:
-        right = [c for c in candidates_of(op, key) if _works(op, key, c, str(device))]
-        if not right:
-            failed = True
-            print(f"tune: {name} {key}: no candidate works; the row stays", file=sys.stderr)
-            continue
-        times = measure(op, key, right, device)
-        scores = geometric_means(times)
-        best = min(range(len(right)), key=scores.__getitem__)
-        for i in sorted(range(len(right)), key=scores.__getitem__):
-            ms = "  ".join(f"{label} {1e3 * t[i]:.3f} ms" for label, t in times.items())
-            mark = "*" if i == best else " "
-            print(mark, name, key, _short(right[i]), ms, f"{scores[i]:.3f}", sep="  ", flush=True)
-        put(tables[op.table], key, right[best])
-        tile_table_file.replace(tables, chosen, out)  # a candidate that hangs costs no other row
+    chosen[chip] = f"{device_name(device)}, torch {torch.__version__}, Triton {triton.__version__}"
+    run = SuiteRun("tune", settings, budget_s=math.inf)
+    run.cases = earlier(run.path)
+    with closing(Worker(TIMEOUT_S)) as worker:
+        for name, op, key in rows:
+            found = try_row(worker, name, op, key, settings)
+            run.cases = replaced(run.cases, found.cases(run.ceilings))
+            run.write()
+            if found.best is MISSING:
+                failed = True
+                print(f"tune: {name} {key}: no candidate works; the row stays", file=sys.stderr)
+                continue
+            for line in found.lines():
+                print(line, flush=True)
+            put(tables[op.table], key, found.best)
+            tile_table_file.replace(tables, chosen, out)
     return int(failed)
 
 
-def _works(op: TunedOp, key: Key, config: Any, device: str) -> bool:
-    """Whether a candidate fits the chip and passes the op's gate; if not, say why."""
-    try:
-        with row(op.table, key, config):
-            op.gate(key, device)
-    except (AssertionError, OutOfResources, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        print(f"tune: {op.table} {key} {_short(config)}: {reason}", file=sys.stderr)
-        return False
-    return True
+def try_row(worker: Worker, name: str, op: TunedOp, key: Key, settings: Settings) -> RowResult:
+    """Find out which candidates work, and time those."""
+    candidates, device = candidates_of(op, key), str(settings.device)
+    failures = {c: failure(worker, name, key, c, device) for c in candidates}
+    right = [c for c in candidates if failures[c] is None]
+    calls = op.calls(key, device) if right else ()
+    timings = {call: measure(op, key, right, call, settings) for call in calls}
+    return RowResult(name, op.table, key, failures, timings)
+
+
+def failure(worker: Worker, name: str, key: Key, config: Any, device: str) -> str | None:
+    """Why a candidate is out, which is printed too."""
+    why = worker.failure(trouble, name, key, config, device)
+    if why is not None:
+        print(f"tune: {name} {key} {short(config)}: {why}", file=sys.stderr, flush=True)
+    return why
 
 
 def measure(
-    op: TunedOp, key: Key, configs: Sequence[Any], device: torch.device
-) -> dict[str, list[float]]:
-    """Median seconds of every candidate for each of the op's calls."""
+    op: TunedOp, key: Key, configs: Sequence[Any], call: Call, settings: Settings
+) -> dict[Any, Timing]:
+    """The rounds of every candidate for one of the op's calls."""
 
-    def timed(config: Any, run: Callable[[], object]) -> Callable[[], None]:
-        def call() -> None:
+    def timed(config: Any) -> Callable[[], None]:
+        def run() -> None:
             with row(op.table, key, config):
-                run()
+                call.run()
 
-        return call
+        return run
 
-    times = {}
-    for label, run in op.calls(key, str(device)):
-        rivals = {str(i): timed(config, run) for i, config in enumerate(configs)}
-        for call in rivals.values():
-            call()
-        turns = take_turns(rivals, device)
-        times[label] = [turns[name].median for name in rivals]
-    return times
-
-
-def geometric_means(times: dict[str, list[float]]) -> list[float]:
-    """Of each candidate's times, each relative to the best candidate's."""
-    relative = [[t / min(column) for t in column] for column in times.values()]
-    return [math.exp(sum(map(math.log, ts)) / len(ts)) for ts in zip(*relative, strict=True)]
+    rivals = {short(config): timed(config) for config in configs}
+    for run in rivals.values():
+        run()
+    s = settings
+    turns = take_turns(
+        rivals, s.device, budget_s=s.round_s, min_rounds=s.min_rounds, max_rounds=s.max_rounds
+    )
+    return {config: turns[short(config)] for config in configs}
 
 
 def put(table: Table, key: Key, best: Any) -> None:
@@ -191,10 +204,6 @@ def put(table: Table, key: Key, best: Any) -> None:
         return
     last = table[key][-1] if key in table else best
     table[key] = (best,) if last == best else (best, last)
-
-
-def _short(config: Any) -> str:
-    return "no row" if config is None else tile_table_file.text(config)
 
 
 if __name__ == "__main__":

@@ -1,159 +1,68 @@
-"""What ``python -m benchmarks.tune`` tunes: each op's table, candidates, gate and timed calls."""
+"""What ``python -m benchmarks.tune`` tunes: each op's table, candidates, gate and timed calls.
+
+The parts of an entry stand in tune_row.py, those of varlen_attention in tune_attention.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 
-from benchmarks.tile_table_file import Table
+from benchmarks.tune_attention import ATTENTION_OPS
+from benchmarks.tune_row import (
+    HEADS,
+    TOKENS,
+    Call,
+    Key,
+    Run,
+    TunedOp,
+    attention_job,
+    attention_keys,
+    dtype_of,
+    reason,
+    row,
+)
+from hrvlm.image_processing import IMAGENET
+from hrvlm.timing import synchronize
 from hrvlm_kernels import (
     PackedGrids,
     layer_norm_pixel_shuffle,
+    normalize_patchify,
     pixel_shuffle_linear,
     rope_2d,
     tile_tables,
-    varlen_attention,
 )
-from hrvlm_kernels.packed_grids import SHORT_SEQLEN
-from hrvlm_kernels.tilings import GemmConfig, NormConfig, RopeConfig, Tiling
-from tests.kernels import shipped, shipped_attention
-from tests.kernels.attention_cases import check_kernel, make_case
+from hrvlm_kernels.launch import multiprocessors
+from hrvlm_kernels.swiglu import swiglu
+from hrvlm_kernels.tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig
+from tests.kernels import shipped
 
-SIZES = (201, 2309, 4101)  # tokens of an image of 224, 768 and 1024 px
-HEADS, CHANNELS, TOKENS = 16, 1024, 16_384
-_GATE_LENGTHS = (201, 577, 64, 0, 1, 63, 65, 127, 128, 129)
+CHANNELS = 1024
 _FACTOR = 4
 
-Key = tuple[Any, ...]
-Run = Callable[[], object]
 
+def trouble(name: str, key: Key, config: Any, device: str) -> str | None:
+    """Why a candidate can't be timed: it does not compile, does not fit, or its gate is red.
 
-@dataclass(frozen=True)
-class TunedOp:
-    """One table and how to choose its rows; keys are those of the table.
-
-    A candidate of None means no row: what runs instead is timed like the others.
+    What is timed runs here once. Whatever else goes wrong is raised: the device may be unusable.
     """
-
-    table: str
-    keys: Callable[[str], Sequence[Key]]
-    candidates: Callable[[Key], Sequence[Any]]
-    gate: Callable[[Key, str], None]  # raises AssertionError
-    calls: Callable[[Key, str], Sequence[tuple[str, Run]]]
-    job: Callable[[Key, Any], shipped.Job]
-
-
-def candidates_of(op: TunedOp, key: Key) -> list[Any]:
-    """What is in the table now, then the op's other candidates."""
-    current = getattr(tile_tables, op.table).get(key, ())
-    return list(dict.fromkeys((*current, *op.candidates(key))))
-
-
-@contextmanager
-def row(table: str, key: Key, config: Any) -> Iterator[None]:
-    """Let the kernels see one row as `config`, or not at all when None."""
-    rows: Table = getattr(tile_tables, table)
-    before = dict(rows)
-    rows.pop(key, None)
-    if config is not None:
-        rows[key] = (config,)
+    op = OPS[name]
     try:
-        yield
+        with row(op.table, key, config):
+            op.gate(key, device)
+            for call in op.calls(key, device):
+                call.run()
+            synchronize(torch.device(device))
+    except (AssertionError, TritonError) as error:
+        return reason(error)
     finally:
-        rows.clear()
-        rows.update(before)
-
-
-def dtype_of(key: Key) -> torch.dtype:
-    """The dtype that the rows with this key are tuned in."""
-    return {2: torch.bfloat16, 4: torch.float32}[key[-1]]
-
-
-def _attention_keys(chip: str) -> list[Key]:
-    return [(chip, head_dim, size) for head_dim in (32, 64, 128) for size in (2, 4)]
-
-
-def _16_bit_keys(head_dims: Sequence[int]) -> Callable[[str], list[Key]]:
-    return lambda chip: [(chip, head_dim, 2) for head_dim in head_dims]
-
-
-def _forward_candidates(key: Key) -> list[Tiling]:
-    chip, head_dim, size = key
-    if size == 4:
-        return [Tiling(32, 32, warps, 2) for warps in (4, 8)]
-    tiles = [(128, 128), (128, 64), (128, 32), (64, 64), (64, 32)]
-    plain = [Tiling(*tile, w, s) for tile, w, s in product(tiles, (4, 8), (2, 3))]
-    if chip != "sm_90":
-        return plain
-    ahead = [
-        Tiling(128, step, 8, s, "ahead")
-        for step, s in product((128, 64) if head_dim < 128 else (64,), (2, 3))
-    ]
-    specialised = [
-        Tiling(rows, step, 4, s, "specialised")
-        for (rows, step), s in product([(128, 128), (128, 64), (64, 128)], (2, 3))
-        if head_dim < 128 or step == 64
-    ]
-    gluon = [
-        Tiling(128, step, 4, buffers, "gluon")
-        for step, buffers in product((64, 128), (2, 3))
-        if head_dim >= 64 and head_dim * step * buffers <= 24_576
-    ]
-    return [*ahead, *specialised, *gluon, *plain]
-
-
-def _short_candidates(key: Key) -> list[Tiling | None]:
-    return [None, *(Tiling(rows, SHORT_SEQLEN, w, 1) for rows, w in product((64, 128), (4, 8)))]
-
-
-def _backward_candidates(key: Key) -> list[Tiling]:
-    if key[2] == 4:
-        return [Tiling(32, step, w, 2) for step, w in product((32, 16), (4, 8))]
-    tiles = [(128, 64), (128, 32), (128, 16), (64, 64), (64, 32), (64, 16)]
-    return [Tiling(*tile, w, s) for tile, w, s in product(tiles, (4, 8), (2, 3))]
-
-
-def _attention_gate(rope: bool, deterministic: bool) -> Callable[[Key, str], None]:
-    def gate(key: Key, device: str) -> None:
-        options = {"head_dim": key[1], "dtype": dtype_of(key), "rope": rope, "device": device}
-        lengths = [min(n, SHORT_SEQLEN) for n in _GATE_LENGTHS] if rope else _GATE_LENGTHS
-        check_kernel(make_case(lengths, heads=2, **options), deterministic=deterministic)
-
-    return gate
-
-
-def _forward_calls(key: Key, device: str, *, rope: bool = False) -> list[tuple[str, Run]]:
-    def call(n: int) -> Run:
-        case = _attention_case(key, n, device, rope)
-
-        @torch.no_grad()
-        def run() -> object:
-            return varlen_attention(*case.inputs, case.packed, rope=case.rope, backend="triton")
-
-        return run
-
-    return [(f"n={n}", call(n)) for n in SIZES if not rope or n <= SHORT_SEQLEN]
-
-
-def _backward_calls(key: Key, device: str, *, deterministic: bool = True) -> list[tuple[str, Run]]:
-    def call(n: int) -> Run:
-        case = _attention_case(key, n, device, rope=False)
-        leaves = [a.detach().requires_grad_() for a in case.inputs]
-        out = varlen_attention(*leaves, case.packed, deterministic=deterministic, backend="triton")
-        return lambda: torch.autograd.grad(out, leaves, case.g, retain_graph=True)
-
-    return [(f"n={n}", call(n)) for n in SIZES]
-
-
-def _attention_case(key: Key, n: int, device: str, rope: bool) -> Any:
-    lengths = [n] * max(1, TOKENS // n)
-    options = {"head_dim": key[1], "dtype": dtype_of(key), "rope": rope, "device": device}
-    return make_case(lengths, heads=HEADS, **options)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    return None
 
 
 def _grids(device: str) -> list[tuple[str, PackedGrids]]:
@@ -174,28 +83,59 @@ def _gemm_candidates(key: Key) -> list[GemmConfig]:
     return [GemmConfig(*tile, w, s) for tile, w, s in product(tiles, (4, 8), (3, 4))]
 
 
-def _gemm_calls(key: Key, device: str) -> list[tuple[str, Run]]:
-    def call(packed: PackedGrids) -> Run:
-        dtype, width = dtype_of(key), _FACTOR**2 * CHANNELS
-        x = torch.randn(packed.total_tokens, CHANNELS, device=device, dtype=dtype)
-        weight = torch.randn(CHANNELS, width, device=device, dtype=dtype) / width**0.5
+def _gemm_calls(key: Key, device: str) -> list[Call]:
+    """Forward and backward, with so many output channels that no sum is cut into parts."""
+
+    def call(name: str, packed: PackedGrids) -> Call:
+        x, weight, flops = _gemm_inputs(packed, 4 * CHANNELS, dtype_of(key), device)
         leaves = [x.requires_grad_(), weight.requires_grad_()]
         rows = packed.shuffle_index(_FACTOR).shape[0]
-        g = torch.randn(rows, CHANNELS, device=device, dtype=dtype)
+        g = torch.randn(rows, weight.shape[0], device=device, dtype=x.dtype)
 
         def run() -> object:
             out = pixel_shuffle_linear(x, packed, _FACTOR, weight, backend="triton")
             return torch.autograd.grad(out, leaves, g)
 
-        return run
+        return Call(name, run, 3 * flops)
 
-    return [(name, call(packed)) for name, packed in _grids(device)]
+    return [call(name, packed) for name, packed in _grids(device)]
+
+
+def _gemm_parts_candidates(key: Key) -> list[GemmConfig]:
+    """What runs without a row, and the others."""
+    return [*tile_tables.GEMM[key][:1], *_gemm_candidates(key)]
+
+
+def _gemm_parts_calls(key: Key, device: str) -> list[Call]:
+    """The forward, with so few tiles that its sum is cut."""
+
+    def call(name: str, packed: PackedGrids) -> Call:
+        x, weight, flops = _gemm_inputs(packed, CHANNELS, dtype_of(key), device)
+        run = partial(pixel_shuffle_linear, x, packed, _FACTOR, weight, backend="triton")
+        return Call(name, run, flops)
+
+    options: dict[str, Any] = {"num_prefix_tokens": 5, "device": device}
+    one = PackedGrids.from_grids([(64, 64)], **options)
+    return [call(name, packed) for name, packed in (*_grids(device), ("one of 1024 px", one))]
+
+
+def _gemm_inputs(
+    packed: PackedGrids, features: int, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """x, weight, and the FLOPs of their product."""
+    width = _FACTOR**2 * CHANNELS
+    x = torch.randn(packed.total_tokens, CHANNELS, device=device, dtype=dtype)
+    weight = torch.randn(features, width, device=device, dtype=dtype) / width**0.5
+    return x, weight, 2 * packed.shuffle_index(_FACTOR).shape[0] * width * features
 
 
 def _gemm_gate(key: Key, device: str) -> None:
+    """A sum that is cut into parts, then one that is not."""
     from tests.kernels import test_pixel_shuffle_linear as shuffle
 
-    shuffle.check_all(_FACTOR, 80, 130, dtype_of(key), device=device)
+    whole = 128 * multiprocessors(torch.device(device)) + 2
+    for factor, features in ((_FACTOR, 130), (2, whole)):
+        shuffle.check_all(factor, 80, features, dtype_of(key), device=device)
 
 
 def _rope_candidates(key: Key) -> list[RopeConfig]:
@@ -205,14 +145,14 @@ def _rope_candidates(key: Key) -> list[RopeConfig]:
     ]  # fmt: skip
 
 
-def _rope_calls(key: Key, device: str) -> list[tuple[str, Run]]:
+def _rope_calls(key: Key, device: str) -> list[Call]:
     def call(packed: PackedGrids) -> Run:
         shape = packed.total_tokens, 3, HEADS, key[1]
         qkv = torch.randn(shape, device=device, dtype=dtype_of(key))
         inv_freq = torch.rand(key[1] // 4, device=device)
         return lambda: rope_2d(qkv[:, 0], qkv[:, 1], packed.coords, inv_freq, backend="triton")
 
-    return [(name, call(packed)) for name, packed in _grids(device)]
+    return [Call(name, call(packed)) for name, packed in _grids(device)]
 
 
 def _rope_gate(key: Key, device: str) -> None:
@@ -231,7 +171,7 @@ def _norm_candidates(key: Key) -> list[NormConfig]:
     return [NormConfig(r, w) for r, w in product((1, 2, 4, 8), (4, 8, 16)) if r <= most]
 
 
-def _norm_calls(key: Key, device: str, *, backward: bool) -> list[tuple[str, Run]]:
+def _norm_calls(key: Key, device: str, *, backward: bool) -> list[Call]:
     def call(packed: PackedGrids) -> Run:
         x = torch.randn(packed.total_tokens, key[1], device=device, dtype=torch.bfloat16)
         weight = torch.ones(key[1], device=device)
@@ -243,7 +183,7 @@ def _norm_calls(key: Key, device: str, *, backward: bool) -> list[tuple[str, Run
             return lambda: torch.autograd.grad(out, leaves, g, retain_graph=True)
         return lambda: layer_norm_pixel_shuffle(x, packed, _FACTOR, weight, None, 1e-5, **options)
 
-    return [(name, call(packed)) for name, packed in _grids(device)]
+    return [Call(name, call(packed)) for name, packed in _grids(device)]
 
 
 def _norm_gate(key: Key, device: str) -> None:
@@ -252,8 +192,47 @@ def _norm_gate(key: Key, device: str) -> None:
     norm.check_all(_FACTOR, key[1], torch.float16, device=device)
 
 
-def _attention_job(make: Callable[..., shipped.Job], **options: Any) -> Any:
-    return lambda key, config: make(key[1], dtype_of(key), config, **options)
+def _size_keys(chip: str) -> list[Key]:
+    return [(chip, 2), (chip, 4)]
+
+
+def _block_candidates(key: Key) -> list[BlockConfig]:
+    blocks = [BlockConfig(n, w) for n, w in product((512, 1024, 2048, 4096), (2, 4, 8))]
+    return [c for c in blocks if 4 <= c.elements // (32 * c.num_warps) <= 32]
+
+
+def _swiglu_calls(key: Key, device: str) -> list[Call]:
+    """Forward and backward in the widths of ViT-7B and ViT-H+ (8192 and 5120)."""
+
+    def call(width: int) -> Run:
+        g, gate, up = torch.randn(3, TOKENS, width, device=device, dtype=dtype_of(key)).unbind()
+        leaves = gate.requires_grad_(), up.requires_grad_()
+        return lambda: torch.autograd.grad(swiglu(*leaves, backend="triton"), leaves, g)
+
+    return [Call(f"F={width}", call(width)) for width in (5120, 8192)]
+
+
+def _swiglu_gate(key: Key, device: str) -> None:
+    from tests.kernels import test_swiglu as gated
+
+    gated.check(7, 5121, dtype_of(key), device=device)
+
+
+def _patchify_calls(key: Key, device: str) -> list[Call]:
+    def call(side: int) -> Run:
+        shape = max(1, TOKENS // (side // 16) ** 2), 3, side, side
+        images = torch.randint(256, shape, device=device, dtype=torch.uint8)
+        options: dict[str, Any] = {"dtype": dtype_of(key), "backend": "triton"}
+        return lambda: normalize_patchify(images, 16, *IMAGENET, **options)
+
+    return [Call(f"{side} px", call(side)) for side in (224, 768, 1024)]
+
+
+def _patchify_gate(key: Key, device: str) -> None:
+    from tests.kernels import test_normalize_patchify as patchify
+
+    for patch_size in (16, 14):
+        patchify.check(patch_size, dtype_of(key), device=device)
 
 
 def _norm_op(table: str, backward: bool) -> TunedOp:
@@ -267,37 +246,29 @@ def _norm_op(table: str, backward: bool) -> TunedOp:
     )
 
 
-OPS = {
-    "forward": TunedOp(
-        "FORWARD", _attention_keys, _forward_candidates, _attention_gate(False, True),
-        _forward_calls, _attention_job(shipped_attention.forward_job),
-    ),
-    "short": TunedOp(
-        "SHORT", _16_bit_keys((32, 64, 128)), _short_candidates, _attention_gate(True, True),
-        lambda key, device: _forward_calls(key, device, rope=True),
-        _attention_job(shipped_attention.short_job),
-    ),
-    "dq": TunedOp(
-        "DQ", _attention_keys, _backward_candidates, _attention_gate(False, True),
-        _backward_calls, _attention_job(shipped_attention.dq_job),
-    ),
-    "dkdv": TunedOp(
-        "DKDV", _attention_keys, _backward_candidates, _attention_gate(False, True),
-        _backward_calls, _attention_job(shipped_attention.dkdv_job),
-    ),
-    "atomic": TunedOp(
-        "ATOMIC", _16_bit_keys((32, 64)), _backward_candidates, _attention_gate(False, False),
-        lambda key, device: _backward_calls(key, device, deterministic=False),
-        _attention_job(shipped_attention.dkdv_job, atomic=True),
-    ),
+OPS = ATTENTION_OPS | {
     "gemm": TunedOp(
-        "GEMM", lambda chip: [(chip, 2), (chip, 4)], _gemm_candidates, _gemm_gate, _gemm_calls,
+        "GEMM", _size_keys, _gemm_candidates, _gemm_gate, _gemm_calls,
         lambda key, config: shipped.pixel_shuffle_job("forward", dtype_of(key), config),
     ),
+    "gemm_parts": TunedOp(
+        "GEMM_PARTS", _size_keys, _gemm_parts_candidates, _gemm_gate, _gemm_parts_calls,
+        lambda key, config: shipped.pixel_shuffle_job(
+            "forward", dtype_of(key), config, split=True
+        ),
+    ),
     "rope": TunedOp(
-        "ROPE", _attention_keys, _rope_candidates, _rope_gate, _rope_calls,
-        _attention_job(shipped.rope_job),
+        "ROPE", attention_keys, _rope_candidates, _rope_gate, _rope_calls,
+        attention_job(shipped.rope_job),
     ),
     "norm_forward": _norm_op("NORM_FORWARD", False),
     "norm_backward": _norm_op("NORM_BACKWARD", True),
+    "swiglu": TunedOp(
+        "SWIGLU", _size_keys, _block_candidates, _swiglu_gate, _swiglu_calls,
+        lambda key, config: shipped.swiglu_job(dtype_of(key), config, backward=True),
+    ),
+    "patchify": TunedOp(
+        "PATCHIFY", _size_keys, _block_candidates, _patchify_gate, _patchify_calls,
+        lambda key, config: shipped.patchify_job(dtype_of(key), config),
+    ),
 }  # fmt: skip

@@ -2,20 +2,21 @@
 
 A program has one channel of a few patches that are side by side: it reads pieces of p rows of the
 image, and writes p*p numbers in a row for each patch. At p = 16, eight patches make rows of 128
-bytes to read and 512 bytes to write in 16 bits: whole lines both ways. There is nothing to tune.
+bytes to read and 512 bytes to write in 16 bits: whole lines both ways.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
-
-ELEMENTS, NUM_WARPS = 2048, 4  # of a program
+from .launch import architecture, device_guard
+from .tile_tables import PATCHIFY
+from .tilings import BlockConfig
 
 
 @triton.jit(do_not_specialize=["hp", "wp"])
@@ -43,6 +44,14 @@ def forward_kernel(
     tl.store(out + o_row[:, None] + i_e[None, :], b_out.to(out.dtype.element_ty), mask=mask)
 
 
+_INTERPRETER = BlockConfig(2048, 1)
+
+
+def select_config(arch: str, dtype: torch.dtype) -> BlockConfig:
+    """Block size for a chip and the dtype of the result."""
+    return _INTERPRETER if arch == "interpreter" else PATCHIFY[arch, dtype.itemsize][0]
+
+
 def forward(
     image: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float], out: Tensor
 ) -> None:
@@ -50,11 +59,12 @@ def forward(
     batch, channels, height, width = image.shape
     hp, wp = height // patch_size, width // patch_size
     elements = triton.next_power_of_2(patch_size**2)
-    patches = max(1, ELEMENTS // elements)
+    config = select_config(architecture(image.device), out.dtype)
+    patches = max(1, config.elements // elements)
     scales = [1 / (255 * s) for s in std]
     shifts = [-m / s for m, s in zip(mean, std, strict=True)]
     with device_guard(image):
         forward_kernel[(batch * hp * triton.cdiv(wp, patches), channels)](
             image, out, hp, wp, *scales, *shifts, *image.stride(),
-            P=patch_size, BN=patches, BE=elements, num_warps=NUM_WARPS,
+            P=patch_size, BN=patches, BE=elements, num_warps=config.num_warps,
         )  # fmt: skip

@@ -1,18 +1,19 @@
 """The Triton kernels of swiglu and their launchers; see swiglu.py.
 
 Elementwise, so memory alone decides: a program has one piece of one row, and each of its threads
-loads 16 bytes of every 16-bit input at once. There is nothing to tune.
+loads 16 bytes of every 16-bit input at once.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
-
-BLOCK, NUM_WARPS = 1024, 4
+from .launch import architecture, device_guard
+from .tile_tables import SWIGLU
+from .tilings import BlockConfig
 
 
 @triton.jit
@@ -52,15 +53,25 @@ def backward_kernel(
     tl.store(dup + i_t * F + i_f, b_dup.to(dup.dtype.element_ty), mask=mask)
 
 
+_INTERPRETER = BlockConfig(1024, 1)
+
+
+def select_config(arch: str, dtype: torch.dtype) -> BlockConfig:
+    """Block size for a chip and a dtype; forward and backward share it."""
+    return _INTERPRETER if arch == "interpreter" else SWIGLU[arch, dtype.itemsize][0]
+
+
 def forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
     """Write the contiguous `out`."""
     tokens, width = gate.shape
     if out.numel() == 0:
         return
+    config = select_config(architecture(gate.device), gate.dtype)
     with device_guard(gate):
-        forward_kernel[(tokens * triton.cdiv(width, BLOCK),)](
-            gate, up, out, width, *gate.stride(), *up.stride(), BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
+        forward_kernel[(tokens * triton.cdiv(width, config.elements),)](
+            gate, up, out, width, *gate.stride(), *up.stride(),
+            BLOCK=config.elements, num_warps=config.num_warps,
+        )  # fmt: skip
 
 
 def backward(g: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
@@ -68,8 +79,9 @@ def backward(g: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) ->
     tokens, width = gate.shape
     if gate.numel() == 0:
         return
+    config = select_config(architecture(gate.device), gate.dtype)
     with device_guard(gate):
-        backward_kernel[(tokens * triton.cdiv(width, BLOCK),)](
+        backward_kernel[(tokens * triton.cdiv(width, config.elements),)](
             g, gate, up, dgate, dup, width, *g.stride(), *gate.stride(), *up.stride(),
-            BLOCK=BLOCK, num_warps=NUM_WARPS,
+            BLOCK=config.elements, num_warps=config.num_warps,
         )  # fmt: skip

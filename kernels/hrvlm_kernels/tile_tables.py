@@ -5,7 +5,7 @@ the GPU that decided, or says "compiled": chosen by reading compiled code (no sp
 tensor cores), not yet measured on a GPU.
 """
 
-from .tilings import GemmConfig, NormConfig, RopeConfig, Tiling
+from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Tiling
 
 CHOSEN_BY = {
     "sm_80": "compiled",
@@ -208,4 +208,28 @@ NORM_BACKWARD: dict[tuple[str, int], tuple[NormConfig, ...]] = {
     ("gfx942", 2048): (NormConfig(1, 4),),
     ("gfx942", 4096): (NormConfig(1, 8),),
     ("gfx942", 8192): (NormConfig(1, 16),),
+}
+
+# swiglu, forward and backward: (chip, bytes of an element).
+SWIGLU: dict[tuple[str, int], tuple[BlockConfig, ...]] = {
+    ("sm_80", 2): (BlockConfig(1024, 4),),
+    ("sm_80", 4): (BlockConfig(1024, 4),),
+    ("sm_90", 2): (BlockConfig(1024, 4),),
+    ("sm_90", 4): (BlockConfig(1024, 4),),
+    ("sm_100", 2): (BlockConfig(1024, 4),),
+    ("sm_100", 4): (BlockConfig(1024, 4),),
+    ("gfx942", 2): (BlockConfig(1024, 4),),
+    ("gfx942", 4): (BlockConfig(1024, 4),),
+}
+
+# normalize_patchify: (chip, bytes of an element of its result).
+PATCHIFY: dict[tuple[str, int], tuple[BlockConfig, ...]] = {
+    ("sm_80", 2): (BlockConfig(2048, 4),),
+    ("sm_80", 4): (BlockConfig(2048, 4),),
+    ("sm_90", 2): (BlockConfig(2048, 4),),
+    ("sm_90", 4): (BlockConfig(2048, 4),),
+    ("sm_100", 2): (BlockConfig(2048, 4),),
+    ("sm_100", 4): (BlockConfig(2048, 4),),
+    ("gfx942", 2): (BlockConfig(2048, 4),),
+    ("gfx942", 4): (BlockConfig(2048, 4),),
 }

@@ -48,6 +48,14 @@ class NormConfig:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class BlockConfig:
+    """What a program of an elementwise kernel has."""
+
+    elements: int
+    num_warps: int
+
+
 def table_head_dim(head_dim: int) -> int:
     """The rows of the tables that serve `head_dim`: it is rounded up to 32, 64 or 128."""
     return min((width for width in (32, 64, 128) if width >= head_dim), default=128)

@@ -1,11 +1,20 @@
 """benchmarks.tune without a GPU: candidates that compile, the gate, the choice and the file."""
 
+import json
+import os
+import time
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 import torch
+from triton import CompilationError
+from triton.runtime.errors import PTXASError
 
-from benchmarks import tile_table_file, tune, tune_ops
+from benchmarks import tile_table_file, tune, tune_attention, tune_ops, tune_results
+from benchmarks.case import Settings
+from benchmarks.isolation import Worker
+from benchmarks.tune_row import Call, candidates_of, row
 from hrvlm_kernels import tile_tables
 from hrvlm_kernels.launch import architecture
 from hrvlm_kernels.tilings import RopeConfig, Tiling
@@ -45,24 +54,98 @@ def test_what_does_not_compile_clean_is_told():
 def test_shipped_configurations_are_candidates():
     for op in tune_ops.OPS.values():
         for key, configs in getattr(tile_tables, op.table).items():
-            found = tune_ops.candidates_of(op, key)
+            found = candidates_of(op, key)
             assert set(configs) <= set(found) and len(found) == len(set(found))
 
 
 @interpreter_only
 def test_the_gate_is_red_for_a_wrong_kernel(monkeypatch, tmp_path):
     key = ("interpreter", 32, 4)
-    monkeypatch.setattr(tune_ops, "_GATE_LENGTHS", (5, 65))
-    op = tune_ops.OPS["forward"]
-    assert tune._works(op, key, Tiling(64, 64, 1, 1), "cpu")
+    monkeypatch.setattr(tune_attention, "GATE_LENGTHS", (5, 65))
+    op = replace(tune_ops.OPS["forward"], calls=lambda key, device: [])
+    monkeypatch.setitem(tune_ops.OPS, "forward", op)
+    assert tune_ops.trouble("forward", key, Tiling(64, 64, 1, 1), "cpu") is None
     bug = ("peak + tl.log2(total)", "peak")
     plant(monkeypatch, tmp_path, "varlen_attention_triton", *bug)
-    assert not tune._works(op, key, Tiling(64, 64, 1, 1), "cpu")
+    assert "AssertionError" in tune_ops.trouble("forward", key, Tiling(64, 64, 1, 1), "cpu")
+
+
+def test_what_hangs_dies_or_raises_costs_itself_alone():
+    with closing(Worker(5)) as worker:
+        assert worker.failure(os.path.realpath, "/") == "/"
+        first = worker._child[0].pid
+        assert worker.failure(os.getenv, "no such variable") is None
+        assert worker._child[0].pid == first
+        assert worker.failure(int, "x").startswith("ValueError: invalid literal")
+        assert worker.failure(os.getenv, "no such variable") is None  # in a new process
+        assert worker._child[0].pid != first
+        assert worker.failure(os.abort) == "its process died (exit code -6)"
+        worker.timeout_s = 0.5
+        assert worker.failure(time.sleep, 60) == "not done after 0.5 s"
+        worker.timeout_s = 5
+        assert worker.failure(time.sleep, 0) is None
+
+
+@pytest.mark.parametrize("error", [PTXASError("log"), CompilationError("", None, "why")])
+def test_what_triton_can_t_compile_is_a_candidate_that_fails(error, monkeypatch):
+    def gate(key, device):
+        raise error
+
+    monkeypatch.setitem(tune_ops.OPS, "rope", replace(tune_ops.OPS["rope"], gate=gate))
+    why = tune_ops.trouble("rope", KEY, RopeConfig(4, 8, 4), "cpu")
+    assert why.startswith(type(error).__name__) and why.endswith(("log", "why"))
+
+
+def test_results_are_written_as_the_suites_write_theirs(monkeypatch, tmp_path, capsys):
+    """With a worker that is this process: the patched op is not known to another one."""
+    slow, fast, wrong = (RopeConfig(n, 8, 4) for n in (2, 4, 8))
+    key = ("sm_90", 64, 2)
+
+    def gate(key, device):
+        assert (wrong,) != tile_tables.ROPE[key], "wrong"
+
+    def run():
+        time.sleep(0.02 if tile_tables.ROPE[key] == (slow,) else 0.001)
+
+    calls = [Call("n=8", run, flops=10**6), Call("n=9", run)]
+    op = replace(
+        tune_ops.OPS["rope"], gate=gate, candidates=lambda key: [slow, fast, wrong],
+        calls=lambda key, device: calls,
+    )  # fmt: skip
+    monkeypatch.setitem(tune_ops.OPS, "rope", op)
+    monkeypatch.setattr(Worker, "failure", lambda self, function, *args: function(*args))
+    monkeypatch.setitem(tile_tables.ROPE, key, (slow,))
+    settings = Settings(
+        torch.device("cpu"), small=True, min_rounds=3, max_rounds=3, results=tmp_path, commit="c0"
+    )
+    arguments = [("rope", op, key)], "sm_90", tmp_path / "tables.py", settings
+    assert tune.tune(*arguments) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("*  rope")
+    row_text = ", ".join(map(tune_results.short, (fast, slow)))
+    assert f'("sm_90", 64, 2): ({row_text}),' in (tmp_path / "tables.py").read_text()
+
+    (path,) = tmp_path.glob("tune-*-c0.json")
+    result = json.loads(path.read_text())
+    assert result["machine"]["commit"] == "c0" and result["ceilings"]["flops_per_second"] > 0
+    assert [case["name"] for case in result["cases"]] == [
+        "rope sm_90 64 2, n=8", "rope sm_90 64 2, n=9",
+    ]  # fmt: skip
+    rivals = {rival["name"]: rival for rival in result["cases"][0]["rivals"]}
+    chosen, other = (rivals[tune_results.short(config)] for config in (fast, slow))
+    assert (chosen["role"], other["role"]) == ("ours", "peer") and other["ratio"] > 2
+    assert 0 < other["p20_s"] <= other["median_s"] <= other["p80_s"]
+    assert chosen["flops_per_second"] == pytest.approx(1e6 / chosen["median_s"])
+    assert rivals[tune_results.short(wrong)]["reason"].startswith("AssertionError: wrong")
+
+    with monkeypatch.context() as patch:  # the same row again, on the same commit: its cases anew
+        patch.setitem(tune_ops.OPS, "rope", replace(op, calls=lambda key, device: calls[:1]))
+        tune.tune([("rope", tune_ops.OPS["rope"], key)], *arguments[1:])
+    assert len(json.loads(path.read_text())["cases"]) == 1
 
 
 def test_the_smallest_geometric_mean_wins():
     times = {"a": [1.0, 2.0, 1.5], "b": [4.0, 1.0, 1.5]}
-    assert tune.geometric_means(times) == pytest.approx([2.0, 2.0**0.5, 1.5])
+    assert tune_results.geometric_means(times) == pytest.approx([2.0, 2.0**0.5, 1.5])
 
 
 def test_a_row_keeps_its_last_resort():
@@ -80,7 +163,7 @@ def test_a_row_is_seen_by_the_kernels_and_restored():
     from hrvlm_kernels.varlen_attention_triton import select_tilings
 
     before, forced = dict(tile_tables.FORWARD), Tiling(64, 32, 4, 2)
-    with tune_ops.row("FORWARD", KEY, forced):
+    with row("FORWARD", KEY, forced):
         assert select_tilings("sm_90", 64, torch.bfloat16) == (forced,)
     assert before == tile_tables.FORWARD
     assert list(before) == list(tile_tables.FORWARD)
@@ -104,6 +187,7 @@ def test_on_a_gpu_the_best_candidate_goes_into_the_file(monkeypatch, tmp_path, c
     monkeypatch.setitem(tune_ops.OPS, "rope", few)
     out = tmp_path / "tables.py"
     arguments = ["--op", "rope", "--head-dim", "64", "--bytes", "2", "--out", str(out)]
+    arguments += ["--results", str(tmp_path)]
     assert tune.main(arguments) == 0
     marks = [line[0] for line in capsys.readouterr().out.splitlines()]
     assert marks == ["*", " "]
@@ -116,4 +200,5 @@ def test_on_a_gpu_every_shipped_row_passes_its_gate(name):
     op, device = tune_ops.OPS[name], torch.device("cuda", torch.cuda.current_device())
     for key in op.keys(architecture(device)):
         for config in getattr(tile_tables, op.table).get(key, ()):
-            assert tune._works(op, key, config, str(device)), (key, config)
+            with row(op.table, key, config):
+                op.gate(key, str(device))

@@ -167,34 +167,41 @@ def residual_job(width, dtype, config, backward):
 
 
 def swiglu_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
-    """Forward and backward of swiglu; nothing depends on the chip or on F."""
+    """Forward and backward of swiglu; nothing depends on F."""
     for dtype in dtypes:
-        pointer = f"*{NAMES[dtype]}:16"
         for backward in (False, True):
-            names = ("g", "gate", "up", "dgate", "dup") if backward else ("gate", "up", "out")
-            strided = "ygu" if backward else "gu"
-            signature = dict.fromkeys(names, pointer) | {"F": "i32:16"}
-            signature |= {f"stride_{name}t": "i32:16" for name in strided}
-            constants = {f"stride_{name}f": 1 for name in strided} | {"BLOCK": gated.BLOCK}
-            kernel = gated.backward_kernel if backward else gated.forward_kernel
-            name = f"swiglu {'backward' if backward else 'forward'} {NAMES[dtype]}"
-            yield Job(name, kernel, signature, constants, {"num_warps": gated.NUM_WARPS})
+            yield swiglu_job(dtype, gated.select_config(target, dtype), backward)
+
+
+def swiglu_job(dtype, config, backward):
+    names = ("g", "gate", "up", "dgate", "dup") if backward else ("gate", "up", "out")
+    strided = "ygu" if backward else "gu"
+    signature = dict.fromkeys(names, f"*{NAMES[dtype]}:16") | {"F": "i32:16"}
+    signature |= {f"stride_{name}t": "i32:16" for name in strided}
+    constants = {f"stride_{name}f": 1 for name in strided} | {"BLOCK": config.elements}
+    kernel = gated.backward_kernel if backward else gated.forward_kernel
+    name = f"swiglu {'backward' if backward else 'forward'} {NAMES[dtype]}"
+    return Job(name, kernel, signature, constants, {"num_warps": config.num_warps})
 
 
 def patchify_jobs(target, *, patch_sizes=(16, 14), dtypes=(torch.bfloat16, torch.float32)):
-    """normalize_patchify of contiguous images; nothing depends on the chip."""
+    """normalize_patchify of contiguous images."""
     for patch_size in patch_sizes:
         for dtype in dtypes:
-            aligned = ":16" if patch_size == 16 else ""  # 14 divides sides that 16 does not
-            signature = {"image": "*u8:16", "out": f"*{NAMES[dtype]}:16", "hp": "i32", "wp": "i32"}
-            signature |= {f"{name}_{c}": "fp32" for name in ("scale", "shift") for c in range(3)}
-            signature |= {f"stride_{name}": f"i32{aligned}" for name in "bcy"}
-            elements = triton.next_power_of_2(patch_size**2)
-            constants = {"stride_x": 1, "P": patch_size, "BE": elements}
-            constants["BN"] = patchify.ELEMENTS // elements
-            name = f"normalize_patchify p={patch_size} {NAMES[dtype]}"
-            options = {"num_warps": patchify.NUM_WARPS}
-            yield Job(name, patchify.forward_kernel, signature, constants, options)
+            yield patchify_job(dtype, patchify.select_config(target, dtype), patch_size)
+
+
+def patchify_job(dtype, config, patch_size=16):
+    aligned = ":16" if patch_size == 16 else ""  # 14 divides sides that 16 does not
+    signature = {"image": "*u8:16", "out": f"*{NAMES[dtype]}:16", "hp": "i32", "wp": "i32"}
+    signature |= {f"{name}_{c}": "fp32" for name in ("scale", "shift") for c in range(3)}
+    signature |= {f"stride_{name}": f"i32{aligned}" for name in "bcy"}
+    elements = triton.next_power_of_2(patch_size**2)
+    constants = {"stride_x": 1, "P": patch_size, "BE": elements}
+    constants["BN"] = config.elements // elements
+    name = f"normalize_patchify p={patch_size} {NAMES[dtype]}"
+    options = {"num_warps": config.num_warps}
+    return Job(name, patchify.forward_kernel, signature, constants, options)
 
 
 def small_jobs(target):
