@@ -31,27 +31,29 @@ def torch_varlen(packed: PackedGrids) -> Attention:
     return lambda q, k, v: varlen_attn(q, k, v, ends, ends, longest, longest)
 
 
-def flash_attn_2(packed: PackedGrids) -> Attention:
+def flash_attn_2(packed: PackedGrids, **options: bool) -> Attention:
     """The flash-attn package."""
     if not installed("flash_attn.flash_attn_interface"):
         raise Unavailable("flash-attn is not installed")
     from flash_attn import flash_attn_varlen_func
 
     ends, longest = packed.cu_seqlens, packed.max_seqlen
-    return lambda q, k, v: flash_attn_varlen_func(q, k, v, ends, ends, longest, longest)
+    return lambda q, k, v: flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, **options)
 
 
-def flash_attn_3(packed: PackedGrids) -> Attention:
+def flash_attn_3(packed: PackedGrids, **options: bool) -> Attention:
     """FlashAttention-3, whose wheel is one module called flash_attn_interface."""
     if not installed("flash_attn_interface"):
         raise Unavailable("FlashAttention-3 is not installed")
     from flash_attn_interface import flash_attn_varlen_func
 
     ends, longest = packed.cu_seqlens, packed.max_seqlen
-    return lambda q, k, v: _first(flash_attn_varlen_func(q, k, v, ends, ends, longest, longest))
+    return lambda q, k, v: _first(
+        flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, **options)
+    )
 
 
-def flash_attn_4(packed: PackedGrids) -> Attention:
+def flash_attn_4(packed: PackedGrids, **options: bool) -> Attention:
     """flash-attn-4 (CuTe DSL), whose arguments have to go by name."""
     if not installed("flash_attn.cute"):
         raise Unavailable("flash-attn-4 is not installed")
@@ -63,7 +65,7 @@ def flash_attn_4(packed: PackedGrids) -> Attention:
         "max_seqlen_q": packed.max_seqlen,
         "max_seqlen_k": packed.max_seqlen,
     }
-    return lambda q, k, v: _first(flash_attn_varlen_func(q, k, v, **layout))
+    return lambda q, k, v: _first(flash_attn_varlen_func(q, k, v, **layout, **options))
 
 
 def flex_attention(packed: PackedGrids) -> Attention:
@@ -131,6 +133,17 @@ PEERS: dict[str, Callable[[PackedGrids], Attention]] = {
     "FlashAttention-3": flash_attn_3,
     "flash-attn-4": flash_attn_4,
     "FlexAttention, document mask": flex_attention,
+}
+
+
+# The same order of sums in every backward, as ours by default. The others have no such choice.
+DETERMINISTIC: dict[str, Callable[[PackedGrids], Attention]] = {
+    f"{name}, deterministic": lambda packed, make=make: make(packed, deterministic=True)
+    for name, make in (
+        ("flash-attn", flash_attn_2),
+        ("FlashAttention-3", flash_attn_3),
+        ("flash-attn-4", flash_attn_4),
+    )
 }
 
 

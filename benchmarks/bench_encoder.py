@@ -12,9 +12,11 @@ for the two largest models), 16k in a forward and backward; 64k are 326, 28 or 1
     one image                            the time of a single image, where launches count
     growing                              one image of 224 to 2048 px, forward + backward: memory,
                                          and the time of attention and of the matrix products
+    max-autotune, ...                    against torch.compile at its most thorough
 
 Useful FLOPs are those of the matrix products and of attention (hrvlm.plan), three times that with a
-backward. Memory is the peak beside weights, inputs and the gradients of the round before.
+backward. Memory is the peak beside weights and inputs, gradients included; a rival that works in
+the memory of CUDA graphs has none.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ TRAINING_TOKENS, TRAINING_IMAGES = 16384, 16
 SIDES = (14, 48, 64)  # patches: 224, 768 and 1024 px
 GROWING = (14, 32, 48, 64, 96, 128)
 FORWARD, TRAINING = "forward", "forward + backward"
+HEADLINE = "transformers, sdpa + compile"
 
 
 class Job(NamedTuple):
@@ -71,25 +74,31 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def _jobs() -> Iterator[Job]:
     uniform, compiling = encoder_peers.UNIFORM, _compiling(encoder_peers.UNIFORM)
-    others = "timm + compile", "hrvlm + compile"
-    for side in (64, 14, 48):
-        yield _uniform("L", FORWARD, side, uniform, full_peers=() if side == 48 else others)
+    # Beside transformers under torch.compile, which every short run has: hours of compiling in all.
+    others = "transformers, eager", "timm + compile", "hrvlm + compile"
+    yield _uniform("L", FORWARD, 64, uniform, full_peers=others)
     yield _mixed("L", FORWARD, MIXED_GRIDS)
-    yield _uniform("L", TRAINING, 48, uniform, full_peers=others)
+    for side in (14, 48):
+        yield _uniform("L", FORWARD, side, uniform, full_peers=others)
     yield _mixed("L", TRAINING, MIXED_GRIDS[:TRAINING_IMAGES])
+    yield _uniform("L", TRAINING, 48, uniform, full_peers=others)
     growing = {name: uniform[name] for name in ("transformers, sdpa", "transformers, eager")}
     for side in GROWING:
         yield Job("L", TRAINING, f"{16 * side} px", "growing", [(side, side)], growing)
+    launched = _compiling(encoder_peers.LATENCY)
     for side in SIDES:
-        job = _uniform("L", FORWARD, side, encoder_peers.LATENCY, full_peers=compiling)
+        job = _uniform("L", FORWARD, side, encoder_peers.LATENCY, full_peers=launched)
         yield job._replace(group="one image", grids=job.grids[:1])
     for model in ("B", "S", "H+", "7B"):
         for side in SIDES:
             yield _uniform(model, FORWARD, side, uniform, full_peers=compiling)
-    tuned = {"transformers, sdpa + compile": uniform["transformers, sdpa + compile"]}
-    for side in (48, 64, 14):
-        job = _uniform("L", FORWARD, side, tuned | encoder_peers.MAX_AUTOTUNE)
-        yield job._replace(group="max-autotune", full_only=side != 48)
+    tuned = {name: uniform[name] for name in ("transformers, sdpa", HEADLINE)}
+    for model in ("L", "B", "S"):
+        for direction in (FORWARD, TRAINING):
+            for side in (48, 64, 14):
+                job = _uniform(model, direction, side, tuned | encoder_peers.MAX_AUTOTUNE)
+                group = f"max-autotune, {direction}"
+                yield job._replace(group=group, full_only=True)
     for model in ("S", "B", "L"):
         for side in SIDES:
             if (model, side) != ("L", 48):
@@ -123,7 +132,10 @@ def _uniform(
 
 
 def _mixed(model: str, direction: str, grids: Grids) -> Job:
-    return Job(model, direction, "mixed", f"mixed {direction}", grids, encoder_peers.MIXED)
+    peers = encoder_peers.MIXED
+    full_peers = tuple(name for name in peers if "compile" in name)
+    group = f"mixed {direction}"
+    return Job(model, direction, "mixed", group, grids, peers, full_peers=full_peers)
 
 
 def _compiling(peers: dict[str, MakeEncode]) -> tuple[str, ...]:
@@ -178,7 +190,6 @@ def _prepare(models: Models, job: Job) -> Prepared:
     ours = encoder_peers.pack
     if job.images != "mixed":
         ours = _one_batch_of_ours
-    weight_bytes = models.weight_bytes * (1 if job.direction == FORWARD else 2)
     # The expected features are those of the first: transformers, the exact way for these images.
     first, *others = job.peers.items()
     named = [first, (OURS, ours), *others]
@@ -188,8 +199,10 @@ def _prepare(models: Models, job: Job) -> Prepared:
             runner(make),
             role="ours" if name == OURS else "peer",
             compiles=compiles(name),
+            headline=name == HEADLINE,
+            pooled=any(word in name for word in encoder_peers.POOLED),
             full_only=name in job.full_peers,
-            weight_bytes=weight_bytes,
+            weight_bytes=models.weight_bytes,
         )
         for name, make in named
     ]

@@ -27,8 +27,8 @@ from benchmarks.bench_encoder import FORWARD, TRAINING
 from benchmarks.case import OURS, Case, Outputs, Prepared, Rival, Run, Settings
 from benchmarks.encoder_peers import Encode, Grids, MakeEncode, Models
 from benchmarks.mixed_sizes import MIXED_GRIDS, PATCH_SIZE
-from hrvlm.image_processing import IMAGENET, normalize
-from hrvlm.patches import pack_images
+from hrvlm.image_processing import IMAGENET
+from hrvlm.patches import pack_images, patchify
 from hrvlm_kernels import normalize_patchify, reference
 from hrvlm_kernels.residual_layer_norm import residual_layer_norm
 from hrvlm_kernels.swiglu import swiglu
@@ -217,8 +217,15 @@ def _patchify_preparer(
             rows, _ = normalize_patchify(given, PATCH_SIZE, *IMAGENET, dtype=dtype, backend=backend)
             return [rows]
 
+        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in IMAGENET)
+
+        def normalized(pixels: Tensor) -> Tensor:
+            return pixels.float().mul(1 / 255).sub_(mean).div_(std)
+
         def eager() -> Outputs:
-            rows, _ = pack_images([normalize(image, *IMAGENET) for image in images], PATCH_SIZE)
+            if uniform:
+                return [patchify(normalized(given), PATCH_SIZE).flatten(0, 1).to(dtype)]
+            rows, _ = pack_images([normalized(image) for image in images], PATCH_SIZE)
             return [rows.to(dtype)]
 
         def compiled() -> Run:

@@ -3,10 +3,10 @@
     python -m pytest benchmarks/bench_training.py
 
 Forward, backward and AdamW of a whole VisionLanguageModel, with one image and a short answer a
-sample. The padded batch holds the same images on canvases of one size, as a model without packing
-needs them: encoder, projector and language model work on the padding too, which also changes the
-loss, so that the results are not compared. Weights are random. Samples per second are ``samples``
-over the time.
+sample. The padded batch has canvases of one size, the largest height by the largest width, as a
+model without packing and masks needs them: encoder, projector and language model work on the
+padding too (``patches_padded`` for ``patches``), which also changes the loss, so that the results
+are not compared. Weights are random. Samples per second are ``samples`` over the time.
 """
 
 from __future__ import annotations

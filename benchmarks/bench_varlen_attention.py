@@ -6,8 +6,9 @@ About 16k tokens of 16 heads of 64 or 8 heads of 128, in segments of 201, 2309 a
 (images of 224, 768 and 1024 px with 5 prefix tokens), and the mixed draw (64k tokens). Useful FLOPs
 are 4 H D sum n_i^2 forward and 10 H D sum n_i^2 backward (5 products for 2).
 
-"backward" runs the backward alone, over the graph of one forward. "forward with RoPE" lets ours
-rotate q and k inside the attention; its peers rotate them in a pass of ours first.
+"backward" runs the backward alone, over the graph of one forward; ours is deterministic by default,
+its peers where their name says so. "... with RoPE" lets ours rotate q and k inside the attention;
+its peers rotate them in a pass of ours first.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SUITE, DEVICE, BUDGET_S = "varlen_attention", "cuda", 50
 TOKENS = 16384
 SIDES = (14, 48, 64)  # patches: 224, 768 and 1024 px
 HEADS = {64: 16, 128: 8}
-DIRECTIONS = ("forward", "backward", "forward with RoPE")
+DIRECTIONS = ("forward", "backward", "forward with RoPE", "backward with RoPE")
 COMPILED = ("FlexAttention, document mask", "flash-attn-4")
 
 
@@ -43,7 +44,7 @@ def image_sets(settings: Settings) -> dict[str, list[tuple[int, int]]]:
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """Head size 64 first, the forward first: time may run out."""
+    """Head size 64 first, what DINOv3 runs first: time may run out."""
     dtype = torch.bfloat16 if settings.device.type == "cuda" else torch.float32
     for head_dim in HEADS:
         for direction in DIRECTIONS:
@@ -61,8 +62,9 @@ def _case(
 ) -> Case:
     heads = 2 if settings.small else HEADS[head_dim]
     lengths = [PREFIX_TOKENS + hp * wp for hp, wp in grids]
-    products = 5 if direction == "backward" else 2
-    tensors = 8 if direction == "backward" else 4  # q, k, v, out, and their gradients
+    backward = direction.startswith("backward")
+    products = 5 if backward else 2
+    tensors = 8 if backward else 4  # q, k, v, out, and their gradients
     return Case(
         name=f"{direction}, D={head_dim}, {name}",
         group=f"{direction}, D={head_dim}",
@@ -108,6 +110,9 @@ def _prepare(
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return varlen_attention(q, k, v, packed, rope=rope, backend=backend)
 
+    def atomic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return varlen_attention(q, k, v, packed, rope=rope, deterministic=False, backend=backend)
+
     def peer(make: Callable[[PackedGrids], attention_peers.Attention]) -> Callable[[], Run]:
         def build() -> Run:
             attend = make(packed)
@@ -132,9 +137,15 @@ def _prepare(
         return _runner(attend, exact, g.float(), direction)()
 
     rivals = [Rival(OURS, lambda: _runner(ours, (q, k, v), g, direction), role="ours")]
+    peers = attention_peers.PEERS
+    if direction.startswith("backward"):
+        rivals.append(
+            Rival("hrvlm, deterministic=False", lambda: _runner(atomic, (q, k, v), g, direction))
+        )
+        peers = peers | attention_peers.DETERMINISTIC
     rivals += [
-        Rival(name, peer(make), compiles=name in COMPILED and device.type == "cuda")
-        for name, make in attention_peers.PEERS.items()
+        Rival(name, peer(make), compiles=name.startswith(COMPILED) and device.type == "cuda")
+        for name, make in peers.items()
     ]
     return Prepared(rivals, expected)
 
@@ -146,7 +157,7 @@ def _runner(
     direction: str,
 ) -> Run:
     """A function that computes the output, or the gradients of q, k and v from one forward."""
-    if direction != "backward":
+    if not direction.startswith("backward"):
 
         def forward() -> Outputs:
             with torch.no_grad():

@@ -31,15 +31,20 @@ class Rival:
         make: Builds what is timed, or raises :class:`Unavailable`.
         role: "ours"; "peer"; "bound", what nothing that does the whole work can beat; or "part" of
             the work, such as the attention of all layers.
-        compiles: Takes long to make: left out once the suite's time is used up.
+        compiles: Takes long to make: left out once the suite's time for that is used up.
+        headline: Not then, but only with its case.
+        pooled: Works in memory that is set aside when it is made, as CUDA graphs do, so that the
+            peak of a run says nothing: it gets none.
         full_only: Runs with ``--full`` alone.
-        weight_bytes: Of the model and, where it is trained, of its gradients.
+        weight_bytes: Of the model.
     """
 
     name: str
     make: Callable[[], Run]
     role: Role = "peer"
     compiles: bool = False
+    headline: bool = False
+    pooled: bool = False
     full_only: bool = False
     weight_bytes: int = 0
 
@@ -94,7 +99,8 @@ class RivalResult:
         reason: Why there is no number.
         difference: From the reference, relative.
         ratio: Its time over ours, median over the rounds.
-        memory_bytes: Peak beside weights and inputs, outputs and gradients included.
+        memory_bytes: Peak beside weights and inputs, outputs and gradients included; None without
+            a GPU, and of rivals that are `pooled`.
     """
 
     name: str

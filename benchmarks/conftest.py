@@ -26,6 +26,8 @@ def pytest_addoption(parser):
     """The options of the benchmarks."""
     group = parser.getgroup("benchmarks of hrvlm")
     group.addoption("--full", action="store_true", help="all models, peers and sizes: hours")
+    group.addoption("--small", action="store_true", help="tiny inputs, to see that they run")
+    group.addoption("--budget", type=float, help="seconds for each suite; default: its own")
     group.addoption("--seconds", type=float, default=1.0, help="for the rounds of each case")
     group.addoption("--results", type=Path, default=RESULTS, help="directory of the JSON files")
     group.addoption("--commit", help="commit to name in them, where there is no git")
@@ -36,6 +38,7 @@ def settings_of(config, module) -> Settings:
     return Settings(
         device=torch.device(module.DEVICE),
         full=config.getoption("--full"),
+        small=config.getoption("--small"),
         round_s=config.getoption("--seconds"),
         results=config.getoption("--results"),
         commit=config.getoption("--commit"),
@@ -55,7 +58,12 @@ def suite_run(request):
     module = request.module
     if module.DEVICE == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"{module.SUITE} is measured on a GPU, and torch sees none")
-    run = SuiteRun(module.SUITE, settings_of(request.config, module), budget_s=module.BUDGET_S)
+    budget = request.config.getoption("--budget")
+    run = SuiteRun(
+        module.SUITE,
+        settings_of(request.config, module),
+        budget_s=module.BUDGET_S if budget is None else budget,
+    )
     yield run
     print(f"\n{run.path}")
 

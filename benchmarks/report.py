@@ -44,8 +44,10 @@ INTRODUCTION = """# Benchmarks
 Written by `python -m benchmarks.report` from the files in `benchmarks/results/`; nothing here is
 typed by hand.
 
-- A number stands here only if the op passed its check against float64 (`hrvlm verify`) on that
-  device, in the same process, and its result agreed with the peers' on the inputs that were timed.
+- A number of an op or of the encoder stands here only if it passed its check against float64
+  (`hrvlm verify`) on that device, in the same process, and its result agreed with the peers' on the
+  inputs that were timed. Images are compared with the peers' only; a training step is behind the
+  encoder's check, and its loss, which padding changes, is not compared.
 - Rivals take turns in one process, on random data. Times are medians, with the 20th and 80th
   percentile in brackets; ratios are medians over the rounds. On a GPU, device events give the time
   and the L2 cache is flushed before each run.
@@ -54,8 +56,8 @@ typed by hand.
 - Ratios above 1 say how many times longer the other took.
 
 ```bash
-# needs a GPU for all but the two CPU suites
-python -m pytest benchmarks           # meant to stay under six minutes
+# needs a GPU for all but the suites cpu_encoder, processing and training
+python -m pytest benchmarks           # about six minutes: what there is no time for is left out
 python -m pytest benchmarks --full    # all models, sizes and peers, max-autotune: an hour or more
 python -m benchmarks.report           # this page, its plots and the README's table
 hrvlm bench                           # a short comparison on the machine at hand

@@ -113,7 +113,7 @@ class SuiteRun:
         elif failure := self.gate(case.op, case.dtype):
             result.status, result.reason = "gate failed", failure
         else:
-            self._run(case, result, on_ours)
+            self._run_within_memory(case, result, on_ours)
             self._release()
         self.write()
         return result
@@ -143,6 +143,13 @@ class SuiteRun:
     def _cpu_backends(op: str) -> list[str]:
         return ["sdpa"] if op in ("varlen_attention", "encoder") else ["eager"]
 
+    def _run_within_memory(self, case: Case, result: CaseResult, *args: Any) -> None:
+        """Run a case; one that runs out of memory once its rivals take turns is left out."""
+        try:
+            self._run(case, result, *args)
+        except torch.OutOfMemoryError:
+            result.status, result.reason = "left out", "no memory for all its rivals at once"
+
     def _run(
         self,
         case: Case,
@@ -157,11 +164,7 @@ class SuiteRun:
         result.rivals = list(outcomes.values())
         expected = None
         if prepared.reference is not None:
-            try:
-                expected = [a.detach() for a in prepared.reference()]
-            except torch.OutOfMemoryError:
-                result.status, result.reason = "left out", "no memory for the reference"
-                return
+            expected = [a.detach() for a in prepared.reference()]
         runs: dict[str, Run] = {}
         for rival in prepared.rivals:
             outcome = outcomes[rival.name]
@@ -175,11 +178,12 @@ class SuiteRun:
                 expected = outputs if expected is None else expected
                 outcome.difference = worst_difference(outputs, expected)
                 limit = case.tolerance or TOLERANCE[case.dtype]
-                if not outcome.difference <= limit:
+                if math.isinf(outcome.difference) or outcome.difference > limit:
                     outcome.status = "differs"
                     outcome.reason = f"off by {outcome.difference:.1e}, the limit is {limit:.0e}"
                     continue
-            outcome.memory_bytes = peak_memory(run, self.settings.device)
+            if not rival.pooled:
+                outcome.memory_bytes = peak_memory(run, self.settings.device)
             runs[rival.name] = run
         del expected
         ours = next(r.name for r in prepared.rivals if r.role == "ours")
@@ -196,7 +200,7 @@ class SuiteRun:
             outcome.status, outcome.reason = "left out", "runs with --full"
         elif rival.compiles and not self.settings.compiled:
             outcome.status, outcome.reason = "left out", "compiles, which was not asked for"
-        elif rival.compiles and time.monotonic() > self.compiling_deadline:
+        elif rival.compiles and not rival.headline and time.monotonic() > self.compiling_deadline:
             outcome.status, outcome.reason = "left out", "the suite's time was used up"
         return outcome.status == "measured"
 
@@ -209,6 +213,7 @@ class SuiteRun:
             synchronize(self.settings.device)
         except Unavailable as error:
             outcome.status, outcome.reason = "unavailable", str(error)
+            return None
         except torch.OutOfMemoryError:
             outcome.status, outcome.reason = "out of memory", "the device has too little memory"
         except Exception as error:  # whatever a peer raises is its result, and the rest still runs
@@ -216,7 +221,7 @@ class SuiteRun:
             outcome.status, outcome.reason = "failed", f"{type(error).__name__}: {message}"[:300]
         else:
             return run, outputs
-        self._release()
+        self._free_memory()
         return None
 
     def _time(
@@ -243,8 +248,14 @@ class SuiteRun:
             outcome.share_of_copy = outcome.bytes_per_second / self.ceilings.copy_bytes_per_second
 
     def _release(self) -> None:
-        """Give back what the last rivals held: graphs, compiled code, the device's memory."""
+        """Give back what the last rivals held: graphs, compiled code, the device's memory.
+
+        Between cases only: rivals of the same case would be compiled again while they are timed.
+        """
         torch.compiler.reset()
+        self._free_memory()
+
+    def _free_memory(self) -> None:
         if self.settings.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()

@@ -26,6 +26,7 @@ _PLAIN = ("eager", "triton")
 _IMPLEMENTATIONS = {
     "rope_2d": _PLAIN,
     "pixel_shuffle_linear": _PLAIN,
+    "layer_norm_pixel_shuffle": _PLAIN,
     "varlen_attention": BACKENDS,
     "residual_layer_norm": _PLAIN,
     "swiglu": _PLAIN,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hrvlm_kernels import (
     PackedGrids,
+    layer_norm_pixel_shuffle,
     normalize_patchify,
     pixel_shuffle_linear,
     reference,
@@ -130,6 +131,29 @@ def _pixel_shuffle_case(random: Random) -> Iterator[Direction]:
     cotangent = random(sum(hp * wp for hp, wp in _GRIDS) // factor**2, width)
     yield from _contraction(op, plain, tensors, cotangent, packed)
     yield "gather", gather
+
+
+def _norm_shuffle_case(random: Random) -> Iterator[Direction]:
+    factor, channels, eps = 4, 40, 1e-5
+    packed = PackedGrids.from_grids(_GRIDS, num_prefix_tokens=_PREFIX, device=random.device)
+    tensors = {"x": random(packed.total_tokens, channels)}
+    tensors |= {name: random(channels) for name in ("weight", "bias")}
+
+    def plain(upcast: torch.dtype | None) -> Callable[..., Tensor]:
+        def run(*values: Tensor) -> Tensor:
+            x, weight, bias = (a.to(upcast or a.dtype) for a in values)
+            normed = torch.nn.functional.layer_norm(x, (channels,), weight, bias, eps)
+            return reference.pixel_shuffle(normed, packed, factor)
+
+        return run
+
+    def op(backend: str) -> Callable[..., Tensor]:
+        return lambda x, weight, bias: layer_norm_pixel_shuffle(
+            x, packed, factor, weight, bias, eps, backend=backend
+        )
+
+    cotangent = random(sum(hp * wp for hp, wp in _GRIDS) // factor**2, factor**2 * channels)
+    yield from _contraction(op, plain, tensors, cotangent, packed)
 
 
 def _attention_case(random: Random) -> Iterator[Direction]:
@@ -339,6 +363,7 @@ def _with_gradients(
 CASES: dict[str, Callable[[Random], Iterator[Direction]]] = {
     "rope_2d": _rope_case,
     "pixel_shuffle_linear": _pixel_shuffle_case,
+    "layer_norm_pixel_shuffle": _norm_shuffle_case,
     "varlen_attention": _attention_case,
     "residual_layer_norm": _residual_case,
     "swiglu": _swiglu_case,

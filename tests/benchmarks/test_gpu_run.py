@@ -49,4 +49,13 @@ def test_every_suite_of_the_gpu_is_a_step(tmp_path):
     assert all((ROOT / module).exists() for module in modules)
     there = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")}
     assert set(SUITES) == there - {"cpu_encoder", "processing"}
-    assert all(suite.command[-3:] == (str(tmp_path), "--commit", "abc") for suite in suites)
+    given = (f"--results={tmp_path}", "--commit=abc")
+    assert all(suite.command[4:] == given for suite in suites)
+    assert [suite.name for suite in suites if suite.budget] == ["encoder"]
+
+
+def test_the_last_suite_is_told_what_time_is_left(tmp_path):
+    told = f"import sys; open({str(tmp_path / 'told')!r}, 'w').write(' '.join(sys.argv[1:]))"
+    last = Step("last", (sys.executable, "-c", told), budget=True)
+    assert run_steps([last], 100.0) == {"last": "done"}
+    assert (tmp_path / "told").read_text() == "--budget=55"

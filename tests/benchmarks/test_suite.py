@@ -11,6 +11,7 @@ from benchmarks.suite import SuiteRun, finite, slug, worst_difference
 from hrvlm import verify_cases
 from hrvlm.timing import Timing, median_ratio, take_turns
 from tests.benchmarks.test_suites import settings
+from tests.kernels.helpers import CountingBackend
 
 X = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -111,6 +112,54 @@ def test_time_runs_out_for_what_compiles_first(tmp_path):
     assert (result.status, result.reason) == ("left out", "the suite's time was used up")
     full = SuiteRun("full", settings(tmp_path, compiled=True, full=True), budget_s=0)
     assert full.measure(case_of(*rivals)).rivals[1].status == "measured"
+
+
+def test_a_headline_compiles_as_long_as_its_case_runs(tmp_path):
+    late = SuiteRun("late", settings(tmp_path, compiled=True), budget_s=1e9)
+    late.compiling_deadline = time.monotonic()
+    rivals = rival(OURS, role="ours"), rival("compiled", compiles=True, headline=True)
+    assert late.measure(case_of(*rivals)).rivals[1].status == "measured"
+
+
+def test_a_peer_that_is_not_there_costs_the_compiled_ones_nothing(tmp_path):
+    run, backend = SuiteRun("r", settings(tmp_path, compiled=True), budget_s=1e9), CountingBackend()
+
+    def compiled():
+        double = torch.compile(lambda x: x * 2 / 2, backend=backend)
+        return lambda: [double(X)]
+
+    def unavailable():
+        raise Unavailable("it is not installed")
+
+    def fails():
+        raise RuntimeError("no")
+
+    compiling = Rival("compiled", compiled, compiles=True)
+    others = Rival("absent", unavailable), Rival("broken", fails)
+    result = run.measure(case_of(rival(OURS, role="ours"), compiling, *others))
+    assert [r.status for r in result.rivals] == ["measured", "measured", "unavailable", "failed"]
+    assert backend.graphs == 1
+
+
+def test_nan_is_no_result_whatever_the_tolerance(run):
+    nan = rival("nan", lambda: [X * float("nan")])
+    other = rival("other", lambda: [X + 5])
+    result = run.measure(case_of(rival(OURS, role="ours"), nan, other, tolerance=float("inf")))
+    assert [r.status for r in result.rivals] == ["measured", "differs", "measured"]
+
+
+def test_memory_that_runs_out_when_all_take_turns_costs_one_case(run):
+    calls = []
+
+    def exhausts_later():
+        calls.append(None)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("much")
+        return [X]
+
+    result = run.measure(case_of(rival(OURS, exhausts_later, role="ours")))
+    assert (result.status, result.reason) == ("left out", "no memory for all its rivals at once")
+    assert no_numbers(result)
 
 
 def test_ours_is_handed_on_warm(run):

@@ -2,16 +2,20 @@
 
 import importlib
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.case import Settings
+from benchmarks.gpu_run import steps_of
 from benchmarks.suite import SuiteRun
 
+ROOT = Path(__file__).parents[2]
 SUITES = {
     "encoder": 5,
-    "varlen_attention": 12,
+    "varlen_attention": 16,
     "rope_2d": 8,
     "pixel_shuffle_linear": 12,
     "fused_ops": 8,
@@ -81,6 +85,61 @@ def test_every_model_size_and_peer_of_the_encoder_is_in_the_full_suite():
                 assert f"ViT-{model} {direction}, {size} px" in names
     for model in ("H+", "7B"):
         assert {f"ViT-{model} forward, {size} px" for size in (224, 768, 1024)} <= names
+    for model in ("S", "B", "L"):
+        for direction in ("forward", "forward + backward"):
+            for size in (224, 768, 1024):
+                assert f"ViT-{model} max-autotune, {direction}, {size} px" in names
     by_name = {case.name: case.parameters for case in cases}
     assert by_name["ViT-L forward, 224 px"]["tokens"] == 326 * 201
     assert by_name["ViT-L mixed forward, mixed"]["count"] == 64
+
+
+def test_every_job_of_the_full_encoder_suite_has_its_peers():
+    from benchmarks import bench_encoder
+
+    uniform = {
+        "transformers, eager",
+        "transformers, sdpa",
+        "transformers, sdpa + compile",
+        "timm + compile",
+    }
+    mixed = {
+        "transformers, one by one",
+        "transformers, one by one + compile",
+        "transformers, grouped by size",
+        "transformers, padded with a mask",
+        "transformers, padded + compile",
+        "hrvlm with torch varlen_attn",
+        "hrvlm with flash-attn",
+        "hrvlm with FlexAttention",
+    }
+    expected = {
+        "forward": uniform,
+        "forward + backward": uniform,
+        "mixed forward": mixed,
+        "mixed forward + backward": mixed,
+        "one image": {"transformers, sdpa + compile reduce-overhead", "hrvlm.graphed"},
+        "max-autotune, forward": {"transformers, sdpa + compile max-autotune"},
+        "max-autotune, forward + backward": {"transformers, sdpa + compile max-autotune"},
+    }
+    for job in bench_encoder._jobs():
+        assert expected.get(job.group, set()) <= set(job.peers), job
+        assert (
+            bench_encoder.HEADLINE not in job.full_peers
+            or job.model != "L"
+            or (job.group == "one image")
+        )
+
+
+def test_the_command_of_the_suites_runs(tmp_path):
+    """As `make gpu` gives it, with its fixtures and pytest-benchmark beside it."""
+    step = next(step for step in steps_of(tmp_path, "abc") if step.name == "training")
+    command = [a.replace("bench_training", "bench_processing") for a in step.command]
+    command += ["--small", "--seconds=0", "--budget=60", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("processing-*-abc.json")
+    written = json.loads(path.read_text())
+    assert written["settings"]["small"] and written["settings"]["round_s"] == 0
+    assert {case["status"] for case in written["cases"]} == {"measured"}
+    assert "bench_processing" in done.stdout and "benchmark" in done.stdout
