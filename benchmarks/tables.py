@@ -244,6 +244,7 @@ def headlines(results: Sequence[Result]) -> list[tuple[str, str, str]]:
          "transformers, one by one", ["ViT-S mixed forward, mixed"]),
         ("processing", "transformers' processor (torchvision), JPEG files to patches",
          "transformers, torchvision", ["JPEG"]),
+        ("processing", "torchvision alone, JPEG files to patches", "torchvision alone", ["JPEG"]),
     ]  # fmt: skip
     rows = [_headline(results, *row, missing=NOT_YET) for row in gpu]
     return rows + [_headline(results, *row, missing="not yet measured") for row in cpu]
