@@ -64,6 +64,23 @@ LINES = {
     "date": ("2031-05-14 09:58", 18, (30, 30, 30), (214, 228, 220)),
     "way": ("Way out", 24, (255, 255, 255), (176, 32, 40)),
 }
+# Rows of one piece, or of one on the left and one on the right, or of a name and a field.
+TEXTS = {
+    "slip": (
+        (("Corner Market",), ("2 Oat milk", "3.78"), ("Rye bread", "3.45"), ("Basil", "2.25"),
+         ("Total", "9.48")),
+        18, (34, 34, 38), (248, 246, 240),
+    ),
+    "form": (
+        (("Name:", "M. Haldane"), ("Berth:", "B 14"), ("Arrival:", "14/05/2031"),
+         ("Time:", "09:58")),
+        17, (24, 40, 70), (232, 238, 244), 96,
+    ),
+    "notes": (
+        (("Gauge two is out of",), ("service since 4 Oct.",), ("Call 555 0142",)),
+        20, (236, 232, 214), (30, 58, 52),
+    ),
+}  # fmt: skip
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
@@ -243,10 +260,32 @@ def line(text: str, size: int, ink: tuple, ground: tuple) -> Image.Image:
     return picture
 
 
+def rows(
+    pieces: tuple, size: int, ink: tuple, ground: tuple, column: int | None = None
+) -> Image.Image:
+    """Several lines; the second piece of each is in a box at `column`, or on the right."""
+    face, width = font(size), 256
+    step = sum(face.getmetrics()) + (4 if column is None else 8)
+    picture = Image.new("RGB", (width, step * len(pieces) + 12), ground)
+    draw = ImageDraw.Draw(picture)
+    for i, (left, *right) in enumerate(pieces):
+        y = 6 + step * i
+        draw.text((6, y), left, font=face, fill=ink)
+        for text in right:
+            x = width - 6 - face.getlength(text)
+            if column is not None:
+                x = column + 5
+                draw.rectangle((column, y - 3, width - 5, y + step - 6), outline=GREY)
+            draw.text((x, y), text, font=face, fill=ink)
+    return picture
+
+
 if __name__ == "__main__":
     for make in (document, dashboard, receipt):
         make().save(HERE / f"{make.__name__}.png", optimize=True)
     for name, (text, size, ink, ground) in LINES.items():
         line(text, size, ink, ground).save(HERE / f"line_{name}.png", optimize=True)
+    for name, arguments in TEXTS.items():
+        rows(*arguments).save(HERE / f"text_{name}.png", optimize=True)
     upright = line("Platform 9", 26, INK, (246, 240, 220))
     upright.transpose(Image.Transpose.ROTATE_90).save(HERE / "sideways.png", optimize=True)
