@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="Directory; default: the shipped reader.")
     parser.add_argument("--lines", type=int, default=512, help="Samples of single lines.")
-    parser.add_argument("--others", type=int, default=48, help="Samples of each other set.")
+    parser.add_argument("--others", type=int, default=128, help="Samples of each other set.")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--card-only", action="store_true", help="Only write the card's table.")
     args = parser.parse_args()
