@@ -39,8 +39,9 @@ WORKERS := $(if $(filter 1,$(CORES)),,-n auto --maxprocesses 8 --dist worksteal)
 demo: $(INSTALLED)
 	@$(BIN)/hrvlm encode $(EXAMPLES) --out $(DEMO)
 	@echo "demo: features and pictures of $(words $(EXAMPLES)) images are in $(DEMO)/"
-	@echo "demo: the reader that comes with hrvlm, on lines of text and on one that it can't read (sideways.png):"
-	@$(BIN)/hrvlm generate --each $(addprefix --image ,$(sort $(wildcard examples/line_*.png)) examples/sideways.png)
+	@echo "demo: the reader that comes with hrvlm, on text and on some that it can't read (sideways.png):"
+	@$(BIN)/hrvlm generate --each $(addprefix --image ,$(sort $(wildcard examples/line_*.png examples/text_*.png)) \
+	  examples/sideways.png)
 
 test: $(INSTALLED_DEV) demo
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable $(WORKERS) $(PYTEST_ARGS)

@@ -72,12 +72,12 @@ TEXTS = {
         18, (34, 34, 38), (248, 246, 240),
     ),
     "form": (
-        (("Name:", "M. Haldane"), ("Berth:", "B 14"), ("Arrival:", "14/05/2031"),
+        (("Name:", "M. Haldane"), ("Berth:", "B14"), ("Arrival:", "14/05/2031"),
          ("Time:", "09:58")),
         17, (24, 40, 70), (232, 238, 244), 96,
     ),
     "notes": (
-        (("Gauge two is out of",), ("service since 4 Oct.",), ("Call 555 0142",)),
+        (("Ferry to Skerry",), ("departs at 17:40",), ("from Pier 3",)),
         20, (236, 232, 214), (30, 58, 52),
     ),
 }  # fmt: skip

@@ -18,6 +18,9 @@ SAYS = {
     "line_notice.png": "Harbour closed",
     "line_date.png": "2031-05-14 09:58",
     "line_way.png": "Way out",
+    "text_slip.png": "Corner Market\n2 Oat milk 3.78\nRye bread 3.45\nBasil 2.25\nTotal 9.48",
+    "text_form.png": "Name: M. Haldane\nBerth: B14\nArrival: 14/05/2031\nTime: 09:58",
+    "text_notes.png": "Ferry to Skerry\ndeparts at 17:40\nfrom Pier 3",
 }
 
 
@@ -40,6 +43,12 @@ def test_it_is_small_and_has_a_card(reader):
 def test_it_reads_single_lines(reader):
     """The whole figure is in its card; 96 lines are few, hence the margin."""
     assert score(*reader, "line", 96).error_rate <= 0.04
+
+
+@pytest.mark.slow
+def test_it_reads_every_layout(reader):
+    """The whole figures are in its card; few samples, hence the margin."""
+    assert score(*reader, "full", 60).error_rate <= 0.3
 
 
 def test_it_needs_the_normalisation(reader):
