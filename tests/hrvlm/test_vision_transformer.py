@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 from transformers import DINOv3ViTModel
@@ -506,9 +507,15 @@ def test_one_graph_serves_many_packings(rng):
     """But for a single image, since torch.compile takes a size of 1 for a constant."""
     encoder = DINOv3Encoder(config_of(num_hidden_layers=1)).eval()
     encoder.backend = "triton"
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return aot_eager(module, inputs)
+
     torch.compiler.reset()
     counters.clear()
-    compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(encoder, backend=backend, fullgraph=True, dynamic=True)
     # In the first pack no two numbers agree (images, tiles, where tables begin): they would be one.
     for grids in ([(11, 13), (9, 16), (3, 7)], [(3, 5), (8, 2)], [(4, 4)] * 5, [(14, 14)]):
         packed = PackedGrids.from_grids(grids, num_prefix_tokens=encoder.num_prefix_tokens)
@@ -518,3 +525,5 @@ def test_one_graph_serves_many_packings(rng):
         assert got.grids == tuple(grids)
         assert torch.equal(got.last_hidden_state, expected.last_hidden_state)
         assert counters["stats"]["unique_graphs"] == 1 + (len(grids) == 1)
+    # RoPE's frequencies are at hand: made in the graph, they would be copied in every forward.
+    assert not any("pow" in str(node.target) for graph in graphs for node in graph.nodes)
