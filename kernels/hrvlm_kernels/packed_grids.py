@@ -32,6 +32,7 @@ TILE_SIZES = (64, 128)
 SHORT_SEQLEN = 256  # up to here a segment is short: its keys may fit one tile
 _INT32_MAX = 2**31 - 1
 _CACHE_SIZE = 64
+_GAP = 4 * 1009
 
 
 # Not frozen: of a frozen one that it returns, torch.compile guards every field, so that each number
@@ -270,10 +271,11 @@ _build_cached = lru_cache(maxsize=_CACHE_SIZE)(_build)
 def _upload_together(parts: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Copy int32 tensors to the device as one pinned buffer; views of it, 16-byte aligned.
 
-    There is a gap before each but the first: torch.compile takes numbers that agree for one, and
-    where a view begins would often agree with the length of the one before.
+    torch.compile takes numbers that agree for one, so a gap behind the first keeps where the others
+    begin away from lengths and widths.
     """
-    sizes = [-(-part.numel() // 4) * 4 + 4 for part in parts.values()]
+    sizes = [-(-part.numel() // 4) * 4 for part in parts.values()]
+    sizes[0] += _GAP
     pinned = device.type == "cuda"
     buffer = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
