@@ -131,7 +131,7 @@ __all__ = [
     "token_grid",
     "unpatchify",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """What is built and installed: two packages and nothing else, and the commands that set them up."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import hrvlm
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"hrvlm": ROOT / "hrvlm", "hrvlm_kernels": ROOT / "kernels" / "hrvlm_kernels"}
 SOURCES = ("hrvlm", "kernels", "LICENSE", "README.md", "pyproject.toml", "setup.py")
+DIST_INFO = f"hrvlm-{hrvlm.__version__}.dist-info"
 SETUP = ("Makefile", "constraints.txt", "pyproject.toml", "setup.py")
 
 # An editable install of this checkout must not stand in for what is being tested.
@@ -61,6 +65,12 @@ def package_files():
     }
 
 
+def test_the_changelog_begins_with_the_version_that_is_built():
+    first = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    project = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert first[1] == project[1] == hrvlm.__version__
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_two_packages_and_nothing_else(tmp_path):
     source, site = tmp_path / "source", tmp_path / "site"
@@ -76,7 +86,7 @@ def test_the_wheel_holds_two_packages_and_nothing_else(tmp_path):
     with tarfile.open(sdist) as archive:
         assert not any("/tests/" in name for name in archive.getnames())
     wheel = zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl")))
-    names = {name for name in wheel.namelist() if not name.startswith("hrvlm-0.1.0.dist-info/")}
+    names = {name for name in wheel.namelist() if not name.startswith(f"{DIST_INFO}/")}
     assert names == package_files()
     check_metadata(wheel)
 
@@ -88,10 +98,10 @@ def test_the_wheel_holds_two_packages_and_nothing_else(tmp_path):
 
 def check_metadata(wheel):
     def text(name):
-        return wheel.read(f"hrvlm-0.1.0.dist-info/{name}").decode()
+        return wheel.read(f"{DIST_INFO}/{name}").decode()
 
     metadata: Message = Parser().parsestr(text("METADATA"))
-    assert metadata["Version"] == "0.1.0"
+    assert metadata["Version"] == hrvlm.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     extras = {"dev", "flash-attn", "hub", "scale", "serve", "train"}
