@@ -5,11 +5,17 @@ import os
 import torch
 
 # Triton reads the variable when a kernel's module is first imported, so it has to be set before any
-# test module is.
+# test module is. With 0, this process is one of those that own_process.py starts.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+from tests.own_process import OwnProcessFile
+
+# Folders of tests that run compiled kernels on ptx_machine, a process for each file.
+OWN_PROCESS = ("ptx_machine", "compiled")
+COMPILED = os.environ.get("TRITON_INTERPRET") == "0"
 
 # Property tests try new examples on every run at a desk, and the same ones in CI.
 if os.environ.get("CI"):
@@ -17,6 +23,13 @@ if os.environ.get("CI"):
 
     settings.register_profile("ci", derandomize=True)
     settings.load_profile("ci")
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """Don't import here what needs Triton without its interpreter."""
+    if module_path.parent.name in OWN_PROCESS and not COMPILED:
+        return OwnProcessFile.from_parent(parent, path=module_path)
+    return None
 
 
 def pytest_collection_modifyitems(items):

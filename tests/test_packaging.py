@@ -96,6 +96,17 @@ def test_the_wheel_holds_two_packages_and_nothing_else(tmp_path):
     run([sys.executable, "-I", "-c", code], cwd=tmp_path)
 
 
+def test_development_packages_are_beside_the_kernels_and_never_in_the_wheel():
+    code = (
+        "import setuptools, distutils.core as core\n"
+        "print(*core.run_setup('setup.py', stop_after='init').packages)"
+    )
+    names = run([sys.executable, "-c", code], cwd=ROOT).split()
+    assert {name.partition(".")[0] for name in names} == set(PACKAGES)
+    beside = {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")}
+    assert "ptx_machine" in beside - set(PACKAGES)
+
+
 def check_metadata(wheel):
     def text(name):
         return wheel.read(f"{DIST_INFO}/{name}").decode()

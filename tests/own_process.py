@@ -1,0 +1,58 @@
+"""Test files that need Triton without its interpreter: each runs in a process of its own.
+
+Triton decides when it is imported whether kernels are compiled or interpreted, and the kernels'
+tests want the interpreter where there is no GPU. So a file in one of the folders that
+``conftest.py`` names is one item of the run, which starts a pytest of its own on it with
+``TRITON_INTERPRET=0``; in that process, the folder's fixtures install :mod:`ptx_machine`. By hand,
+test by test::
+
+    TRITON_INTERPRET=0 python -m pytest tests/ptx_machine/test_kernels.py -k matmul
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+class FailedInOwnProcess(Exception):
+    """The other pytest's output."""
+
+
+class OwnProcessFile(pytest.File):
+    """A test file that this process does not import."""
+
+    def collect(self):
+        yield OwnProcess.from_parent(self, name="all")
+
+
+class OwnProcess(pytest.Item):
+    """All tests of the file, in another process."""
+
+    def runtest(self):
+        options = ["-q", "--no-header", "--benchmark-disable", "-p", "no:cacheprovider"]
+        if self.config.option.markexpr:
+            options += ["-m", self.config.option.markexpr]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, str(self.path)],
+            cwd=self.config.rootpath,
+            env=environment | {"TRITON_INTERPRET": "0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+            pytest.skip("the marks leave no test in this file")
+        if done.returncode:
+            raise FailedInOwnProcess(done.stdout)
+        self.add_report_section("call", "stdout", done.stdout)
+
+    def repr_failure(self, excinfo, style=None):
+        if isinstance(excinfo.value, FailedInOwnProcess):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self):
+        return self.path, None, f"{self.path.name} in a process of its own"
