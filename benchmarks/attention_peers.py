@@ -124,6 +124,16 @@ def sdpa(packed: PackedGrids, backend: str | None = None) -> Attention:
     return restricted
 
 
+def gluon_candidate(packed: PackedGrids) -> Attention:
+    """A forward of our own that has not been measured, for sm_90; see benchmarks/candidates."""
+    device = packed.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        raise Unavailable("the Gluon forward is for sm_90")
+    from benchmarks.candidates.varlen_attention_gluon import gluon_attention
+
+    return gluon_attention(packed)
+
+
 PEERS: dict[str, Callable[[PackedGrids], Attention]] = {
     "torch varlen_attn (FA2)": torch_varlen,
     "SDPA cuDNN": lambda packed: sdpa(packed, "cudnn"),

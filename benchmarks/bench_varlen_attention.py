@@ -138,7 +138,9 @@ def _prepare(
 
     rivals = [Rival(OURS, lambda: _runner(ours, (q, k, v), g, direction), role="ours")]
     peers = attention_peers.PEERS
-    if direction.startswith("backward"):
+    if not direction.startswith("backward"):
+        peers = peers | {"Gluon candidate": attention_peers.gluon_candidate}
+    else:
         rivals.append(
             Rival("hrvlm, deterministic=False", lambda: _runner(atomic, (q, k, v), g, direction))
         )

@@ -45,22 +45,18 @@ COLUMNS = (
 LEADS = {
     ("plain", 64, "128x128"): "6.9 instructions per score; every product waited for",
     ("ahead", 64, "128x128"): "57 of 66 exps beside a product, 250 registers, no spill",
-    ("specialised", 64, "128x128"): "every product waited for; a mask in each block",
-    ("specialised", 64, "128x64"): "every product waited for; a mask in each block",
     ("gluon", 64, "128x128"): "both products asynchronous, no spill",
     ("gluon", 128, "128x128"): "both products asynchronous, no spill",
 }
+# (head_dim, order, keys of a block); all have 128 rows.
 VARIANTS = (
-    (64, Tiling(128, 128, 8, 2)),
-    (64, Tiling(128, 64, 8, 2)),
-    (64, Tiling(128, 128, 8, 3, "ahead")),
-    (64, Tiling(128, 128, 4, 2, "specialised")),
-    (64, Tiling(128, 64, 4, 2, "specialised")),
-    (64, Tiling(128, 128, 4, 2, "gluon")),
-    (128, Tiling(128, 64, 8, 2)),
-    (128, Tiling(128, 64, 8, 3, "ahead")),
-    (128, Tiling(128, 64, 4, 2, "specialised")),
-    (128, Tiling(128, 128, 4, 2, "gluon")),
+    (64, "plain", 128),
+    (64, "plain", 64),
+    (64, "ahead", 128),
+    (64, "gluon", 128),
+    (128, "plain", 64),
+    (128, "ahead", 64),
+    (128, "gluon", 128),
 )
 _COMPUTING_WARPS = 8  # of each; warps that only load come on top
 VARIANT_COLUMNS = (
@@ -78,14 +74,14 @@ VARIANT_COLUMNS = (
 
 def variant_rows() -> Iterator[tuple[str, ...]]:
     """A row for each order of the attention forward on sm_90, none of which has RoPE."""
-    for head_dim, tiling in VARIANTS:
-        job = shipped_attention.forward_job(head_dim, torch.bfloat16, tiling)
+    for head_dim, order, step in VARIANTS:
+        job = _variant_job(head_dim, order, step)
         built = compile_kernel(job.kernel, job.signature, job.constants, "sm_90", **job.options)
-        scores = tiling.rows * tiling.step / (32 * _COMPUTING_WARPS)
-        tile = f"{tiling.rows}x{tiling.step}"
-        lead = LEADS.get((tiling.order, head_dim, tile), "-")
+        scores = 128 * step / (32 * _COMPUTING_WARPS)
+        tile = f"128x{step}"
+        lead = LEADS.get((order, head_dim, tile), "-")
         yield (
-            tiling.order,
+            order,
             str(head_dim),
             tile,
             str(built.num_warps),
@@ -95,6 +91,13 @@ def variant_rows() -> Iterator[tuple[str, ...]]:
             f"{exps_beside_wgmma(built.asm)} of {scores:.0f}",
             lead + ("; ptxas serializes wgmma" if built.advisories else ""),
         )
+
+
+def _variant_job(head_dim: int, order: str, step: int) -> shipped.Job:
+    if order == "gluon":
+        return shipped_attention.gluon_job(head_dim, torch.bfloat16, step)
+    tiling = Tiling(128, step, 8, 3 if order == "ahead" else 2, order)
+    return shipped_attention.forward_job(head_dim, torch.bfloat16, tiling)
 
 
 def variant_section(rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -44,17 +44,7 @@ def _forward_candidates(key: Key) -> list[Tiling]:
         Tiling(128, step, 8, s, "ahead")
         for step, s in product((128, 64) if head_dim < 128 else (64,), (2, 3))
     ]
-    specialised = [
-        Tiling(rows, step, 4, s, "specialised")
-        for (rows, step), s in product([(128, 128), (128, 64), (64, 128)], (2, 3))
-        if head_dim < 128 or step == 64
-    ]
-    gluon = [
-        Tiling(128, step, 4, buffers, "gluon")
-        for step, buffers in product((64, 128), (2, 3))
-        if head_dim >= 64 and head_dim * step * buffers <= 24_576
-    ]
-    return [*ahead, *specialised, *gluon, *plain]
+    return [*ahead, *plain]
 
 
 def _short_candidates(key: Key) -> list[Tiling | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # How the forward of varlen_attention walks over keys; see varlen_attention_triton.py.
-ORDERS = ("plain", "ahead", "specialised", "gluon")
+ORDERS = ("plain", "ahead")
 
 
 @dataclass(frozen=True)

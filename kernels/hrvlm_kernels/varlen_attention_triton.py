@@ -19,12 +19,9 @@ and Inf stay with them.
 On Hopper the order decides whether the tensor cores run beside the softmax (read from compiled
 code, see tests/kernels/test_compile_varlen_attention.py):
 
-    plain        the masked block first, then the loop; with it last, ptxas serializes all wgmma
-    ahead        q.k of the next block is issued before the softmax of this one; the masked block
-                 last. K and V come by tensor descriptors (TMA): with pointers the registers do not
-                 suffice
-    specialised  a kernel of its own, varlen_attention_specialised_triton.py
-    gluon        likewise, varlen_attention_gluon_triton.py
+    plain  the masked block first, then the loop; with it last, ptxas serializes all wgmma
+    ahead  q.k of the next block is issued before the softmax of this one; the masked block last.
+           K and V come by tensor descriptors (TMA): with pointers the registers do not suffice
 
 Only the tables choose between them (or `tilings`, in the tests and in benchmarks.tune).
 """
@@ -244,13 +241,9 @@ def fits_descriptor(x: Tensor) -> bool:
     return nested and aligned
 
 
-def _can_take(tiling: Tiling, q: Tensor, k: Tensor, v: Tensor) -> bool:
+def _can_take(tiling: Tiling, k: Tensor, v: Tensor) -> bool:
     """Whether the order of `tiling` can run on these tensors; "plain" always can."""
-    if tiling.order == "plain":
-        return True
-    if tiling.order == "gluon" and q.shape[2] not in (64, 128):
-        return False
-    return all(map(fits_descriptor, (q, k, v)))
+    return tiling.order == "plain" or all(map(fits_descriptor, (k, v)))
 
 
 def forward(
@@ -298,14 +291,9 @@ def forward(
             q, k = rotated(q, k, *rope)
         if tilings is None:
             tilings = select_tilings(architecture(q.device), head_dim, q.dtype)
-            tilings = [tiling for tiling in tilings if _can_take(tiling, q, k, v)]
+            tilings = [tiling for tiling in tilings if _can_take(tiling, k, v)]
 
         def start(tiling: Tiling) -> None:
-            if tiling.order in ("specialised", "gluon"):
-                ready = q if folded is None else rotated(q, k[:, :0], *folded)[0]
-                lists = (tiles_64, tiles_128)
-                _start_variant(ready, k, v, out, lse, cu_seqlens, *lists, skip, scale, tiling)
-                return
             tiles, parts = tile_list(tiles_64, tiles_128, tiling)
             k_blocks = v_blocks = None
             if tiling.order == "ahead":
@@ -321,28 +309,3 @@ def forward(
             )  # fmt: skip
 
         launch("varlen_attention", tilings, start)
-
-
-def _start_variant(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    tiles_64: Tensor,
-    tiles_128: Tensor,
-    skip: int,
-    scale: float,
-    tiling: Tiling,
-) -> None:
-    """Launch a kernel that is not imported unless it is asked for; q and k are rotated."""
-    if tiling.order == "gluon":
-        from .varlen_attention_gluon_triton import start_gluon
-
-        start_gluon(q, k, v, out, lse, cu_seqlens, tiles_128, skip, scale, tiling)
-    else:
-        from .varlen_attention_specialised_triton import start_specialised
-
-        lists = (tiles_64, tiles_128)
-        start_specialised(q, k, v, out, lse, cu_seqlens, *lists, skip, scale, tiling)

@@ -3,11 +3,10 @@
 import torch
 
 from hrvlm_kernels import varlen_attention_backward_triton as backward
-from hrvlm_kernels import varlen_attention_gluon_triton as gluon
 from hrvlm_kernels import varlen_attention_short_triton as short
-from hrvlm_kernels import varlen_attention_specialised_triton as specialised
 from hrvlm_kernels import varlen_attention_triton as forward
 from hrvlm_kernels.packed_grids import SHORT_SEQLEN
+from hrvlm_kernels.tilings import Tiling
 from tests.kernels.shipped import NAMES, Job
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -66,9 +65,6 @@ def _backward_jobs(target, head_dim, dtype, rope):
 
 
 def forward_job(head_dim, dtype, tiling, rope=False, *, group=1, skip=0):
-    if tiling.order in ("specialised", "gluon"):
-        make = specialised_job if tiling.order == "specialised" else gluon_job
-        return make(head_dim, dtype, tiling, group=group)
     signature, constants = _common("qkvo", head_dim, dtype, tiling, rope, group)
     ahead = tiling.order == "ahead"
     constants |= {"BM": tiling.rows, "BN": tiling.step, "AHEAD": ahead}
@@ -82,23 +78,20 @@ def forward_job(head_dim, dtype, tiling, rope=False, *, group=1, skip=0):
     return _job(name, forward.forward_kernel, signature, constants, head_dim, dtype, tiling, rope)
 
 
-def specialised_job(head_dim, dtype, tiling, *, group=1):
+def gluon_job(head_dim, dtype, step, *, buffers=2, group=1):
+    """The candidate that no table asks for, in blocks of `step` keys."""
+    from benchmarks.candidates import varlen_attention_gluon as gluon
+
+    tiling = Tiling(128, step, 4, buffers)
     signature, constants = _common("qkvo", head_dim, dtype, tiling, False, group)
-    constants |= {"BM": tiling.rows, "BN": tiling.step, "SKIP": SHORT_SEQLEN}
-    for name in ("ROPE", "coords", "inv_freq"):
+    constants |= {"BN": step, "NB": buffers, "GROUPS": gluon.GROUPS, "REGISTERS": gluon.REGISTERS}
+    for name in ("ROPE", "coords", "inv_freq", "BD", "PARTS"):
         del constants[name]
-    kernel, name = specialised.specialised_kernel, "forward specialised"
-    return _job(name, kernel, signature, constants, head_dim, dtype, tiling, False)
-
-
-def gluon_job(head_dim, dtype, tiling, *, group=1):
-    job = specialised_job(head_dim, dtype, tiling, group=group)
-    constants = job.constants | {"NB": tiling.num_stages, "REGISTERS": gluon.REGISTERS}
-    constants |= {"GROUPS": gluon.GROUPS}
-    for name in ("BD", "BM", "PARTS"):
-        del constants[name]
-    name, options = job.name.replace("specialised", "gluon"), {"num_warps": tiling.num_warps}
-    return Job(name, gluon.gluon_kernel, job.signature, constants, options, job.tensor_core)
+    kernel, options = gluon.varlen_attention_gluon, {"num_warps": tiling.num_warps}
+    name = (
+        f"varlen_attention forward gluon D={head_dim} {NAMES[dtype]} 128x{step} {buffers} buffers"
+    )
+    return Job(name, kernel, signature, constants, options, True)
 
 
 def short_job(head_dim, dtype, tiling, *, group=1):

@@ -34,7 +34,6 @@ TILINGS = (
     Tiling(64, 64, 1, 1),
     Tiling(64, 32, 1, 1),
     Tiling(32, 32, 1, 1),
-    Tiling(128, 64, 1, 1, "specialised"),  # in no table yet
 )
 
 
@@ -94,7 +93,7 @@ def test_every_shape_of_tile_is_listed():
         return tiling.rows, tiling.step, tiling.order
 
     shipped = {shape(t) for row in (*FORWARD.values(), kernels._INTERPRETER) for t in row}
-    assert shipped == {shape(tiling) for tiling in TILINGS if tiling.order != "specialised"}
+    assert shipped == set(map(shape, TILINGS))
 
 
 def test_a_long_segment():
@@ -332,19 +331,6 @@ def test_tensors_that_tma_can_not_load_take_the_plain_order(monkeypatch):
     run_forward(sliced)
     assert started[-1][0].order == "ahead"  # slices of a packed qkv are fine
     assert started[-1][1].order == "plain"
-
-
-def test_gluon_is_for_heads_of_64_and_128(monkeypatch):
-    monkeypatch.setattr(kernels, "architecture", lambda device: "sm_90")
-    monkeypatch.setitem(
-        FORWARD, ("sm_90", 128, 2), (Tiling(128, 64, 4, 2, "gluon"), Tiling(128, 64, 8, 2))
-    )
-    started = []
-    monkeypatch.setattr(kernels, "launch", lambda name, tilings, start: started.append(tilings))
-    for head_dim, order in ((128, "gluon"), (80, "plain")):
-        run_forward(make_case((70,), head_dim=head_dim))
-        assert started[-1][0].order == order
-        assert started[-1][-1].order == "plain"
 
 
 def test_offsets_beyond_int32(tmp_path):

@@ -6,9 +6,9 @@ passed when the load has arrived, `empty` when both groups are done with it. A g
 the next block, then does the softmax of this one while the tensor cores work (the order "ahead"),
 and only the last block is masked.
 
-No table asks for this order ("gluon") yet: it is here to be timed beside the others by
-``python -m benchmarks.tune``. It has never run: Gluon has no interpreter. q and k have to be
-rotated before, and D is 64 or 128.
+Timed beside the shipped forward by ``python -m pytest benchmarks/bench_varlen_attention.py``. Its
+compiled code is right when executed on a CPU; on a GPU it has not run yet, and Gluon has no
+interpreter. q and k have to be rotated before, and D is 64 or 128.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .tilings import Tiling
+from benchmarks.attention_peers import Attention
+from benchmarks.case import Unavailable
+from hrvlm_kernels import PackedGrids
+from hrvlm_kernels.launch import device_guard
+from hrvlm_kernels.varlen_attention_triton import fits_descriptor
 
 GROUPS = 2  # of four warps that compute, 64 rows each: a tile of the list of 128
 REGISTERS = 240  # of a thread that computes; one that loads has 24
@@ -65,7 +69,7 @@ def _softmax_step(qk, peak, total, acc, qk_scale, ACC_ROWS: gl.constexpr):
 
 @gluon.jit
 def _compute(p_out, p_lse, stride_ot, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full,
-             v_empty, start, n, stored, blocks, qk_scale, GROUP_ID: gl.constexpr,
+             v_empty, start, n, blocks, qk_scale, GROUP_ID: gl.constexpr,
              NB: gl.constexpr, BN: gl.constexpr, D: gl.constexpr):  # fmt: skip
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # noqa: E741
@@ -109,17 +113,17 @@ def _compute(p_out, p_lse, stride_ot, q_smem, k_smem, v_smem, q_full, k_full, k_
     i_m = start + GROUP_ID * ROWS + gl.arange(0, ROWS, layout=O_ROWS)
     i_d = gl.arange(0, D, layout=gl.SliceLayout(0, O))
     p_rows = p_out + i_m.to(gl.int64)[:, None] * stride_ot + i_d[None, :]
-    gl.store(p_rows, acc.to(dtype), mask=(i_m < stored)[:, None])
+    gl.store(p_rows, acc.to(dtype), mask=(i_m < n)[:, None])
     i_s = start + GROUP_ID * ROWS + gl.arange(0, ROWS, layout=S_ROWS)
-    gl.store(p_lse + i_s, peak + gl.log2(total), mask=i_s < stored)
+    gl.store(p_lse + i_s, peak + gl.log2(total), mask=i_s < n)
 
 
 @gluon.jit(do_not_specialize=["T"])
-def gluon_kernel(
+def varlen_attention_gluon(
     q, k, v, out, lse, cu_seqlens, tiles, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, NB: gl.constexpr,
-    SKIP: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
+    GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """A tile of out [T, H, D] and lse [H, T]: 64 rows for each of the groups."""
     i_h = (gl.program_id(0) % H).to(gl.int64)
@@ -130,7 +134,6 @@ def gluon_kernel(
     start = gl.load(p_tile + 1) * (GROUPS * ROWS)
     first = first.to(gl.int64)
     i_hk = i_h // GROUP
-    stored = gl.where(n > SKIP, n, 0)  # shorter segments are another kernel's
     blocks = (n + BN - 1) // BN
 
     dtype: gl.constexpr = q.dtype.element_ty
@@ -165,9 +168,9 @@ def gluon_kernel(
     gl.warp_specialize(
         [
             (_compute, (p_out, p_lse, stride_ot, q_smem, k_smem, v_smem, q_full, k_full, k_empty,
-                        v_full, v_empty, start, n, stored, blocks, qk_scale, 0, NB, BN, D)),
+                        v_full, v_empty, start, n, blocks, qk_scale, 0, NB, BN, D)),
             (_compute, (p_out, p_lse, stride_ot, q_smem, k_smem, v_smem, q_full, k_full, k_empty,
-                        v_full, v_empty, start, n, stored, blocks, qk_scale, 1, NB, BN, D)),
+                        v_full, v_empty, start, n, blocks, qk_scale, 1, NB, BN, D)),
             (_load, (q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_empty,
                      v_full, v_empty, start, blocks, GROUPS, NB, BN)),
         ],
@@ -176,39 +179,48 @@ def gluon_kernel(
     )  # fmt: skip
 
 
-def start_gluon(
+def gluon_attention(packed: PackedGrids, step: int = 128, buffers: int = 2) -> Attention:
+    """The forward in blocks of `step` keys; a call raises Unavailable for what it can't take."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[2] not in (64, 128) or q.dtype.itemsize != 2 or q.requires_grad:
+            raise Unavailable("the Gluon forward takes 16-bit heads of 64 or 128, and no gradient")
+        if not all(map(fits_descriptor, (q, k, v))):
+            raise Unavailable("the Gluon forward takes what TMA can load")
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        with device_guard(q):
+            start(q, k, v, out, lse, packed, q.shape[2] ** -0.5, step, buffers)
+        return out
+
+    return attend
+
+
+def start(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor,
-    tiles_128: Tensor,
-    skip: int,
+    packed: PackedGrids,
     scale: float,
-    tiling: Tiling,
+    step: int,
+    buffers: int,
 ) -> None:
-    """Launch the kernel; TMA must be able to load q, k and v.
-
-    Raises:
-        ValueError: the tensors are not 16-bit with D = 64 or 128.
-    """
+    """Write `out` and `lse` (in base 2); `buffers` blocks of K and V are in flight."""
     heads, head_dim = q.shape[1:]
-    if head_dim not in (64, 128) or q.dtype.itemsize != 2:
-        raise ValueError(
-            f"order 'gluon' takes 16-bit heads of 64 or 128, got {q.dtype} and {head_dim}"
-        )
+    tiles = packed.tiles(GROUPS * 64)
 
-    def start() -> None:
+    def run() -> None:
         triton.set_allocator(_scratch)  # descriptors made on the device live there
-        gluon_kernel[(tiles_128.shape[0] * heads,)](
-            q, k, v, out, lse, cu_seqlens, tiles_128, q.shape[0], scale,
+        varlen_attention_gluon[(tiles.shape[0] * heads,)](
+            q, k, v, out, lse, packed.cu_seqlens, tiles, q.shape[0], scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
-            H=heads, GROUP=heads // k.shape[1], D=head_dim, BN=tiling.step, NB=tiling.num_stages,
-            SKIP=skip, GROUPS=GROUPS, REGISTERS=REGISTERS, num_warps=tiling.num_warps,
+            H=heads, GROUP=heads // k.shape[1], D=head_dim, BN=step, NB=buffers,
+            GROUPS=GROUPS, REGISTERS=REGISTERS, num_warps=4,
         )  # fmt: skip
 
-    contextvars.copy_context().run(start)  # the caller's allocator stays as it is
+    contextvars.copy_context().run(run)  # the caller's allocator stays as it is
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
