@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,23 +68,25 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in TRITON_DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
     if device.type == "cpu":
-        return _interpreter_obstacle(dtype)
+        return _cpu_obstacle(dtype)
     if device.type != "cuda":
         return f"there are no kernels for device type {device.type!r}"
     return _gpu_obstacle(device)
 
 
 def _auto_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type == "cpu":  # the interpreter is for tests: only an explicit choice runs it
+    if device.type == "cpu":  # what runs kernels there is for tests: only an explicit choice does
         return "the tensors are on the CPU"
     return triton_obstacle(device, dtype)
 
 
-def _interpreter_obstacle(dtype: torch.dtype) -> str | None:
-    if not interpreted():
+def _cpu_obstacle(dtype: torch.dtype) -> str | None:
+    if interpreted():
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly; a GPU is needed"
+        return None
+    if cpu_driver() is None:
         return "the tensors are on the CPU (only TRITON_INTERPRET=1 runs kernels there)"
-    if dtype == torch.bfloat16:
-        return "Triton's interpreter computes bfloat16 wrongly; a GPU is needed"
     return None
 
 
@@ -100,6 +104,22 @@ def flash_attn_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 def interpreted() -> bool:
     """Whether Triton's interpreter was asked for (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def cpu_driver() -> Any | None:
+    """Triton's active driver, where it compiles for an NVIDIA chip and takes CPU tensors; or None.
+
+    No driver of Triton's does: one that executes compiled kernels without a GPU has to be set.
+    """
+    triton = sys.modules.get("triton")
+    if triton is None or interpreted():
+        return None
+    try:
+        driver = triton.runtime.driver.active
+    except RuntimeError:  # there is no GPU, and none was set
+        return None
+    runs_here = driver.get_active_torch_device().type == "cpu"
+    return driver if runs_here and driver.get_current_target().backend == "cuda" else None
 
 
 def explain_backend(

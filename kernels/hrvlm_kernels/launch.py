@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .backends import resolve
+from .backends import cpu_driver, resolve
 
 Config = TypeVar("Config")
 
@@ -44,13 +44,18 @@ def architecture(device: torch.device) -> str:
     Returns:
         "sm_80", "sm_90", "sm_100", "gfx942", or "interpreter" for the CPU. Chips without a row of
         their own (sm_86, sm_89, sm_120; other AMD chips) use the nearest one; what does not fit
-        them is found out at launch.
+        them is found out at launch. On the CPU, a driver that executes compiled kernels says for
+        which chip they are.
     """
     if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip:
+        driver = cpu_driver()
+        if driver is None:
+            return "interpreter"
+        major = driver.get_current_target().arch // 10
+    elif torch.version.hip:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
+    else:
+        major, _ = torch.cuda.get_device_capability(device)
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
@@ -58,7 +63,11 @@ def architecture(device: torch.device) -> str:
 def multiprocessors(device: torch.device) -> int:
     """How many programs of a kernel run side by side at least; 1 under the interpreter."""
     if device.type == "cpu":
-        return 1
+        driver = cpu_driver()
+        if driver is None:
+            return 1
+        properties = driver.utils.get_device_properties(driver.get_current_device())
+        return int(properties["multiprocessor_count"])
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -13,6 +13,8 @@ from tests.numerics import assert_contraction
 # n % 128 in {0, 1, 63, 64, 65, 73, 127}, n % 64 likewise, and an empty segment.
 LENGTHS = (1, 5, 0, 63, 64, 65, 127, 128, 129, 201)
 NAMES = ("out", "dq", "dk", "dv")
+# Where a segment may end: before, at and behind the edges of tiles, and inside.
+ENDS = (1, 2, 15, 16, 17, 33, 63, 64, 65, 129)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,16 @@ def _terms(case):
         terms["dk"].append((q_i[:, None, :] @ ds).norm(dim=0)[0])
     rounding = torch.finfo(torch.float32).eps / torch.finfo(case.q.dtype).eps
     return {name: rounding * torch.cat(parts) for name, parts in terms.items()}
+
+
+def below_zero(case):
+    """The case with all scores far below 0, where a key past the end, whose score is 0, wins.
+
+    Among scores around 0 one key too many drowns in the rounding of 16-bit tensors. RoPE turns by
+    an angle of 0.
+    """
+    rope = None if case.rope is None else (torch.zeros_like(case.rope[0]), case.rope[1])
+    return replace(case, q=2 * case.q.abs(), k=-2 * case.k.abs(), rope=rope)
 
 
 def with_layout(case, change):

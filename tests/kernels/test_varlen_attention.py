@@ -15,6 +15,8 @@ from hrvlm_kernels.tile_tables import FORWARD, SHORT
 from hrvlm_kernels.tilings import Tiling
 from hrvlm_kernels.varlen_attention import varlen_attention
 from tests.kernels.attention_cases import (
+    ENDS,
+    below_zero,
     check,
     kernel_results,
     make_case,
@@ -86,6 +88,12 @@ def test_ragged_packs(head_dim, dtype):
 def test_every_shape_of_tile(tiling):
     check_forward(make_case(), [tiling])
     check_forward(make_case((130, 64, 1), head_dim=80, rope=True), [tiling])
+
+
+@pytest.mark.parametrize("tiling", [t for t in TILINGS if t.rows == 128], ids=str)
+def test_no_key_past_any_end(tiling):
+    """The tiles that the interpreter does not use by itself; the others are in the backward's."""
+    check_forward(below_zero(make_case(ENDS, head_dim=16)), [tiling])
 
 
 def test_every_shape_of_tile_is_listed():

@@ -16,6 +16,8 @@ from hrvlm_kernels.tilings import Tiling
 from hrvlm_kernels.varlen_attention import _flash_attn_installed, varlen_attention
 from hrvlm_kernels.varlen_attention_backward_triton import BackwardTilings
 from tests.kernels.attention_cases import (
+    ENDS,
+    below_zero,
     check,
     check_kernel,
     kernel_results,
@@ -173,6 +175,12 @@ def test_scores_far_below_zero(deterministic):
     case.k[:] = -20 * case.k.abs()
     results = kernel_results(case, deterministic=deterministic)
     assert all(torch.isfinite(a).all() for a in results)
+
+
+@pytest.mark.parametrize("options", [{}, {"rope": True}, {"deterministic": False}], ids=str)
+def test_no_key_past_any_end(options):
+    rope = options.pop("rope", False)
+    check_kernel(below_zero(make_case(ENDS, head_dim=16, rope=rope)), **options)
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 1), (1, 1, 1)])
