@@ -169,7 +169,7 @@ def ours_compiled(models: Models, grids: Grids) -> Encode:
 
     def features() -> Tensor:
         patches = patchify(batch, ours.patch_size).flatten(0, 1)
-        return run(patches, grids=packed).last_hidden_state
+        return run(patches, grids=packed).packed_last_hidden_state
 
     return Encode(ours, features)
 
@@ -216,7 +216,7 @@ POOLED = ("hrvlm.graphed", "reduce-overhead", "max-autotune")  # CUDA graphs hav
 def pack(models: Models, grids: Grids) -> Encode:
     """Ours: a list of images of any sizes in one pass."""
     images, ours = models.images(grids), models.ours
-    return Encode(ours, lambda: ours(images).last_hidden_state)
+    return Encode(ours, lambda: ours(images).packed_last_hidden_state)
 
 
 def one_by_one(models: Models, grids: Grids, *, compiled: bool = False) -> Encode:
@@ -298,7 +298,7 @@ def with_attention(make: Callable[[PackedGrids], attention_peers.Attention]) -> 
         def forward() -> Tensor:
             encoder_layers.varlen_attention = attention  # type: ignore[assignment]
             try:
-                return ours(images).last_hidden_state
+                return ours(images).packed_last_hidden_state
             finally:
                 encoder_layers.varlen_attention = varlen_attention
 
@@ -314,7 +314,7 @@ def per_segment_sdpa(models: Models, grids: Grids) -> Encode:
     def forward() -> Tensor:
         chosen, ours.backend = ours.backend, "sdpa"
         try:
-            return ours(images).last_hidden_state
+            return ours(images).packed_last_hidden_state
         finally:
             ours.backend = chosen
 

@@ -74,7 +74,7 @@ def run(seed: int, use_rope: bool, steps: int | None) -> dict[str, Any]:
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     with torch.inference_mode():
         output = model.vision_encoder(batch["pixel_values"], grids=batch["image_grid_hw"])
-        logits = model.reading_head(output.patches).view(-1, BLANK + 1)
+        logits = model.reading_head(output.packed_patches).view(-1, BLANK + 1)
     targets = batch["characters"].flatten()
     written = targets != BLANK
     right = (logits.argmax(-1) == targets)[written].float().mean().item()

@@ -334,7 +334,7 @@ def _rivals(
     runs = {PEER: one_by_one(theirs)}
     if compiled:
         runs[COMPILED] = one_by_one(torch.compile(theirs, dynamic=name == "mixed"))
-    return runs | {OURS: lambda: [ours(packed).last_hidden_state]}
+    return runs | {OURS: lambda: [ours(packed)[0]]}
 
 
 def _measured(

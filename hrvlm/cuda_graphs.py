@@ -32,7 +32,7 @@ class _Recording:
 
     graph: torch.cuda.CUDAGraph
     patches: Tensor
-    last_hidden_state: Tensor
+    packed_last_hidden_state: Tensor
     pooler_output: Tensor
     packed: PackedGrids  # its tables are read by the graph
 
@@ -90,7 +90,7 @@ class GraphedEncoder:
             grids: Patch grids of packed patches.
 
         Returns:
-            `last_hidden_state` and `pooler_output`, without gradients, as the encoder gives them.
+            The last hidden state and `pooler_output`, without gradients, as the encoder gives them.
 
         Raises:
             ValueError: there is no graph for these sizes in this order, or an input requires grad.
@@ -106,12 +106,12 @@ class GraphedEncoder:
         ):
             recording.patches.copy_(patches.detach(), non_blocking=True)
             recording.graph.replay()
-            hidden = recording.last_hidden_state.clone()
+            hidden = recording.packed_last_hidden_state.clone()
             pooled = recording.pooler_output.clone()
-        fields: dict[str, Any] = {"last_hidden_state": hidden, "pooler_output": pooled}
         if batch is None:
-            return PackedEncoderOutput(packed=recording.packed, **fields)
-        return EncoderOutput(**fields | {"last_hidden_state": hidden.unflatten(0, (batch, -1))})
+            return PackedEncoderOutput(hidden, pooled, packed=recording.packed)
+        hidden = hidden.unflatten(0, (batch, -1))
+        return EncoderOutput(**{"last_hidden_state": hidden, "pooler_output": pooled})
 
 
 def _record(
@@ -133,7 +133,7 @@ def _record(
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             out = encoder(patches, grids=packed, return_dict=True)
-    return _Recording(graph, patches, out.last_hidden_state, out.pooler_output, packed)
+    return _Recording(graph, patches, out.packed_last_hidden_state, out.pooler_output, packed)
 
 
 def _grids_of(i: int, images: Sequence[Sequence[int]], patch_size: int) -> tuple[_Grid, ...]:

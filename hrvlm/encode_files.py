@@ -85,14 +85,14 @@ class ResultWriter:
         Args:
             images: The images of the pass.
             shown: What each of them looks like.
-            output: Its `selected_hidden_states` end with the input of the last block.
+            output: Its `packed_selected_hidden_states` end with the input of the last block.
         """
         encoder = self._loaded.encoder
-        last = (output.selected_hidden_states or ())[-1]
+        last = (output.packed_selected_hidden_states or ())[-1]
         block = cast("DINOv3Layer", encoder.layer[-1])
         with torch.inference_mode():
             attention = block.prefix_attention(last, output.packed, encoder.backend)
-        output.prefix_attentions = (attention,)
+        output.packed_prefix_attentions = (attention,)
         for image, picture, features, maps in zip(
             images, shown, output.to_maps(), output.attention_maps(), strict=True
         ):

@@ -208,13 +208,13 @@ class ReadingTrainer(Trainer):
         characters, pointer = inputs.pop("characters"), inputs.pop("pointer")
         if self.reading.stage_at(self.state.global_step).encoder_only:
             output = model.vision_encoder(inputs["pixel_values"], grids=inputs["image_grid_hw"])
-            loss = self._characters_loss(model, output.patches, characters)
+            loss = self._characters_loss(model, output.packed_patches, characters)
             self._record(characters=loss)
             return loss
         layer = model.decoder.model.layers[self.reading.pointer_layer]
         with _listening(model.vision_encoder, layer.self_attn) as heard:
             outputs = model(**inputs, use_cache=False)
-        patches = heard["encoder"].patches
+        patches = heard["encoder"].packed_patches
         by_characters = self._characters_loss(model, patches, characters)
         is_image = inputs["input_ids"] == model.config.image_token_id
         by_pointer = _pointer_loss(layer.self_attn, heard["attention"], pointer, is_image)

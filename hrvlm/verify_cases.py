@@ -273,7 +273,7 @@ def _encoder_case(random: Random) -> Iterator[Direction]:
             weights = dict(zip(parameters, values, strict=True))
             return torch.func.functional_call(
                 model, weights, (patches,), {"grids": packed}
-            ).last_hidden_state
+            ).packed_last_hidden_state
 
         return forward
 

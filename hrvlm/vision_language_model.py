@@ -176,12 +176,12 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             features = self.MP(hidden).flatten(0, 1)
         else:
             output = self.vision_encoder(pixel_values, grids=grids)
-            hidden, packed = output.last_hidden_state, output.packed
+            hidden, packed = output.packed_last_hidden_state, output.packed
             if self.config.mp_handle_special_tokens:
                 features = self.MP(hidden, packed=packed)
             else:
                 patches_only = PackedGrids.from_grids(grids, device=hidden.device)
-                features = self.MP(output.patches, packed=patches_only)
+                features = self.MP(output.packed_patches, packed=patches_only)
         return ImageFeatures(last_hidden_state=hidden, pooler_output=features.split(tokens))
 
     def _encode_squares(self, pixel_values: Tensor, grids: list[Grid]) -> Tensor:

@@ -9,7 +9,7 @@ is a pack whose grids are equal. Nothing in a block knows about images except
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -176,7 +176,7 @@ class DINOv3Encoder(PreTrainedModel):
                 GPU).
             output_hidden_states: Return the embeddings and each block's output, before the final
                 norm.
-            out_indices: Layers to return in `selected_hidden_states`: 0 is the embeddings, i the
+            out_indices: Layers to return as `selected_hidden_states`: 0 is the embeddings, i the
                 output of block i, negative numbers count from the last block.
             apply_layernorm: Apply the final norm to the selected layers.
             output_prefix_attentions: Return the attention of CLS and registers per layer and head.
@@ -301,13 +301,13 @@ class DINOv3Encoder(PreTrainedModel):
         normed = self.norm(x)
         selected = tuple(self.norm(states[i]) if apply_layernorm else states[i] for i in keep)
         return {
-            "last_hidden_state": normed,
+            "packed_last_hidden_state": normed,
             "pooler_output": normed[packed.cu_seqlens[:-1]],
-            "hidden_states": tuple(states[i] for i in range(len(self.layer) + 1))
+            "packed_hidden_states": tuple(states[i] for i in range(len(self.layer) + 1))
             if keep_all
             else None,
-            "selected_hidden_states": selected or None,
-            "prefix_attentions": tuple(attentions) or None,
+            "packed_selected_hidden_states": selected or None,
+            "packed_prefix_attentions": tuple(attentions) or None,
         }
 
     def _augmented(self, packed: PackedGrids) -> Tensor:
@@ -360,14 +360,21 @@ def _kept_layers(out_indices: Sequence[int] | None, num_layers: int) -> tuple[in
 
 
 def _batched(fields: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
-    """Packed ``[T, C]`` tensors of equal images as ``[B, n, C]``, `shape` being (B, n)."""
+    """The packed fields of equal images with an axis for the batch in front; `shape` is (B, n)."""
 
-    def unpack(x: Tensor) -> Tensor:
+    def unpack(x: Tensor) -> Tensor:  # [T, C] to [B, n, C]
         return x.unflatten(0, shape)
 
-    return fields | {
-        "last_hidden_state": unpack(fields["last_hidden_state"]),
-        "hidden_states": fields["hidden_states"] and tuple(map(unpack, fields["hidden_states"])),
-        "selected_hidden_states": fields["selected_hidden_states"]
-        and tuple(map(unpack, fields["selected_hidden_states"])),
+    def unpack_attention(x: Tensor) -> Tensor:  # [P, heads, T] to [B, P, heads, n]
+        return x.unflatten(-1, shape).movedim(-2, 0)
+
+    def each(name: str, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...] | None:
+        return fields[name] and tuple(map(change, fields[name]))
+
+    return {
+        "last_hidden_state": unpack(fields["packed_last_hidden_state"]),
+        "pooler_output": fields["pooler_output"],
+        "hidden_states": each("packed_hidden_states", unpack),
+        "selected_hidden_states": each("packed_selected_hidden_states", unpack),
+        "prefix_attentions": each("packed_prefix_attentions", unpack_attention),
     }

@@ -39,12 +39,12 @@ def results_of(encoder, patches, packed, cotangent, names=()):
     torch.manual_seed(3)  # of drop path
     encoder.zero_grad()
     out = encoder(patches, grids=packed, out_indices=[1, -1], apply_layernorm=False)
-    hidden = out.last_hidden_state
+    hidden = out.packed_last_hidden_state
     (hidden * cotangent).sum().backward()
     block = dict(encoder.layer[0].named_parameters())
     weights = [block[name] for name in names] or encoder.parameters()
     gradients = [p.grad.clone() for p in weights if p.grad is not None]
-    return [hidden.detach(), *(a.detach() for a in out.selected_hidden_states), *gradients]
+    return [hidden.detach(), *(a.detach() for a in out.packed_selected_hidden_states), *gradients]
 
 
 @pytest.fixture
@@ -103,8 +103,8 @@ def test_one_graph_for_torch_compile():
     patches, packed, _ = inputs_of(encoder)
     backend = CountingBackend()
     compiled = torch.compile(encoder, fullgraph=True, backend=backend)
-    expected = encoder(patches, grids=packed).last_hidden_state
-    torch.testing.assert_close(compiled(patches, grids=packed).last_hidden_state, expected)
+    expected = encoder(patches, grids=packed).packed_last_hidden_state
+    torch.testing.assert_close(compiled(patches, grids=packed).packed_last_hidden_state, expected)
     assert backend.graphs == 1
 
 

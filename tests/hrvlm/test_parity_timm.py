@@ -85,10 +85,10 @@ def test_mixed_shapes_equal_timm_image_by_image(name, rng):
     packed = ours(images)
     cotangents = [
         torch.randn(part.shape, generator=rng)
-        for part in packed.packed.split(packed.last_hidden_state)
+        for part in packed.packed.split(packed.packed_last_hidden_state)
     ]
-    packed.last_hidden_state.backward(torch.cat(cotangents))
-    parts = packed.packed.split(packed.last_hidden_state)
+    packed.packed_last_hidden_state.backward(torch.cat(cotangents))
+    parts = packed.packed.split(packed.packed_last_hidden_state)
     for image, out, cotangent in zip(images, parts, cotangents, strict=True):
         expected = theirs.forward_features(image[None])[0]
         assert relative_error(out, expected) <= 1e-5

@@ -109,7 +109,7 @@ def test_features_are_those_of_encoder_and_projector(model):
     features = model.get_image_features(batch["pixel_values"], GRIDS).pooler_output
     patches = batch["pixel_values"].split([hp * wp for hp, wp in GRIDS])
     for feature, own, grid in zip(features, patches, GRIDS, strict=True):
-        hidden = model.vision_encoder(own, grids=[grid]).last_hidden_state
+        hidden = model.vision_encoder(own, grids=[grid]).packed_last_hidden_state
         assert relative_error(feature, model.MP(hidden[None], *grid)[0]) < 1e-5
 
 

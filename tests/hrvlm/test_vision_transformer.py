@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_mixed_shapes_equal_transformers_image_by_image(name, rng):
     p = ours.patch_size
     assert out.grids == tuple((h // p, w // p) for h, w in SHAPES)
     for i, (image, tokens) in enumerate(
-        zip(images, out.packed.split(out.last_hidden_state), strict=True)
+        zip(images, out.packed.split(out.packed_last_hidden_state), strict=True)
     ):
         expected = theirs(image[None])
         assert relative_error(tokens, expected.last_hidden_state[0]) <= 1e-5
@@ -85,8 +86,8 @@ def test_mixed_shapes_have_the_gradients_of_transformers_image_by_image(rng):
     theirs, ours = pair_of("vit_gated")
     images = images_of(SHAPES, rng)
     out = ours(images)
-    cotangent = torch.randn(out.last_hidden_state.shape, generator=rng)
-    out.last_hidden_state.backward(cotangent)
+    cotangent = torch.randn(out.packed_last_hidden_state.shape, generator=rng)
+    out.packed_last_hidden_state.backward(cotangent)
     for image, part in zip(images, out.packed.split(cotangent), strict=True):
         theirs(image[None]).last_hidden_state.backward(part[None])
     gradients = {k: p.grad for k, p in theirs.named_parameters()}
@@ -99,25 +100,74 @@ def test_mixed_shapes_have_the_gradients_of_transformers_image_by_image(rng):
 def test_packed_patches_with_grids_of_every_kind_equal_the_list(rng):
     _, ours = pair_of()
     images = images_of(SHAPES, rng)
-    expected = ours(images).last_hidden_state
+    expected = ours(images).packed_last_hidden_state
     patches, grids = pack_images(images, 16)
     packed = PackedGrids.from_grids(grids, num_prefix_tokens=5)
     for given in (grids, torch.tensor(grids), packed, tuple(grids)):
-        assert torch.equal(ours(patches, grids=given).last_hidden_state, expected)
+        assert torch.equal(ours(patches, grids=given).packed_last_hidden_state, expected)
 
 
 def test_views_of_the_packed_output(rng):
     _, ours = pair_of()
     images = images_of(SHAPES[:2], rng)
     out = ours(images, output_prefix_attentions=True)
-    segments = out.packed.split(out.last_hidden_state)
+    segments = out.packed.split(out.packed_last_hidden_state)
     assert torch.equal(out.cls, torch.stack([s[0] for s in segments]))
     assert torch.equal(out.pooler_output, out.cls)
     assert torch.equal(out.registers, torch.stack([s[1:5] for s in segments]))
-    assert torch.equal(out.patches, torch.cat([s[5:] for s in segments]))
+    assert len(out.patches) == len(out.cls) == len(out.registers) == len(images)
+    for patches, tokens in zip(out.patches, segments, strict=True):
+        assert torch.equal(patches, tokens[5:])
+    assert torch.equal(out.packed_patches, torch.cat(out.patches))
     for features, tokens, (hp, wp) in zip(out.to_maps(), segments, out.grids, strict=True):
         assert features.shape == (64, hp, wp)
         assert torch.equal(features[:, hp - 1, 0], tokens[5 + (hp - 1) * wp])
+
+
+def test_a_batchs_names_are_not_those_of_a_pack(rng):
+    """Whose index is an image there and a token here; the error says where to look."""
+    _, ours = pair_of()
+    with torch.no_grad():
+        out = ours(images_of(SHAPES[:2], rng), output_hidden_states=True)
+    for name in ("last_hidden_state", "hidden_states", "prefix_attentions"):
+        assert not hasattr(out, name)
+        with pytest.raises(AttributeError, match=f"have packed_{name}, .*patches by image"):
+            getattr(out, name)
+    with pytest.raises(AttributeError, match="'PackedEncoderOutput' object has no attribute 'cl'"):
+        _ = out.cl
+    for again in (
+        copy.deepcopy(out),
+        pickle.loads(pickle.dumps(out)),
+        pytree.tree_map(lambda x: x, out),
+    ):
+        assert again.keys() == out.keys() and again.grids == out.grids
+        assert all(map(torch.equal, again.patches, out.patches))
+
+
+def test_compiled_code_reads_the_patches_of_each_image(rng):
+    _, ours = pair_of(num_hidden_layers=1)
+    patches, grids = pack_images(images_of(SHAPES[:2], rng), 16)
+    packed = PackedGrids.from_grids(grids, num_prefix_tokens=5)
+
+    def read(patches):
+        out = ours(patches, grids=packed)
+        return out.patches, out.packed_patches
+
+    with torch.no_grad():
+        (got, rows), (expected, _) = (
+            torch.compile(read, backend="eager", fullgraph=True)(patches),
+            read(patches),
+        )
+    assert all(map(torch.equal, got, expected)) and torch.equal(rows, torch.cat(expected))
+
+
+def test_prefix_attentions_of_a_batch_are_by_image(rng):
+    _, ours = pair_of()
+    x = torch.randn(2, 3, 32, 48, generator=rng)
+    batch = ours(x, output_prefix_attentions=True).prefix_attentions
+    packed = ours(list(x), output_prefix_attentions=True)
+    for layer, rows in zip(batch, packed.packed_prefix_attentions, strict=True):
+        assert torch.equal(layer, torch.stack(rows.split(packed.packed.lengths, dim=-1)))
 
 
 def test_prefix_attentions_equal_transformers_eager_attention(rng):
@@ -128,7 +178,7 @@ def test_prefix_attentions_equal_transformers_eager_attention(rng):
     for i, image in enumerate(images):
         expected = theirs(image[None], output_attentions=True).attentions
         for layer, full in enumerate(expected):
-            part = out.prefix_attentions[layer].split(out.packed.lengths, dim=-1)[i]
+            part = out.packed_prefix_attentions[layer].split(out.packed.lengths, dim=-1)[i]
             torch.testing.assert_close(part, full[0, :, :5].transpose(0, 1), rtol=1e-4, atol=1e-6)
         hp, wp = out.grids[i]
         torch.testing.assert_close(
@@ -149,8 +199,10 @@ def test_selected_layers_follow_hidden_states_and_state_their_norm(rng):
     assert torch.equal(normed, out.last_hidden_state)
     assert not torch.equal(out.hidden_states[-1], out.last_hidden_state)
     packed = ours(list(x), out_indices=(2,), apply_layernorm=False)
-    torch.testing.assert_close(packed.selected_hidden_states[0], out.hidden_states[2].flatten(0, 1))
-    assert packed.hidden_states is None
+    torch.testing.assert_close(
+        packed.packed_selected_hidden_states[0], out.hidden_states[2].flatten(0, 1)
+    )
+    assert packed.packed_hidden_states is None
     with pytest.raises(ValueError, match=r"out_indices: 4 is outside -4..3"):
         ours(x, out_indices=(4,))
 
@@ -162,7 +214,7 @@ def test_masked_patches_equal_transformers_for_batch_list_and_packed(rng):
     expected = theirs(x, bool_masked_pos=mask).last_hidden_state
     assert not torch.allclose(expected, theirs(x).last_hidden_state)
     assert relative_error(ours(x, mask).last_hidden_state, expected) <= 1e-5
-    as_list = ours(list(x), [mask[0], mask[1].view(2, 3)]).last_hidden_state
+    as_list = ours(list(x), [mask[0], mask[1].view(2, 3)]).packed_last_hidden_state
     assert relative_error(as_list.view_as(expected), expected) <= 1e-5
     with pytest.raises(ValueError, match=r"bool_masked_pos .* \(12\); got torch.bool and 6"):
         ours(x, mask[:1])
@@ -173,16 +225,16 @@ def test_masked_patches_equal_transformers_for_batch_list_and_packed(rng):
 def test_images_do_not_see_each_other_and_order_does_not_matter(rng):
     _, ours = pair_of()
     images = images_of(SHAPES, rng)
-    alone = [ours([image]).last_hidden_state for image in images]
+    alone = [ours([image]).packed_last_hidden_state for image in images]
     for order in itertools.islice(itertools.permutations(range(4)), 0, 24, 7):
         out = ours([images[i] for i in order])
-        for i, tokens in zip(order, out.packed.split(out.last_hidden_state), strict=True):
+        for i, tokens in zip(order, out.packed.split(out.packed_last_hidden_state), strict=True):
             assert relative_error(tokens, alone[i]) <= 1e-6
     grown = [image.clone().requires_grad_() for image in images]
     out = ours(grown)
-    cotangent = torch.randn(out.last_hidden_state.shape, generator=rng)
+    cotangent = torch.randn(out.packed_last_hidden_state.shape, generator=rng)
     part = out.packed.split(cotangent)[2]
-    out.packed.split(out.last_hidden_state)[2].backward(part)
+    out.packed.split(out.packed_last_hidden_state)[2].backward(part)
     assert (
         all((g.grad == 0).all() for i, g in enumerate(grown) if i != 2)
         and (grown[2].grad != 0).any()
@@ -296,7 +348,7 @@ def test_every_model_of_the_family_equals_transformers_in_two_blocks(name, rng):
     ours.load_state_dict(theirs.state_dict())
     images = images_of([(32, 64), (48, 16)], rng)
     out = ours(images)
-    for image, tokens in zip(images, out.packed.split(out.last_hidden_state), strict=True):
+    for image, tokens in zip(images, out.packed.split(out.packed_last_hidden_state), strict=True):
         assert relative_error(tokens, theirs(image[None]).last_hidden_state[0]) <= 1e-5
 
 
@@ -328,9 +380,9 @@ def test_backend_is_an_argument_a_config_field_and_checked(tmp_path):
 def test_eager_and_sdpa_backends_agree(rng):
     _, ours = pair_of()
     images = images_of(SHAPES, rng)
-    expected = ours(images).last_hidden_state
+    expected = ours(images).packed_last_hidden_state
     ours.backend = "eager"
-    assert relative_error(ours(images).last_hidden_state, expected) <= 1e-6
+    assert relative_error(ours(images).packed_last_hidden_state, expected) <= 1e-6
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(rng):
@@ -343,7 +395,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(rng):
             model.gradient_checkpointing_enable()
             calls = []
             model.layer[1].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        out = model(images).last_hidden_state
+        out = model(images).packed_last_hidden_state
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(5)))
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(calls) == 2, "the block was not run again in the backward pass"
@@ -372,13 +424,15 @@ def test_rope_augmentation_acts_only_when_asked_for(rng):
     _, ours = pair_of(pos_embed_rescale=2.0, pos_embed_shift=0.3, pos_embed_jitter=1.5)
     images = images_of(SHAPES[:2], rng)
     ours.train()
-    assert torch.equal(ours(images).last_hidden_state, ours(images).last_hidden_state)
+    assert torch.equal(ours(images).packed_last_hidden_state, ours(images).packed_last_hidden_state)
     torch.manual_seed(0)
-    augmented = ours(images, rope_augment=True).last_hidden_state
-    assert relative_error(augmented, ours(images).last_hidden_state) > 1e-3
-    assert relative_error(augmented, ours(images, rope_augment=True).last_hidden_state) > 1e-3
+    augmented = ours(images, rope_augment=True).packed_last_hidden_state
+    assert relative_error(augmented, ours(images).packed_last_hidden_state) > 1e-3
+    assert (
+        relative_error(augmented, ours(images, rope_augment=True).packed_last_hidden_state) > 1e-3
+    )
     torch.manual_seed(0)
-    assert torch.equal(augmented, ours(images, rope_augment=True).last_hidden_state)
+    assert torch.equal(augmented, ours(images, rope_augment=True).packed_last_hidden_state)
 
 
 def test_augmented_coordinates_keep_prefix_tokens_at_the_origin_and_the_limits():
@@ -408,10 +462,10 @@ def test_positions_survive_a_cast_of_every_float_input(rng):
 def test_stochastic_depth_drops_whole_images_in_training_only(rng):
     _, ours = pair_of(drop_path_rate=0.5, num_hidden_layers=1)
     images = images_of([(16, 16)] * 8 + [(32, 16)] * 8, rng)
-    embeddings = ours(images, output_hidden_states=True).hidden_states[0]
+    embeddings = ours(images, output_hidden_states=True).packed_hidden_states[0]
     ours.train()
     torch.manual_seed(1)
-    out = ours(images, output_hidden_states=True).hidden_states[-1]
+    out = ours(images, output_hidden_states=True).packed_hidden_states[-1]
     lengths = [5 + (i.shape[1] // 16) * (i.shape[2] // 16) for i in images]
     untouched = [
         torch.equal(a, b)
@@ -435,9 +489,9 @@ def test_float16_raises_unless_forced(rng):
 def test_autocast_runs_in_bfloat16_and_stays_close(rng):
     _, ours = pair_of()
     images = images_of(SHAPES, rng)
-    expected = ours(images).last_hidden_state
+    expected = ours(images).packed_last_hidden_state
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = ours(images).last_hidden_state
+        out = ours(images).packed_last_hidden_state
     assert 1e-5 < relative_error(out, expected) < 3e-2
 
 
@@ -500,7 +554,7 @@ def test_forward_reads_no_size_from_the_tensors(rng, monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     out = ours(patches, grids=packed)
     monkeypatch.undo()
-    assert out.last_hidden_state.isfinite().all()
+    assert out.packed_last_hidden_state.isfinite().all()
 
 
 def test_one_graph_serves_many_packings(rng):
@@ -523,7 +577,7 @@ def test_one_graph_serves_many_packings(rng):
         with torch.no_grad():
             got, expected = (f(patches, grids=packed) for f in (compiled, encoder))
         assert got.grids == tuple(grids)
-        assert torch.equal(got.last_hidden_state, expected.last_hidden_state)
+        assert torch.equal(got.packed_last_hidden_state, expected.packed_last_hidden_state)
         assert counters["stats"]["unique_graphs"] == 1 + (len(grids) == 1)
     # RoPE's frequencies are at hand: made in the graph, they would be copied in every forward.
     assert not any("pow" in str(node.target) for graph in graphs for node in graph.nodes)

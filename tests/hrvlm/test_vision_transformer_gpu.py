@@ -44,7 +44,7 @@ def run(encoder, patches, packed, cotangent):
     """Output and the gradients of patches and weights."""
     patches = patches.detach().clone().requires_grad_()
     encoder.zero_grad()
-    out = encoder(patches, grids=packed).last_hidden_state
+    out = encoder(patches, grids=packed).packed_last_hidden_state
     out.backward(cotangent.to(out.dtype))
     return out.detach(), patches.grad, encoder.layer[0].attention.qkv.weight.grad.clone()
 
@@ -90,8 +90,8 @@ def test_an_image_has_the_same_features_alone_and_packed():
     images = [torch.randn(3, 16 * h, 16 * w, device=DEVICE).bfloat16() for h, w in PACKS["mixed"]]
     with torch.no_grad():
         out = encoder(images)
-        for i, tokens in enumerate(out.packed.split(out.last_hidden_state)):
-            alone = encoder([images[i]]).last_hidden_state
+        for i, tokens in enumerate(out.packed.split(out.packed_last_hidden_state)):
+            alone = encoder([images[i]]).packed_last_hidden_state
             # The GEMMs of torch may pick another algorithm for another number of rows.
             assert (tokens.float() - alone.float()).norm() <= 2e-2 * alone.float().norm()
 
@@ -106,7 +106,7 @@ def test_a_forward_and_backward_never_wait_for_the_device():
     run(encoder, patches, packed, cotangent)  # compile first
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = encoder(patches, grids=packed).last_hidden_state
+        out = encoder(patches, grids=packed).packed_last_hidden_state
         out.backward(cotangent.to(out.dtype))
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -123,8 +123,8 @@ def test_one_graph_serves_many_packings():
         for grids in (PACKS["mixed"], [(3, 5), (8, 2)], [(20, 9)] * 3, [(14, 14)], [(30, 20)]):
             packed = PackedGrids.from_grids(grids, num_prefix_tokens=5, device=DEVICE)
             patches = patches_of(grids, torch.bfloat16)
-            got = compiled(patches, grids=packed).last_hidden_state
-            assert torch.equal(got, encoder(patches, grids=packed).last_hidden_state)
+            got = compiled(patches, grids=packed).packed_last_hidden_state
+            assert torch.equal(got, encoder(patches, grids=packed).packed_last_hidden_state)
             assert counters["stats"]["unique_graphs"] == 1 + (len(grids) == 1)
 
 
@@ -155,7 +155,9 @@ def test_amp_training_step_at_768_px_is_finite(capsys):
         with torch.autocast("cuda", dtype=torch.bfloat16):
             out = encoder(images)
         target = torch.randn(out.cls.shape, device=DEVICE)
-        loss = (out.cls.float() - target).square().mean() + out.patches.float().square().mean()
+        loss = (
+            out.cls.float() - target
+        ).square().mean() + out.packed_patches.float().square().mean()
         optimizer.zero_grad()
         loss.backward()
         unused = {"embeddings.mask_token"}
