@@ -23,6 +23,7 @@ _NAMES_IN_DIRECTORY = (
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _ZIP_MAGIC = b"PK"
 _PICKLE_MAGIC = b"\x80"
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -47,6 +48,20 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{path}: no tensors in it")
     return tensors
+
+
+def check_file(path: Path) -> None:
+    """Read a weight file, or the JSON of a checkpoint's directory.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if path.name.endswith(".index.json"):
+        _weight_map(path)
+    elif path.suffix == ".json":
+        read_json(path)
+    else:
+        _load_file(path)
 
 
 def flatten_tensors(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -116,8 +131,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         document = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}){_pointer_note(path)}") from error
     if not isinstance(document, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(document).__name__}")
     return document
@@ -148,11 +163,7 @@ def _file_in(directory: Path) -> Path:
 
 
 def _load_sharded(index: Path) -> dict[str, Tensor]:
-    weight_map = (read_json(index) or {}).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(
-            f"{index}: no weight_map in it, so it is not the index of a sharded checkpoint"
-        )
+    weight_map = _weight_map(index)
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
@@ -168,6 +179,19 @@ def _load_sharded(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = (read_json(index) or {}).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise ValueError(
+            f"{index}: no weight_map in it, so it is not the index of a sharded checkpoint"
+        )
+    return weight_map
+
+
 def _load_file(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         start = file.read(9)
@@ -175,31 +199,43 @@ def _load_file(path: Path) -> dict[str, Tensor]:
         return _load_pickle(path, mmap=start[:2] == _ZIP_MAGIC)
     if start[8:9] == b"{":
         return _load_safetensors(path)
-    raise ValueError(f"{path}: neither safetensors nor a file of torch.save")
+    raise ValueError(f"{path}: neither safetensors nor a file of torch.save{_pointer_note(path)}")
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged safetensors file ({error})") from error
+    except Exception as error:  # a damaged header raises all kinds
+        raise ValueError(f"{path}: damaged safetensors file ({summary(error)})") from error
 
 
 def _load_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        tensors = flatten_tensors(loaded) if isinstance(loaded, Mapping) else None
     except pickle.UnpicklingError as error:
+        if "Unsupported global" not in str(error):
+            raise ValueError(f"{path}: damaged torch.save file ({summary(error)})") from error
         raise ValueError(
             f"{path}: holds Python objects besides tensors, which are not loaded because they can "
             "run code; save its state_dict alone"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path}: damaged torch.save file ({str(error).splitlines()[0]})"
-        ) from error
-    if not isinstance(loaded, Mapping):
+    except Exception as error:  # a damaged pickle raises all kinds
+        raise ValueError(f"{path}: damaged torch.save file ({summary(error)})") from error
+    if tensors is None:
         raise ValueError(f"{path}: expected a dict of tensors, got {type(loaded).__name__}")
-    return flatten_tensors(loaded)
+    return tensors
+
+
+def _pointer_note(path: Path) -> str:
+    with path.open("rb") as file:
+        is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    return ": it is a pointer of Git LFS, fetch the file by git lfs pull" if is_pointer else ""
+
+
+def summary(error: BaseException) -> str:
+    """The kind of an error and its first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_LAYER = re.compile(r"(?<![^.])(blocks|layer)\.(\d+)\.")
+_LAYER = re.compile(r"(?<![^.])(blocks|layers?|h)\.(\d+)\.")
 
 Shape = tuple[int, ...]
 
@@ -58,7 +58,7 @@ def compare(state_dict: Mapping[str, Any], expected: Mapping[str, Any]) -> KeyDi
     return KeyDifferences(
         missing=tuple(key for key in expected if key not in state_dict),
         unexpected=tuple(key for key in state_dict if key not in expected),
-        mismatched=tuple(sorted(mismatched, key=lambda item: _natural(item[0]))),
+        mismatched=tuple(sorted(mismatched, key=lambda item: natural_order(item[0]))),
     )
 
 
@@ -91,5 +91,6 @@ def _shape(value: Any) -> Shape:
     return tuple(getattr(value, "shape", value))
 
 
-def _natural(key: str) -> list[Any]:
+def natural_order(key: str) -> list[Any]:
+    """Sorts ``layer.2`` before ``layer.10``."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]

@@ -41,6 +41,7 @@ from .placeholders import (
     count_tokens,
     images_per_sample,
 )
+from .strict_loading import StrictModel
 from .vlm_output import ImageFeatures, VLMOutput
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ Encoder = TypeVar("Encoder", bound=PreTrainedModel)
 Grids = Tensor | Sequence[Sequence[int]]
 
 
-class VisionLanguageModel(PreTrainedModel, GenerationMixin):
+class VisionLanguageModel(StrictModel, GenerationMixin):
     """A language model that sees images of any size.
 
     Made by ``VisionLanguageModel(config)`` with random weights, by :meth:`from_backbones` from

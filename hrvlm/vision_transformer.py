@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DINOv3ViTConfig, PreTrainedModel
+from transformers import DINOv3ViTConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
@@ -25,16 +25,28 @@ from hrvlm_kernels.backends import check_backend
 from .encoder_layers import FUSED_OPS, DINOv3Embeddings, DINOv3Layer, LayerScale, patch_size_of
 from .encoder_output import EncoderOutput, PackedEncoderOutput
 from .patches import pack_images, patchify
+from .strict_loading import StrictModel
 
 if TYPE_CHECKING:
     from .cuda_graphs import GraphedEncoder
 
 Grids: TypeAlias = PackedGrids | Sequence[Sequence[int]] | Tensor
 
-# Loading fuses q, k and v into one matrix, saving splits them again, bit for bit.
+
+class LoadOnlyRenaming(WeightRenaming):
+    """A key that is known in loading and never written."""
+
+    def reverse_transform(self) -> WeightRenaming:
+        """Rename nothing."""
+        return WeightRenaming("(?!)", "")
+
+
+# Loading fuses q, k and v into one matrix, saving splits them again, bit for bit. Keys may be those
+# of transformers' files (layer.N) or of its state_dict() (model.layer.N).
 register_checkpoint_conversion_mapping(
     "DINOv3Encoder",
     [
+        LoadOnlyRenaming(r"^model\.layer\.", "layer."),
         WeightConverter(
             [f"attention.{name}_proj.weight" for name in "qkv"],
             "attention.qkv.weight",
@@ -46,7 +58,7 @@ register_checkpoint_conversion_mapping(
 )
 
 
-class DINOv3Encoder(PreTrainedModel):
+class DINOv3Encoder(StrictModel):
     """DINOv3 ViT for images of any size and aspect ratio, many at once.
 
     A drop-in for ``transformers.DINOv3ViTModel``: same configuration, same checkpoints, same

@@ -1,0 +1,150 @@
+"""``from_pretrained`` that raises where the weights are not those of the model.
+
+transformers draws at random what a checkpoint lacks, leaves away what it has too much, and logs a
+table. Here both raise, and so does another shape; a damaged file is named.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .checkpoint_damage import naming_damaged_files
+from .checkpoint_report import KeyDifferences, group_keys, natural_order
+
+_TRANSFORMERS = logging.getLogger("transformers.modeling_utils")
+
+
+class StrictModel(PreTrainedModel):
+    """A model of transformers whose checkpoints have to fit."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, but what does not fit raises.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or directory.
+            *model_args: Of the model.
+            **kwargs: Of transformers' ``from_pretrained``, where ``ignore_mismatched_sizes=True``
+                allows other shapes; and ``strict=False``, which allows keys that are missing or
+                left over: transformers draws weights for the missing and logs both.
+
+        Raises:
+            ValueError: keys are missing, left over or of another shape (a grouped list), or a file
+                is damaged.
+            OSError: there is no such checkpoint.
+        """
+        return load_strictly(
+            super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs
+        )
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """Note how the model's own weights fit: from_pretrained tells it of an adapter's alone."""
+        try:
+            found = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        except RuntimeError as error:
+            if not loading_info.conversion_errors:
+                raise
+            keys = ", ".join(group_keys(loading_info.conversion_errors))
+            source = load_config.pretrained_model_name_or_path
+            raise ValueError(f"{source}: these can't be made of its weights: {keys}") from error
+        model._own_loading_info = found.to_dict()
+        return found
+
+
+def load_strictly(
+    load: Callable[..., Any],
+    source: str | os.PathLike[str] | None,
+    *args: Any,
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
+    output_loading_info: bool = False,
+    not_needed: tuple[str, ...] = (),
+    **kwargs: Any,
+) -> Any:
+    """What ``load(source, *args, **kwargs)`` loads, a ``from_pretrained`` of transformers.
+
+    Args:
+        load: The method.
+        source: Hub id or directory, or None with a ``state_dict``.
+        *args: Passed on.
+        strict: Raise for keys that are missing or left over.
+        ignore_mismatched_sizes: Allow other shapes, as in transformers.
+        output_loading_info: Return transformers' report too.
+        not_needed: Beginnings of keys that may be left over.
+        **kwargs: Passed on.
+
+    Raises:
+        ValueError: the weights are not those of the model, or a file is damaged.
+    """
+    # With other shapes transformers raises an error that names none: they are judged here.
+    options = kwargs | {
+        "ignore_mismatched_sizes": strict or ignore_mismatched_sizes,
+        "output_loading_info": True,
+    }
+    model_class = getattr(load, "__self__", None)
+    with _tables_held(strict) as tables, naming_damaged_files(source, kwargs, model_class):
+        model, info = load(source, *args, **options)
+    own = vars(model).pop("_own_loading_info", info)
+    if isinstance(model, StrictModel) and getattr(model, "hf_quantizer", None) is None:
+        # Saving undoes the conversions that this checkpoint needed; it is to write the same keys
+        # whatever was read.
+        vars(model).pop("_weight_conversions", None)
+    for found in (own, info) if strict else ():
+        differences = _differences(found, ignore_mismatched_sizes, not_needed)
+        if differences:
+            name = source or "state_dict"
+            raise ValueError(
+                f"{name}: not the weights of this {type(model).__name__}:\n{differences}\n"
+                "(strict=False lets missing and unexpected keys pass, ignore_mismatched_sizes=True "
+                "other shapes)"
+            )
+    for table in tables:
+        _TRANSFORMERS.handle(table)
+    return (model, info) if output_loading_info else model
+
+
+def _differences(
+    info: Mapping[str, Any], ignore_mismatched_sizes: bool, not_needed: tuple[str, ...]
+) -> KeyDifferences:
+    def ordered(keys: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(keys, key=natural_order))
+
+    mismatched = () if ignore_mismatched_sizes else info["mismatched_keys"]
+    return KeyDifferences(
+        missing=ordered(info["missing_keys"]),
+        unexpected=ordered(k for k in info["unexpected_keys"] if not k.startswith(not_needed)),
+        mismatched=tuple(
+            (key, tuple(got), tuple(expected))
+            for key, got, expected in sorted(mismatched, key=lambda item: natural_order(item[0]))
+        ),
+    )
+
+
+@contextmanager
+def _tables_held(strict: bool) -> Iterator[list[logging.LogRecord]]:
+    """Keep transformers' table of differences back: an error says the same, in fewer lines."""
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        is_table = strict and "LOAD REPORT" in str(record.msg)
+        if is_table:
+            held.append(record)
+        return not is_table
+
+    _TRANSFORMERS.addFilter(hold)
+    try:
+        yield held
+    finally:
+        _TRANSFORMERS.removeFilter(hold)

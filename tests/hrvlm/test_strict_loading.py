@@ -1,0 +1,203 @@
+"""Weights that are not the model's raise and are named; transformers' own ways remain."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForImageTextToText, DINOv3ViTConfig, DINOv3ViTModel
+
+from hrvlm import DINOv3Encoder, VisionLanguageModel
+from tests.hrvlm.checkpoint_states import assert_same
+from tests.hrvlm.encoders import config_of, pair_of
+from tests.hrvlm.tiny import model_of, vision_config_of
+
+WEIGHTS = "model.safetensors"
+FEWER_LAYERS = {
+    "num_hidden_layers": 2,
+    "stage_names": None,
+    "out_features": None,
+    "out_indices": None,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Directories of an encoder and of a vision-language model that uses it."""
+    root = tmp_path_factory.mktemp("saved")
+    pair_of()[1].save_pretrained(root / "encoder")
+    model_of().save_pretrained(root / "vlm")
+    return root
+
+
+def changed(source, target, change=lambda weights: None, **fields):
+    """A copy of a directory with other weights and other fields in its config."""
+    shutil.copytree(source, target)
+    weights = load_file(target / WEIGHTS)
+    change(weights)
+    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | fields))
+    return target
+
+
+def without(*parts):
+    def change(weights):
+        for key in [key for key in weights if any(part in key for part in parts)]:
+            del weights[key]
+
+    return change
+
+
+def more(**tensors):
+    return lambda weights: weights.update(tensors)
+
+
+NOTHING = without()
+UNFIT = {
+    "missing": ("encoder", without("norm1.bias"), {}, r"missing \(3\): layer.\{0..2\}.norm1.bias"),
+    "no_keys": (
+        "encoder",
+        without("k_proj"),
+        {},
+        r"shape \[128, 64\] instead of \[192, 64\] \(3\)",
+    ),
+    "left_over": ("encoder", more(extra=torch.ones(1)), {}, r"unexpected \(1\): extra"),
+    "shape": (
+        "encoder",
+        lambda weights: weights.update({"norm.weight": torch.ones(3)}),
+        {},
+        r"shape \[3\] instead of \[64\] \(1\): norm.weight",
+    ),
+    "width_of_keys": (
+        "encoder",
+        lambda weights: weights.update({"layer.0.attention.k_proj.weight": torch.ones(64, 3)}),
+        {},
+        r"can't be made of its weights: layer.0.attention.qkv.weight",
+    ),
+    "registers": ("encoder", NOTHING, {"num_register_tokens": 2}, r"\[1, 4, 64\] instead of"),
+    "fewer_layers": (
+        "encoder",
+        NOTHING,
+        FEWER_LAYERS,
+        r"unexpected \(15\)",
+    ),
+    "more_layers": ("encoder", NOTHING, {"num_hidden_layers": 4}, r"missing \(15\): layer.3"),
+    "other_size": ("encoder", NOTHING, {"hidden_size": 128}, r"shape \[64\] instead of \[128\]"),
+    "other_mlp": ("encoder", NOTHING, {"use_gated_mlp": True}, r"missing .*mlp.gate_proj"),
+    "projector": ("vlm", without("MP."), {}, r"missing \(1\): MP.proj.weight"),
+    "factor": ("vlm", NOTHING, {"mp_pixel_shuffle_factor": 1}, r"\(1\): MP.proj.weight"),
+    "language": (
+        "vlm",
+        without("layers.1.self_attn.q"),
+        {},
+        r"missing .*layers.1.self_attn.q",
+    ),
+    "vision": ("vlm", without("layer.1.norm2"), {}, r"missing .*layer.1.norm2.bias"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_weights_that_do_not_fit_raise_and_are_named(case, saved, tmp_path, caplog):
+    kind, change, fields, message = UNFIT[case]
+    directory = changed(saved / kind, tmp_path / "changed", change, **fields)
+    classes = {"encoder": [DINOv3Encoder], "vlm": [VisionLanguageModel, AutoModel]}
+    for model_class in classes[kind]:
+        with pytest.raises(ValueError, match=f"(?s){directory}: .*{message}"):
+            model_class.from_pretrained(directory)
+    assert "LOAD REPORT" not in caplog.text
+
+
+def test_transformers_own_leniency_can_be_asked_for(saved, tmp_path):
+    directory = changed(saved / "vlm", tmp_path / "missing", without("MP."))
+    model = AutoModelForImageTextToText.from_pretrained(directory, strict=False)
+    assert model.MP.proj.weight.isfinite().all()
+    _, info = VisionLanguageModel.from_pretrained(directory, strict=False, output_loading_info=True)
+    assert info["missing_keys"] == {"MP.proj.weight"}
+
+    directory = changed(saved / "encoder", tmp_path / "registers", num_register_tokens=2)
+    other = DINOv3Encoder.from_pretrained(directory, ignore_mismatched_sizes=True)
+    assert other.embeddings.register_tokens.shape == (1, 2, 64)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        DINOv3Encoder.from_pretrained(directory, strict=False)
+    directory = changed(saved / "encoder", tmp_path / "both", without("cls_token"))
+    with pytest.raises(ValueError, match=r"missing .*cls_token"):
+        DINOv3Encoder.from_pretrained(directory, ignore_mismatched_sizes=True)
+
+
+def test_keys_of_transformers_memory_load_exactly_and_are_saved_as_in_its_files(tmp_path, saved):
+    theirs, ours = pair_of()
+    save_file(theirs.state_dict(), tmp_path / WEIGHTS, metadata={"format": "pt"})
+    theirs.config.save_pretrained(tmp_path)
+    loaded, info = DINOv3Encoder.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert_same(loaded.state_dict(), ours.state_dict())
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(load_file(tmp_path / "again" / WEIGHTS), load_file(saved / "encoder" / WEIGHTS))
+
+    def renamed(weights):
+        for key in [key for key in weights if key.startswith("vision_encoder.layer.")]:
+            weights[key.replace(".layer.", ".model.layer.", 1)] = weights.pop(key)
+
+    directory = changed(saved / "vlm", tmp_path / "vlm", renamed)
+    assert_same(
+        VisionLanguageModel.from_pretrained(directory).state_dict(),
+        VisionLanguageModel.from_pretrained(saved / "vlm").state_dict(),
+    )
+
+
+def test_our_own_keys_in_memory_load_and_are_saved_as_in_transformers_files(tmp_path, saved):
+    for kind, model_class in (("encoder", DINOv3Encoder), ("vlm", VisionLanguageModel)):
+        model = model_class.from_pretrained(saved / kind)
+        target = tmp_path / kind
+        shutil.copytree(saved / kind, target)
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        save_file(state, target / WEIGHTS, metadata={"format": "pt"})
+        again = model_class.from_pretrained(target)
+        assert_same(again.state_dict(), model.state_dict())
+        again.save_pretrained(target / "again")
+        assert (
+            load_file(target / "again" / WEIGHTS).keys() == load_file(saved / kind / WEIGHTS).keys()
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.bfloat16},
+        {"dtype": "auto"},
+        {"device_map": "cpu"},
+        {"low_cpu_mem_usage": True},
+        {"use_safetensors": True},
+        {"device_map": {"": "disk"}},
+    ],
+    ids=str,
+)
+def test_transformers_options_go_on_working(options, saved, tmp_path):
+    if "disk" in str(options):
+        options = options | {"offload_folder": str(tmp_path)}
+    model = VisionLanguageModel.from_pretrained(saved / "vlm", **options)
+    assert not hasattr(model, "_own_loading_info")
+    assert model.dtype == (
+        torch.bfloat16 if options.get("dtype") == torch.bfloat16 else model.dtype
+    )
+
+
+def test_a_stock_checkpoint_in_shards_loads(tmp_path):
+    theirs = DINOv3ViTModel(config_of())
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1
+    ours = DINOv3Encoder.from_pretrained(tmp_path)
+    reference = DINOv3Encoder(DINOv3ViTConfig.from_pretrained(tmp_path))
+    reference.load_state_dict(theirs.state_dict())
+    assert_same(ours.state_dict(), reference.state_dict())
+
+
+def test_a_state_dict_in_place_of_a_directory_is_judged_too():
+    _, ours = pair_of()
+    state = ours.state_dict()
+    del state["norm.bias"]
+    with pytest.raises(ValueError, match=r"state_dict: .*\nmissing \(1\): norm.bias"):
+        DINOv3Encoder.from_pretrained(None, config=ours.config, state_dict=state)
+    assert vision_config_of().num_register_tokens == 4
