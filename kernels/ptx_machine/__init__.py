@@ -27,8 +27,8 @@ It executes PTX, not the machine code that ptxas makes of it, and measures no ti
 from __future__ import annotations
 
 from .driver import MAX_SHARED, MULTIPROCESSORS, PtxDriver, edited, install
-from .machine import ExecutionError, Options
-from .memory import Finding, MemcheckError, Report
+from .machine import Options
+from .memory import ExecutionError, Finding, MemcheckError, Report
 from .syntax import PtxSyntaxError
 
 __all__ = [

@@ -17,10 +17,10 @@ from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST, ty_to_cpp
 from triton.runtime import _allocation
 from triton.runtime.cache import get_cache_manager
 
-from . import hopper
 from .machine import Machine, Options
 from .memory import GlobalMemory, Report
 from .parse import parse
+from .tensor_map import TensorMap
 from .translate import Program
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -236,7 +236,7 @@ def _descriptor(memory: GlobalMemory, value, meta: dict | None) -> list[bytes]:
         wide = [struct.pack("<q", n) for n in value.shape]
         base = struct.pack("<Q", _address(memory, value.base))
         return [base, *wide, *steps, struct.pack("<b", value.padding == "nan"), *sizes, *steps]
-    made = hopper.TensorMap.host(
+    made = TensorMap.host(
         _address(memory, value.base), meta["swizzle"], meta["elem_size"],
         TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["block_size"], value.shape,
         value.strides, int(value.padding == "nan"),

@@ -13,17 +13,24 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .hopper_bridge import Hopper
-from .memory import Clocks, GlobalMemory, Report, SharedMemory
+from .mbarrier import Mbarriers
+from .memory import (
+    PARAM_BASE,
+    PARAM_STEP,
+    Clocks,
+    ExecutionError,
+    GlobalMemory,
+    Report,
+    SharedMemory,
+)
+from .proxies import Proxies
 from .syntax import Instruction, Kernel
+from .tma import Bulk
 from .translate import Program
 from .values import UNSIGNED
+from .wgmma import InFlight
 
 WARP = 32
-
-
-class ExecutionError(RuntimeError):
-    """The kernel can't go on: a deadlock, or what the hardware leaves undefined."""
 
 
 @dataclass
@@ -33,7 +40,6 @@ class Options:
     check: bool = True  # initcheck and racecheck of shared memory
     check_global: bool = True  # racecheck of global memory
     lanes: int = 2048  # threads that run as one numpy operation, whole CTAs
-    check_proxies: bool = False  # order of wgmma and TMA against ordinary accesses (sm_90; slow)
     shuffle_warps: bool = False  # warps one by one, in a random order, from barrier to barrier
     shuffle_ctas: bool = False
     seed: int = 0
@@ -69,6 +75,8 @@ class Group:
         self.groups: list[list[Copy]] = []  # committed, oldest first
         self.barrier = (0, 0)  # where it waits: number, threads (0 for all)
         self.blocked: np.ndarray | None = None  # threads that an mbarrier keeps
+        self.waits_for: np.ndarray | None = None  # byte positions of those mbarriers
+        self.in_flight = InFlight()  # products of wgmma
         self.take(lanes)
 
     def take(self, lanes: np.ndarray) -> None:
@@ -237,7 +245,6 @@ class Group:
         total = width * items
         where = shared.locate(self, instruction, address, base, total, total)
         shared.note_read(self, instruction, where, warp, total)
-        self.machine.hopper.generic(self, instruction, where, warp, total, False)
         view, first = shared.views[width], where // width
         for k in range(items):
             if lanes is None:
@@ -258,7 +265,6 @@ class Group:
         total = width * len(data)
         where = shared.locate(self, instruction, address, base, total, total)
         shared.note_write(self, instruction, where, warp, total, np.stack(data, axis=-1))
-        self.machine.hopper.generic(self, instruction, where, warp, total, True)
         view, first = shared.views[width], where // width
         for k, values in enumerate(data):
             view[first + k] = values
@@ -270,18 +276,11 @@ class Group:
         given = np.arange(self.n).reshape(-1, WARP)[:, : 8 * count].ravel()
         where = shared.locate(self, instruction, address[given], self.base[given], 16, 16)
         shared.note_read(self, instruction, where, self.warp[given], 16)
-        self.machine.hopper.generic(self, instruction, where, self.warp[given], 16, False)
         rows = shared.views[2][where[:, None] // 2 + np.arange(8)].reshape(-1, count, 8, 8)
         if transposed:
             rows = np.ascontiguousarray(rows.swapaxes(2, 3))
         words = rows.view(np.uint32).reshape(-1, count, WARP)
         return [np.ascontiguousarray(words[:, j]).ravel() for j in range(count)]
-
-    # What sm_90 adds
-
-    def hopper(self, instruction, guard, registers):
-        result, self.blocked = self.machine.hopper.execute(self, instruction, guard, registers)
-        return result
 
     # Asynchronous copies
 
@@ -329,7 +328,6 @@ class Group:
             width = copy.data.shape[1]
             warp = copy.lanes // WARP
             shared.landed(copy.where, warp, width)
-            self.machine.hopper.generic(self, copy.instruction, copy.where, warp, width, True)
             at = (copy.where // 4)[:, None] + np.arange(width // 4)
             shared.views[4][at] = copy.data.view(np.uint32)
 
@@ -370,6 +368,8 @@ class Group:
         other.open = [c for c in (copy.of(other.lanes) for copy in self.open) if c]
         for copies in self.groups:
             other.groups.append([c for c in (copy.of(other.lanes) for copy in copies) if c])
+        if self.in_flight:
+            other.in_flight = self.in_flight.part(keep)
         return other
 
     def join(self, other: Group) -> Group:
@@ -389,6 +389,8 @@ class Group:
             mine = self.groups[-k] if k <= len(self.groups) else []
             theirs = other.groups[-k] if k <= len(other.groups) else []
             joined.groups.append(mine + theirs)
+        if self.in_flight or other.in_flight:
+            joined.in_flight = self.in_flight.join(other.in_flight, (self.n, other.n), order)
         return joined
 
 
@@ -435,12 +437,15 @@ class Machine:
         self.shared = SharedMemory(
             slots, self.shared_size, warps, self.granule, self.clocks, self.options.check
         )
-        self.hopper = Hopper(self, self.options.check_proxies)
+        self.alive = np.full(slots, self.threads)
+        self.proxies = Proxies(self.kernel, self.shared, self.clocks)
+        self.mbarriers = Mbarriers(self.shared)
+        self.bulk = Bulk(self)
+        self.products = np.zeros(slots * warps, np.int64)  # groups of wgmma that warps committed
         group = Group(self, np.arange(slots * self.threads), 0)
         for name, reg in self.program.live_in[0].items():  # read before written: poison
             kind = np.bool_ if reg.bits == 1 else UNSIGNED[reg.bits // 8]
             group.regs[name] = np.full(group.n, 0 if reg.bits == 1 else np.iinfo(kind).max, kind)
-        self.alive = np.full(slots, self.threads)
         self.waiting: list[Group] = []
         self.ready: list[Group] = []
         self.stalled: list[tuple[Group, int]] = []  # behind an mbarrier; state when they tried
@@ -449,13 +454,12 @@ class Machine:
             if not self.ready:
                 self._wake()
             self._step(self._next())
-        self.hopper.report()
 
     def _wake(self) -> None:
         """Let those try again whose mbarriers may have changed."""
         stalled, self.stalled = self.stalled, []
         for group, changes in stalled:
-            if self.hopper.changes(group.slot) != changes:
+            if self.mbarriers.changes != changes:
                 self._add(group)
             else:
                 self.stalled.append((group, changes))
@@ -493,7 +497,9 @@ class Machine:
         if group.blocked is not None:
             blocked, group.blocked = group.blocked, None
             after, group.regs = group.regs, before
-            self.stalled.append((group.part(blocked, number), self.hopper.changes(group.slot)))
+            stalled = group.part(blocked, number)
+            stalled.waits_for = group.waits_for
+            self.stalled.append((stalled, self.mbarriers.changes))
             if blocked.all():
                 return
             group.regs = after
@@ -515,6 +521,7 @@ class Machine:
                 self._add(group.part(taken == index, target))
         elif base in ("ret", "exit"):
             gone = np.ones(group.n, bool) if last.guard is None else taken
+            self.bulk.end(group, gone)
             np.subtract.at(self.alive, group.slot[gone], 1)
             if not gone.all():
                 self._add(group.part(~gone, number + 1))
@@ -562,7 +569,6 @@ class Machine:
             self.clocks.full_barrier(np.flatnonzero(free))
         else:
             self.clocks.barrier(warps, warps // per_cta)
-        self.hopper.barrier(warps)
         for group in groups:
             self.waiting.remove(group)
             go = free[group.slot]
@@ -577,11 +583,25 @@ class Machine:
             self.waiting.append(rest)
 
     def _deadlock(self) -> None:
-        places = "; ".join(
+        places = [
             f"{g.n} threads before {self.kernel.blocks[g.block].instructions[0]}"
             for g in [*self.waiting, *(g for g, _ in self.stalled)]
-        )
-        raise ExecutionError(f"{self.kernel.name}: nobody can go on: {places}")
+        ]
+        for where in {int(w) for g, _ in self.stalled for w in g.waits_for}:
+            parity, arrivals, bytes_ = self.mbarriers.pending(where)
+            places.append(
+                f"the mbarrier at {where % self.shared.stride:#x} is in a phase of parity {parity}, "
+                f"{arrivals} arrivals and {bytes_} bytes pending"
+            )
+        raise ExecutionError(f"{self.kernel.name}: nobody can go on: {'; '.join(places)}")
+
+    def generic(self, address: int, count: int) -> np.ndarray:
+        """Bytes at a generic address: of a parameter, or of global memory."""
+        number, offset = divmod(address - PARAM_BASE, PARAM_STEP)
+        if 0 <= number < len(self.params):
+            return np.frombuffer(self.params[number], np.uint8)[offset : offset + count]
+        region = self.memory.region_of(address, address + count)
+        return region.data[address - region.base : address - region.base + count]
 
 
 def _smallest_access(kernel: Kernel) -> int:

@@ -6,23 +6,39 @@
 
 Order between warps is kept in vector clocks: ``seen[w, v]`` is the newest epoch of warp v whose
 effects warp w is guaranteed to see; a barrier joins the clocks of those who met there. A *tag* is
-``epoch << 6 | warp``. Threads of one warp are never reported against each other.
+``epoch << AGENT_BITS | agent``: an agent is a warp, or what it left running in the async proxy (see
+``proxies.py``). Threads of one warp are never reported against each other.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .values import UNSIGNED
 
-WARP_BITS = 6  # at most 64 warps in a CTA
+if TYPE_CHECKING:
+    from .proxies import Proxies
+
+AGENT_BITS = 7
+WGMMA, BULK, MBARRIER = 32, 64, 96  # the first agents that are no warps; a CTA has 32 warps at most
+_AGENT = (1 << AGENT_BITS) - 1
 _OWN = np.int64(1) << 40  # a warp sees all that it did itself
-_IN_FLIGHT = (_OWN + 1) << WARP_BITS  # being copied: nobody may touch it
+IN_FLIGHT = (_OWN + 1) << AGENT_BITS  # being copied by cp.async: nobody may touch it
 _CTA_SHIFT = 48  # of the tags of global memory: (cta + 1) above epoch and warp
 _TRACKED = 1 << 28  # bytes of a tensor up to which global memory is checked for races
+
+
+# Where parameters lie in the generic address space (cvta.param): one every PARAM_STEP bytes.
+PARAM_BASE = 0x7D00_0000_0000
+PARAM_STEP = 256
+
+
+class ExecutionError(RuntimeError):
+    """The kernel can't go on: a deadlock, or what the hardware leaves undefined."""
 
 
 class MemcheckError(AssertionError):
@@ -83,8 +99,8 @@ class Clocks:
     def __init__(self, slots: int, warps: int) -> None:
         self.slots, self.warps = slots, warps
         self.epoch = np.ones(slots * warps, np.int64)
-        # One extra column: warp field of a tag that nobody wrote.
-        self.seen = np.zeros((slots * warps, 1 << WARP_BITS), np.int64)
+        self.seen = np.zeros((slots * warps, 1 << AGENT_BITS), np.int64)
+        self.fenced = np.zeros((slots * warps, WGMMA), np.int64)  # see proxies.py
         self._own()
 
     def _own(self) -> None:
@@ -93,7 +109,7 @@ class Clocks:
 
     def tag(self, warp: np.ndarray) -> np.ndarray:
         """The tag of what these warps (numbered over all slots) do now."""
-        return self.epoch[warp] << WARP_BITS | warp % self.warps
+        return self.epoch[warp] << AGENT_BITS | warp % self.warps
 
     def barrier(self, warps: np.ndarray, slot_of: np.ndarray) -> None:
         """These warps met, each with those of its own slot."""
@@ -103,6 +119,7 @@ class Clocks:
             known = self.seen[met].copy()
             known[np.arange(len(met)), local] = self.epoch[met]
             self.seen[met] = known.max(axis=0)
+            self.fenced[met] = self.fenced[met].max(axis=0)
             self.epoch[met] += 1
         self._own()
 
@@ -111,13 +128,33 @@ class Clocks:
         epoch = self.epoch.reshape(self.slots, self.warps)
         seen = self.seen.reshape(self.slots, self.warps, -1)
         seen[slots, :, : self.warps] = epoch[slots][:, None, :]
+        seen[slots, :, WGMMA:] = seen[slots, :, WGMMA:].max(axis=1, keepdims=True)
+        fenced = self.fenced.reshape(self.slots, self.warps, -1)
+        fenced[slots] = fenced[slots].max(axis=1, keepdims=True)
         epoch[slots] += 1
         self._own()
 
+    def fence(self, warps: np.ndarray) -> None:
+        """A fence.proxy.async by these warps."""
+        known = self.seen[warps, :WGMMA].copy()
+        known[np.arange(len(warps)), warps % self.warps] = self.epoch[warps]
+        self.fenced[warps] = np.maximum(self.fenced[warps], known)
+        self.epoch[warps] += 1
+
+    def release(self, warp: int) -> np.ndarray:
+        """What those see who see that the warp was here: for :meth:`acquire`."""
+        known = self.seen[warp].copy()
+        known[warp % self.warps] = self.epoch[warp]
+        return np.concatenate((known, self.fenced[warp]))
+
+    def acquire(self, warps: np.ndarray, known: np.ndarray) -> None:
+        """These warps see what was released."""
+        self.seen[warps] = np.maximum(self.seen[warps], known[: 1 << AGENT_BITS])
+        self.fenced[warps] = np.maximum(self.fenced[warps], known[1 << AGENT_BITS :])
+
     def unordered(self, warp: np.ndarray, tags: np.ndarray) -> np.ndarray:
         """Which of these tags (not 0) the warps are not guaranteed to see."""
-        mask = (1 << WARP_BITS) - 1
-        return (tags >> WARP_BITS) > self.seen[warp[:, None], tags & mask]
+        return (tags >> AGENT_BITS) > self.seen[warp[:, None], tags & _AGENT]
 
 
 class SharedMemory:
@@ -135,12 +172,13 @@ class SharedMemory:
         self.granule = granule
         self.clocks = clocks
         self.check = check
+        self.proxies: Proxies  # sets itself
         if check:
             granules = slots * self.stride // granule
             self.writer = np.zeros(granules, np.int64)
             self.readers = np.zeros((granules, warps), np.int32)
 
-    def _granules(self, where: np.ndarray, width: int) -> np.ndarray:
+    def granules(self, where: np.ndarray, width: int) -> np.ndarray:
         """[n, g] granules of the accesses of `width` bytes at byte positions `where`."""
         first = where // self.granule
         if width <= self.granule:
@@ -162,7 +200,7 @@ class SharedMemory:
     def note_read(self, group, instruction, where, warp, width: int) -> None:
         if not self.check:
             return
-        at = self._granules(where, width)
+        at = self.granules(where, width)
         tags = self.writer[at]
         if not tags.all():
             lane = int(np.flatnonzero((tags == 0).any(axis=1))[0])
@@ -181,11 +219,11 @@ class SharedMemory:
         """Before the write of `values`; `in_flight` is the issue of an asynchronous copy."""
         if not self.check:
             return
-        at = self._granules(where, width)
+        at = self.granules(where, width)
         tags = self.writer[at]
         late = self.clocks.unordered(warp, tags)
         if late.any():
-            same = self._same(at, late, values) & (tags < _IN_FLIGHT)
+            same = self._same(at, late, values) & (tags < IN_FLIGHT) & (tags & _AGENT < WGMMA)
             if (late & ~same).any():
                 self._report(
                     group, instruction, where, warp, tags, late & ~same, "overwrites what", "wrote"
@@ -203,9 +241,10 @@ class SharedMemory:
                 f"{int(where[lane]) % self.stride + g * self.granule}; {group.who(lane)}",
                 int(early.any(axis=(1, 2)).sum()),
             )  # fmt: skip
+        self.proxies.before_write(group, instruction, at, where, warp)
         mine = self.clocks.tag(warp)[:, None]
         if in_flight:
-            mine = mine * 0 + _IN_FLIGHT + (warp % self.clocks.warps)[:, None]
+            mine = mine * 0 + IN_FLIGHT + (warp % self.clocks.warps)[:, None]
         self.writer[at] = mine
         lost = self.writer[at] != mine
         if lost.any():
@@ -217,17 +256,12 @@ class SharedMemory:
             else:
                 group.report.note("same value written twice by two warps", int(lost.sum()))
 
-    def filled(self, slot: int, start: int, size: int) -> None:
-        """TMA wrote these bytes; hopper.Proxies follows who may see them, this only that they
-        hold something."""
-        if self.check:
-            first = (slot * self.stride + start) // self.granule
-            self.writer[first : first + size // self.granule] = -1 << WARP_BITS
-
     def landed(self, where: np.ndarray, warp: np.ndarray, width: int) -> None:
         """An asynchronous copy of this warp was waited for."""
         if self.check:
-            self.writer[self._granules(where, width)] = self.clocks.tag(warp)[:, None]
+            at = self.granules(where, width)
+            self.writer[at] = self.clocks.tag(warp)[:, None]
+            self.proxies.landed(at)
 
     def _same(self, at, late, values) -> np.ndarray:
         if values is None or self.granule not in (2, 4):
@@ -246,18 +280,11 @@ class SharedMemory:
 
     def _report(self, group, instruction, where, warp, tags, bad, verb, end) -> None:
         lane, g = (int(i[0]) for i in np.nonzero(bad))
-        tag = int(tags[lane, g])
-        other = tag & ((1 << WARP_BITS) - 1)
-        flying = tag >= _IN_FLIGHT
-        detail = (
-            f"{verb} a cp.async of warp {other} that was not waited for writes"
-            if flying
-            else f"{verb} warp {other} {end}, no barrier between"
-        )
+        kind, deed = self.proxies.writer(int(tags[lane, g]), end)
         byte = int(where[lane]) % self.stride + g * self.granule
         group.report.add(
-            "in flight" if flying else "race", group.kernel.name, instruction,
-            f"{detail}: shared byte {byte}; {group.who(lane)}", int(bad.any(axis=1).sum()),
+            kind, group.kernel.name, instruction,
+            f"{verb} {deed}: shared byte {byte}; {group.who(lane)}", int(bad.any(axis=1).sum()),
         )  # fmt: skip
 
 
@@ -338,19 +365,24 @@ class GlobalMemory:
                 return region, offset.astype(np.int64)
         self._fail(group, instruction, address, lanes, width)
 
-    def bytes_at(self, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(data, offsets) of single bytes, which must lie in one tensor."""
-        number = (int(addresses.flat[0]) - self._FIRST) // self._STEP
+    def region_of(self, low: int, high: int) -> Region:
+        """The tensor that device addresses [low, high) lie in."""
+        number = (low - self._FIRST + (1 << 35)) // self._STEP
         if not 0 <= number < len(self.regions):
-            raise MemcheckError(f"address {int(addresses.flat[0]):#x}, near no tensor")
+            raise MemcheckError(f"address {low:#x}, near no tensor")
         region = self.regions[number]
-        offset = addresses - region.base
-        if offset.min() < region.low or offset.max() >= region.high:
+        first, end = low - region.base - region.low, high - region.base - region.low
+        if first < 0 or end > region.high - region.low:
             raise MemcheckError(
-                f"bytes {offset.min() - region.low} to {offset.max() - region.low} of "
-                f"{region.name} ({region.high - region.low} bytes): outside"
+                f"bytes {first} to {end} of {region.name} ({region.high - region.low} bytes): outside"
             )
-        return region.data, offset
+        return region
+
+    def note_rows(self, group, instruction, region, first, width, lane, same) -> None:
+        """:meth:`note` for rows of a box that one thread copies; a read if `same` is None."""
+        if self.check:
+            lanes = np.full(len(first), lane)
+            self.note(group, instruction, region, first, width, lanes, same is not None, same)
 
     def _fail(self, group, instruction, address, lanes, width) -> None:
         for i, a in enumerate(int(a) for a in address):
@@ -399,7 +431,7 @@ class GlobalMemory:
                 bad &= ~same[:, None]
             if bad.any():
                 i, g = (int(k[0]) for k in np.nonzero(bad))
-                who = "another CTA" if foreign[i, g] else f"warp {int(inner[i, g]) & 63}"
+                who = "another CTA" if foreign[i, g] else f"warp {int(inner[i, g]) & _AGENT}"
                 kind = "global race" if deed == "wrote" else "global write after read"
                 group.report.add(
                     kind, group.kernel.name, instruction,

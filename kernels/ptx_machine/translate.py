@@ -13,8 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import hopper_bridge, values
+from . import values
+from .memory import PARAM_BASE, PARAM_STEP
 from .syntax import Imm, Instruction, Kernel, Mem, Pair, Reg, Special, Sym, Vec
+from .translate_sm90 import FUNCTIONS, Sm90
+from .wgmma_registers import Uses, analyse
 
 _TYPES = {
     f"{ptx}{bits}": f"{numpy}{bits}"
@@ -38,8 +41,6 @@ def reads_and_writes(i: Instruction) -> tuple[list[Reg], list[Reg]]:
     if not no_result and operands:
         writes = _registers(operands.pop(0))
     reads = [r for o in operands for r in _registers(o)]
-    if base == "wgmma" and "mma_async" in i.op:
-        writes = _registers(i.operands[0])
     if i.guard is not None:
         reads.append(i.guard)
         if not i.op.startswith("bra"):
@@ -75,11 +76,12 @@ class Program:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.successors = [self._successors(b) for b in range(len(kernel.blocks))]
+        self.uses = analyse(kernel, self.successors, reads_and_writes)
         self.live_in, self.live_out = self._liveness()
-        writer = _Writer(kernel, self.live_in, self.live_out)
+        writer = _Writer(kernel, self.live_in, self.live_out, self.uses)
         self.source = writer.source()
         space = {name: getattr(values, name) for name in dir(values) if not name.startswith("_")}
-        space |= {"np": np, "I": kernel.instructions} | writer.constants
+        space |= {"np": np, "I": kernel.instructions} | FUNCTIONS | writer.constants
         exec(compile(self.source, f"<{kernel.name}>", "exec"), space)  # noqa: S102
         self.functions: list[Callable] = [space[f"block_{b.index}"] for b in kernel.blocks]
 
@@ -107,10 +109,11 @@ class Program:
             used, defined = {}, {}
             for i in block.instructions:
                 reads, writes = reads_and_writes(i)
-                for r in reads:
+                landing = self.uses.landing.get(i.index, ())  # by a wait, of some threads perhaps
+                for r in (*reads, *landing):
                     if r.name not in defined:
                         used[r.name] = r
-                for r in writes:
+                for r in (*writes, *landing):
                     defined[r.name] = r
             uses.append(used)
             defs.append(defined)
@@ -128,8 +131,9 @@ class Program:
         return live_in, live_out
 
 
-class _Writer:
-    def __init__(self, kernel: Kernel, live_in, live_out) -> None:
+class _Writer(Sm90):
+    def __init__(self, kernel: Kernel, live_in, live_out, uses: Uses) -> None:
+        self.uses = uses
         self.kernel, self.live_in, self.live_out = kernel, live_in, live_out
         self.constants: dict[str, object] = {}
         self.lines: list[str] = []
@@ -167,11 +171,10 @@ class _Writer:
     def _instruction(self) -> None:
         base = self.i.parts[0]
         method = getattr(self, f"_op_{base}", None)
-        if hopper_bridge.handles(self.i.op):
-            method = self._hopper
         if method is None:
             raise self._todo()
         self._line(f"# {self.i.text}")
+        self._touch()
         self.varies = False
         method()
 
@@ -550,8 +553,8 @@ class _Writer:
             if a.name in self.kernel.shared:
                 number = self.kernel.shared[a.name]
             elif a.name in params and d.bits == 64:
-                number = hopper_bridge.PARAM_BASE
-                number += hopper_bridge.PARAM_STEP * params.index(a.name)
+                number = PARAM_BASE
+                number += PARAM_STEP * params.index(a.name)
             else:
                 raise self._todo()
             self._set(d, self._constant(self._immediate(Imm(number), f"u{d.bits}")), f"u{d.bits}")
@@ -716,6 +719,9 @@ class _Writer:
 
     def _op_cp(self) -> None:
         parts = self.i.parts
+        if "bulk" in parts:
+            self._bulk()
+            return
         number = self.i.index
         if self.i.op in ("cp.async.commit_group", "cp.async.wait_all"):
             if self.i.guard:
@@ -819,17 +825,6 @@ class _Writer:
         else:
             self._line(call)
 
-    def _hopper(self) -> None:
-        """What sm_90 adds: done by hopper_bridge.py, which reads the operands itself."""
-        reads, writes = reads_and_writes(self.i)
-        names = sorted({r.name for r in reads} - ({self.i.guard.name} if self.i.guard else set()))
-        given = ", ".join(f"{n!r}: {n}" for n in names)
-        guard = self._guard_or_none()
-        self._line(f"t_ = g.hopper(I[{self.i.index}], {guard}, {{{given}}})")
-        for r in writes:
-            self._line(f"{r.name} = t_[{r.name!r}]")
-            self.types[r.name] = "bool" if r.bits == 1 else f"u{r.bits}"
-
     # Control: the machine reads the last instruction of a block itself.
 
     def _op_bra(self) -> None:
@@ -853,9 +848,6 @@ class _Writer:
             "barrier.sync.aligned",
         ):
             raise self._todo()
-
-    def _op_fence(self) -> None:
-        pass
 
     def _op_membar(self) -> None:
         pass

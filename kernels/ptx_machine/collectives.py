@@ -1,0 +1,52 @@
+"""What a warp does together on sm_90 and no warp before: stmatrix, elect.sync.
+
+Source: PTX ISA, "stmatrix" and "elect.sync". setmaxnreg, which moves registers between warps, changes
+nothing that can be seen here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .machine import Group
+    from .syntax import Instruction
+
+WARP = 32
+
+
+def matrices(registers: list[np.ndarray], transposed: bool) -> np.ndarray:
+    """[warps, matrices, 8, 8] uint16 of the registers of whole warps.
+
+    Lane l holds, of each matrix, row l / 4 and columns 2 (l % 4) and the next; transposed, the
+    column and rows.
+    """
+    halves = np.stack(registers, axis=-1).view(np.uint32).reshape(-1, WARP, len(registers))
+    rows = np.ascontiguousarray(halves.swapaxes(1, 2)).view(np.uint16)
+    made = rows.reshape(-1, len(registers), 8, 8)
+    return made.swapaxes(2, 3) if transposed else made
+
+
+def store_matrix(
+    g: Group, instruction: Instruction, address: np.ndarray, registers: list[np.ndarray],
+    transposed: bool,
+) -> None:  # fmt: skip
+    """stmatrix.m8n8.b16: the threads 8 j to 8 j + 7 of a warp give the rows of matrix j."""
+    g.whole_warps(instruction)
+    shared = g.machine.shared
+    given = np.arange(g.n).reshape(-1, WARP)[:, : 8 * len(registers)].ravel()
+    where = shared.locate(g, instruction, address[given], g.base[given], 16, 16)
+    rows = np.ascontiguousarray(matrices(registers, transposed)).reshape(-1, 8)
+    shared.note_write(g, instruction, where, g.warp[given], 16, rows.view(np.uint32))
+    shared.bytes.reshape(-1, 16)[where >> 4] = rows.view(np.uint8)
+
+
+def elect(g: Group, instruction: Instruction) -> tuple[np.ndarray, np.ndarray]:
+    """elect.sync of whole warps: (the leader's lane, whether a thread is it).
+
+    The ISA lets the chip choose, the same one every time: the lowest lane here.
+    """
+    g.whole_warps(instruction)
+    return np.zeros(g.n, np.uint32), g.thread % WARP == 0
