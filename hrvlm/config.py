@@ -79,7 +79,19 @@ _OWN_NAMES = (
     "lm_chat_template",
     "vlm_extra_tokens",
 )
-_ALIASES = {"resize_to_max_side_len": "allow_upscale"}
+_ALIASES = {"resize_to_max_side_len": "allow_upscale", "vit_num_registers": "vit_n_registers"}
+_ONE_VALUE = {  # names whose only right value changes nothing, and why there is no other
+    "mp_image_token_length": (
+        1,
+        "an image has no fixed number of tokens any more; the count follows its token grid, "
+        "gh * gw (leave the name out, or set it to 1)",
+    ),
+    "vit_use_sincos_pos": (
+        False,
+        "no encoder here has a table of sines and cosines: dinov3 rotates q and k (vit_use_rope), "
+        "siglip has learned positions (leave the name out, or set it to False)",
+    ),
+}
 _GONE = {  # nanoVLM's names that have no place here, and what is instead
     "vit_cls_flag": "DINOv3 always has a CLS token; mp_append_cls hands it to the language model",
     "lm_base_vocab_size": "the whole vocabulary is lm_vocab_size; from_backbones enlarges it",
@@ -96,14 +108,14 @@ _DERIVED = {  # what a config derives from a field unless told, and saves
     "num_attention_heads": ("head_dim",),
     "num_hidden_layers": ("layer_types", "stage_names", "out_features", "out_indices"),
 }
-_ONE_ARCHITECTURE = {  # names that mean something to one encoder only, and why not to the other
-    "vit_img_size": ("siglip", "dinov3 takes any size; max_img_size limits it"),
-    "vit_n_registers": ("dinov3", "siglip has no register tokens"),
-    "backend": ("dinov3", "siglip runs as transformers' SiglipVisionModel"),
+_DINOV3_ONLY = {  # names that siglip has with one value only, and why
+    "vit_n_registers": (0, "siglip has no register tokens"),
+    "vit_use_rope": (False, "siglip has learned positions; leave it out, or use dinov3"),
+    "backend": ("auto", "siglip runs as transformers' SiglipVisionModel"),
 }
 _NAMES = (
     "vit_architecture",
-    "mp_image_token_length",
+    *_ONE_VALUE,
     *_VIT_NAMES,
     *_LM_NAMES,
     *_OWN_NAMES,
@@ -194,9 +206,7 @@ class VLMConfig(PreTrainedConfig):
                 f"patch size * mp_pixel_shuffle_factor = {unit}"
             )
         if getattr(self.vision_config, "use_rope", False):
-            raise ValueError(
-                "vit_use_rope=True: siglip has learned positions; leave it out, or use dinov3"
-            )
+            raise ValueError(f"vit_use_rope=True: {_DINOV3_ONLY['vit_use_rope'][1]}")
         if self.mp_append_cls:
             raise ValueError("mp_append_cls=True: siglip has no CLS token")
 
@@ -226,8 +236,14 @@ class VLMConfig(PreTrainedConfig):
 
     @property
     def vit_img_size(self) -> int | None:
-        """Side of the square images, in pixels, of an encoder with one size; None for dinov3."""
-        return self.vision_config.image_size if self.vit_architecture == "siglip" else None
+        """Side of the squares, in pixels, that the encoder was made for; dinov3 takes any size."""
+        size = getattr(self.vision_config, "image_size", None)
+        return size if size is None or isinstance(size, int) else max(size)
+
+    @property
+    def square_size(self) -> int | None:
+        """Side of every image, in pixels, of an encoder with one size (siglip); else None."""
+        return self.vit_img_size if self.vit_architecture == "siglip" else None
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -262,17 +278,18 @@ class VLMConfig(PreTrainedConfig):
         ``vit_architecture`` is "dinov3" (default) or "siglip". ``vit_*`` and ``lm_*`` set sizes;
         with ``vit_model_type`` or ``lm_model_type`` they change those of the checkpoint named
         there, and without, those of DINOv3 ViT-S/16, SigLIP-B/16 or a Llama with SmolLM2's sizes.
-        The rest are the attributes of this class; ``resize_to_max_side_len`` is `allow_upscale`.
+        The rest are the attributes of this class; ``resize_to_max_side_len`` is `allow_upscale`,
+        ``vit_num_registers`` is ``vit_n_registers``. With dinov3, ``vit_img_size`` limits nothing.
 
         Raises:
             ValueError: a name is unknown (the nearest one, or what replaced it, is named), a value
-                does not fit, or ``mp_image_token_length`` is not 1.
+                does not fit, or two names of one option differ.
         """
         for name in names:
             if name not in _NAMES:
                 raise ValueError(_unknown(name))
-        _refuse_fixed_length(names)
-        given = {_ALIASES.get(name, name): value for name, value in names.items()}
+        _refuse_other_values(names)
+        given = _without_aliases(names)
         try:
             return cls(
                 vision_config=_vision_from_names(given),
@@ -298,7 +315,8 @@ def _as_config(
     return CONFIG_MAPPING[model_type](**{k: v for k, v in values.items() if k != "model_type"})
 
 
-def _vision_from_names(given: Mapping[str, Any]) -> PreTrainedConfig:
+def _vision_from_names(names: Mapping[str, Any]) -> PreTrainedConfig:
+    given = dict(names)
     architecture = given.get("vit_architecture")
     if architecture is not None and architecture not in ARCHITECTURES:
         raise ValueError(f"vit_architecture={architecture!r}: expected one of {[*ARCHITECTURES]}")
@@ -316,11 +334,16 @@ def _vision_from_names(given: Mapping[str, Any]) -> PreTrainedConfig:
         architecture = architecture or "dinov3"
         model_type = ARCHITECTURES[architecture]
         base = CONFIG_MAPPING[model_type](**_VISION_DEFAULTS[model_type])
-    for name, (only, why) in _ONE_ARCHITECTURE.items():
-        if name in given and architecture != only:
-            raise ValueError(f"{name}={given[name]!r}: {why}")
-    changes = {field: given[name] for name, field in _VIT_NAMES.items() if name in given}
-    return _changed(base, changes)
+    given = {name: value for name, value in given.items() if name in _VIT_NAMES}
+    if architecture == "siglip":
+        for name, (only, why) in _DINOV3_ONLY.items():
+            if given.pop(name, only) != only:
+                raise ValueError(f"{name}={names[name]!r}: {why}")
+    if given.get("vit_img_size") is None:
+        given.pop("vit_img_size", None)
+    else:
+        positive_int("vit_img_size", given["vit_img_size"])
+    return _changed(base, {_VIT_NAMES[name]: value for name, value in given.items()})
 
 
 def _text_from_names(given: Mapping[str, Any]) -> PreTrainedConfig:
@@ -360,18 +383,33 @@ def _unknown(name: str) -> str:
     return f"unknown name {name!r}: did you mean {nearest!r}?"
 
 
-def _refuse_fixed_length(names: Mapping[str, Any]) -> None:
-    if (length := names.get("mp_image_token_length", 1)) != 1:
-        raise ValueError(
-            f"mp_image_token_length={length!r}: an image has no fixed number of tokens any more; "
-            "the count follows its token grid, gh * gw (leave the name out, or set it to 1)"
-        )
+def _refuse_other_values(names: Mapping[str, Any]) -> None:
+    for name, (only, why) in _ONE_VALUE.items():
+        value = names.get(name, only)
+        if type(value) is not type(only) or value != only:
+            raise ValueError(f"{name}={value!r}: {why}")
+
+
+def _without_aliases(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The options by their first name."""
+    given: dict[str, Any] = {}
+    for name, value in names.items():
+        first = _ALIASES.get(name, name)
+        if first in given and given[first] != value:
+            other = next(n for n in names if n != name and _ALIASES.get(n, n) == first)
+            raise ValueError(
+                f"{other}={names[other]!r} and {name}={value!r}: two names of one option, "
+                "expected one of them, or one value"
+            )
+        given[first] = value
+    return given
 
 
 def _refuse_misspelt(kwargs: dict[str, Any]) -> None:
     """Transformers keeps whatever keyword a config is given; a misspelt one would be lost on us."""
-    _refuse_fixed_length(kwargs)
-    kwargs.pop("mp_image_token_length", None)
+    _refuse_other_values(kwargs)
+    for name in _ONE_VALUE:
+        kwargs.pop(name, None)
     for name in kwargs:
         if hasattr(PreTrainedConfig, name):
             continue

@@ -107,11 +107,12 @@ class ImageProcessor:
         object.__setattr__(self, "image_std", std)
         object.__setattr__(self, "background", rgb_color("background", self.background))
         check_max_pixels(self.max_pixels)
+        for name in ("single_image_mode", "allow_upscale"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False")
         self.geometry(1, 1)
-        if self.splitted_image_size is not None:
-            self._check_split(self.splitted_image_size)
-        elif not self.single_image_mode:
-            raise ValueError("splitted_image_size=None: single_image_mode=False needs a tile size")
+        if not self.single_image_mode:
+            self._check_split()
 
     def __call__(
         self,
@@ -160,15 +161,16 @@ class ImageProcessor:
             allow_upscale=self.allow_upscale,
         )
 
-    def _check_split(self, side: int) -> None:
-        unit = self.vit_patch_size * self.pixel_shuffle_factor
+    def _check_split(self) -> None:
+        side, unit = self.splitted_image_size, self.vit_patch_size * self.pixel_shuffle_factor
+        if side is None:
+            raise ValueError("splitted_image_size=None: single_image_mode=False needs a tile size")
         if positive_int("splitted_image_size", side) % unit:
             raise ValueError(
                 f"splitted_image_size={side}: expected a multiple of vit_patch_size * "
                 f"pixel_shuffle_factor = {self.vit_patch_size} * {self.pixel_shuffle_factor}"
             )
-        if not self.single_image_mode:
-            self.tiles(1, 1)
+        self.tiles(1, 1)
 
     def _pixels(self, image: Image.Image, height: int, width: int) -> torch.Tensor:
         pixels = to_tensor(resize(image, height, width))
@@ -189,11 +191,11 @@ class ImageProcessor:
 def get_image_processor(
     max_img_size: int,
     splitted_image_size: int | None = None,
-    *,
     single_image_mode: bool = True,
     vit_patch_size: int = 16,
     pixel_shuffle_factor: int = 4,
     allow_upscale: bool = True,
+    *,
     image_mean: Sequence[float] = IMAGENET_MEAN,
     image_std: Sequence[float] = IMAGENET_STD,
     background: Sequence[int] = WHITE,
@@ -212,13 +214,17 @@ def get_image_processor(
     K = 1 + n_h * n_w; if there is only one tile it stands alone and K = 1. The grid counts tiles;
     each of the K squares has (S // patch // factor)^2 tokens.
 
+    nanoVLM's own function has `resize_to_max_side_len` as its third argument: here that is
+    `allow_upscale`, the sixth.
+
     Args:
         max_img_size: limit of the longer side in pixels.
-        splitted_image_size: side of a tile in pixels, a multiple of `vit_patch_size *
-            pixel_shuffle_factor`; only the split mode uses it.
+        splitted_image_size: side of a tile in pixels, in split mode a multiple of `vit_patch_size
+            * pixel_shuffle_factor`; single-image mode does not look at it.
         single_image_mode: False cuts the image into tiles.
         vit_patch_size: side of a patch in pixels.
-        pixel_shuffle_factor: the projector's factor: factor x factor patches make a token.
+        pixel_shuffle_factor: the projector's factor: factor x factor patches make a token; 1 for
+            an encoder without a projector, whose images need whole patches only.
         allow_upscale: see `token_grid`.
         image_mean: three numbers on the scale of [0, 1]; `normalization_for` knows presets.
         image_std: three numbers greater than 0, likewise.

@@ -195,7 +195,7 @@ class VLMProcessor(ProcessorMixin):
         options = {
             "patch_size": config.vit_patch_size,
             "pixel_shuffle_factor": config.mp_pixel_shuffle_factor,
-            "max_img_size": config.vit_img_size or config.max_img_size,
+            "max_img_size": config.square_size or config.max_img_size,
             "allow_upscale": config.allow_upscale,
             "image_mean": mean,
             "image_std": std,
@@ -206,7 +206,7 @@ class VLMProcessor(ProcessorMixin):
             image_processor(**options),
             tokenizer,
             append_cls=config.mp_append_cls,
-            square_size=config.vit_img_size,
+            square_size=config.square_size,
         )
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:

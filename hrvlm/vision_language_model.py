@@ -313,7 +313,7 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
         if not (self.training and distributed):
             return inputs_embeds
         p, s = self.config.vit_patch_size, self.config.mp_pixel_shuffle_factor
-        side = (self.config.vit_img_size or p * s) // p
+        side = (self.config.square_size or p * s) // p
         black = torch.zeros(side * side, 3 * p * p, device=inputs_embeds.device)
         features = torch.cat(self.get_image_features(black, [(side, side)]).pooler_output)
         return inputs_embeds + (0 * features.float().sum()).to(inputs_embeds)

@@ -31,7 +31,7 @@ def test_without_arguments_it_is_dinov3_small_and_smollm2():
         16,
         384,
     )
-    assert config.num_prefix_tokens == 5 and config.vit_use_rope and config.vit_img_size is None
+    assert config.num_prefix_tokens == 5 and config.vit_use_rope and config.square_size is None
     assert (config.lm_hidden_dim, config.lm_max_position_embeddings) == (960, 8192)
     assert config.get_text_config() is config.text_config
     assert config.mp_pixel_shuffle_factor == 4 and config.max_img_size == 2048
@@ -137,7 +137,19 @@ def test_a_fixed_number_of_tokens_per_image_is_refused(make):
         ({"vit_architecture": "siglip", "mp_append_cls": True}, "mp_append_cls.*no CLS"),
         ({"vit_architecture": "siglip", "vit_n_registers": 4}, "siglip has no register"),
         ({"vit_architecture": "siglip", "vit_img_size": 224}, "image_size=224.*multiple of.* 64"),
-        ({"vit_img_size": 512}, "vit_img_size=512: dinov3 takes any size"),
+        ({"vit_architecture": "siglip", "backend": "triton"}, "backend='triton': siglip runs"),
+        ({"vit_architecture": "siglip", "vit_num_registers": 4}, "siglip has no register"),
+        ({"vit_img_size": 0}, "vit_img_size=0: expected a whole number"),
+        ({"vit_use_sincos_pos": True}, "vit_use_sincos_pos=True: .*vit_use_rope.*False"),
+        ({"vit_use_sincos_pos": "no"}, "vit_use_sincos_pos='no'"),
+        (
+            {"vit_num_registers": 4, "vit_n_registers": 0},
+            "vit_num_registers=4 and vit_n_registers=0: two names of one option",
+        ),
+        (
+            {"allow_upscale": True, "resize_to_max_side_len": False},
+            "allow_upscale=True and resize_to_max_side_len=False",
+        ),
         ({"mp_pixel_shuffle_factor": 0}, "mp_pixel_shuffle_factor=0"),
         ({"mp_pixel_shuffle_factor": "4"}, "mp_pixel_shuffle_factor"),
         ({"max_img_size": 32}, "max_img_size=32.*16 \\* 4 = 64"),
@@ -147,6 +159,18 @@ def test_a_fixed_number_of_tokens_per_image_is_refused(make):
 def test_values_that_do_not_fit_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         VLMConfig.from_names(names)
+
+
+def test_names_that_change_nothing_are_taken():
+    names = {"vit_use_sincos_pos": False, "vit_num_registers": 2, "vit_img_size": 224}
+    config = VLMConfig.from_names(names | {"vit_n_registers": 2})
+    assert config.vision_config.num_register_tokens == 2 and config.num_prefix_tokens == 3
+    assert config.vit_img_size == 224 and config.square_size is None
+    assert VLMConfig.from_names({"vit_img_size": None}).square_size is None
+    siglip = {"vit_architecture": "siglip", "vit_use_rope": False, "backend": "auto"}
+    config = VLMConfig.from_names(siglip | names | {"vit_img_size": 256, "vit_num_registers": 0})
+    assert config.num_prefix_tokens == 0 and config.square_size == 256
+    assert VLMConfig(vit_use_sincos_pos=False).vit_use_rope
 
 
 def test_a_small_number_of_a_yaml_needs_no_point(tmp_path):

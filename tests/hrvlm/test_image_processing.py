@@ -189,13 +189,33 @@ def test_the_processor_as_an_object():
         (dict(background=(1, 2, 300)), r"background="),
         (dict(max_pixels=0), r"max_pixels=0"),
         (dict(single_image_mode=False), r"splitted_image_size=None"),
-        (dict(splitted_image_size=100), r"splitted_image_size=100: expected a multiple .* 16 \* 4"),
+        (
+            dict(splitted_image_size=100, single_image_mode=False),
+            r"splitted_image_size=100: expected a multiple .* 16 \* 4",
+        ),
+        (dict(single_image_mode=16), r"single_image_mode=16: expected True or False"),
+        (dict(allow_upscale=None), r"allow_upscale=None: expected True or False"),
         (dict(splitted_image_size=1024, single_image_mode=False), r"max_img_size=512 .* one tile"),
     ],
 )
 def test_bad_options_are_named_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         get_image_processor(**(dict(max_img_size=512) | options))
+
+
+@pytest.mark.parametrize("tile", [224, 512, 100, 0, None])
+def test_six_options_by_position_and_a_tile_size_that_nothing_looks_at(tile):
+    processor = get_image_processor(448, tile, True, 14, 2, False)
+    pixels, grid = processor(picture(300, 200))
+    assert grid == (11, 7) and pixels.shape == (3, 11 * 28, 7 * 28)
+    assert processor == get_image_processor(
+        max_img_size=448,
+        splitted_image_size=tile,
+        single_image_mode=True,
+        vit_patch_size=14,
+        pixel_shuffle_factor=2,
+        allow_upscale=False,
+    )
 
 
 # Split mode
@@ -221,11 +241,6 @@ def test_split_mode(size, allow_upscale):
         y, x = i // n_w * side, i % n_w * side
         expected = whole[:, y : y + side, x : x + side]
         assert steps(part, expected, IMAGENET.std) <= 1 + 1e-4
-
-
-def test_a_call_of_nanovlm_is_not_misread():
-    with pytest.raises(TypeError, match="positional"):
-        get_image_processor(512, 128, False)  # nanoVLM's third is resize_to_max_side_len
 
 
 def test_a_lone_tile_has_no_global_image():

@@ -114,7 +114,7 @@ def processor_of(tokenizer=None, config: VLMConfig | None = None, **changes) -> 
         VLMImageProcessorPil(**(options | changes)),
         tokenizer or tokenizer_of(),
         append_cls=config.mp_append_cls,
-        square_size=config.vit_img_size,
+        square_size=config.square_size,
     )
 
 
