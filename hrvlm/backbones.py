@@ -16,10 +16,16 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from .checkpoint_damage import naming_damaged_files
+from .checkpoints import is_foreign
 from .config import VLMConfig
 from .processors import get_tokenizer
+from .strict_loading import load_strictly
 from .vision_language_model import VisionLanguageModel, without_mask_token
 from .vision_transformer import DINOv3Encoder
+
+# What a checkpoint of SigLIP has besides the vision tower without its pooling head.
+_OF_SIGLIP = ("text_model.", "logit_scale", "logit_bias", "vision_model.head.", "head.")
 
 
 def join(
@@ -74,7 +80,7 @@ def load_vision(source: str | PreTrainedModel) -> DINOv3Encoder | SiglipVisionMo
 
     Raises:
         TypeError: `source` is a model of another kind.
-        ValueError: the checkpoint is of another kind.
+        ValueError: the checkpoint is of another kind, its weights do not fit, or it is damaged.
     """
     if isinstance(source, DINOv3Encoder):
         return source
@@ -87,13 +93,18 @@ def load_vision(source: str | PreTrainedModel) -> DINOv3Encoder | SiglipVisionMo
             "vision: expected a name, a DINOv3Encoder, a DINOv3ViTModel or a SiglipVisionModel, "
             f"got {type(source).__name__}"
         )
-    config = AutoConfig.from_pretrained(source)
+    if is_foreign(source):
+        return DINOv3Encoder.from_pretrained(source)
+    with naming_damaged_files(source):
+        config = AutoConfig.from_pretrained(source)
     config = getattr(config, "vision_config", config)
     if config.model_type == "dinov3_vit":
         return DINOv3Encoder.from_pretrained(source)
     if config.model_type == "siglip_vision_model":
         config.vision_use_head = False
-        return SiglipVisionModel.from_pretrained(source, config=config)
+        return load_strictly(
+            SiglipVisionModel.from_pretrained, source, config=config, not_needed=_OF_SIGLIP
+        )
     raise ValueError(f"vision={source!r}: expected dinov3_vit or siglip, got {config.model_type}")
 
 
@@ -102,9 +113,10 @@ def load_language(source: str | PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         TypeError: `source` is a model that cannot generate text.
+        ValueError: the weights do not fit, or a file is damaged.
     """
     if isinstance(source, str):
-        return AutoModelForCausalLM.from_pretrained(source)
+        return load_strictly(AutoModelForCausalLM.from_pretrained, source)
     if not isinstance(source, PreTrainedModel) or not source.can_generate():
         raise TypeError(
             f"language: expected a name or a causal language model, got {type(source).__name__}"

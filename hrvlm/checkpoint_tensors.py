@@ -72,12 +72,14 @@ def check_layout(layout: str) -> None:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
 
 
-def read(state_dict: Mapping[str, Any], layout: Layout | None = None) -> Reading:
-    """The encoder in `state_dict`, complete, under canonical keys.
+def read(
+    state_dict: Mapping[str, Any], layout: Layout | None = None, *, strict: bool = True
+) -> Reading:
+    """The encoder in `state_dict`, complete if `strict`, under canonical keys.
 
     Raises:
-        ValueError: the layout is unknown, keys are missing, unexpected or of the wrong shape, or
-            CLS has a norm of its own.
+        ValueError: the layout is unknown, keys are missing, unexpected or of the wrong shape, a
+            weight is no floating-point tensor, or CLS has a norm of its own.
     """
     if layout is not None:
         check_layout(layout)
@@ -98,8 +100,9 @@ def read(state_dict: Mapping[str, Any], layout: Layout | None = None) -> Reading
     if found == "timm":
         _unpack_gated_mlp(canonical)
     added = _add_absent(canonical, found)
+    _check_dtypes(canonical)
     differences = compare(canonical, expected_shapes(architecture(canonical)))
-    if differences:
+    if strict and differences:
         raise ValueError(
             f"checkpoint in the {found} layout, under transformers' keys:\n{differences}"
         )
@@ -224,6 +227,12 @@ def write(canonical: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 
 def _is_left_out(key: str) -> bool:
     return bool(_LEFT_OUT.match(key)) or key.startswith("cls_norm.") or key.endswith(".bias_mask")
+
+
+def _check_dtypes(canonical: Mapping[str, Tensor]) -> None:
+    for key, tensor in canonical.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{key}: expected a floating-point tensor, got {tensor.dtype}")
 
 
 def _check_cls_norm(inner: Mapping[str, Tensor]) -> None:

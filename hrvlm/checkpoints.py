@@ -23,18 +23,18 @@ RoPE's ``periods`` are not carried over: transformers, timm and hrvlm compute th
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint_files import load_checkpoint, read_json, write_checkpoint
+from .checkpoint_files import load_checkpoint, read_json, summary, write_checkpoint
 from .checkpoint_keys import Layout, find_prefix, layout_of, unwrapped
 from .checkpoint_report import KeyDifferences, compare
 from .checkpoint_tensors import (
@@ -46,6 +46,7 @@ from .checkpoint_tensors import (
     read,
     write,
 )
+from .family import CONFIGS, check_overrides, config_of, get_config, make_config, periods_of
 from .image_processing import IMAGENET, SAT493M
 
 if TYPE_CHECKING:
@@ -57,52 +58,22 @@ __all__ = [
     "CheckpointInfo",
     "KeyDifferences",
     "Layout",
+    "OpenedCheckpoint",
     "compare",
     "convert",
     "detect_layout",
     "from_transformers",
     "get_config",
     "infer_config",
+    "is_foreign",
     "load_checkpoint",
+    "load_foreign",
     "load_into",
+    "open_checkpoint",
     "to_transformers",
 ]
 
-_GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-
-
-def _preset(*sizes: int, **options: Any) -> Mapping[str, Any]:
-    common = {"patch_size": 16, "num_register_tokens": 4}
-    return MappingProxyType(dict(zip(_SIZES, sizes, strict=True)) | common | options)
-
-
-# Arguments of DINOv3ViTConfig by Meta's names of the models (dinov3's hub/backbones.py).
-CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "vits16": _preset(384, 12, 6, 1536),
-        "vits16plus": _preset(384, 12, 6, 1536, **_GATED),
-        "vitb16": _preset(768, 12, 12, 3072),
-        "vitl16": _preset(1024, 24, 16, 4096),
-        "vith16plus": _preset(1280, 32, 20, 5120, **_GATED),
-        "vit7b16": _preset(4096, 40, 32, 8192, query_bias=False, value_bias=False, **_GATED),
-    }
-)
-_NUM_HEADS = {preset["hidden_size"]: preset["num_attention_heads"] for preset in CONFIGS.values()}
-
 _PIXEL_STATISTICS = {"imagenet": IMAGENET, "sat493m": SAT493M}
-
-
-def get_config(name: str, **overrides: Any) -> DINOv3ViTConfig:
-    """Configuration of a model of the family, by its name in :data:`CONFIGS`.
-
-    Raises:
-        ValueError: no such model.
-        TypeError: an override is no field of DINOv3ViTConfig.
-    """
-    if name not in CONFIGS:
-        raise ValueError(f"name must be one of {', '.join(CONFIGS)}; got {name!r}")
-    return _make_config(CONFIGS[name], overrides)
 
 
 def detect_layout(keys: Iterable[str]) -> Layout:
@@ -155,7 +126,7 @@ def from_transformers(
     canonical = to_transformers(state_dict)
     out = write(canonical, layout)
     if layout == "meta":
-        out["rope_embed.periods"] = _periods(config or infer_config(canonical))
+        out["rope_embed.periods"] = periods_of(config or infer_config(canonical))
     return out
 
 
@@ -176,7 +147,8 @@ def infer_config(state_dict: Mapping[str, Any], **overrides: Any) -> DINOv3ViTCo
             ``rope_theta``.
         TypeError: an override is no field of DINOv3ViTConfig.
     """
-    return _config_of(read(state_dict), overrides)
+    check_overrides(overrides)
+    return config_of(read(state_dict), overrides)
 
 
 def load_into(
@@ -193,7 +165,7 @@ def load_into(
     Raises:
         ValueError: keys are missing, unexpected or of the wrong shape; nothing is loaded then.
     """
-    reading = read(_weights_of(source))
+    reading = _read(source)
     target = model.state_dict()
     actual = {unwrapped(key): key for key in target}
     prefix = find_prefix(actual)
@@ -214,6 +186,110 @@ def load_into(
     on_meta = any(value.is_meta for value in target.values())
     model.load_state_dict({actual[key]: value for key, value in own.items()}, assign=on_meta)
     return reading.info
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint of any layout, as :func:`convert` would write it.
+
+    Attributes:
+        tensors: Weights under the keys of transformers' files.
+        config: That fits them.
+        preprocessor: The document of an image processor.
+        info: What was found.
+    """
+
+    tensors: dict[str, Tensor]
+    config: DINOv3ViTConfig
+    preprocessor: dict[str, Any]
+    info: CheckpointInfo
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    config: DINOv3ViTConfig | None = None,
+    pixel_statistics: str | None = None,
+    strict: bool = True,
+    **overrides: Any,
+) -> OpenedCheckpoint:
+    """Read a checkpoint of any known layout; the arguments are those of :func:`convert`.
+
+    Args:
+        source: A path for :func:`load_checkpoint`, or a state dict.
+        config: Default: the config.json of transformers beside the weights, else what fits them.
+        pixel_statistics: As in :func:`convert`.
+        strict: Raise where keys are missing or unexpected, or the config does not fit.
+        **overrides: Fields of DINOv3ViTConfig.
+
+    Raises:
+        FileNotFoundError: `source` does not exist.
+        ValueError: as :func:`load_checkpoint`, :func:`to_transformers` and :func:`infer_config`, or
+            the config does not fit the weights.
+        TypeError: an override is no field of DINOv3ViTConfig.
+    """
+    if pixel_statistics is not None and pixel_statistics not in _PIXEL_STATISTICS:
+        raise ValueError(
+            f"pixel_statistics must be {' or '.join(_PIXEL_STATISTICS)}, got {pixel_statistics!r}"
+        )
+    check_overrides(overrides)
+    reading = _read(source, strict=strict)
+    stored, preprocessor = _documents_beside(source)
+    if config is None:
+        config = (
+            _stored_config(source, stored, overrides) if stored else config_of(reading, overrides)
+        )
+        config.dtype = reading.tensors["embeddings.patch_embeddings.weight"].dtype
+    if strict and (difference := _config_difference(reading.tensors, config)):
+        name = "" if isinstance(source, Mapping) else f"{source}: "
+        raise ValueError(f"{name}the config does not fit the weights:\n{difference}")
+    if preprocessor is None or pixel_statistics is not None:
+        preprocessor = _preprocessor_config(pixel_statistics or _likely_statistics(reading))
+    return OpenedCheckpoint(reading.tensors, config, preprocessor, reading.info)
+
+
+def is_foreign(source: str | os.PathLike[str]) -> bool:
+    """Whether `source` is for :func:`open_checkpoint`, and not a directory of transformers.
+
+    That is a weight file, or a local directory with weights but no config.json of transformers.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return path.is_file()
+    if (path / "adapter_config.json").is_file():
+        return False
+    return "model_type" not in (read_json(path / "config.json") or {})
+
+
+def load_foreign(
+    load: Callable[..., Any], path: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> Any:
+    """Call ``load``, a ``from_pretrained``, with what :func:`open_checkpoint` makes of `path`.
+
+    Args:
+        load: Of a model of DINOv3ViTConfig.
+        path: See :func:`is_foreign`.
+        *args: Passed on.
+        **kwargs: Fields of the config where no ``config`` is given; the others are passed on.
+    """
+    from transformers import DINOv3ViTConfig
+
+    config, overrides = kwargs.pop("config", None), {}
+    if config is None:
+        names = {field.name for field in fields(DINOv3ViTConfig)} - {"dtype"}
+        overrides = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+    elif not isinstance(config, DINOv3ViTConfig):
+        config = DINOv3ViTConfig.from_pretrained(config)
+    else:
+        config = copy.deepcopy(config)
+    lenient = not kwargs.get("strict", True) or kwargs.get("ignore_mismatched_sizes", False)
+    opened = open_checkpoint(path, config=config, strict=not lenient, **overrides)
+    kwargs.pop("subfolder", None)
+    opened.config.name_or_path = str(path)  # for errors; loading forgets it
+    loaded = load(None, *args, config=opened.config, state_dict=opened.tensors, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.name_or_path = model.config.name_or_path = str(path)
+    return loaded
 
 
 def convert(
@@ -242,36 +318,31 @@ def convert(
         **overrides: Fields of DINOv3ViTConfig.
 
     Raises:
-        FileNotFoundError: `source` does not exist.
         FileExistsError: files are there and `overwrite` is False.
-        ValueError: as :func:`load_checkpoint`, :func:`to_transformers` and :func:`infer_config`, or
-            the config does not fit the weights.
-        TypeError: an override is no field of DINOv3ViTConfig.
+        FileNotFoundError, ValueError, TypeError: as :func:`open_checkpoint`.
     """
-    if pixel_statistics is not None and pixel_statistics not in _PIXEL_STATISTICS:
-        raise ValueError(
-            f"pixel_statistics must be {' or '.join(_PIXEL_STATISTICS)}, got {pixel_statistics!r}"
-        )
-    reading = read(_weights_of(source))
-    stored, preprocessor = _documents_beside(source)
-    config = _make_config(stored, overrides) if stored else _config_of(reading, overrides)
-    differences = compare(reading.tensors, expected_shapes(vars(config)))
-    if differences:
-        raise ValueError(f"the config does not fit the weights:\n{differences}")
-    config.architectures = ["DINOv3ViTModel"]
-    config.dtype = dtype or reading.tensors["embeddings.patch_embeddings.weight"].dtype
-    if preprocessor is None or pixel_statistics is not None:
-        preprocessor = _preprocessor_config(pixel_statistics or _likely_statistics(reading))
+    opened = open_checkpoint(source, pixel_statistics=pixel_statistics, **overrides)
+    opened.config.architectures = ["DINOv3ViTModel"]
+    if dtype is not None:
+        opened.config.dtype = dtype
     documents = {
-        "config.json": json.loads(config.to_json_string()),
-        "preprocessor_config.json": preprocessor,
+        "config.json": json.loads(opened.config.to_json_string()),
+        "preprocessor_config.json": opened.preprocessor,
     }
-    write_checkpoint(directory, reading.tensors, documents, dtype=dtype, overwrite=overwrite)
-    return reading.info
+    write_checkpoint(directory, opened.tensors, documents, dtype=dtype, overwrite=overwrite)
+    return opened.info
 
 
-def _weights_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
-    return source if isinstance(source, Mapping) else load_checkpoint(source)
+def _read(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True) -> Reading:
+    """The weights in a file or a state dict; errors name the file."""
+    if isinstance(source, Mapping):
+        return read(source, strict=strict)
+    tensors = load_checkpoint(source)
+    try:
+        return read(tensors, strict=strict)
+    except Exception as error:  # tensors of a damaged file may have any shape and dtype
+        what = str(error) if isinstance(error, ValueError) else summary(error)
+        raise ValueError(f"{source}: {what}") from error
 
 
 def _documents_beside(
@@ -280,72 +351,40 @@ def _documents_beside(
     """Config and preprocessor config in the directory of a transformers checkpoint, else None."""
     if isinstance(source, Mapping):
         return None, None
-    path = Path(source).expanduser()
-    home = path if path.is_dir() else path.parent
+    home = _home(source)
     stored = read_json(home / "config.json")
     if stored is None or stored.get("model_type") != "dinov3_vit":
         return None, None
     return stored, read_json(home / "preprocessor_config.json")
 
 
-def _check_overrides(overrides: Mapping[str, Any]) -> None:
-    from transformers import DINOv3ViTConfig
-
-    unknown = sorted(overrides.keys() - {field.name for field in fields(DINOv3ViTConfig)})
-    if unknown:
-        raise TypeError(f"no fields of DINOv3ViTConfig: {', '.join(unknown)}")
+def _home(source: str | os.PathLike[str]) -> Path:
+    path = Path(source).expanduser()
+    return path if path.is_dir() else path.parent
 
 
-def _make_config(known: Mapping[str, Any], overrides: Mapping[str, Any]) -> DINOv3ViTConfig:
-    from transformers import DINOv3ViTConfig
-
-    _check_overrides(overrides)
-    return DINOv3ViTConfig.from_dict({**known, **overrides})
-
-
-def _config_of(reading: Reading, overrides: Mapping[str, Any]) -> DINOv3ViTConfig:
-    _check_overrides(overrides)
-    found = architecture(reading.tensors)
-    size = found["hidden_size"]
-    if reading.periods is not None:
-        found["num_attention_heads"] = size // (4 * reading.periods.numel())
-        if "rope_theta" not in overrides:
-            found["rope_theta"] = _theta(reading.periods)
-    elif "num_attention_heads" not in overrides:
-        if size not in _NUM_HEADS:
-            family = ", ".join(map(str, sorted(_NUM_HEADS)))
-            raise ValueError(
-                f"hidden_size {size} is not in the family ({family}), so the number of heads can't "
-                "be told from the weights: pass num_attention_heads"
-            )
-        found["num_attention_heads"] = _NUM_HEADS[size]
-    return _make_config(found, overrides)
+def _stored_config(
+    source: Any, stored: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> DINOv3ViTConfig:
+    try:
+        return make_config(stored, overrides)
+    except Exception as error:  # the fields of a damaged config may have any type and value
+        path = _home(source) / "config.json"
+        raise ValueError(f"{path}: no config of a DINOv3 ViT ({summary(error)})") from error
 
 
-def _periods(config: DINOv3ViTConfig) -> Tensor:
-    """``theta ** (4 j / D)``, j < D / 4: dinov3's ``layers/rope_position_encoding.py``."""
-    count = config.hidden_size // config.num_attention_heads // 4
-    return config.rope_theta ** (2 * torch.arange(count, dtype=torch.float32) / (2 * count))
-
-
-def _theta(periods: Tensor) -> float:
-    stored = periods.detach().double().cpu()
-    count = stored.numel()
-    exponents = torch.arange(count, dtype=torch.float64) / count
-    # Released files hold bfloat16 values of the family's theta; another one has to be told exactly.
-    if torch.allclose(stored, 100.0**exponents, rtol=2**-8, atol=0):
-        return 100.0
-    theta = float(f"{float(stored[-1]) ** (count / max(count - 1, 1)):.6g}")
-    if torch.allclose(stored, theta**exponents, rtol=1e-5, atol=0):
-        return theta
-    raise ValueError(
-        f"rope_embed.periods {stored[:4].tolist()}... are not exact powers of one rope_theta "
-        "(made from min_period and max_period? rounded?): pass rope_theta"
-    )
+def _config_difference(
+    tensors: Mapping[str, Tensor], config: DINOv3ViTConfig
+) -> KeyDifferences | str:
+    found = architecture(tensors)["num_hidden_layers"]
+    if config.num_hidden_layers != found:  # told first: the config may say any number
+        return f"num_hidden_layers={config.num_hidden_layers}, the weights have {found}"
+    return compare(tensors, expected_shapes(vars(config)))
 
 
 def _likely_statistics(reading: Reading) -> str:
-    large = reading.tensors["norm.weight"].shape[0] == CONFIGS["vitl16"]["hidden_size"]
+    size = reading.tensors["embeddings.patch_embeddings.weight"].shape[0]
+    large = size == CONFIGS["vitl16"]["hidden_size"]
     local = any(".local_cls_norm." in f".{key}" for key in reading.info.left_out)
     return "sat493m" if large and local else "imagenet"
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .checkpoint_damage import naming_damaged_files
+from .checkpoint_files import read_json, summary
 from .image_processing import Normalization, check_normalization, normalization_for
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def load_encoder(
     """Load a checkpoint, or make a ViT-S/16 with random weights from a fixed seed.
 
     Args:
-        model: Hub id or directory; None for random weights.
+        model: Hub id, directory or weight file; None for random weights.
         backend: One of :data:`hrvlm_kernels.backends.BACKENDS`; checked here rather than in the
             first layer.
         device: Default: the GPU if there is one, else the CPU.
@@ -66,8 +68,7 @@ def load_encoder(
         encoder = _random_encoder()
         label, normalization = f"{RANDOM_MODEL}, RANDOM WEIGHTS (seed {RANDOM_SEED})", None
     else:
-        encoder, label = _pretrained_encoder(model), model
-        normalization = _stored_normalization(model)
+        (encoder, normalization), label = _pretrained_encoder(model), model
     encoder.backend = backend
     encoder.to(device=where, dtype=DTYPES[name])  # type: ignore[call-arg]
     encoder.freeze()
@@ -110,20 +111,21 @@ def _random_encoder() -> DINOv3Encoder:
         return DINOv3Encoder(get_config(RANDOM_MODEL))
 
 
-def _pretrained_encoder(model: str) -> DINOv3Encoder:
+def _pretrained_encoder(model: str) -> tuple[DINOv3Encoder, Normalization | None]:
+    """The encoder, and mean and std of its own image processor if it has one."""
+    from .checkpoints import is_foreign, open_checkpoint
     from .vision_transformer import DINOv3Encoder
 
+    if is_foreign(model):
+        opened = open_checkpoint(model)
+        with quiet_loading(model):
+            encoder = DINOv3Encoder.from_pretrained(
+                None, config=opened.config, state_dict=opened.tensors
+            )
+        return encoder, _normalization_in(opened.preprocessor, model)
     check_model_type(model, "dinov3_vit")
-    loading: Any
-    with quiet_loading():
-        loading = DINOv3Encoder.from_pretrained(model, output_loading_info=True)
-    encoder, info = loading
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"model {model!r} lacks {len(missing)} of the encoder's weights, e.g. {missing[0]}"
-        )
-    return encoder
+    with quiet_loading(model):
+        return DINOv3Encoder.from_pretrained(model), _stored_normalization(model)
 
 
 def check_model_type(model: str, expected: str) -> None:
@@ -132,13 +134,12 @@ def check_model_type(model: str, expected: str) -> None:
 
     path = Path(model)
     if path.is_file():
-        raise ValueError(
-            f"model {model!r} is a file; make a directory of it: hrvlm convert {model} DIRECTORY"
-        )
+        raise ValueError(f"model {model!r} is a file, expected a directory or a hub id")
     if not path.is_dir() and (model.startswith((".", "~", "/")) or model.count("/") > 1):
         raise ValueError(f"model {model!r}: no such directory (and no hub id, OWNER/NAME)")
     try:
-        stored, _ = PretrainedConfig.get_config_dict(model)
+        with naming_damaged_files(model):
+            stored, _ = PretrainedConfig.get_config_dict(model)
     except OSError as error:
         raise ValueError(f"model {model!r} can't be loaded: {_first_line(error)}") from error
     if stored.get("model_type") != expected:
@@ -148,11 +149,14 @@ def check_model_type(model: str, expected: str) -> None:
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
+def quiet_loading(source: str | None = None) -> Iterator[None]:
     """Load from files of transformers: errors in one line, no bars where stderr is no terminal.
 
+    Args:
+        source: The model, to be named in errors.
+
     Raises:
-        ValueError: a file is missing or can't be read.
+        ValueError: a file is missing, can't be read or is damaged.
     """
     from transformers.utils import logging
 
@@ -160,9 +164,16 @@ def quiet_loading() -> Iterator[None]:
     if quiet:
         logging.disable_progress_bar()
     try:
-        yield
+        with naming_damaged_files(source):
+            yield
     except OSError as error:
         raise ValueError(_first_line(error)) from error
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a tokenizer's bare Exception, and what else a wrong file raises
+        if source is None:
+            raise
+        raise ValueError(f"model {source!r} can't be loaded ({summary(error)})") from error
     finally:
         if quiet:
             logging.enable_progress_bar()
@@ -173,13 +184,23 @@ def _stored_normalization(model: str) -> Normalization | None:
     from transformers.image_processing_base import ImageProcessingMixin
 
     stored: dict[str, Any]
+    if Path(model).is_dir():
+        stored = read_json(Path(model) / "preprocessor_config.json") or {}
+    else:
+        try:
+            stored, _ = ImageProcessingMixin.get_image_processor_dict(model)
+        except OSError:
+            return None
+    return _normalization_in(stored, model)
+
+
+def _normalization_in(preprocessor: dict[str, Any], model: str) -> Normalization | None:
+    if "image_mean" not in preprocessor or "image_std" not in preprocessor:
+        return None
     try:
-        stored, _ = ImageProcessingMixin.get_image_processor_dict(model)
-    except OSError:
-        return None
-    if "image_mean" not in stored or "image_std" not in stored:
-        return None
-    return check_normalization(stored["image_mean"], stored["image_std"])
+        return check_normalization(preprocessor["image_mean"], preprocessor["image_std"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model {model!r}: its preprocessor_config.json: {error}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -197,7 +197,7 @@ def load_vlm(model: str, *, device: str | None = None, dtype: str = "auto") -> t
     where = pick_device(device)
     check_model_type(model, VLMConfig.model_type)
     vlm: Any
-    with quiet_loading():
+    with quiet_loading(model):
         processor = VLMProcessor.from_pretrained(model)
         vlm = VisionLanguageModel.from_pretrained(model, dtype=dtype)
     return processor, vlm.to(where).eval()

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -44,9 +45,10 @@ class StrictModel(PreTrainedModel):
                 is damaged.
             OSError: there is no such checkpoint.
         """
-        return load_strictly(
-            super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs
-        )
+        source = pretrained_model_name_or_path
+        if source is not None and kwargs.get("config") is None and Path(source).is_file():
+            raise ValueError(f"{source} is a file, expected a directory or a hub id")
+        return load_strictly(super().from_pretrained, source, *model_args, **kwargs)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -104,7 +106,7 @@ def load_strictly(
     for found in (own, info) if strict else ():
         differences = _differences(found, ignore_mismatched_sizes, not_needed)
         if differences:
-            name = source or "state_dict"
+            name = source or getattr(kwargs.get("config"), "name_or_path", "") or "state_dict"
             raise ValueError(
                 f"{name}: not the weights of this {type(model).__name__}:\n{differences}\n"
                 "(strict=False lets missing and unexpected keys pass, ignore_mismatched_sizes=True "

@@ -69,7 +69,7 @@ def train(config: TrainingConfig, *, resume: bool = False) -> TrainResult:
     output_dir = Path(str(args.output_dir))
     checkpoint = checkpoint_to_resume(output_dir, resume)
     set_seed(args.seed)
-    with quiet_loading():
+    with quiet_loading(config.model.path):
         model, processor = load_model(config.model)
     trainer = make_trainer(config, args, model, processor)
     main = trainer.is_world_process_zero()

@@ -99,7 +99,7 @@ def train_demo(out: Path, *, held_out: int = 64, epochs: int = EPOCHS) -> DemoRe
             },
         }
     )
-    with quiet_loading():
+    with quiet_loading(config.model.path):
         model, processor = load_model(config.model)
     args = training_arguments(config)
     args._n_gpu = min(args.n_gpu, 1)  # one of several GPUs is enough, and Trainer takes them all

@@ -10,18 +10,20 @@ is a pack whose grids are equal. Nothing in a block knows about images except
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DINOv3ViTConfig
 from transformers import initialization as init
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import check_backend
 
+from . import checkpoint_mapping
+from .checkpoints import is_foreign, load_foreign
 from .encoder_layers import FUSED_OPS, DINOv3Embeddings, DINOv3Layer, LayerScale, patch_size_of
 from .encoder_output import EncoderOutput, PackedEncoderOutput
 from .patches import pack_images, patchify
@@ -33,29 +35,7 @@ if TYPE_CHECKING:
 Grids: TypeAlias = PackedGrids | Sequence[Sequence[int]] | Tensor
 
 
-class LoadOnlyRenaming(WeightRenaming):
-    """A key that is known in loading and never written."""
-
-    def reverse_transform(self) -> WeightRenaming:
-        """Rename nothing."""
-        return WeightRenaming("(?!)", "")
-
-
-# Loading fuses q, k and v into one matrix, saving splits them again, bit for bit. Keys may be those
-# of transformers' files (layer.N) or of its state_dict() (model.layer.N).
-register_checkpoint_conversion_mapping(
-    "DINOv3Encoder",
-    [
-        LoadOnlyRenaming(r"^model\.layer\.", "layer."),
-        WeightConverter(
-            [f"attention.{name}_proj.weight" for name in "qkv"],
-            "attention.qkv.weight",
-            [Concatenate(dim=0)],
-        ),
-        *(WeightRenaming(f"attention.{n}_proj.bias", f"attention.qkv.{n}_bias") for n in "qkv"),
-    ],
-    overwrite=True,
-)
+checkpoint_mapping.register()
 
 
 class DINOv3Encoder(StrictModel):
@@ -105,6 +85,36 @@ class DINOv3Encoder(StrictModel):
         self._thaws: list[nn.Parameter] = []  # what freeze() found trainable
         self.register_load_state_dict_pre_hook(_strip_inner_model)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str] | None,
+        *model_args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, for checkpoints of every layout; what does not fit raises.
+
+        A file, or a directory without transformers' config, is read as
+        :func:`hrvlm.checkpoints.convert` reads it.
+
+        Args:
+            pretrained_model_name_or_path: Hub id, directory or weight file.
+            *model_args: Of the model.
+            **kwargs: Of transformers' ``from_pretrained``, and ``strict``; see
+                :meth:`~hrvlm.strict_loading.StrictModel.from_pretrained`. Of a file also fields of
+                the config.
+
+        Raises:
+            ValueError: keys are missing, left over or of another shape (a grouped list), or a file
+                is damaged.
+            OSError: there is no such checkpoint.
+        """
+        source = pretrained_model_name_or_path
+        load = super().from_pretrained
+        if source is not None and is_foreign(path := Path(source, kwargs.get("subfolder") or "")):
+            return load_foreign(load, path, *model_args, **kwargs)
+        return load(source, *model_args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -9,7 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, DINOv3ViTConfig, DINOv3ViTModel
 
 from hrvlm import DINOv3Encoder, VisionLanguageModel
-from tests.hrvlm.checkpoint_states import assert_same
+from hrvlm.backbones import load_vision
+from hrvlm.checkpoints import convert, from_transformers
+from hrvlm.encoder_loading import load_encoder
+from hrvlm.image_processing import IMAGENET
+from tests.hrvlm.checkpoint_states import assert_same, canonical_of
 from tests.hrvlm.encoders import config_of, pair_of
 from tests.hrvlm.tiny import model_of, vision_config_of
 
@@ -192,6 +196,60 @@ def test_a_stock_checkpoint_in_shards_loads(tmp_path):
     reference = DINOv3Encoder(DINOv3ViTConfig.from_pretrained(tmp_path))
     reference.load_state_dict(theirs.state_dict())
     assert_same(ours.state_dict(), reference.state_dict())
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "bin", "safetensors"])
+@pytest.mark.parametrize("layout", ["meta", "timm", "transformers", "transformers_memory", "fused"])
+def test_a_weight_file_of_any_layout_loads_as_converted(layout, suffix, tmp_path):
+    _, tensors = canonical_of(hidden_size=384, num_attention_heads=6, num_hidden_layers=2)
+    state = from_transformers(tensors, layout)
+    if suffix == "safetensors":
+        save_file({key: t.clone() for key, t in state.items()}, tmp_path / "weights.safetensors")
+    else:
+        state = {"teacher": {f"backbone.{key}": tensor for key, tensor in state.items()}}
+        torch.save(state, tmp_path / f"weights.{suffix}")
+    path = tmp_path / f"weights.{suffix}"
+    convert(path, tmp_path / "converted")
+    expected = DINOv3Encoder.from_pretrained(tmp_path / "converted")
+    encoder = DINOv3Encoder.from_pretrained(path, backend="eager")
+    assert_same(encoder.state_dict(), expected.state_dict())
+    assert encoder.backend == "eager" and encoder.name_or_path == str(path)
+    encoder.save_pretrained(tmp_path / "again")
+    assert_same(
+        load_file(tmp_path / "again" / WEIGHTS), load_file(tmp_path / "converted" / WEIGHTS)
+    )
+
+
+def test_files_take_options_and_a_config_and_are_strict(tmp_path):
+    config, tensors = canonical_of()
+    path = tmp_path / "weights" / "dinov3.pth"
+    path.parent.mkdir()
+    torch.save(from_transformers(tensors, "meta", config), path)
+    from_directory = DINOv3Encoder.from_pretrained(path.parent, dtype=torch.bfloat16)
+    assert from_directory.dtype == torch.bfloat16
+    assert load_vision(str(path)).config.num_attention_heads == 2
+    named = load_encoder(str(path), device="cpu")
+    assert named.normalization.mean == IMAGENET.mean and not named.random_weights
+    assert DINOv3Encoder.from_pretrained(path, layer_norm_eps=1e-3).norm.eps == 1e-3
+
+    with pytest.raises(ValueError, match=r"num_hidden_layers=5, the weights have 3"):
+        DINOv3Encoder.from_pretrained(path, config=config_of(num_hidden_layers=5))
+    wrong = config_of(num_register_tokens=1)
+    with pytest.raises(ValueError, match=r"shape \[1, 4, 64\] instead of \[1, 1, 64\]"):
+        DINOv3Encoder.from_pretrained(path, config=wrong)
+    fitted = DINOv3Encoder.from_pretrained(path, config=wrong, ignore_mismatched_sizes=True)
+    assert fitted.num_prefix_tokens == 2
+    for key in ("layer.1.norm1.bias", "norm.weight"):
+        del tensors[key]
+    torch.save(tensors, path)
+    with pytest.raises(ValueError, match=r"dinov3.pth: .*\nmissing \(2\): .*norm.weight"):
+        DINOv3Encoder.from_pretrained(path, config=config)
+    lax, info = DINOv3Encoder.from_pretrained(
+        path, config=config, strict=False, output_loading_info=True
+    )
+    assert info["missing_keys"] == {"layer.1.norm1.bias", "norm.weight"} and lax.norm.weight.all()
+    with pytest.raises(ValueError, match="is a file, expected a directory or a hub id"):
+        VisionLanguageModel.from_pretrained(path)
 
 
 def test_a_state_dict_in_place_of_a_directory_is_judged_too():
