@@ -41,7 +41,8 @@ CHAT_TEMPLATE = (
 IMAGE_PRELUDE = (
     "{%- set flat = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
-    "{%- if message['content'] is string or not message['content'] is iterable -%}"
+    "{%- if message['content'] is not defined or message['content'] is string"
+    " or not message['content'] is iterable -%}"
     "{%- set flat.messages = flat.messages + [message] -%}"
     "{%- else -%}"
     "{%- set part = namespace(text='') -%}"
@@ -136,7 +137,7 @@ class VLMProcessorKwargs(ProcessingKwargs, total=False):
 
     # Transformers' idiom, which the typing of dictionaries does not know.
     _defaults = {  # type: ignore[misc]
-        "text_kwargs": {"padding": True, "return_mm_token_type_ids": False},
+        "text_kwargs": {"padding": True},
         "common_kwargs": {"return_tensors": "pt"},
     }
 
@@ -256,6 +257,15 @@ class VLMProcessor(ProcessorMixin):
             images = [self._fetched(image) for image in _leaves(images)]
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
         return images, text, videos, audio
+
+    def validate_inputs(  # type: ignore[override]
+        self, images: Any = None, text: Any = None, **kwargs: Any
+    ) -> None:
+        """Transformers' checks, less its count of images, which knows neither paths nor bytes.
+
+        They were counted by sample, before they were fetched.
+        """
+        super().validate_inputs(images=images, text=None if images is not None else text, **kwargs)
 
     def _fetched(self, image: Any) -> Any:
         if isinstance(image, str):

@@ -42,7 +42,7 @@ from .placeholders import (
     images_per_sample,
 )
 from .strict_loading import StrictModel
-from .vlm_output import ImageFeatures, VLMOutput
+from .vlm_output import CACHE_NAME, ImageFeatures, VLMOutput, name_cache
 
 if TYPE_CHECKING:
     from transformers import SiglipVisionModel
@@ -70,7 +70,7 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -210,13 +210,14 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_hw: Grids | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> VLMOutput:
         """Predict the next tokens of texts with images in them.
@@ -229,7 +230,7 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
                 0 for every parameter of the language model.
             attention_mask: ``[B, L]``, 0 at padding.
             position_ids: ``[B, L]``, as the language model takes them.
-            past_key_values: A cache from an earlier call.
+            cache: A cache from an earlier call.
             inputs_embeds: ``[B, L, C_lm]`` instead of `input_ids`, with the images already in.
             pixel_values: Packed patches ``[N, 3*p*p]`` of all images; None or no rows if none.
             image_grid_hw: Patch grid (hp, wp) of each image: an int tensor or pairs of ints.
@@ -237,6 +238,7 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
                 there is no loss.
             use_cache: Whether to return a cache.
             logits_to_keep: As in transformers: how many last positions get logits; 0 is all.
+            past_key_values: The other name of `cache`: that of transformers before 5.24.
             **kwargs: Passed to the language model, and by it to the loss (``num_items_in_batch``).
 
         Raises:
@@ -248,7 +250,8 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
         if input_ids is not None and input_ids.shape[0] == 0:
             return self._forward_empty(input_ids, labels)
         grids = _grids_of(pixel_values, image_grid_hw)
-        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        named = name_cache({"cache": cache, "past_key_values": past_key_values})
+        cached = named[CACHE_NAME].get_seq_length() if named else 0
         if input_ids is not None and (grids or not cached) and not torch.compiler.is_compiling():
             self._images_per_sample(input_ids, attention_mask, grids)
         if inputs_embeds is None:
@@ -266,17 +269,17 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
         outputs = self.decoder(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **named,
             **kwargs,
         )
         return VLMOutput(
             loss=outputs.loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.get(CACHE_NAME),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features,
@@ -327,6 +330,10 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
             loss=None if labels is None else 0 * logits.float().sum(),
             logits=logits.new_zeros(0, input_ids.shape[1], logits.shape[2]),
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a cache may have either of its names."""
+        return super().generate(*args, **name_cache(kwargs))  # type: ignore[misc]
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers; the grids go when the pixels do, after the first step."""

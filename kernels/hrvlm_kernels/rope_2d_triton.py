@@ -34,6 +34,8 @@ S0, S1, S2 = tl.constexpr(-0.16666655), tl.constexpr(0.008332158), tl.constexpr(
 C0, C1, C2 = tl.constexpr(0.041666646), tl.constexpr(-0.0013887313), tl.constexpr(2.4432786e-05)
 
 
+# Constants stand right of their operators: with one on the left, the result is itself a constant to
+# Triton 3.8's interpreter.
 @triton.jit
 def _cos_sin(angle):
     k = tl.floor(angle * TWO_OVER_PI + 0.5)
@@ -41,8 +43,8 @@ def _cos_sin(angle):
     r = r - k * HALF_PI_MIDDLE
     r = r - k * HALF_PI_LOW
     z = r * r
-    sin = r + r * z * (S0 + z * (S1 + z * S2))
-    cos = 1.0 + z * (-0.5 + z * (C0 + z * (C1 + z * C2)))
+    sin = r + r * z * (z * (z * S2 + S1) + S0)
+    cos = 1.0 + z * (z * (z * (z * C2 + C1) + C0) - 0.5)
     quadrant = k.to(tl.int32)
     odd = (quadrant & 1) != 0
     cos_out = tl.where(odd, sin, cos)
@@ -101,7 +103,7 @@ def rope_2d_kernel(
     i_d = tl.arange(0, BD)
     freq = tl.load(inv_freq + (i_d % QUARTER) * stride_f, mask=i_d < 2 * QUARTER, other=0.0)
     coord = tl.where((i_d < QUARTER)[None, :], y[:, None], x[:, None])  # [BT, BD]
-    cos, sin = _cos_sin((TWO_PI * coord) * freq[None, :])
+    cos, sin = _cos_sin((coord * TWO_PI) * freq[None, :])
     if INVERSE:
         sin = -sin
     cos, sin = cos[:, None, :], sin[:, None, :]

@@ -100,7 +100,7 @@ def rotate(a, coords, inv_freq, first, rows, n, INVERSE: tl.constexpr):
     i_d = tl.arange(0, HALF)
     freq = tl.load(inv_freq + i_d % QUARTER)
     coord = tl.where((i_d < QUARTER)[None, :], y[:, None], x[:, None])  # [B, HALF]
-    cos, sin = _cos_sin((TWO_PI * coord) * freq[None, :])
+    cos, sin = _cos_sin((coord * TWO_PI) * freq[None, :])
     if INVERSE:
         sin = -sin
     halves = a.to(tl.float32).reshape(a.shape[0], 2, HALF).permute(0, 2, 1)

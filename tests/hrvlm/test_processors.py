@@ -301,9 +301,14 @@ def test_the_default_template_is_chatml(processor):
 
 
 def test_messages_without_content_are_left_to_the_template():
-    template = "{% for m in messages %}{{ m.content is none }}{% endfor %}"
-    processor = processor_of(tokenizer_of(chat_template=template))
-    assert processor.apply_chat_template([{"role": "assistant", "content": None}]) == "True"
+    template = (
+        "{% for m in messages %}{{ m.content is defined }} {{ m.content is none }}{% endfor %}"
+    )
+    tokenizer = tokenizer_of(chat_template=template)
+    chat = [{"role": "assistant", "content": None}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert rendered in ("True True", "False False")  # transformers 5.24 drops the key
+    assert processor_of(tokenizer).apply_chat_template(chat) == rendered
 
 
 def test_a_tokenized_chat_has_its_images(processor, tmp_path):
