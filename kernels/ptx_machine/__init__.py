@@ -26,10 +26,10 @@ It executes PTX, not the machine code that ptxas makes of it, and measures no ti
 
 from __future__ import annotations
 
-from .driver import MAX_SHARED, MULTIPROCESSORS, PtxDriver, edited, install
-from .machine import Options
-from .memory import ExecutionError, Finding, MemcheckError, Report
-from .syntax import PtxSyntaxError
+from .driver import MAX_SHARED, MULTIPROCESSORS, ProtocolError, PtxDriver, edited, install
+from .options import Options
+from .report import ExecutionError, Finding, MemcheckError, Report
+from .syntax import PtxSyntaxError, UnknownInstructionError
 
 __all__ = [
     "MAX_SHARED",
@@ -38,9 +38,11 @@ __all__ = [
     "Finding",
     "MemcheckError",
     "Options",
+    "ProtocolError",
     "PtxDriver",
     "PtxSyntaxError",
     "Report",
+    "UnknownInstructionError",
     "edited",
     "install",
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
     from .syntax import Instruction
 
 WARP = 32

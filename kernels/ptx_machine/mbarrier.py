@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .memory import MBARRIER, ExecutionError, SharedMemory
+from .clocks import MBARRIER
+from .report import ExecutionError
+from .shared_memory import SharedMemory
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
     from .syntax import Instruction
 
 MAX_COUNT = (1 << 20) - 1

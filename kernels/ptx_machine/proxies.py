@@ -4,7 +4,7 @@ Sources: PTX ISA, "Memory Consistency Model" (proxies, "proxy-preserved base cau
 "Async proxy" and "membar/fence" (fence.proxy.async). wgmma.mma_async and cp{.reduce}.async.bulk work
 in the async proxy, everything else, cp.async without bulk too, in the generic one.
 
-What an instruction leaves running is an *agent* of the vector clocks in ``memory.py``, beside the
+What an instruction leaves running is an *agent* of the vector clocks in ``clocks.py``, beside the
 warps, with an epoch of its own that a wait makes visible and barriers carry on:
 
     WGMMA + w       products of warp w; its epochs are commit groups; wgmma.wait_group
@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .memory import AGENT_BITS, BULK, IN_FLIGHT, MBARRIER, WGMMA, Clocks, SharedMemory
+from .clocks import AGENT, AGENT_BITS, BULK, IN_FLIGHT, MBARRIER, WGMMA, Clocks
+from .shared_memory import SharedMemory
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
     from .syntax import Instruction, Kernel
 
 CP_ASYNC_NOTE = "no fence.proxy.async between cp.async and wgmma (Triton 3.6, fixed in 3.7)"
-_AGENT = (1 << AGENT_BITS) - 1
 
 
 class Proxies:
@@ -127,7 +127,7 @@ class Proxies:
         tags = shared.writer[at]
         if not tags.all():
             self._report(g, instruction, "uninitialised", at[tags == 0], lane, "never written")
-        agent = tags & _AGENT
+        agent = tags & AGENT
         seen = clocks.seen[warps].min(0)
         bound = seen.copy()
         bound[:WGMMA] = clocks.fenced[warps].min(0)
@@ -181,7 +181,7 @@ class Proxies:
         warp = int(g.warp[lane])
         at = shared.granules(where, 16).ravel()
         tags = shared.writer[at]
-        late = (tags >> AGENT_BITS) > clocks.seen[warp][tags & _AGENT]
+        late = (tags >> AGENT_BITS) > clocks.seen[warp][tags & AGENT]
         if late.any():
             self._unordered(
                 g, instruction, at[late], tags[late], lane, "a bulk load overwrites what"
@@ -208,7 +208,7 @@ class Proxies:
         """The agent of the loads that report to the mbarrier at this byte position."""
         inside = mbarrier % self.shared.stride
         if inside not in self.mbarriers:
-            if MBARRIER + len(self.mbarriers) > _AGENT:
+            if MBARRIER + len(self.mbarriers) > AGENT:
                 raise NotImplementedError("more than 32 places of mbarriers for bulk loads")
             self.mbarriers[inside] = MBARRIER + len(self.mbarriers)
         return self.mbarriers[inside]
@@ -223,7 +223,7 @@ class Proxies:
 
     def writer(self, tag: int, verb: str = "wrote") -> tuple[str, str]:
         """(kind of finding, deed) of a write that was not seen."""
-        agent = tag & _AGENT
+        agent = tag & AGENT
         if tag >= IN_FLIGHT:
             return "in flight", f"a cp.async of warp {agent} that was not waited for writes"
         if agent >= MBARRIER:

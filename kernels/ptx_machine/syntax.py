@@ -1,4 +1,7 @@
-"""What a PTX program is made of: operands, instructions, blocks, and the kernel that holds them."""
+"""What a PTX program is made of: operands, instructions, blocks, and the kernel that holds them.
+
+PTX ISA, chapter 4 (syntax) and 6 (operands). :func:`ptx_machine.parse.parse` makes these.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ from dataclasses import dataclass, field
 
 class PtxSyntaxError(ValueError):
     """The text is not PTX as this parser knows it."""
+
+
+class UnknownInstructionError(NotImplementedError):
+    """An instruction, or a form of one, that is not translated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,7 @@ class Mem:
 
 @dataclass(frozen=True, slots=True)
 class Vec:
-    """``{a, b, ...}``"""
+    """``{a, b, ...}``."""
 
     items: tuple[Operand, ...]
 
@@ -77,11 +84,17 @@ class Instruction:
     text: str
     line: int  # in the PTX
     where: str
-    index: int = -1
+    index: int  # among all instructions of the kernel
 
     @property
     def parts(self) -> list[str]:
+        """The opcode and its modifiers."""
         return self.op.split(".")
+
+    @property
+    def base(self) -> str:
+        """The opcode without modifiers."""
+        return self.op.partition(".")[0]
 
     def __str__(self) -> str:
         return f"{self.text}   [{self.where or 'no source line'}, PTX line {self.line}]"
@@ -92,12 +105,14 @@ class Block:
     """Instructions that run one after the other: only the last can jump, wait or end."""
 
     index: int
-    labels: list[str]
+    labels: list[str] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Param:
+    """A parameter of the kernel."""
+
     name: str
     size: int  # bytes
     align: int
@@ -106,17 +121,22 @@ class Param:
 
 @dataclass(slots=True)
 class Kernel:
+    """An entry function."""
+
     name: str
     target: str
     params: list[Param]
-    threads: int  # of .reqntid, 0 if absent
+    threads: int  # of .reqntid or .maxntid, 0 if absent
     blocks: list[Block]
     shared: dict[str, int]  # variable -> offset; the dynamic array lies at 0
+    local: dict[str, int]  # variable of .local -> offset
+    local_size: int  # bytes of .local memory of each thread
     tables: dict[str, list[str]]  # of brx.idx: name -> labels
     instructions: list[Instruction]
 
     def label_block(self, label: str) -> int:
+        """The index of the block that `label` stands before."""
         for block in self.blocks:
             if label in block.labels:
                 return block.index
-        raise PtxSyntaxError(f"no label {label}")
+        raise PtxSyntaxError(f"{self.name}: no label {label}")

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .formats import UINT, decode, encode
-from .memory import ExecutionError, MemcheckError, Region
+from .global_memory import Region
+from .report import ExecutionError, MemcheckError
 from .tensor_map import MAP_BYTES, TensorMap, replace_field
 from .wgmma_layout import swizzle
 
 if TYPE_CHECKING:
-    from .machine import Group, Machine
+    from .group import Group
+    from .machine import Machine
     from .syntax import Instruction
 
 ALIGNMENT = 128  # of a box in shared memory

@@ -16,7 +16,7 @@ from .tensor_map import FIELDS
 from .wgmma_registers import Uses
 
 if TYPE_CHECKING:
-    from .translate import _Writer as Base
+    from .translate.writer import Writer as Base
 else:
     Base = object
 
@@ -87,40 +87,43 @@ class Sm90(Base):
     def _call(self, name: str, *arguments: str) -> str:
         return f"{name}(g, I[{self.i.index}]{''.join(f', {a}' for a in arguments)})"
 
-    def _touch(self) -> None:
+    def touch(self) -> None:
         """Before an instruction on registers that a product may have."""
         if self.i.index in self.uses.touched:
             reads, writes = self.uses.touched[self.i.index]
-            self._line(self._call("touch", repr(reads), repr(writes)))
+            self.line(self._call("touch", repr(reads), repr(writes)))
 
-    def _unguarded(self) -> None:
-        if self.i.guard is not None:
-            raise self._todo()
+    def sm90(self) -> bool:
+        """Translate the instruction, if it is one of these."""
+        method = getattr(self, f"_op_{self.i.base}", None)
+        if method is not None:
+            method()
+        return method is not None
 
     # wgmma
 
     def _op_wgmma(self) -> None:
-        self._unguarded()
+        self.refuse_guard()
         kind = self.i.parts[1]
         if self.i.parts[2:4] != ["sync", "aligned"]:
-            raise self._todo()
+            raise self.unknown()
         if kind == "mma_async":
             self._mma_async()
         elif kind == "fence":
-            self._line(f"g.whole_warps(I[{self.i.index}])")
+            self.line(f"g.whole_warps(I[{self.i.index}])")
         elif kind == "commit_group":
-            self._line(self._call("commit_group"))
+            self.line(self._call("commit_group"))
         elif kind == "wait_group" and isinstance(self.i.operands[0], Imm):
             landing = self.uses.landing.get(self.i.index, ())
             held = ", ".join(f"{r.name!r}: {r.name}" for r in landing)
-            self._line(
+            self.line(
                 f"t_ = {self._call('wait_group', str(self.i.operands[0].value), f'{{{held}}}')}"
             )
             for r in landing:
-                self._line(f"{r.name} = t_[{r.name!r}]")
+                self.line(f"{r.name} = t_[{r.name!r}]")
                 self.types.pop(r.name, None)
         else:
-            raise self._todo()
+            raise self.unknown()
 
     def _mma_async(self) -> None:
         made = product(self.i)
@@ -128,18 +131,18 @@ class Sm90(Base):
         self.constants[name] = made
         d, a, b, scale = self.i.operands[:4]
         assert isinstance(d, Vec)
-        left = self._array(a, "b64") if not isinstance(a, Vec) else self._list(a, "b32")
+        left = self.array(a, "b64") if not isinstance(a, Vec) else self._list(a, "b32")
         index = self.i.index
-        self._line(
+        self.line(
             self._call(
-                "mma_async", name, self._list(d, "b32"), left, self._array(b, "b64"),
-                self._array(scale, "pred"), repr(self.uses.unfenced.get(index, ())),
+                "mma_async", name, self._list(d, "b32"), left, self.array(b, "b64"),
+                self.array(scale, "pred"), repr(self.uses.unfenced.get(index, ())),
                 repr(self.uses.copied.get(index, ())),
             )
         )  # fmt: skip
 
     def _list(self, vector: Vec, kind: str) -> str:
-        return f"[{', '.join(self._array(r, kind) for r in vector.items)}]"
+        return f"[{', '.join(self.array(r, kind) for r in vector.items)}]"
 
     # mbarriers
 
@@ -148,31 +151,31 @@ class Sm90(Base):
         spaces = {"shared", "shared::cta"}
         known = _ORDER | spaces | {"b64", "expect_tx", "parity"}
         if set(mods) - known or not spaces & set(mods):
-            raise self._todo()
-        guard, operands = self._guard_or_none(), list(self.i.operands)
+            raise self.unknown()
+        guard, operands = self.guard(), list(self.i.operands)
         if kind == "init":
-            address, count = self._shared(operands[0]), self._array(operands[1], "u32")
-            self._line(self._call("init", address, count, guard))
+            address, count = self._shared(operands[0]), self.array(operands[1], "u32")
+            self.line(self._call("init", address, count, guard))
         elif kind == "inval":
-            self._line(self._call("inval", self._shared(operands[0]), guard))
+            self.line(self._call("inval", self._shared(operands[0]), guard))
         elif kind in ("arrive", "expect_tx"):
             self._arrive(kind, "expect_tx" in self.i.parts, operands, guard)
         elif kind in ("try_wait", "test_wait") and "parity" in mods:
-            parity = self._array(operands[2], "u32")
-            self._line(f"t_ = {self._call('try_wait', self._shared(operands[1]), parity, guard)}")
+            parity = self.array(operands[2], "u32")
+            self.line(f"t_ = {self._call('try_wait', self._shared(operands[1]), parity, guard)}")
             self.varies = True
-            self._set(operands[0], "t_", "pred")
+            self.set(operands[0], "t_", "pred")
         else:
-            raise self._todo()
+            raise self.unknown()
 
     def _arrive(self, kind: str, tx: bool, operands: list[Operand], guard: str) -> None:
         if not isinstance(operands[0], Mem):
             state = operands.pop(0)  # a token of the phase, which nothing here takes
             if isinstance(state, Reg):
-                raise self._todo()
-        number = self._array(operands[1], "u32") if len(operands) > 1 else "None"
+                raise self.unknown()
+        number = self.array(operands[1], "u32") if len(operands) > 1 else "None"
         count, bytes_ = ("None", number) if tx else (number, "None")
-        self._line(
+        self.line(
             self._call(
                 "arrive", self._shared(operands[0]), count, bytes_, str(kind == "arrive"), guard
             )
@@ -180,21 +183,21 @@ class Sm90(Base):
 
     def _shared(self, operand: Operand) -> str:
         if not isinstance(operand, Mem) or operand.coords:
-            raise self._todo()
-        return self._address(operand, "u32")
+            raise self.unknown()
+        return self.address(operand, 32)
 
     # TMA
 
-    def _bulk(self) -> None:
+    def _op_cp(self) -> None:
         """cp.async.bulk and cp.reduce.async.bulk: tensors in tile mode, and groups of stores."""
         op, parts = self.i.op, self.i.parts
         if op == "cp.async.bulk.commit_group":
-            self._line(f"bulk_commit(g, {self._guard_or_none()})")
+            self.line(f"bulk_commit(g, {self.guard()})")
         elif op in ("cp.async.bulk.wait_group", "cp.async.bulk.wait_group.read"):
             pending = self.i.operands[0]
             if not isinstance(pending, Imm):
-                raise self._todo()
-            self._line(f"bulk_wait(g, {pending.value}, {self._guard_or_none()})")
+                raise self.unknown()
+            self.line(f"bulk_wait(g, {pending.value}, {self.guard()})")
         elif op.startswith("cp.async.bulk.prefetch.tensor"):
             pass
         elif "tensor" in parts and "mbarrier::complete_tx::bytes" in parts:
@@ -202,21 +205,21 @@ class Sm90(Base):
         elif "tensor" in parts and "bulk_group" in parts:
             self._bulk_store()
         else:
-            raise self._todo()
+            raise self.unknown()
 
     def _known_mods(self, known: set[str]) -> set[str]:
         mods = set(self.i.parts) - {"cp", "async", "bulk", "tensor", "reduce", "tile"}
         mods -= {f"{rank}d" for rank in range(1, 6)} | {"L2::cache_hint"}
         if mods - known:
-            raise self._todo()
+            raise self.unknown()
         return mods
 
     def _map(self, operand: Operand) -> tuple[str, str]:
         """(address of the tensor map, list of coordinates) of ``[map, {c0, c1}]``."""
         if not isinstance(operand, Mem) or not isinstance(operand.base, Reg):
-            raise self._todo()
-        corner = ", ".join(self._array(c, "s32") for c in operand.coords)
-        return self._address(operand, "u64"), f"[{corner}]"
+            raise self.unknown()
+        corner = ", ".join(self.array(c, "s32") for c in operand.coords)
+        return self.address(operand, 64), f"[{corner}]"
 
     def _bulk_load(self) -> None:
         self._known_mods(
@@ -224,10 +227,10 @@ class Sm90(Base):
         )
         target, source, barrier = self.i.operands[:3]
         address, corner = self._map(source)
-        self._line(
+        self.line(
             self._call(
                 "bulk_load", self._shared(target), address, corner, self._shared(barrier),
-                self._guard_or_none(),
+                self.guard(),
             )
         )  # fmt: skip
 
@@ -235,13 +238,13 @@ class Sm90(Base):
         mods = self._known_mods({"shared::cta", "global", "bulk_group"} | _REDUCTIONS)
         reduction = mods & _REDUCTIONS
         if len(reduction) != ("reduce" in self.i.parts):
-            raise self._todo()
+            raise self.unknown()
         target, source = self.i.operands[:2]
         address, corner = self._map(target)
-        self._line(
+        self.line(
             self._call(
                 "bulk_store", address, corner, self._shared(source),
-                repr("".join(reduction)), self._guard_or_none(),
+                repr("".join(reduction)), self.guard(),
             )
         )  # fmt: skip
 
@@ -250,24 +253,24 @@ class Sm90(Base):
         if parts[1] == "cp_fenceproxy" and parts[2:4] == ["global", "shared::cta"]:
             target, source = self.i.operands[:2]
             if not isinstance(target, Mem):
-                raise self._todo()
-            to, guard = self._address(target, "u64"), self._guard_or_none()
-            self._line(self._call("copy_map", to, self._shared(source), guard))
+                raise self.unknown()
+            to, guard = self.address(target, 64), self.guard()
+            self.line(self._call("copy_map", to, self._shared(source), guard))
             return
         if (
             parts[1:3] != ["replace", "tile"]
             or "shared::cta" not in parts
             or parts[3] not in FIELDS
         ):
-            raise self._todo()
+            raise self.unknown()
         address, *ordinal, value = self.i.operands
         if ordinal and not isinstance(ordinal[0], Imm):
-            raise self._todo()
+            raise self.unknown()
         number = ordinal[0].value if ordinal and isinstance(ordinal[0], Imm) else 0
-        self._line(
+        self.line(
             self._call(
                 "replace_in_map", repr(parts[3]), self._shared(address), str(number),
-                self._array(value, parts[-1]), self._guard_or_none(),
+                self.array(value, parts[-1]), self.guard(),
             )
         )  # fmt: skip
 
@@ -278,42 +281,40 @@ class Sm90(Base):
         if parts[1] != "proxy":
             return  # of the generic proxy: memory is in order here
         if parts[2] == "async" and parts[3:] in ([], ["shared::cta"], ["shared::cluster"]):
-            self._line(f"fence_async(g, {self._guard_or_none()})")
+            self.line(f"fence_async(g, {self.guard()})")
         elif parts[2] == "tensormap::generic":
             if "acquire" in parts:
                 address = self.i.operands[0]
                 if not isinstance(address, Mem):
-                    raise self._todo()
-                self._line(
-                    f"fence_map(g, {self._address(address, 'u64')}, {self._guard_or_none()})"
-                )
+                    raise self.unknown()
+                self.line(f"fence_map(g, {self._address(address, 'u64')}, {self.guard()})")
         elif parts[2:4] != ["async", "global"]:
-            raise self._todo()
+            raise self.unknown()
 
     def _op_elect(self) -> None:
-        self._unguarded()
+        self.refuse_guard()
         pair, members = self.i.operands
         if not isinstance(pair, Pair) or not isinstance(members, Imm):
-            raise self._todo()
+            raise self.unknown()
         if members.value & 0xFFFFFFFF != 0xFFFFFFFF:
-            raise self._todo()
-        self._line(f"t0_, t1_ = {self._call('elect')}")
+            raise self.unknown()
+        self.line(f"t0_, t1_ = {self._call('elect')}")
         self.varies = True
         if isinstance(pair.first, Reg):
-            self._set(pair.first, "t0_", "b32")
+            self.set(pair.first, "t0_", "b32")
         elif not isinstance(pair.first, (Sym, Special)):
-            raise self._todo()
-        self._set(pair.second, "t1_", "pred")
+            raise self.unknown()
+        self.set(pair.second, "t1_", "pred")
 
     def _op_stmatrix(self) -> None:
-        self._unguarded()
+        self.refuse_guard()
         parts = self.i.parts
         memory, source = self.i.operands
         registers = source if isinstance(source, Vec) else Vec((source,))
         known = {"stmatrix", "sync", "aligned", "m8n8", "trans", "shared", "shared::cta", "b16"}
         if set(parts) - known != {f"x{len(registers.items)}"} or "m8n8" not in parts:
-            raise self._todo()
-        self._line(
+            raise self.unknown()
+        self.line(
             self._call(
                 "store_matrix", self._shared(memory), self._list(registers, "b32"),
                 str("trans" in parts),
@@ -324,7 +325,7 @@ class Sm90(Base):
         """Registers move between warps: nothing that can be seen here."""
         count = self.i.operands[0]
         if not isinstance(count, Imm) or count.value % 8 or not 24 <= count.value <= 256:
-            raise self._todo()
+            raise self.unknown()
 
     def _op_griddepcontrol(self) -> None:
         """Launches do not overlap here."""

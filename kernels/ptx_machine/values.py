@@ -1,9 +1,12 @@
 """The arithmetic of PTX on numpy arrays: one element per thread.
 
-Registers hold the bits; which type they have is said by the instruction that reads them.
+Registers hold the bits; which type they have is said by the instruction that reads them. Translated
+code calls these functions by name. PTX ISA 9.7.1 to 9.7.9.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,6 +17,8 @@ f16, f32, f64 = np.float16, np.float32, np.float64
 # The type that holds the bits of a register, by its bytes.
 UNSIGNED = {1: u8, 2: u16, 4: u32, 8: u64}
 
+number_max, number_min = np.fmax, np.fmin  # of a number and NaN, the number
+
 
 def flush(x: np.ndarray) -> np.ndarray:
     """Subnormal float32 numbers to zero, keeping the sign (.ftz)."""
@@ -22,15 +27,24 @@ def flush(x: np.ndarray) -> np.ndarray:
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c in float32. The product is exact in float64; the sum is rounded there and once
-    more to float32, which differs from a single rounding about once in 2**29."""
-    return (a.astype(f64) * b + c).astype(f32)
+    """``a * b + c`` in float32.
+
+    The product is exact in float64; the sum is rounded there and once more to float32, which differs
+    from a single rounding about once in 2**29.
+    """
+    return (np.asarray(a).astype(f64) * b + c).astype(f32)
 
 
-# bfloat16
+def relu(x: np.ndarray) -> np.ndarray:
+    """Zero for what is not above it; NaN stays."""
+    return np.where(x <= 0, x.dtype.type(0), x)
+
+
+# Rounding to short floats
 
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:
+    """float32 of the upper halves of its bits."""
     return (bits.astype(u32) << u32(16)).view(f32)
 
 
@@ -43,49 +57,96 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
 
 
 def to_bf16_rz(x: np.ndarray) -> np.ndarray:
+    """Round towards zero."""
     cut = (x.view(u32) >> u32(16)).astype(u16)
     return np.where(np.isnan(x), u16(0x7FFF), cut)
 
 
+def wide_to_bf16(x: np.ndarray) -> np.ndarray:
+    """float64 to bfloat16, rounded once: through a float32 that is odd where it is inexact."""
+    near = x.astype(f32)
+    below = np.where(np.abs(near.astype(f64)) > np.abs(x), np.nextafter(near, f32(0)), near)
+    odd = (below.view(u32) | (below != x).astype(u32)).view(f32)
+    return to_bf16(np.where(np.isfinite(x), odd, near))
+
+
 def to_f16(x: np.ndarray) -> np.ndarray:
+    """Round to nearest even."""
     return x.astype(f16).view(u16)
 
 
-def to_tf32(x: np.ndarray) -> np.ndarray:
-    """Round to 10 bits of mantissa, ties away from zero (cvt.rna.tf32)."""
-    bits = x.view(u32)
-    rounded = (bits + u32(0x1000)) & u32(0xFFFFE000)
-    return np.where(np.isfinite(x), rounded, bits)
+def to_f16_rz(x: np.ndarray) -> np.ndarray:
+    """Round towards zero: too large becomes the largest number."""
+    near = x.astype(f16)
+    over = np.abs(near.astype(x.dtype)) > np.abs(x)
+    return np.where(over, np.nextafter(near, f16(0)), near).view(u16)
+
+
+def to_tf32_rna(x: np.ndarray) -> np.ndarray:
+    """Round to 10 bits of mantissa, ties away from zero."""
+    return _cut_tf32(x, u32(0x1000))
 
 
 def to_tf32_rn(x: np.ndarray) -> np.ndarray:
+    """Round to 10 bits of mantissa, ties to even."""
+    return _cut_tf32(x, u32(0xFFF) + ((x.view(u32) >> u32(13)) & u32(1)))
+
+
+def to_tf32_rz(x: np.ndarray) -> np.ndarray:
+    """Round to 10 bits of mantissa, towards zero."""
+    return _cut_tf32(x, u32(0))
+
+
+def _cut_tf32(x: np.ndarray, added: np.ndarray | u32) -> np.ndarray:
     bits = x.view(u32)
-    rounded = (bits + u32(0xFFF) + ((bits >> u32(13)) & u32(1))) & u32(0xFFFFE000)
-    return np.where(np.isfinite(x), rounded, bits)
-
-
-def relu(x: np.ndarray) -> np.ndarray:
-    return np.where(x > 0, x, x.dtype.type(0))
-
-
-# Pairs in 32 bits
+    return np.where(np.isfinite(x), (bits + added) & u32(0xFFFFE000), bits)
 
 
 def pack(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Two 16-bit halves."""
+    """Two 16-bit halves of 32 bits."""
     return low.astype(u32) | (high.astype(u32) << u32(16))
 
 
-def pack64(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    return low.astype(u64) | (high.astype(u64) << u64(32))
+# Arithmetic in 16 bits
 
 
-def lower(x: np.ndarray) -> np.ndarray:
-    return x.astype(u16)
+def _add_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The sum in float64, odd where it is inexact: a shorter float then is rounded once."""
+    total = a + b
+    part = total - a
+    error = (a - (total - part)) + (b - part)
+    even = (total.view(u64) & u64(1)) == 0
+    nudged = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+    return np.where(np.isfinite(error) & (error != 0) & even, nudged, total)
 
 
-def upper(x: np.ndarray) -> np.ndarray:
-    return (x >> u32(16)).astype(u16)
+_HALF_OPS: dict[str, Callable[..., np.ndarray]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "fma": lambda a, b, c: _add_to_odd(a * b, c),
+    "max": np.fmax,
+    "min": np.fmin,
+    "max.NaN": np.maximum,
+    "min.NaN": np.minimum,
+    "neg": np.negative,
+    "abs": np.abs,
+    "ex2": np.exp2,
+    "tanh": np.tanh,
+}
+
+
+def half_op(name: str, kind: str, *operands: np.ndarray) -> np.ndarray:
+    """An operation on f16, bf16 or pairs of them: computed in float64, rounded once."""
+    brain = kind.startswith("bf16")
+
+    def widen(bits: np.ndarray) -> np.ndarray:
+        halves = np.ascontiguousarray(bits).view(u16)
+        return (from_bf16(halves) if brain else halves.view(f16)).astype(f64)
+
+    result = _HALF_OPS[name](*map(widen, operands))
+    halves = np.ascontiguousarray(wide_to_bf16(result) if brain else to_f16(result))
+    return halves.view(u32) if kind.endswith("x2") else halves
 
 
 # Integers
@@ -128,13 +189,14 @@ def high_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The rest of :func:`divide`, with the sign of a; by zero it gives a."""
     zero = b == 0
     q = divide(a, np.where(zero, b.dtype.type(1), b))
     return np.where(zero, a, a - q * b)
 
 
 def extract(a: np.ndarray, position: np.ndarray, length: np.ndarray, signed: bool) -> np.ndarray:
-    """bfe of 32 bits."""
+    """bfe of 32 bits: `length` bits from `position` on; past the end, the sign."""
     p = np.broadcast_to(position, a.shape).astype(i64) & 0xFF
     n = np.broadcast_to(length, a.shape).astype(i64) & 0xFF
     wide = a.view(i32).astype(i64) if signed else a.view(u32).astype(i64)
@@ -156,6 +218,7 @@ def insert(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.ndarra
 
 
 def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:
+    """Any function of three bits: bit ``4 a + 2 b + c`` of the table."""
     out = np.zeros(np.broadcast(a, b, c).shape, u32)
     for bit in range(8):
         if table >> bit & 1:
@@ -180,102 +243,11 @@ def permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return out.astype(u32)
 
 
-def funnel(low: np.ndarray, high: np.ndarray, count: np.ndarray, left: bool, wrap: bool):
-    """shf of 32 bits."""
+def funnel(
+    low: np.ndarray, high: np.ndarray, count: np.ndarray, left: bool, wrap: bool
+) -> np.ndarray:
+    """shf of 32 bits: shift the 64 bits of both; the upper half to the left, the lower to the right."""
     n = np.asarray(count).astype(u64)
     n = n & u64(31) if wrap else np.minimum(n, u64(32))
     both = low.astype(u64) | (high.astype(u64) << u64(32))
     return ((both << n) >> u64(32) if left else both >> n).astype(u32)
-
-
-# Fragments of the tensor cores. W warps; lane = 4 * gid + tig.
-
-# How a tensor core rounds the sum of a block of products: its adders cut, they do not round.
-TRUNCATE = True
-
-
-def round_sum(exact: np.ndarray) -> np.ndarray:
-    """float64 to float32 as the accumulators do."""
-    near = exact.astype(f32)
-    if not TRUNCATE:
-        return near
-    over = np.abs(near.astype(f64)) > np.abs(exact)
-    return np.where(over, np.nextafter(near, f32(0)), near) if over.any() else near
-
-
-def _halves(registers: list[np.ndarray], kind: str) -> np.ndarray:
-    """[W, 32, registers, 2] float32 of registers that hold pairs."""
-    words = np.stack([r.view(u32) for r in registers], axis=-1)
-    pairs = words.view(u16).reshape(-1, 32, len(registers), 2)
-    if kind == "bf16":
-        return from_bf16(pairs)
-    return pairs.view(f16).astype(f32)
-
-
-def _accumulators(registers: list[np.ndarray]) -> np.ndarray:
-    """[W, 16, 8] from c0..c3."""
-    c = np.stack([r.view(f32) for r in registers], axis=-1).reshape(-1, 8, 4, 2, 2)
-    return c.transpose(0, 3, 1, 2, 4).reshape(-1, 16, 8)
-
-
-def _registers(d: np.ndarray) -> list[np.ndarray]:
-    c = d.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
-    return [np.ascontiguousarray(c[:, i]) for i in range(4)]
-
-
-def mma_16bit(a, b, c, kind: str, depth: int) -> list[np.ndarray]:
-    """mma.m16n8k16 and m16n8k8 of f16 or bf16 into float32."""
-    slices = depth // 8
-    # a register r: row half r & 1, column half r >> 1
-    left = _halves(a, kind).reshape(-1, 8, 4, slices, 2, 2)
-    left = left.transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, depth)
-    right = _halves(b, kind).reshape(-1, 8, 4, slices, 2)
-    right = right.transpose(0, 3, 2, 4, 1).reshape(-1, depth, 8)
-    exact = left.astype(f64) @ right.astype(f64) + _accumulators(c)
-    return _registers(round_sum(exact))
-
-
-def mma_tf32(a, b, c, depth: int) -> list[np.ndarray]:
-    """mma.m16n8k8 and m16n8k4 of tf32: the low 13 bits of the operands are ignored."""
-    slices = depth // 4
-
-    def cut(registers):
-        x = np.stack([r.view(u32) for r in registers], axis=-1) & u32(0xFFFFE000)
-        return x.view(f32)
-
-    left = cut(a).reshape(-1, 8, 4, slices, 2)
-    left = left.transpose(0, 4, 1, 3, 2).reshape(-1, 16, depth)
-    right = cut(b).reshape(-1, 8, 4, slices).transpose(0, 3, 2, 1).reshape(-1, depth, 8)
-    exact = left.astype(f64) @ right.astype(f64) + _accumulators(c)
-    return _registers(round_sum(exact))
-
-
-# Arithmetic in 16 bits
-
-
-_HALF_OPS = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "fma": lambda a, b, c: a.astype(f64) * b + c,
-    "max": np.fmax,
-    "min": np.fmin,
-    "neg": lambda a: -a,
-    "abs": np.abs,
-    "ex2": np.exp2,
-    "tanh": np.tanh,
-}
-
-
-def half_op(name: str, kind: str, *operands: np.ndarray) -> np.ndarray:
-    """An operation on f16, bf16 or pairs of them: computed in float32, rounded once more."""
-    pairs = kind.endswith("x2")
-    brain = kind.startswith("bf16")
-
-    def widen(bits):
-        halves = np.ascontiguousarray(bits).view(u16)
-        return from_bf16(halves) if brain else halves.view(f16).astype(f32)
-
-    result = _HALF_OPS[name](*map(widen, operands)).astype(f32)
-    halves = to_bf16(result) if brain else to_f16(result)
-    return np.ascontiguousarray(halves).view(u32) if pairs else halves

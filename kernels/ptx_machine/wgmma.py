@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .formats import ITEMSIZE, cut, decode, encode
-from .memory import ExecutionError, MemcheckError
+from .report import ExecutionError, MemcheckError
 from .wgmma_layout import (
     MatrixDescriptor,
     a_fragment,
@@ -30,7 +30,7 @@ from .wgmma_layout import (
 )
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
     from .syntax import Instruction
 
 WARPGROUP, WARP = 128, 32

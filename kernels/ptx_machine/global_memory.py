@@ -1,0 +1,274 @@
+"""Global memory: the tensors of one launch, at addresses of our own making.
+
+Each storage is a region far from the others, with the low 12 bits of its address in the host's
+memory, so alignment is that of the tensor. A region spans from the first to the last element of the
+tensors that were passed; what lies outside of it is not touched but reported.
+
+Races are those of one launch: between programs (CTAs), and between warps without a barrier. Atomics
+are exempt.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .clocks import AGENT, TAG_BITS
+from .report import MemcheckError
+from .values import UNSIGNED
+
+if TYPE_CHECKING:
+    from .group import Group
+    from .syntax import Instruction
+
+# Where parameters lie in the generic address space (cvta.param): one every PARAM_STEP bytes.
+PARAM_BASE = 0x7D00_0000_0000
+PARAM_STEP = 256
+
+_TRACKED = 1 << 28  # bytes of a region up to which it is checked for races
+_GRANULE = 2  # bytes that share a tag
+_FIRST = 0x7F00_0000_0000
+_STEP = 1 << 36
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a region: its name, and its bytes counted from the region's origin."""
+
+    name: str
+    low: int
+    high: int
+
+
+@dataclass
+class Region:
+    """A piece of host memory that a kernel may touch."""
+
+    base: int  # device address of the first byte of `data`
+    data: np.ndarray  # uint8
+    pieces: list[Piece]
+    views: dict[int, np.ndarray] = field(init=False)  # by bytes of an element
+    writer: np.ndarray | None = None  # tags, by granule: who wrote last
+    reader: np.ndarray | None = None  # and who read last
+
+    def __post_init__(self) -> None:
+        self.views = {
+            width: self.data[: len(self.data) // width * width].view(kind)
+            for width, kind in UNSIGNED.items()
+        }
+        self.low = min(piece.low for piece in self.pieces)
+        self.high = max(piece.high for piece in self.pieces)
+
+    def start_tracking(self) -> None:
+        """Follow who writes and reads."""
+        granules = -(-len(self.data) // _GRANULE)
+        self.writer = np.zeros(granules, np.int64)
+        self.reader = np.zeros(granules, np.int64)
+
+    def describe(self, offset: int) -> str:
+        """The tensor that holds a byte, or the nearest one, and the byte in it."""
+        nearest = min(self.pieces, key=lambda p: max(p.low - offset, offset - p.high + 1, 0))
+        return f"byte {offset - nearest.low} of {nearest.name} ({nearest.high - nearest.low} bytes)"
+
+
+Found = tuple[Region, np.ndarray, "np.ndarray | slice"]
+
+
+class GlobalMemory:
+    """The tensors of one launch."""
+
+    def __init__(self, check: bool) -> None:
+        self.regions: list[Region] = []
+        self.check = check
+
+    def add(self, pieces: list[tuple[str, int, int]]) -> int:
+        """Allow pieces (name, host address, bytes) as one region.
+
+        Returns what has to be added to a host address to get the device address.
+        """
+        start = min(address for _, address, _ in pieces)
+        end = max(address + size for _, address, size in pieces)
+        origin = start & ~15  # whole vectors can be viewed; the checks keep to the pieces
+        span = -(-(end - origin) // 16) * 16
+        buffer = (ctypes.c_uint8 * span).from_address(origin)
+        base = _FIRST + len(self.regions) * _STEP + (origin & 0xFFF)
+        inside = [Piece(name, at - origin, at - origin + size) for name, at, size in pieces]
+        region = Region(base, np.frombuffer(buffer, np.uint8), inside)
+        if self.check and end - start <= _TRACKED:
+            region.start_tracking()
+        self.regions.append(region)
+        return base - origin
+
+    def _region(self, address: int) -> Region | None:
+        number = (address - _FIRST) // _STEP
+        return self.regions[number] if 0 <= number < len(self.regions) else None
+
+    def locate(
+        self,
+        group: Group,
+        instruction: Instruction,
+        address: np.ndarray,
+        lanes: np.ndarray | None,
+        width: int,
+    ) -> list[Found]:
+        """Regions, offsets in them and which of `address` they are, of accesses of `width` bytes.
+
+        Raises:
+            MemcheckError: names the first thread outside of every tensor, or misaligned.
+        """
+        region = self._region(int(address[0]))
+        if region is not None and region.high - region.low >= width:
+            offset = address - np.uint64(region.base)
+            inside = offset.max() <= region.high - width and offset.min() >= region.low
+            if inside and not (address & np.uint64(width - 1)).any():
+                return [(region, offset.astype(np.int64), slice(None))]
+        return list(self._by_region(group, instruction, address, lanes, width))
+
+    def _by_region(
+        self,
+        group: Group,
+        instruction: Instruction,
+        address: np.ndarray,
+        lanes: np.ndarray | None,
+        width: int,
+    ) -> Iterator[Found]:
+        for i, a in enumerate(map(int, address)):
+            problem = self._problem(a, width)
+            if problem:
+                who = group.who(int(i if lanes is None else lanes[i]))
+                raise MemcheckError(f"{group.kernel.name}: {instruction}: {problem}; {who}")
+        numbers = (address - np.uint64(_FIRST)) // np.uint64(_STEP)
+        for number in np.unique(numbers):
+            at = np.flatnonzero(numbers == number)
+            region = self.regions[int(number)]
+            yield region, (address[at] - np.uint64(region.base)).astype(np.int64), at
+
+    def _problem(self, address: int, width: int) -> str:
+        """What is wrong with an access; empty if nothing is."""
+        number = (address - _FIRST + _STEP // 2) // _STEP  # the nearest region
+        if not 0 <= number < len(self.regions):
+            return f"{width} bytes at {address:#x}, near no tensor"
+        region = self.regions[number]
+        offset = address - region.base
+        place = f"{width} bytes at {region.describe(offset)}"
+        if offset < region.low or offset + width > region.high:
+            return f"{place}: outside"
+        return f"{place}: not aligned" if address % width else ""
+
+    def region_of(self, low: int, high: int) -> Region:
+        """The tensor that device addresses [low, high) lie in."""
+        number = (low - _FIRST + _STEP // 2) // _STEP
+        if not 0 <= number < len(self.regions):
+            raise MemcheckError(f"address {low:#x}, near no tensor")
+        region = self.regions[number]
+        for worst in (low - region.base, high - 1 - region.base):
+            if not region.low <= worst < region.high:
+                raise MemcheckError(f"{region.describe(worst)}: outside")
+        return region
+
+    def note_rows(
+        self,
+        group: Group,
+        instruction: Instruction,
+        region: Region,
+        first: np.ndarray,
+        width: int,
+        lane: int,
+        same: np.ndarray | None,
+    ) -> None:
+        """Rows of a box that one thread copies; a read if `same` is None."""
+        if not self.check:
+            return
+        lanes = np.full(len(first), lane)
+        found = (region, first, lanes)
+        if same is None:
+            self.note_read(group, instruction, found, width, lanes)
+        else:
+            self.note_write(group, instruction, found, width, lanes, same)
+
+    def note_read(
+        self,
+        group: Group,
+        instruction: Instruction,
+        found: Found,
+        width: int,
+        lanes: np.ndarray | None,
+    ) -> None:
+        """Report what others wrote to the bytes that are read."""
+        region = found[0]
+        if region.writer is None or region.reader is None:
+            return
+        at, mine = _tags(group, found, width, lanes)
+        self._compare(group, instruction, found, lanes, region.writer[at], mine, "reads", None)
+        region.reader[at] = mine
+
+    def note_write(
+        self,
+        group: Group,
+        instruction: Instruction,
+        found: Found,
+        width: int,
+        lanes: np.ndarray | None,
+        same: np.ndarray,
+    ) -> None:
+        """Report what others did to the bytes; `same`: threads that write what is there already."""
+        region = found[0]
+        if region.writer is None or region.reader is None:
+            return
+        at, mine = _tags(group, found, width, lanes)
+        self._compare(group, instruction, found, lanes, region.writer[at], mine, "writes", same)
+        self._compare(group, instruction, found, lanes, region.reader[at], mine, "read", None)
+        region.writer[at] = mine
+
+    def _compare(
+        self,
+        group: Group,
+        instruction: Instruction,
+        found: Found,
+        lanes: np.ndarray | None,
+        tags: np.ndarray,
+        mine: np.ndarray,
+        deed: str,
+        same: np.ndarray | None,
+    ) -> None:
+        """`deed` is what this access does to bytes that others wrote; "read" if they read them."""
+        if not tags.any():
+            return
+        region, offset, pick = found
+        chosen = pick if lanes is None else lanes
+        warp = group.warp[chosen]
+        foreign = (tags >> TAG_BITS) != (mine >> TAG_BITS)
+        inner = (tags & ((np.int64(1) << TAG_BITS) - 1)) * ~foreign
+        bad = (tags != 0) & (foreign | group.machine.clocks.unordered(warp, inner))
+        if same is not None and (bad & same[:, None]).any():
+            twice = int((bad.any(axis=1) & same).sum())
+            group.report.note("same global value written twice", twice)
+            bad &= ~same[:, None]
+        if not bad.any():
+            return
+        i, g = (int(k[0]) for k in np.nonzero(bad))
+        who = "another program" if foreign[i, g] else f"warp {int(inner[i, g]) & AGENT}"
+        kind = "global write after read" if deed == "read" else "global race"
+        done = f"writes what {who} read" if deed == "read" else f"{deed} what {who} wrote"
+        lane = int(np.arange(group.n)[chosen][i])
+        group.report.add(
+            kind, group.kernel.name, instruction,
+            f"{done} in this launch: {region.describe(int(offset[i]) + g * _GRANULE)}; "
+            f"{group.who(lane)}",
+            int(bad.any(axis=1).sum()),
+        )  # fmt: skip
+
+
+def _tags(
+    group: Group, found: Found, width: int, lanes: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Granules [n, g] of an access, and the tags [n, 1] of those who make it."""
+    _, offset, pick = found
+    chosen = pick if lanes is None else lanes
+    at = (offset // _GRANULE)[:, None] + np.arange(max(1, width // _GRANULE))
+    tags = group.machine.clocks.tag(group.warp[chosen])
+    return at, ((group.cta[chosen] + 1) << TAG_BITS | tags)[:, None]

@@ -1,0 +1,143 @@
+"""Threads that stand at the same place of the program: what translated code calls `g`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .clocks import WARP
+from .copies import Copies
+from .report import ExecutionError
+from .values import UNSIGNED
+from .wgmma import InFlight
+
+if TYPE_CHECKING:
+    from .machine import Machine
+    from .syntax import Instruction
+
+
+class Group:
+    """Threads `lanes` (numbered over all slots, ascending) at a block.
+
+    An instruction is one numpy operation over the group. Registers are held only where they are live.
+    """
+
+    def __init__(self, machine: Machine, lanes: np.ndarray, block: int) -> None:
+        self.machine, self.kernel, self.report = machine, machine.kernel, machine.report
+        self.block = block
+        self.regs: dict[str, np.ndarray] = {}
+        self.copies = Copies()
+        self.barrier = (0, 0)  # where it waits: number, threads (0 for all)
+        self.blocked: np.ndarray | None = None  # threads that an mbarrier keeps
+        self.waits_for: np.ndarray | None = None  # byte positions of those mbarriers
+        self.in_flight = InFlight()  # products of wgmma
+        self.lanes = lanes
+        self.n = len(lanes)
+        self.warp = lanes // WARP  # over all slots
+        self.slot = lanes // machine.threads
+        self.thread = lanes % machine.threads
+        self.cta = machine.order[machine.first + self.slot]
+        self.base = self.slot.astype(np.int64) * machine.shared.stride
+        self._whole: bool | None = None
+        self._special: dict[str, np.ndarray] = {}
+
+    def who(self, lane: int) -> str:
+        """Where a thread of the group is, for people."""
+        x, y, _ = self.machine.grid
+        c, thread = int(self.cta[lane]), int(self.thread[lane])
+        return (
+            f"program ({c % x}, {c // x % y}, {c // (x * y)}), warp {thread // WARP}, "
+            f"lane {thread % WARP}"
+        )
+
+    # Called by translated code
+
+    def full(self, value: Any) -> np.ndarray:
+        """A number for every thread."""
+        return np.full(self.n, value)
+
+    def param(self, index: int, offset: int, kind: type) -> np.ndarray:
+        """A parameter of the kernel, from byte `offset` of it on."""
+        raw = self.machine.params[index][offset : offset + np.dtype(kind).itemsize]
+        return np.full(self.n, np.frombuffer(raw, kind)[0])
+
+    def special(self, name: str) -> np.ndarray:
+        """A special register."""
+        found = self._special.get(name)
+        if found is None:
+            values = SPECIAL[name](self) + 0 * self.thread
+            found = self._special[name] = values.astype(np.uint32)
+        return found
+
+    def active(self, guard: np.ndarray | None) -> np.ndarray | None:
+        """Positions in the group of the threads that take part; None for all."""
+        if guard is None or guard.all():
+            return None
+        return np.flatnonzero(guard)
+
+    def whole_warps(self, instruction: Instruction) -> None:
+        """Raise unless every warp of the group is complete: what a collective needs."""
+        if self._whole is None:
+            full = self.n % WARP == 0 and (self.lanes[::WARP] % WARP == 0).all()
+            self._whole = bool(full and (self.warp[::WARP] == self.warp[WARP - 1 :: WARP]).all())
+        if not self._whole:
+            warps, counts = np.unique(self.warp, return_counts=True)
+            part = warps[counts < WARP][0]
+            lane = int(np.flatnonzero(self.warp == part)[0])
+            raise ExecutionError(
+                f"{self.kernel.name}: {instruction}: {counts[counts < WARP][0]} threads of a warp "
+                f"are here, the others are elsewhere; the first: {self.who(lane)}"
+            )
+
+    def trap(self, instruction: Instruction, guard: np.ndarray | None) -> None:
+        """The program gives up."""
+        lanes = np.arange(self.n) if guard is None else np.flatnonzero(guard)
+        if len(lanes):
+            raise ExecutionError(f"{self.kernel.name}: {instruction}: {self.who(int(lanes[0]))}")
+
+    # Cutting and joining
+
+    def part(self, keep: np.ndarray, block: int) -> Group:
+        """The threads where `keep` holds, as a group of their own at `block`."""
+        other = Group(self.machine, self.lanes[keep], block)
+        live = self.machine.program.live.into[block]
+        other.regs = {name: self.regs[name][keep] for name in live}
+        other.copies = self.copies.of(other.lanes)
+        if self.in_flight:
+            other.in_flight = self.in_flight.part(keep)
+        return other
+
+    def join(self, other: Group) -> Group:
+        """Both groups, which are at the same block, as one."""
+        lanes = np.concatenate((self.lanes, other.lanes))
+        order = np.argsort(lanes, kind="stable")
+        joined = Group(self.machine, lanes[order], self.block)
+        for name, reg in self.machine.program.live.into[self.block].items():
+            a, b = self.regs[name], other.regs[name]
+            if reg.bits != 1:
+                kind = UNSIGNED[reg.bits // 8]
+                a, b = a.view(kind), b.view(kind)
+            joined.regs[name] = np.concatenate((a, b))[order]
+        joined.copies = self.copies.join(other.copies)
+        if self.in_flight or other.in_flight:
+            joined.in_flight = self.in_flight.join(other.in_flight, (self.n, other.n), order)
+        return joined
+
+
+SPECIAL = {
+    "%tid.x": lambda g: g.thread,
+    "%tid.y": lambda g: 0,
+    "%tid.z": lambda g: 0,
+    "%ntid.x": lambda g: g.machine.threads,
+    "%ntid.y": lambda g: 1,
+    "%ntid.z": lambda g: 1,
+    "%laneid": lambda g: g.thread % WARP,
+    "%warpid": lambda g: g.thread // WARP,
+    "%ctaid.x": lambda g: g.cta % g.machine.grid[0],
+    "%ctaid.y": lambda g: g.cta // g.machine.grid[0] % g.machine.grid[1],
+    "%ctaid.z": lambda g: g.cta // (g.machine.grid[0] * g.machine.grid[1]),
+    "%nctaid.x": lambda g: g.machine.grid[0],
+    "%nctaid.y": lambda g: g.machine.grid[1],
+    "%nctaid.z": lambda g: g.machine.grid[2],
+}

@@ -1,0 +1,22 @@
+"""How kernels are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass
+class Options:
+    """How to run; fields may be changed between launches."""
+
+    check: bool = True  # reads of unwritten shared memory, and races there
+    check_global: bool = True  # races in global memory
+    lanes: int = 2048  # threads that run as one numpy operation, whole CTAs
+    check_proxies: bool = False  # order of wgmma and TMA against ordinary accesses (sm_90; slow)
+    shuffle_warps: bool = False  # warps one by one, in a random order, from barrier to barrier
+    shuffle_ctas: bool = False  # CTAs in a random order
+    seed: int = 0  # of both
+    max_steps: int = 50_000_000  # blocks run for one launch
+    ctas: Callable[[str, tuple[int, int, int]], Sequence[int]] | None = None
+    """Which CTAs to run, given the kernel's name and grid; all if None."""

@@ -1,0 +1,81 @@
+"""Loads and stores of shared memory, for the threads of a group. Translated code calls these."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .clocks import WARP
+from .values import UNSIGNED, u32
+
+if TYPE_CHECKING:
+    from .group import Group
+    from .syntax import Instruction
+
+
+def load_shared(
+    g: Group,
+    instruction: Instruction,
+    address: np.ndarray,
+    width: int,
+    items: int,
+    guard: np.ndarray | None,
+) -> list[np.ndarray]:
+    """`items` neighbours of `width` bytes each; zero for threads that take no part."""
+    lanes = g.active(guard)
+    out = [np.zeros(g.n, UNSIGNED[width]) for _ in range(items)]
+    base, warp = g.base, g.warp
+    if lanes is not None:
+        if not len(lanes):
+            return out
+        address, base, warp = address[lanes], base[lanes], warp[lanes]
+    shared, total = g.machine.shared, width * items
+    where = shared.locate(g, instruction, address, base, total, total, lanes)
+    shared.note_read(g, instruction, where, warp, total)
+    view, first = shared.views[width], where // width
+    for k in range(items):
+        if lanes is None:
+            out[k] = view[first + k]
+        else:
+            out[k][lanes] = view[first + k]
+    return out
+
+
+def store_shared(
+    g: Group,
+    instruction: Instruction,
+    address: np.ndarray,
+    width: int,
+    data: list[np.ndarray],
+    guard: np.ndarray | None,
+) -> None:
+    """Store neighbours of `width` bytes each."""
+    lanes = g.active(guard)
+    base, warp = g.base, g.warp
+    if lanes is not None:
+        if not len(lanes):
+            return
+        address, base, warp = address[lanes], base[lanes], warp[lanes]
+        data = [d[lanes] for d in data]
+    shared, total = g.machine.shared, width * len(data)
+    where = shared.locate(g, instruction, address, base, total, total, lanes)
+    shared.note_write(g, instruction, where, warp, total, np.stack(data, axis=-1))
+    view, first = shared.views[width], where // width
+    for k, values in enumerate(data):
+        view[first + k] = values
+
+
+def load_matrix(
+    g: Group, instruction: Instruction, address: np.ndarray, count: int, transposed: bool
+) -> list[np.ndarray]:
+    """ldmatrix: threads 8 j to 8 j + 7 of a warp give the rows of matrix j, 16 bytes each."""
+    shared = g.machine.shared
+    given = np.arange(g.n).reshape(-1, WARP)[:, : 8 * count].ravel()
+    where = shared.locate(g, instruction, address[given], g.base[given], 16, 16, given)
+    shared.note_read(g, instruction, where, g.warp[given], 16)
+    rows = shared.views[2][where[:, None] // 2 + np.arange(8)].reshape(-1, count, 8, 8)
+    if transposed:
+        rows = np.ascontiguousarray(rows.swapaxes(2, 3))
+    words = rows.view(u32).reshape(-1, count, WARP)
+    return [np.ascontiguousarray(words[:, j]).ravel() for j in range(count)]

@@ -1,0 +1,15 @@
+"""Translates a parsed kernel into Python: one function per block, one expression per instruction.
+
+    program = Program(parse(text))
+    print(program.source)
+
+What is not translated raises UnknownInstructionError with the instruction, before anything runs.
+"""
+
+from __future__ import annotations
+
+from . import arithmetic, bits, control, conversion, memory, warps  # noqa: F401  # fill FORMS
+from .forms import FORMS
+from .program import Program
+
+__all__ = ["FORMS", "Program"]

@@ -1,0 +1,167 @@
+"""Loads, stores, atomics and asynchronous copies. PTX ISA 9.7.9 and 9.7.13."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..syntax import Mem, Operand, Reg, Sym, Vec
+from .forms import form
+from .writer import TYPES, Writer
+
+_TYPE = ".{b8,b16,b32,b64,u8,u16,u32,u64,s8,s16,s32,s64,f16,f32,f64}"
+_VECTOR = "[.{v2,v4}]"
+_CACHE = "[.L1::{evict_first,evict_last,no_allocate}][.L2::cache_hint][.{v2,v4,v8}].b{8,16,32,64}"
+_ORDER = ".{cta,gpu,sys}.global.{b,u,s,f}{32,64}"
+
+
+def _items(operand: Operand) -> list[Operand]:
+    return list(operand.items) if isinstance(operand, Vec) else [operand]
+
+
+def _vector(w: Writer, operand: Operand) -> list[Operand]:
+    """The registers of a load or store, as many as its vector has."""
+    items = _items(operand)
+    expected = next((int(p[1:]) for p in w.parts if p in ("v2", "v4", "v8")), 1)
+    if len(items) != expected:
+        raise w.unknown(f"{len(items)} registers")
+    return items
+
+
+def _space(w: Writer) -> tuple[str, int]:
+    """The state space, and the bits of its addresses."""
+    names = {"global": 64, "shared": 32, "shared::cta": 32, "local": 32}
+    space = next(p for p in w.parts if p in names)
+    return space.removesuffix("::cta"), names[space]
+
+
+@form(
+    f"ld[.volatile].{{global,shared,shared::cta,local}}{_VECTOR}{_TYPE}",
+    f"ld.global.nc{_VECTOR}{_TYPE}",
+    f"ld[.volatile].global[.{{ca,cg}}]{_CACHE}",
+    f"ld.{{relaxed,acquire}}{_ORDER}",
+)
+def _ld(w: Writer) -> None:
+    targets = _vector(w, w.i.operands[0])
+    space, bits = _space(w)
+    address = w.address(w.i.operands[1], bits)
+    width, numpy = int(w.kind[1:]) // 8, TYPES[w.kind]
+    call = f"load_{space}(g, I[{w.i.index}], {address}, {width}, {len(targets)}, {w.guard()})"
+    if numpy[0] != "u":
+        call = f"[x.view({numpy}) for x in {call}]"
+    w.set_many(targets, call, w.kind)
+
+
+@form(f"ld.param{_TYPE}")
+def _ld_param(w: Writer) -> None:
+    d, memory = w.i.operands
+    if not isinstance(memory, Mem) or not isinstance(memory.base, Sym):
+        raise w.unknown()
+    name = memory.base.name
+    found = next((k for k, p in enumerate(w.kernel.params) if p.name == name), None)
+    if found is None:
+        raise w.unknown(f"no parameter {name}")
+    w.varies = True
+    w.set(d, f"g.param({found}, {memory.offset}, {TYPES[w.kind]})", w.kind)
+
+
+@form(
+    f"st[.volatile].{{global,shared,shared::cta,local}}{_VECTOR}{_TYPE}",
+    f"st[.volatile].global[.{{wb,cg,cs,wt}}]{_CACHE}",
+    f"st.{{relaxed,release}}{_ORDER}",
+)
+def _st(w: Writer) -> None:
+    memory, source = w.i.operands[:2]
+    sources = tuple(_vector(w, source))
+    space, bits = _space(w)
+    data = w.arrays(sources, f"b{w.kind[1:]}")
+    address, width = w.address(memory, bits), int(w.kind[1:]) // 8
+    w.line(f"store_{space}(g, I[{w.i.index}], {address}, {width}, [{data}], {w.guard()})")
+
+
+_SCOPED = "[.{relaxed,acquire,release,acq_rel}][.{cta,gpu,sys}].global"
+_TRITON = ".global[.{cta,gpu,sys}][.{relaxed,acquire,release,acq_rel}]"
+_ATOMICS = [
+    f"{place}{what}"
+    for place in (_SCOPED, _TRITON)  # the ISA's order, and what Triton writes
+    for what in (
+        ".add.{u32,s32,u64,f32,f64}",
+        ".add.{v2,v4}.f32",
+        ".add.noftz.{f16,bf16,f16x2,bf16x2}",
+        ".add.noftz.{v2,v4}.{f16x2,bf16x2}",
+        ".{min,max}.{u,s}{32,64}",
+        ".{and,or,xor,exch}.b{32,64}",
+    )
+]
+
+
+@form(*(f"{{atom,red}}{op}" for op in _ATOMICS))
+def _atomic(w: Writer) -> None:
+    operands = list(w.i.operands)
+    targets = _vector(w, operands.pop(0)) if w.i.base == "atom" else []
+    memory, source = operands[:2]
+    if targets and all(not isinstance(t, Reg) for t in targets):
+        targets = []  # thrown away
+    kind = w.kind
+    if "noftz" in w.parts:
+        bits = "b32" if kind.endswith("x2") else "b16"
+    else:
+        bits = kind
+    data = w.arrays(tuple(_vector(w, source)), bits)
+    name = next(p for p in w.parts if p in ("add", "min", "max", "and", "or", "xor", "exch"))
+    call = (
+        f"atomic(g, I[{w.i.index}], {name!r}, {w.address(memory, 64)}, {kind!r}, [{data}], None, "
+        f"{w.guard()}, {bool(targets)})"
+    )
+    _keep(w, targets, call, bits)
+
+
+@form(f"atom{_SCOPED}.cas.b{{32,64}}", f"atom{_TRITON}.cas.b{{32,64}}")
+def _cas(w: Writer) -> None:
+    d, memory, compare, new = w.i.operands[:4]
+    call = (
+        f"atomic(g, I[{w.i.index}], 'cas', {w.address(memory, 64)}, {w.kind!r}, "
+        f"[{w.array(new, w.kind)}], {w.array(compare, w.kind)}, {w.guard()}, True)"
+    )
+    _keep(w, [d], call, w.kind)
+
+
+def _keep(w: Writer, targets: list[Operand], call: str, kind: str) -> None:
+    if targets:
+        w.set_many(targets, call, kind)
+    else:
+        w.line(call)
+
+
+@form("createpolicy.fractional.L2::{evict_first,evict_last,evict_normal,evict_unchanged}.b64")
+def _createpolicy(w: Writer) -> None:
+    """A hint to the L2: any number will do."""
+    w.set(w.i.operands[0], w.constant(np.uint64(0)), "u64")
+
+
+@form("cp.async.{ca,cg}.shared[::cta].global[.L2::cache_hint][.L2::{64B,128B,256B}]")
+def _copy(w: Writer) -> None:
+    """``[to], [from], size{, bytes to read: the rest is zero}{, cache policy}``."""
+    target, source, size, *rest = w.i.operands
+    if rest and "L2::cache_hint" in w.parts:
+        rest.pop()
+    read = w.array(rest[0], "u32") if rest else "None"
+    to, start = w.address(target, 32), w.address(source, 64)
+    w.line(f"copy_async(g, I[{w.i.index}], {to}, {start}, {w.number(size)}, {read}, {w.guard()})")
+
+
+@form("cp.async.commit_group")
+def _commit(w: Writer) -> None:
+    w.refuse_guard()
+    w.line("async_commit(g)")
+
+
+@form("cp.async.wait_group")
+def _wait(w: Writer) -> None:
+    w.refuse_guard()
+    w.line(f"async_wait(g, {w.number(w.i.operands[0])})")
+
+
+@form("cp.async.wait_all")
+def _wait_all(w: Writer) -> None:
+    w.refuse_guard()
+    w.line("async_wait_all(g)")

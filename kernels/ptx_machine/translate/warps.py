@@ -1,0 +1,76 @@
+"""What the threads of a warp do together: shuffles, votes, reductions, tensor cores.
+
+PTX ISA 9.7.9.6 (shfl), 9.7.13 (vote, redux), 9.7.14 (mma, ldmatrix).
+"""
+
+from __future__ import annotations
+
+from ..syntax import Imm, Operand, Pair, Vec
+from .forms import form
+from .writer import Writer
+
+_ALL = (-1, 0xFFFFFFFF)
+
+
+def _collective(w: Writer, members: Operand | None = None) -> None:
+    """Whole warps only; `members` is the operand that names the threads."""
+    w.refuse_guard()
+    if members is not None and not (isinstance(members, Imm) and members.value in _ALL):
+        raise w.unknown("by part of a warp")
+    w.line(f"g.whole_warps(I[{w.i.index}])")
+
+
+@form("shfl.sync.{up,down,bfly,idx}.b32")
+def _shfl(w: Writer) -> None:
+    d, a, b, c, members = w.i.operands
+    _collective(w, members)
+    read = w.arrays((a, b, c), "b32")
+    w.line(f"T0, T1 = shuffle({w.parts[2]!r}, {read})")
+    w.varies = True
+    if isinstance(d, Pair):
+        w.set(d.first, "T0", "b32")
+        w.set(d.second, "T1", "pred")
+    else:
+        w.set(d, "T0", "b32")
+
+
+@form("vote.sync.{all,any,uni}.pred", "vote.sync.ballot.b32")
+def _vote(w: Writer) -> None:
+    d, a, members = w.i.operands
+    _collective(w, members)
+    w.set(d, f"vote({w.parts[2]!r}, {w.array(a, 'pred')})", w.kind)
+
+
+@form("redux.sync.{add,min,max}.{u32,s32}", "redux.sync.{and,or,xor}.b32")
+def _redux(w: Writer) -> None:
+    d, a, members = w.i.operands
+    _collective(w, members)
+    w.set(d, f"reduce_warp({w.parts[2]!r}, {w.array(a, w.kind)})", w.kind)
+
+
+def _items(w: Writer, operand: Operand) -> tuple[Operand, ...]:
+    if not isinstance(operand, Vec):
+        raise w.unknown()
+    return operand.items
+
+
+@form(
+    "mma.sync.aligned.m16n8k{8,16}.row.col.f32.{f16.f16,bf16.bf16}.f32",
+    "mma.sync.aligned.m16n8k{4,8}.row.col.f32.tf32.tf32.f32",
+)
+def _mma(w: Writer) -> None:
+    d, a, b, c = (_items(w, operand) for operand in w.i.operands)
+    shape, kind = w.parts[3], w.parts[-2]
+    depth = int(shape.rpartition("k")[2])
+    _collective(w)
+    read = f"[{w.arrays(a, 'b32')}], [{w.arrays(b, 'b32')}], [{w.arrays(c, 'f32')}]"
+    w.set_many(list(d), f"mma({read}, {kind!r}, {depth})", "f32")
+
+
+@form("ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16")
+def _ldmatrix(w: Writer) -> None:
+    d, memory = w.i.operands
+    _collective(w)
+    targets = list(d.items) if isinstance(d, Vec) else [d]
+    call = f"load_matrix(g, I[{w.i.index}], {w.address(memory, 32)}, {len(targets)}, {'trans' in w.parts})"
+    w.set_many(targets, call, "b32")
