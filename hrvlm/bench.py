@@ -290,7 +290,7 @@ def _compare(
     ours: DINOv3Encoder,
     options: BenchOptions,
 ) -> BenchCase:
-    images = random_images(grids, ours.patch_size, ours.norm.weight)
+    images = random_images(grids, ours.patch_size, next(ours.parameters()))
     runs = _rivals(name, images, theirs, ours, options.compiled)
     expected = torch.cat([x.flatten(0, -2) for x in runs[PEER]()])
     difference = 0.0

@@ -30,7 +30,7 @@ def register() -> None:
                 [Concatenate(dim=0)],
             ),
             *(
-                WeightRenaming(f"attention.{name}_proj.bias", f"attention.qkv.{name}_bias")
+                WeightRenaming(f"attention.{name}_proj.bias", f"attention.qkv_bias.{name}_bias")
                 for name in "qkv"
             ),
         ],

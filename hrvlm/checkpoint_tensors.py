@@ -28,7 +28,9 @@ from .checkpoint_report import Shape, compare, group_keys
 
 # Recomputed (RoPE), used in training alone, or a head on top of the encoder.
 _LEFT_OUT = re.compile(r"(rope_embed|rope_embeddings|rope|local_cls_norm|projectors|head)\.")
-_QKV_KEY = re.compile(r"(?:attn|attention)\.(?:qkv\.(weight|bias)|(?:qkv\.)?([qkv])_bias)")
+_QKV_KEY = re.compile(
+    r"(?:attn|attention)\.(?:qkv\.(weight|bias)|(?:qkv(?:_bias)?\.)?([qkv])_bias)"
+)
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,7 @@ def _joined_qkv(canonical: Mapping[str, Tensor], head: str, layout: Layout) -> d
     }
     if layout == "fused":
         return {"attention.qkv.weight": weight} | {
-            f"attention.qkv.{n}_bias": b for n, b in bias.items()
+            f"attention.qkv_bias.{n}_bias": b for n, b in bias.items()
         }
     allowed: tuple[set[str], ...] = (set(), {"q", "v"}) + (
         ({"q", "k", "v"},) if layout == "meta" else ()

@@ -2,7 +2,7 @@
 
     transformers         layer.N.attention.{q,k,v,o}_proj, layer_scale1.lambda1, mlp.{up,down}_proj
     transformers_memory  the same with model.layer.N: transformers' DINOv3ViTModel.state_dict()
-    fused                the same with attention.qkv.{weight,q_bias,k_bias,v_bias}: DINOv3Encoder
+    fused                the same with attention.qkv.weight, qkv_bias.{q,k,v}_bias: DINOv3Encoder
     meta                 blocks.N.attn.{qkv,proj}, ls1.gamma, mlp.{fc1,fc2}, storage_tokens
     timm                 blocks.N.attn.{qkv,q_bias,v_bias,proj}, gamma_1, mlp.{fc1,fc2}, reg_token
 

@@ -61,7 +61,7 @@ class GraphedEncoder:
             raise ValueError("sizes must hold at least one packing, got none")
         if encoder.training:
             raise ValueError("graphed: the encoder is in training mode; call eval() first")
-        device = encoder.norm.weight.device
+        device = encoder.device
         if device.type != "cuda":
             raise RuntimeError(
                 f"graphed: CUDA graphs need the encoder on a GPU, it is on {device.type!r}"
@@ -120,10 +120,9 @@ def _record(
     packed = PackedGrids.from_grids(
         grids, num_prefix_tokens=encoder.num_prefix_tokens, device=device
     )
-    weight = encoder.embeddings.patch_embeddings.weight
-    rows = sum(hp * wp for hp, wp in grids)
+    shape = sum(hp * wp for hp, wp in grids), encoder.config.num_channels * encoder.patch_size**2
     with torch.inference_mode(False), torch.no_grad():
-        patches = torch.zeros(rows, weight[0].numel(), dtype=weight.dtype, device=device)
+        patches = torch.zeros(shape, dtype=encoder.dtype, device=device)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):

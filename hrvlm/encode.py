@@ -185,7 +185,11 @@ def encode(
         loaded.name,
         loaded.random_weights,
         encoder.backend,
-        resolve("varlen_attention", encoder.backend, encoder.norm.weight),
+        resolve(
+            "varlen_attention",
+            encoder.backend,
+            torch.empty(0, dtype=encoder.dtype, device=encoder.device),
+        ),
         str(encoder.device),
         str(encoder.dtype).removeprefix("torch."),
     )

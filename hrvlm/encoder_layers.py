@@ -21,13 +21,26 @@ from hrvlm_kernels import PackedGrids, rope_2d, varlen_attention
 from hrvlm_kernels.residual_layer_norm import residual_layer_norm
 from hrvlm_kernels.swiglu import swiglu
 
+from .plain_modules import input_dtype, is_plain
+
 # What a block can run in fewer passes over memory: its first residual connection with the norm
 # behind it, and the gate of its MLP. None is on until it is faster on a GPU.
 FUSED_OPS = ("residual_layer_norm", "swiglu")
 
 
+class PatchEmbedding(nn.Conv2d):
+    """A convolution over patches, which is one matrix product where the images are patches."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """``[N, 3, p, p]`` to ``[N, C, 1, 1]``; images of other sizes as any convolution."""
+        if pixels.shape[1:] != self.weight.shape[1:]:
+            return super().forward(pixels)
+        x = nn.functional.linear(pixels.flatten(1), self.weight.flatten(1), self.bias)
+        return x[:, :, None, None]
+
+
 class DINOv3Embeddings(nn.Module):
-    """Patch embedding, a linear layer with weights in convolution form, and the prefix tokens."""
+    """Patch embedding and the prefix tokens."""
 
     def __init__(self, config: DINOv3ViTConfig):
         super().__init__()
@@ -35,12 +48,13 @@ class DINOv3Embeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, size))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
         self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
-        self.patch_embeddings = nn.Conv2d(config.num_channels, size, kernel_size=p, stride=p)
+        self.patch_shape = (config.num_channels, p, p)
+        self.patch_embeddings = PatchEmbedding(config.num_channels, size, kernel_size=p, stride=p)
 
     def forward(self, patches: Tensor, packed: PackedGrids, masked: Tensor | None) -> Tensor:
         """Patches ``[N, 3*p*p]`` and a bool mask ``[N]`` to packed tokens ``[T, C]``."""
-        weight = self.patch_embeddings.weight.flatten(1)
-        x = nn.functional.linear(patches.to(weight.dtype), weight, self.patch_embeddings.bias)
+        pixels = patches.to(input_dtype(self.patch_embeddings, patches))
+        x = self.patch_embeddings(pixels.unflatten(1, self.patch_shape)).flatten(1)
         if masked is not None:
             x = torch.where(masked[:, None], self.mask_token[0].to(x.dtype), x)
         prefix = torch.cat((self.cls_token[0], self.register_tokens[0])).to(x.dtype)  # [P, C]
@@ -52,9 +66,19 @@ class DINOv3Embeddings(nn.Module):
 
 
 class QKVLinear(nn.Linear):
-    """q, k and v as one product; each has a bias of its own or none (DINOv3's k has none).
+    """q, k and v as one product.
 
-    A stored bias of size 3C would let the part of k drift away from zero in training.
+    A class of its own for those who replace every ``nn.Linear`` by a layer with packed weights
+    (bitsandbytes): saving splits the weight, and a packed one can't be split.
+    """
+
+
+class QKVBias(nn.Module):
+    """The biases of q, k and v, each of its own or none (DINOv3's k has none).
+
+    A stored bias of size 3C would let the part of k drift away from zero in training. They are no
+    part of :class:`QKVLinear`, so that what adapts or replaces a linear layer finds all of it in
+    ``weight``.
     """
 
     q_bias: nn.Parameter | None
@@ -62,26 +86,28 @@ class QKVLinear(nn.Linear):
     v_bias: nn.Parameter | None
 
     def __init__(self, config: DINOv3ViTConfig):
-        size = config.hidden_size
-        super().__init__(size, 3 * size, bias=False)
+        super().__init__()
         for name, present in (
             ("q", config.query_bias),
             ("k", config.key_bias),
             ("v", config.value_bias),
         ):
-            self.register_parameter(
-                f"{name}_bias", nn.Parameter(torch.zeros(size)) if present else None
-            )
+            bias = nn.Parameter(torch.zeros(config.hidden_size)) if present else None
+            self.register_parameter(f"{name}_bias", bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[T, C]`` to ``[T, 3C]``."""
+    def forward(self, qkv: Tensor) -> Tensor:
+        """``qkv + bias``, both ``[T, 3C]``."""
+        bias = self.joined()
+        return qkv if bias is None else qkv + bias.to(qkv.dtype)
+
+    def joined(self) -> Tensor | None:
+        """The bias ``[3C]`` with zeros where there is none; None without any."""
         biases = (self.q_bias, self.k_bias, self.v_bias)
         present = [b for b in biases if b is not None]
         if not present:
-            return nn.functional.linear(x, self.weight)
-        zeros = torch.zeros_like(present[0])  # not of the weight, which may be quantised
-        bias = torch.cat([zeros if b is None else b for b in biases])
-        return nn.functional.linear(x, self.weight, bias)
+            return None
+        zeros = torch.zeros_like(present[0])
+        return torch.cat([zeros if b is None else b for b in biases])
 
 
 class DINOv3Attention(nn.Module):
@@ -94,7 +120,8 @@ class DINOv3Attention(nn.Module):
         self.num_prefix_tokens = 1 + config.num_register_tokens
         self.rope_theta = config.rope_theta if getattr(config, "use_rope", True) else None
         self._inv_freq = self._frequencies(torch.device("cpu"))
-        self.qkv = QKVLinear(config)
+        self.qkv = QKVLinear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.qkv_bias = QKVBias(config)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
         self.register_load_state_dict_pre_hook(_fuse_qkv)
 
@@ -107,7 +134,15 @@ class DINOv3Attention(nn.Module):
         return self.o_proj(out.flatten(1))
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.qkv(x).unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
+        if (
+            is_plain(self.qkv, QKVLinear)
+            and is_plain(self.qkv_bias, QKVBias)
+            and self.qkv.bias is None
+        ):
+            qkv = nn.functional.linear(x, self.qkv.weight, self.qkv_bias.joined())
+        else:
+            qkv = self.qkv_bias(self.qkv(x))
+        return qkv.unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
 
     def _rope(self, packed: PackedGrids) -> tuple[Tensor, Tensor] | None:
         if self.rope_theta is None:
@@ -122,8 +157,9 @@ class DINOv3Attention(nn.Module):
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> DINOv3Attention:
         """Moved, keep the frequencies at hand: torch.compile would make them in every forward."""
         super()._apply(fn, *args, **kwargs)
-        if not self.o_proj.weight.is_meta:
-            self._inv_freq = self._frequencies(self.o_proj.weight.device)
+        device = fn(torch.empty(0, device=self._inv_freq.device)).device
+        if device.type != "meta":
+            self._inv_freq = self._frequencies(device)
         return self
 
     def prefix_attention(self, x: Tensor, packed: PackedGrids, backend: str) -> Tensor:
@@ -172,22 +208,6 @@ class LayerScale(nn.Module):
         """``residual + lambda1 * update`` in one pass."""
         return torch.addcmul(residual, update, self.lambda1)
 
-    def with_norm(
-        self, residual: Tensor, update: Tensor, norm: nn.LayerNorm, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`forward` and the norm of it, both in one pass."""
-        # Under autocast the parameters are wider than the activations, and addcmul promotes.
-        dtype = torch.promote_types(residual.dtype, self.lambda1.dtype)
-        return residual_layer_norm(
-            residual.to(dtype),
-            update,
-            self.lambda1,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            backend=backend,
-        )
-
 
 class DINOv3Layer(GradientCheckpointingLayer):
     """One pre-norm block with LayerScale and, in training, stochastic depth per image."""
@@ -213,13 +233,25 @@ class DINOv3Layer(GradientCheckpointingLayer):
         """Packed tokens ``[T, C]`` to ``[T, C]``; `fused` is some of :data:`FUSED_OPS`."""
         drop = self._drop_path if drop_path else _keep
         update = drop(self.attention(self.norm1(x), packed, backend), packed)
-        if "residual_layer_norm" in fused and not drop_path:
-            x, normed = self.layer_scale1.with_norm(x, update, self.norm2, backend)
+        if "residual_layer_norm" in fused and not drop_path and self._is_plain_between():
+            x, normed = self._scale_and_norm(x, update, backend)
         else:
             x = self.layer_scale1(x, update)
             normed = self.norm2(x)
         del update  # a [T, C] that the MLP, where memory peaks, would carry along
         return self.layer_scale2(x, drop(self.mlp(normed, backend, fused), packed))
+
+    def _is_plain_between(self) -> bool:
+        return is_plain(self.layer_scale1, LayerScale) and is_plain(self.norm2, nn.LayerNorm)
+
+    def _scale_and_norm(self, x: Tensor, update: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        """The first residual connection and the second norm of it, both in one pass."""
+        scale, norm = self.layer_scale1.lambda1, self.norm2
+        # Under autocast the parameters are wider than the activations, and addcmul promotes.
+        x = x.to(torch.promote_types(x.dtype, scale.dtype))
+        return residual_layer_norm(
+            x, update, scale, norm.weight, norm.bias, norm.eps, backend=backend
+        )
 
     def prefix_attention(self, x: Tensor, packed: PackedGrids, backend: str = "auto") -> Tensor:
         """Attention ``[P, heads, T]`` of the prefix tokens in this block, given its input `x`."""
@@ -274,5 +306,6 @@ def _fuse_qkv(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_:
     if all(key in state_dict for key in weights):
         state_dict[f"{prefix}qkv.weight"] = torch.cat([state_dict.pop(key) for key in weights])
     for name in "qkv":
-        if f"{prefix}{name}_proj.bias" in state_dict:
-            state_dict[f"{prefix}qkv.{name}_bias"] = state_dict.pop(f"{prefix}{name}_proj.bias")
+        for key in (f"{prefix}{name}_proj.bias", f"{prefix}qkv.{name}_bias"):
+            if key in state_dict:
+                state_dict[f"{prefix}qkv_bias.{name}_bias"] = state_dict.pop(key)

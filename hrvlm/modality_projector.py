@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from hrvlm_kernels import PackedGrids, pixel_shuffle_linear
 
+from .plain_modules import input_dtype, is_plain
+
 
 def image_token_count(patch_grid: tuple[int, int], factor: int, append_cls: bool = False) -> int:
     """Tokens that an image has in the language model: gh * gw, and one more for its CLS.
@@ -192,25 +194,31 @@ class ModalityProjector(nn.Module):
         return tokens.view(x.shape[0], per_image, tokens.shape[1])
 
     def _project(self, x: Tensor, packed: PackedGrids) -> Tensor:
-        weight = self.proj.weight
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(weight.dtype)
-        if type(self.proj) is nn.Linear and type(weight) is nn.Parameter:
-            tokens = pixel_shuffle_linear(x, packed, self.factor, weight, backend=self.backend)
-        else:  # an adapter or a quantised layer in its place has a forward of its own
-            tokens = self.proj(x[packed.shuffle_index(self.factor).long()].flatten(1))
+        packed.check_rows(x, "x")
+        patches = _as_input(self.proj, x)
+        if is_plain(self.proj, nn.Linear):
+            tokens = pixel_shuffle_linear(
+                patches,
+                packed,
+                self.factor,
+                self.proj.weight,
+                self.proj.bias,
+                backend=self.backend,
+            )
+        else:
+            tokens = self.proj(patches[packed.shuffle_index(self.factor).long()].flatten(1))
         if self.cls_proj is None:
             return tokens
         if not packed.num_prefix_tokens:
             raise ValueError("packed has no prefix tokens, and mp_append_cls needs the CLS token")
-        cls = self.cls_proj(x[packed.cu_seqlens[:-1].long()]).to(tokens.dtype)
+        cls = self.cls_proj(_as_input(self.cls_proj, x[packed.cu_seqlens[:-1].long()]))
         # In this layout each image has one token more, in front; here it goes to the end.
         longer = PackedGrids.from_grids(
             packed.token_grids(self.factor), num_prefix_tokens=1, device=x.device
         )
         out = tokens.new_zeros(longer.total_tokens, tokens.shape[1])
         out = out.index_copy(0, longer.patch_rows().long() - 1, tokens)
-        return out.index_copy(0, longer.cu_seqlens[1:].long() - 1, cls)
+        return out.index_copy(0, longer.cu_seqlens[1:].long() - 1, cls.to(tokens.dtype))
 
     def _prefix_of(self, rows: int, gh: int, gw: int) -> int:
         """The prefix tokens among `rows`, which have to fit the patch grid."""
@@ -248,3 +256,10 @@ class ModalityProjector(nn.Module):
     def extra_repr(self) -> str:
         """The options, for ``print``."""
         return f"factor={self.factor}, num_prefix_tokens={self.num_prefix_tokens}"
+
+
+def _as_input(module: nn.Module, x: Tensor) -> Tensor:
+    """`x` in the dtype that `module` is to be given; under autocast the module's call casts."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(input_dtype(module, x))

@@ -284,8 +284,8 @@ def _pointer_loss(attention: Any, inputs: Any, targets: Tensor, is_image: Tensor
     """Cross entropy of the first head's scores over the image tokens of each row."""
     hidden, (cos, sin) = inputs
     width = attention.head_dim
-    query = F.linear(hidden, attention.q_proj.weight[:width])
-    key = F.linear(hidden, attention.k_proj.weight[:width])
+    query = attention.q_proj(hidden)[..., :width]
+    key = attention.k_proj(hidden)[..., :width]
     query, key = (x * cos + _rotate_half(x) * sin for x in (query, key))
     scores = (query @ key.transpose(1, 2)).float() * attention.scaling
     scores = scores.masked_fill(~is_image[:, None, :], float("-inf"))

@@ -202,7 +202,7 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
                 f"{(len(grids) * n * n, width)} for {len(grids)} images of {n}x{n} patches"
             )
         images = unpatchify(pixel_values.view(len(grids), n * n, width), (n, n), p)
-        return self.vision_encoder(images.to(self.vision_encoder.dtype)).last_hidden_state
+        return self.vision_encoder(images).last_hidden_state
 
     @can_return_tuple
     def forward(
@@ -295,7 +295,7 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
         if grids:
             self._image_token_id()
         counts = count_batch(input_ids, attention_mask, config.image_token_id)
-        check_vocabulary(counts, input_ids, len(self.get_input_embeddings().weight))
+        check_vocabulary(counts, input_ids, config.text_config.get_text_config().vocab_size)
         tokens = count_tokens(grids, config.mp_pixel_shuffle_factor, config.mp_append_cls)
         numbers = images_per_sample(counts.placeholders, grids, tokens)
         check_context(counts, numbers, grids, config.lm_max_position_embeddings)

@@ -24,7 +24,14 @@ from hrvlm_kernels.backends import check_backend
 
 from . import checkpoint_mapping
 from .checkpoints import is_foreign, load_foreign
-from .encoder_layers import FUSED_OPS, DINOv3Embeddings, DINOv3Layer, LayerScale, patch_size_of
+from .encoder_layers import (
+    FUSED_OPS,
+    DINOv3Embeddings,
+    DINOv3Layer,
+    LayerScale,
+    QKVBias,
+    patch_size_of,
+)
 from .encoder_output import EncoderOutput, PackedEncoderOutput
 from .patches import pack_images, patchify
 from .strict_loading import StrictModel
@@ -122,9 +129,11 @@ class DINOv3Encoder(StrictModel):
         super()._init_weights(module)
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
-            for name, bias in module.named_parameters(recurse=False):
-                if name.endswith("bias"):
-                    init.zeros_(bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, QKVBias):
+            for bias in module.parameters():
+                init.zeros_(bias)
         elif isinstance(module, DINOv3Embeddings):
             init.trunc_normal_(module.cls_token, mean=0.0, std=std)
             init.zeros_(module.mask_token)
@@ -151,6 +160,10 @@ class DINOv3Encoder(StrictModel):
             parameter.requires_grad_(True)
         self._frozen, self._thaws = False, []
         return self
+
+    def _is_frozen(self) -> bool:
+        """Frozen, and no adapter has been added since that is there to be trained."""
+        return self._frozen and not any(p.requires_grad for p in self.parameters())
 
     def graphed(self, sizes: Sequence[Sequence[Sequence[int]]]) -> GraphedEncoder:
         """This encoder replayed from CUDA graphs, for inference on a fixed set of sizes.
@@ -214,9 +227,8 @@ class DINOv3Encoder(StrictModel):
             ValueError: an image's sides are not multiples of the patch size, shapes do not fit, or
                 the dtype is float16 without ``allow_fp16``.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_frozen()):
             patches, packed, batch = self._pack(pixel_values, grids)
-            self._refuse_fp16(patches.device.type)
             masked = _flat_mask(bool_masked_pos, patches)
             if output_hidden_states is None:
                 output_hidden_states = self.config.output_hidden_states
@@ -287,11 +299,8 @@ class DINOv3Encoder(StrictModel):
             pairs, num_prefix_tokens=self.num_prefix_tokens, device=device
         )
 
-    def _refuse_fp16(self, device_type: str) -> None:
-        dtype = self.norm.weight.dtype
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-        if dtype == torch.float16 and not self.allow_fp16:
+    def _refuse_fp16(self, x: Tensor) -> None:
+        if x.dtype == torch.float16 and not self.allow_fp16:
             raise ValueError(
                 "float16: DINOv3's activations overflow it; use bfloat16 or float32, "
                 "or allow_fp16=True"
@@ -310,6 +319,7 @@ class DINOv3Encoder(StrictModel):
         rope_augment: bool,
     ) -> dict[str, Any]:
         x = self.embeddings(patches, packed, masked)
+        self._refuse_fp16(x)
         if rope_augment:
             packed = packed.with_coords(self._augmented(packed))
         drop_path = self.training and self.config.drop_path_rate > 0

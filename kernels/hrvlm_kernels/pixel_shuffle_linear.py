@@ -207,6 +207,9 @@ def check_pixel_shuffle_inputs(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+    for name, a in (("x", x), ("weight", weight), ("bias", bias)):
+        if a is not None and not a.is_floating_point():
+            raise ValueError(f"{name} must be a float tensor, got {a.dtype}")
     devices = {x.device, packed.device, weight.device} | (
         {bias.device} if bias is not None else set()
     )

@@ -131,7 +131,7 @@ def test_each_part_has_its_rate_and_only_matrices_decay():
             found[names[id(parameter)]] = (group["lr"], group["weight_decay"], group["muon"])
     assert len(found) == len(names) - 1  # the mask token is not trained
     assert found["vision_encoder.layer.0.attention.qkv.weight"] == (0.1, 0.3, True)
-    assert found["vision_encoder.layer.0.attention.qkv.q_bias"] == (0.1, 0.0, False)
+    assert found["vision_encoder.layer.0.attention.qkv_bias.q_bias"] == (0.1, 0.0, False)
     assert found["vision_encoder.layer.1.layer_scale1.lambda1"] == (0.1, 0.0, False)
     assert found["vision_encoder.embeddings.register_tokens"] == (0.1, 0.0, False)
     assert found["vision_encoder.embeddings.patch_embeddings.weight"] == (0.1, 0.3, False)

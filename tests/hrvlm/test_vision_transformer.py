@@ -58,9 +58,9 @@ def theirs_gradient(gradients, key):
     key = key if key.startswith(("embeddings", "norm")) else f"model.{key}"
     if key.endswith("qkv.weight"):
         return torch.cat([gradients[key.replace("qkv", f"{n}_proj")] for n in "qkv"])
-    if ".qkv." in key:
+    if ".qkv_bias." in key:
         name = key[-len("q_bias")]
-        return gradients[key.replace(f"qkv.{name}_bias", f"{name}_proj.bias")]
+        return gradients[key.replace(f"qkv_bias.{name}_bias", f"{name}_proj.bias")]
     if gradients[key] is None:
         return torch.zeros(1)
     return gradients[key]

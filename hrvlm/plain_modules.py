@@ -1,0 +1,67 @@
+"""When a parameter may be read past its module's call, and what a call wants its input to be.
+
+A parameter is used through its module: hooks, adapters, offloading, quantisation and sharding all
+sit on the call, and whoever reads ``child.weight`` passes them by without a word. A fused kernel
+has to read the weight, and may where :func:`is_plain` says that the call would do nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# What nn.Module looks at before it calls forward directly; the names are torch's own.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
+
+def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` is ``kind.forward`` on float parameters that it holds, no more.
+
+    It is of this class exactly (an adapter, a quantised layer, a parametrization and FSDP's units
+    are of another), has no hooks and no forward of its own (the offloading of Hugging Face's
+    accelerate), there are no hooks for all modules, and each parameter is an ordinary tensor of a
+    real device, wider than a byte: not sharded, not packed by a quantiser, not on meta.
+    """
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not any(getattr(module, name) for name in _HOOKS)
+        and not any(getattr(torch.nn.modules.module, name) for name in _GLOBAL_HOOKS)
+        and all(p is None or _is_plain_tensor(p) for p in module._parameters.values())
+    )
+
+
+def _is_plain_tensor(p: Tensor) -> bool:
+    return type(p) in (nn.Parameter, Tensor) and is_float(p) and not p.is_meta
+
+
+def is_float(stored: Tensor) -> bool:
+    """Whether a parameter holds numbers to compute with, rather than a quantiser's codes.
+
+    Quantisers keep theirs in integers, in float8, or packed into a wider type by a class of
+    parameter of their own (bitsandbytes' ``quant_storage``). A tensor subclass (torchao's, DTensor)
+    says the dtype that it acts as.
+    """
+    own_class = issubclass(type(stored), nn.Parameter) and type(stored) is not nn.Parameter
+    return stored.is_floating_point() and stored.element_size() > 1 and not own_class
+
+
+def input_dtype(module: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype in which `module`, a linear layer, is to be given `x`.
+
+    That of its weight, as transformers casts for its patch embeddings; that of `x` where the weight
+    is a quantiser's, which casts by itself.
+    """
+    weight = getattr(module, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and is_float(weight) else x.dtype

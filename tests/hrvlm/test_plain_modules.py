@@ -1,0 +1,225 @@
+"""Every parameter is used through its module's call; kernels read only weights of plain modules."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_modules
+from torch.nn.utils import parametrizations, prune
+
+from hrvlm.encoder_layers import FUSED_OPS
+from hrvlm.modality_projector import ModalityProjector
+from hrvlm.plain_modules import input_dtype, is_plain
+from tests.hrvlm.encoders import FAMILY, pair_of
+from tests.hrvlm.tiny import config_of, model_of, picture, processor_of, siglip_config_of
+
+IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+
+
+def silent_modules(model, run):
+    """Hooks that do not fire in a training step, of all modules with parameters of their own."""
+    owners = {
+        name: module
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+    assert owners
+    silent, handles = set(), []
+    for name, module in owners.items():
+        for register in (
+            module.register_forward_pre_hook,
+            module.register_forward_hook,
+            module.register_full_backward_hook,
+        ):
+            key = (name, register.__name__)
+            silent.add(key)
+            handles.append(register(lambda *_, key=key: silent.discard(key)))
+    run().square().sum().backward()
+    for handle in handles:
+        handle.remove()
+    return silent
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", FAMILY)
+def test_hooks_fire_on_every_module_of_the_encoder(name, fused):
+    theirs, ours = pair_of(name, num_hidden_layers=2)
+    ours._fuse(*FUSED_OPS if fused else ())
+    assert silent_modules(theirs, lambda: theirs(IMAGES).last_hidden_state) == set()
+    assert silent_modules(ours, lambda: ours(IMAGES).last_hidden_state) == set()
+
+
+@pytest.mark.parametrize("append_cls", [False, True])
+def test_hooks_fire_on_every_module_of_the_projector(append_cls):
+    projector = ModalityProjector(
+        vit_hidden_dim=8,
+        lm_hidden_dim=12,
+        mp_pixel_shuffle_factor=2,
+        num_prefix_tokens=1,
+        mp_append_cls=append_cls,
+    )
+    x = torch.randn(2, 9, 8, requires_grad=True)
+    assert silent_modules(projector, lambda: projector(x, 4, 2)) == set()
+
+
+@pytest.mark.parametrize("vision", ["dinov3", "siglip"])
+def test_hooks_fire_on_every_module_of_the_vlm(vision):
+    siglip = vision == "siglip"
+    config = config_of(siglip_config_of() if siglip else None, mp_append_cls=not siglip)
+    model = model_of(config)
+    inputs = processor_of(config=config)(images=[picture(32, 32)], text="<|image|>say")
+    assert silent_modules(model, lambda: model(**inputs).logits) == set()
+
+
+def test_what_a_hook_returns_is_what_the_encoder_goes_on_with():
+    _, encoder = pair_of()
+    expected = encoder(IMAGES).last_hidden_state
+    for name in ("embeddings.patch_embeddings", "layer.0.attention.qkv", "layer.0.norm2"):
+        module = encoder.get_submodule(name)
+        with module.register_forward_hook(lambda module, args, out: 2 * out):
+            assert not torch.allclose(encoder(IMAGES).last_hidden_state, expected), name
+        with module.register_forward_hook(lambda module, args, out: out.clone()):
+            torch.testing.assert_close(encoder(IMAGES).last_hidden_state, expected)
+
+
+def test_the_patch_embedding_is_the_convolution_of_an_image_too(rng):
+    theirs, ours = pair_of()
+    image = torch.randn(2, 3, 48, 80, generator=rng)
+    expected = theirs.get_input_embeddings()(image)
+    assert torch.equal(ours.get_input_embeddings()(image), expected)
+    patch = ours.get_input_embeddings()(image[:, :, 16:32, 16:32])
+    torch.testing.assert_close(patch, expected[:, :, 1:2, 1:2])
+
+
+def linear_of(change):
+    layer = nn.Linear(4, 3)
+    change(layer)
+    return layer
+
+
+def replace_forward(layer):
+    layer.forward = layer.forward
+
+
+def replace_weight(make):
+    def change(layer):
+        layer.weight = nn.Parameter(make(layer.weight.detach()), requires_grad=False)
+
+    return change
+
+
+class OwnParameter(nn.Parameter):
+    """As bitsandbytes has them."""
+
+
+NOT_PLAIN = {
+    "forward hook": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda layer: layer.register_full_backward_hook(lambda *_: None),
+    "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+    "forward of its own": replace_forward,
+    "parametrization": parametrizations.weight_norm,
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "integer weight": replace_weight(lambda w: w.to(torch.int8)),
+    "float8 weight": replace_weight(lambda w: w.to(torch.float8_e4m3fn)),
+    "meta": lambda layer: layer.to("meta"),
+    "packed weight": lambda layer: layer.register_parameter("weight", OwnParameter(layer.weight)),
+}
+
+
+@pytest.mark.parametrize("change", NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_a_module_with_something_on_it_is_not_plain(change):
+    assert is_plain(nn.Linear(4, 3), nn.Linear)
+    assert not is_plain(linear_of(change), nn.Linear)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        torch_modules.register_module_forward_hook,
+        torch_modules.register_module_forward_pre_hook,
+        torch_modules.register_module_full_backward_hook,
+        torch_modules.register_module_full_backward_pre_hook,
+    ],
+)
+def test_no_module_is_plain_under_hooks_for_all(register):
+    with register(lambda *_: None):
+        assert not is_plain(nn.Linear(4, 3), nn.Linear)
+    assert is_plain(nn.Linear(4, 3), nn.Linear)
+
+
+def test_a_sharded_weight_is_not_plain(tmp_path):
+    distributed = torch.distributed
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        layer = linear_of(
+            lambda layer: layer.register_parameter(
+                "weight", nn.Parameter(distributed.tensor.distribute_tensor(layer.weight, mesh))
+            )
+        )
+        assert not is_plain(layer, nn.Linear)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_an_input_takes_the_dtype_of_a_weight_only_if_it_is_one():
+    x = torch.zeros(1, 4, dtype=torch.float16)
+    assert input_dtype(nn.Linear(4, 3), x) == torch.float32
+    for name in ("forward hook", "parametrization", "meta"):
+        assert input_dtype(linear_of(NOT_PLAIN[name]), x) == torch.float32
+    for name in ("integer weight", "float8 weight", "packed weight"):
+        assert input_dtype(linear_of(NOT_PLAIN[name]), x) == torch.float16
+    assert input_dtype(nn.Identity(), x) == torch.float16
+
+
+class RowScaled(nn.Module):
+    """A linear layer in int8 with a scale a row, made from one as quantisers do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        stored = (layer.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(stored, requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+def test_every_linear_layer_replaced_by_one_in_int8():
+    theirs, ours = pair_of()
+    vlm, inputs = model_of(), processor_of()(images=[picture(60, 40)], text="<|image|>say")
+    for model, run in (
+        (theirs, lambda model: model(IMAGES).last_hidden_state),
+        (ours, lambda model: model(IMAGES).last_hidden_state),
+        (vlm, lambda model: model(**inputs).logits),
+    ):
+        changed = copy.deepcopy(model)
+        for name, module in list(changed.named_modules()):
+            if isinstance(module, nn.Linear):
+                changed.set_submodule(name, RowScaled(module))
+        with torch.no_grad():
+            exact, near = run(model), run(changed.to("cpu"))
+        # A row's step is 1/127 of its largest weight; errors of the layers add up.
+        assert 0 < (near - exact).norm() / exact.norm() < 0.05
+
+
+def test_a_projector_with_a_bias_uses_it(rng):
+    projector = ModalityProjector(vit_hidden_dim=8, lm_hidden_dim=6, mp_pixel_shuffle_factor=2)
+    x = torch.randn(1, 16, 8, generator=rng)
+    plain = projector(x, 4, 4)
+    biased = nn.Linear(32, 6)
+    biased.weight = projector.proj.weight
+    projector.proj = biased
+    torch.testing.assert_close(projector(x, 4, 4), plain + biased.bias)
+
+
+def test_the_final_norm_can_be_taken_off(rng):
+    _, encoder = pair_of()
+    states = encoder(IMAGES, output_hidden_states=True).hidden_states
+    encoder.norm = nn.Identity()
+    assert torch.equal(encoder(IMAGES).last_hidden_state, states[-1])
