@@ -17,10 +17,10 @@ PATCH_SIZE = 16
 PREFIX_TOKENS = 5
 
 MIXED_GRIDS = mixed_grids(64)
-"""Patch grids (down, across)."""
+"""Patch grids (height, width)."""
 
 MIXED_SIZES = [(PATCH_SIZE * hp, PATCH_SIZE * wp) for hp, wp in MIXED_GRIDS]
-"""Pixels (down, across)."""
+"""Pixels (height, width)."""
 
 MIXED_LENGTHS = [PREFIX_TOKENS + hp * wp for hp, wp in MIXED_GRIDS]
 """Tokens of each image, with CLS and 4 registers."""

@@ -214,7 +214,7 @@ def mixed_grids(
     uniform, and half the images stand upright.
 
     Returns:
-        `count` grids (down, across), the same on every machine.
+        `count` grids (height, width), the same on every machine.
     """
     draw, grids = random.Random(seed), []
     for _ in range(count):

@@ -27,7 +27,6 @@ app = typer.Typer(
 )
 
 MaxImgSize = Annotated[int, typer.Option(help="Limit of the longer side in pixels.")]
-Factor = Annotated[int, typer.Option(help="Pixel-shuffle factor: factor x factor patches a token.")]
 Upscale = Annotated[
     bool, typer.Option("--upscale", help="Enlarge smaller images to --max-img-size.")
 ]
@@ -62,7 +61,6 @@ def encode(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for features and pictures.")] = None,
     max_img_size: MaxImgSize = 1024,
-    factor: Factor = 4,
     upscale: Upscale = False,
     backend: Annotated[str, typer.Option(help="auto, triton, flash_attn, sdpa or eager.")] = "auto",
     device: Device = None,
@@ -86,6 +84,7 @@ def encode(
 ) -> None:
     """Encode images of any shapes in one packed pass.
 
+    An image's sides become multiples of the patch size.
     With --out: features (safetensors) and a picture of the input, its patch features (PCA to RGB)
     and the CLS token's attention, per image.
     """
@@ -102,7 +101,6 @@ def encode(
             note("note: no --model, so the weights are random: the features mean nothing")
         options = EncodeOptions(
             max_img_size=max_img_size,
-            factor=factor,
             allow_upscale=upscale,
             max_tokens_per_pass=max_tokens_per_pass,
             out=out,
@@ -125,7 +123,7 @@ def encode(
 @app.command()
 def plan(
     images: Annotated[
-        list[str], typer.Argument(metavar="WIDTHxHEIGHT...", help="Sizes, or image files.")
+        list[str], typer.Argument(metavar="HEIGHTxWIDTH...", help="Sizes, or image files.")
     ],
     model: Annotated[
         str,
@@ -133,7 +131,12 @@ def plan(
     ] = "vitb16",
     max_img_size: MaxImgSize = 1024,
     patch_size: Annotated[int | None, typer.Option(help="Default: the model's.")] = None,
-    factor: Factor = 4,
+    factor: Annotated[
+        int,
+        typer.Option(
+            help="The projector's: factor x factor patches a token; 1: the encoder alone."
+        ),
+    ] = 4,
     upscale: Upscale = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     as_json: Json = False,

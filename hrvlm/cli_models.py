@@ -176,7 +176,7 @@ def bench_generate(
     model: Model,
     size: Annotated[
         list[str] | None,
-        typer.Option(metavar="WIDTHxHEIGHT", help="Image size; repeat for several."),
+        typer.Option(metavar="HEIGHTxWIDTH", help="Image size; repeat for several."),
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate, exactly.")] = 64,
     repeats: Annotated[int, typer.Option(help="Runs of each size, after one to warm up.")] = 5,
@@ -191,7 +191,7 @@ def bench_generate(
         from .bench_generate import bench_generate as run
         from .plan import size_of
 
-        sizes = tuple(size_of(text)[::-1] for text in size) if size else SIZES
+        sizes = tuple(map(size_of, size)) if size else SIZES
         options = BenchOptions(sizes, new_tokens, repeats)
         with console.progress("runs", len(sizes) * (repeats + 1)) as advance:
             result = run(model, options, device=device, dtype=dtype, on_run=advance)

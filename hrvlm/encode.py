@@ -1,5 +1,6 @@
 """Encode images of any shapes in packed passes; write features and pictures.
 
+There is no projector, so an image's sides become multiples of the patch size and of no more.
 Images are read in order and packed until a pass is full, so that memory does not grow with their
 number. Nothing is padded or reshaped to a common size.
 """
@@ -38,7 +39,6 @@ class EncodeOptions:
     """What `encode` does beside encoding."""
 
     max_img_size: int = 1024
-    factor: int = 4
     allow_upscale: bool = False
     max_tokens_per_pass: int = (
         DEFAULT_MAX_TOKENS  # patches and prefix tokens; one image always fits
@@ -62,16 +62,20 @@ class EncodedImage:
     features: Path | None = None
     picture: Path | None = None
 
+    @property
+    def stretch(self) -> float:
+        """See :meth:`Geometry.stretch`."""
+        return self.geometry.stretch(*self.size)
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data; sizes and grids are (down, across)."""
+        """Plain data; sizes and grids are (height, width)."""
         return {
             "image": str(self.path),
             "size": list(self.size),
             "resized": [self.geometry.height, self.geometry.width],
+            "stretch": self.stretch,
             "patch_grid": list(self.geometry.patch_grid),
-            "token_grid": list(self.geometry.token_grid),
             "patches": self.geometry.num_patches,
-            "tokens": self.geometry.num_tokens,
             "pass": self.pass_index,
             "seconds": self.seconds,
             "share": self.share,
@@ -112,7 +116,6 @@ class EncodeResult:
                 }
                 for i, seconds in enumerate(self.pass_seconds)
             ],
-            "tokens": sum(image.geometry.num_tokens for image in self.images),
             "patches": sum(image.geometry.num_patches for image in self.images),
             "seconds": sum(self.pass_seconds),
         }
@@ -223,7 +226,7 @@ def _passes(
     processor = get_image_processor(
         options.max_img_size,
         vit_patch_size=loaded.encoder.patch_size,
-        pixel_shuffle_factor=options.factor,
+        pixel_shuffle_factor=1,  # no projector: whole patches are enough
         allow_upscale=options.allow_upscale,
         image_mean=loaded.normalization.mean,
         image_std=loaded.normalization.std,

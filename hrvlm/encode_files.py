@@ -111,7 +111,7 @@ class ResultWriter:
                 drawing.attention,
                 title=_readable(drawing.image.path.name),
                 notes=self._caption(drawing.image),
-                size=(geometry.width, geometry.height),
+                size=(geometry.height, geometry.width),
             )
             save = partial(page.save, format="PNG")
             drawing.image.picture = self._write(drawing.image, PICTURE_SUFFIX, save)
@@ -119,10 +119,11 @@ class ResultWriter:
 
     def _caption(self, image: EncodedImage) -> str:
         geometry = image.geometry
-        (height, width), (hp, wp), (gh, gw) = image.size, geometry.patch_grid, geometry.token_grid
+        (height, width), (hp, wp) = image.size, geometry.patch_grid
         return (
-            f"{height}x{width} px (height x width) encoded at {geometry.height}x{geometry.width}, "
-            f"patch grid {hp}x{wp}, token grid {gh}x{gw}, {geometry.num_tokens} tokens\n"
+            f"{height}x{width} px (height x width) encoded at {geometry.height}x{geometry.width} "
+            f"(stretch {image.stretch:.2f}x), "
+            f"patch grid {hp}x{wp}, {geometry.num_patches} patches\n"
             f"{self._loaded.name}"
         )
 
@@ -133,7 +134,6 @@ class ResultWriter:
             "size": image.size,
             "resized": (geometry.height, geometry.width),
             "patch_grid": geometry.patch_grid,
-            "token_grid": geometry.token_grid,
             "patch_size": loaded.encoder.patch_size,
             "num_prefix_tokens": loaded.encoder.num_prefix_tokens,
             "image_mean": loaded.normalization.mean,

@@ -48,6 +48,14 @@ class Geometry(NamedTuple):
         """Visual tokens of the image: gh * gw."""
         return self.token_grid[0] * self.token_grid[1]
 
+    def stretch(self, height: int, width: int) -> float:
+        """How far the aspect ratio is from that of the image of height x width pixels, at least 1.
+
+        The larger of (height / width) / (resized height / resized width) and its inverse.
+        """
+        ratio = self.height * width / (self.width * height)
+        return max(ratio, 1 / ratio)
+
 
 class TileGeometry(NamedTuple):
     """The size an image is resized to before it is cut into square tiles.

@@ -108,10 +108,15 @@ class PlannedImage:
     """One image of a plan."""
 
     name: str
-    width: int
     height: int
+    width: int
     geometry: Geometry
     cost: Cost
+
+    @property
+    def stretch(self) -> float:
+        """See :meth:`Geometry.stretch`."""
+        return self.geometry.stretch(self.height, self.width)
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class Plan:
 
     architecture: Architecture
     dtype: str
+    factor: int  # 1: the encoder alone
     images: tuple[PlannedImage, ...]
 
     @property
@@ -160,12 +166,14 @@ class Plan:
         return {
             "model": self.architecture.name,
             "dtype": self.dtype,
+            "factor": self.factor,
             "parameters": self.architecture.num_parameters,
             "images": [
                 {
                     "image": i.name,
                     "size": [i.height, i.width],
                     "resized": [i.geometry.height, i.geometry.width],
+                    "stretch": i.stretch,
                     "patch_grid": list(i.geometry.patch_grid),
                     "token_grid": list(i.geometry.token_grid),
                     "patches": i.geometry.num_patches,
@@ -197,10 +205,11 @@ def make_plan(
     """Plan one packed forward.
 
     Args:
-        images: Sizes such as ``"1920x1080"`` (width x height) or image files.
+        images: Sizes such as ``"1080x1920"`` (height x width) or image files.
         architecture: The encoder.
         max_img_size: Limit of the longer side in pixels.
-        factor: Pixel-shuffle factor.
+        factor: The projector's pixel-shuffle factor: sides become multiples of patch size *
+            factor. 1 is the encoder alone, whose images need whole patches only.
         dtype: Of weights and activations, one of :data:`DTYPE_BYTES`.
         allow_upscale: Enlarge smaller images to `max_img_size`.
 
@@ -212,7 +221,7 @@ def make_plan(
         raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}; got {dtype!r}")
     planned = []
     for text in images:
-        width, height = size_of(text)
+        height, width = size_of(text)
         geometry = token_grid(
             height,
             width,
@@ -222,8 +231,8 @@ def make_plan(
             allow_upscale=allow_upscale,
         )
         cost = forward_cost(architecture, geometry.num_patches)
-        planned.append(PlannedImage(text, width, height, geometry, cost))
-    return Plan(architecture, dtype, tuple(planned))
+        planned.append(PlannedImage(text, height, width, geometry, cost))
+    return Plan(architecture, dtype, factor, tuple(planned))
 
 
 def forward_cost(architecture: Architecture, num_patches: int) -> Cost:
@@ -237,7 +246,7 @@ def forward_cost(architecture: Architecture, num_patches: int) -> Cost:
 
 
 def size_of(text: str) -> tuple[int, int]:
-    """Width and height of ``"WIDTHxHEIGHT"``, or of an image file, upright.
+    """Height and width of ``"HEIGHTxWIDTH"``, or of an image file, upright.
 
     Raises:
         ValueError: neither a size of at least 1x1 nor an image.
@@ -245,15 +254,16 @@ def size_of(text: str) -> tuple[int, int]:
     """
     match = _SIZE.fullmatch(text.strip())
     if match:
-        width, height = int(match[1]), int(match[2])
-        if not width or not height:
+        height, width = int(match[1]), int(match[2])
+        if not height or not width:
             raise ValueError(f"{text!r}: both sides must be at least 1 pixel")
-        return width, height
+        return height, width
     if not Path(text).exists():
-        raise ValueError(f"{text!r} is neither WIDTHxHEIGHT (such as 1920x1080) nor a file")
+        raise ValueError(f"{text!r} is neither HEIGHTxWIDTH (such as 1080x1920) nor a file")
     from .image_intake import load_image
 
-    return load_image(text).size
+    image = load_image(text)
+    return image.height, image.width
 
 
 def named_architecture(name: str, patch_size: int | None = None) -> Architecture:

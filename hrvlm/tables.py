@@ -21,18 +21,22 @@ if TYPE_CHECKING:
     from .verify import Report
 
 
+_ORDER = "sizes and grids are height x width"
+_STRETCH = "stretch is how far the aspect ratio is from the image's own"
+
+
 def show_encoded(result: EncodeResult) -> None:
-    """Sizes, grids, tokens and times of ``hrvlm encode``."""
+    """Sizes, grids and times of ``hrvlm encode``."""
     _print_table(
-        ["image", "size", "resized", "patch grid", "token grid", "tokens", "time", "share"],
+        ["image", "size", "resized", "stretch", "patch grid", "patches", "time", "share"],
         [
             (
                 image.path,
                 _grid(image.size),
                 _grid((image.geometry.height, image.geometry.width)),
+                f"{image.stretch:.2f}x",
                 _grid(image.geometry.patch_grid),
-                _grid(image.geometry.token_grid),
-                image.geometry.num_tokens,
+                image.geometry.num_patches,
                 _seconds(image.seconds),
                 f"{image.share:.0%}",
             )
@@ -40,11 +44,11 @@ def show_encoded(result: EncodeResult) -> None:
         ],
     )
     patches = sum(image.geometry.num_patches for image in result.images)
-    tokens = sum(image.geometry.num_tokens for image in result.images)
     passes, seconds = len(result.pass_seconds), sum(result.pass_seconds)
+    _print(f"{_ORDER}; {_STRETCH}")
     _print(
-        f"grids are down x across; {_count(len(result.images), 'image')}, "
-        f"{patches} patches, {tokens} tokens in {_count(passes, 'packed pass', 'packed passes')}: "
+        f"{_count(len(result.images), 'image')}, {_count(patches, 'patch', 'patches')} in "
+        f"{_count(passes, 'packed pass', 'packed passes')}: "
         f"{_seconds(seconds)} (an image's time is its share of the pass's FLOPs)"
     )
     attention = f"attention by {result.attention_backend} (backend {result.backend})"
@@ -56,13 +60,15 @@ def show_encoded(result: EncodeResult) -> None:
 
 def show_plan(plan: Plan) -> None:
     """Grids, FLOPs and memory of ``hrvlm plan``."""
+    projector = plan.factor > 1
     rows: list[Sequence[object]] = [
         (
             image.name,
             _grid((image.height, image.width)),
             _grid((image.geometry.height, image.geometry.width)),
+            f"{image.stretch:.2f}x",
             _grid(image.geometry.patch_grid),
-            _grid(image.geometry.token_grid),
+            *([_grid(image.geometry.token_grid)] if projector else []),
             image.geometry.num_tokens,
             quantity(image.cost.gemm, "FLOP"),
             quantity(image.cost.attention, "FLOP"),
@@ -72,13 +78,21 @@ def show_plan(plan: Plan) -> None:
     if len(rows) > 1:
         cost = plan.cost
         total = quantity(cost.gemm, "FLOP"), quantity(cost.attention, "FLOP")
-        rows.append(("all, packed", "", "", "", "", plan.visual_tokens, *total))
-    headers = ["image", "size", "resized", "patch grid", "token grid", "tokens", "GEMMs"]
-    _print_table([*headers, "attention"], rows)
+        rows.append(("all, packed", *[""] * (4 + projector), plan.visual_tokens, *total))
+    headers = ["image", "size", "resized", "stretch", "patch grid"]
+    counted = ["token grid", "tokens"] if projector else ["patches"]
+    _print_table([*headers, *counted, "GEMMs", "attention"], rows)
     arch = plan.architecture
+    _print(f"{_ORDER}; {_STRETCH}")
+    unit = arch.patch_size * plan.factor
     _print(
-        f"grids are down x across; {plan.packed_tokens} packed tokens with "
-        f"{arch.num_prefix_tokens} prefix tokens an image"
+        f"sides are multiples of {unit} px, patch size {arch.patch_size} * factor {plan.factor}, "
+        "for a projector; --factor 1 plans the encoder alone, as hrvlm encode runs it"
+        if projector
+        else f"the encoder alone: sides are multiples of the patch size, {unit} px"
+    )
+    _print(
+        f"{plan.packed_tokens} packed tokens with {arch.num_prefix_tokens} prefix tokens an image"
     )
     _print(
         f"{arch.name}, {quantity(arch.num_parameters, '')} parameters, {plan.dtype}: "
@@ -172,8 +186,9 @@ def show_generate_bench(result: BenchResult) -> None:
     )
     threads = "" if result.threads is None else f", {_count(result.threads, 'thread')}"
     _print(
-        "sizes are down x across; the first token comes after the preparation, and tokens/s counts "
-        f"the others; medians of {_count(result.repeats, 'run')} of {result.new_tokens} new tokens"
+        "sizes are height x width; the first token comes after the preparation, and tokens/s "
+        f"counts the others; medians of {_count(result.repeats, 'run')} of {result.new_tokens} new "
+        "tokens"
     )
     _print(f"{result.model}, {result.dtype} on {result.device}{threads}, batch of 1")
 

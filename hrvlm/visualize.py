@@ -119,8 +119,8 @@ def heat_colors(values: Tensor) -> Tensor:
 
 
 def pca_picture(colors: Tensor, size: tuple[int, int]) -> Image.Image:
-    """Colours ``[3, hp, wp]`` as an image of `size` (width, height), patches as sharp blocks."""
-    return _to_image(colors.permute(1, 2, 0)).resize(size, Image.Resampling.NEAREST)
+    """Colours ``[3, hp, wp]`` as an image of `size` (height, width), patches as sharp blocks."""
+    return _to_image(colors.permute(1, 2, 0)).resize(size[::-1], Image.Resampling.NEAREST)
 
 
 def attention_picture(image: Image.Image, attention: Tensor) -> Image.Image:
@@ -154,7 +154,7 @@ def sheet(
         attention: ``[hp, wp]``: weights of the CLS token over the patches.
         title: First line of the caption.
         notes: Smaller lines below it.
-        size: (width, height) the encoder saw, which gives the panels their shape; default: that of
+        size: (height, width) the encoder saw, which gives the panels their shape; default: that of
             `image`.
         panel: Longest side of a panel in pixels.
 
@@ -166,10 +166,10 @@ def sheet(
             f"colors and attention must have one grid, "
             f"got {tuple(colors.shape[1:])} and {tuple(attention.shape)}"
         )
-    width, height = size or image.size
+    height, width = size or (image.height, image.width)
     scale = panel / max(width, height)
-    shape = max(1, round(width * scale)), max(1, round(height * scale))
-    shown = image.resize(shape, Image.Resampling.LANCZOS)
+    shape = max(1, round(height * scale)), max(1, round(width * scale))
+    shown = image.resize(shape[::-1], Image.Resampling.LANCZOS)
     panels = {
         "input": shown,
         "patch features, PCA to RGB": pca_picture(colors.cpu(), shape),

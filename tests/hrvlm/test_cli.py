@@ -145,7 +145,7 @@ def test_a_real_process_ends_with_the_exit_code_and_one_line(tmp_path):
     )
     assert out.returncode == 2 and out.stdout == ""
     assert out.stderr == (
-        "error: 'none.png' is neither WIDTHxHEIGHT (such as 1920x1080) nor a file\n"
+        "error: 'none.png' is neither HEIGHTxWIDTH (such as 1080x1920) nor a file\n"
     )
 
 
@@ -217,14 +217,25 @@ def test_an_interrupt_is_one_line(monkeypatch):
 
 
 def test_plan_table_and_json():
-    table = run("plan", "960x640", "200x100", "--max-img-size", "960").stdout
+    table = run("plan", "640x960", "100x200", "--max-img-size", "960").stdout
     assert "40x60" in table and "10x15" in table and "all, packed" in table
-    document = json.loads(run("plan", "960x640", "--max-img-size", "960", "--json").stdout)
+    assert "height x width" in table and "multiples of 64 px" in table and "--factor 1" in table
+    alone = run("plan", "640x960", "100x200", "--factor", "1").stdout
+    assert "token" not in alone.partition("\n")[0] and "multiples of the patch size" in alone
+    assert alone.splitlines()[3].split()[:6] == [
+        "100x200",
+        "100x200",
+        "112x208",
+        "1.08x",
+        "7x13",
+        "91",
+    ]
+    document = json.loads(run("plan", "640x960", "--max-img-size", "960", "--json").stdout)
     assert document["images"][0]["patch_grid"] == [40, 60]
     assert document["tokens"] == 150
     assert document["flops"] == document["gemm_flops"] + document["attention_flops"]
-    small = json.loads(run("plan", "200x100", "--json").stdout)["images"][0]
-    large = json.loads(run("plan", "200x100", "--upscale", "--json").stdout)["images"][0]
+    small = json.loads(run("plan", "100x200", "--json").stdout)["images"][0]
+    large = json.loads(run("plan", "100x200", "--upscale", "--json").stdout)["images"][0]
     assert small["resized"] == [128, 256] and large["resized"] == [512, 1024]
 
 
@@ -237,6 +248,12 @@ def test_encode_table_files_and_pictures(images, model, tmp_path):
         [str(images / "b_wide.png"), "100x200"],
         [str(images / "c_tall.webp"), "150x40"],
     ]
+    assert [line.split()[2:6] for line in result.stdout.splitlines()[2:5]] == [
+        ["128x80", "1.11x", "8x5", "40"],  # whole patches of 16, and no more
+        ["64x128", "1.00x", "4x8", "32"],
+        ["128x32", "1.07x", "8x2", "16"],
+    ]
+    assert "height x width" in result.stdout and "token" not in result.stdout
     assert "3 images" in result.stdout and "1 packed pass" in result.stdout
     assert "RANDOM" not in result.output and str(model) in result.stdout
     names = ["a_turned", "b_wide", "c_tall"]
@@ -253,10 +270,10 @@ def test_encode_table_files_and_pictures(images, model, tmp_path):
 def test_features_are_those_of_the_encoder_on_the_image_alone(images, model, tmp_path):
     run("encode", images, "--model", model, "--out", tmp_path, "--max-img-size", 128)
     encoder = DINOv3Encoder.from_pretrained(model).eval()
-    process = get_image_processor(128, allow_upscale=False, image_mean=SAT493M.mean,
-                                  image_std=SAT493M.std)  # fmt: skip
+    process = get_image_processor(128, pixel_shuffle_factor=1, allow_upscale=False,
+                                  image_mean=SAT493M.mean, image_std=SAT493M.std)  # fmt: skip
     for name in ("a_turned.jpg", "b_wide.png", "c_tall.webp"):
-        pixels, token_grid = process(images / name)
+        pixels, grid = process(images / name)
         with torch.no_grad():
             alone = encoder([pixels])
         path = (tmp_path / name).with_suffix(".features.safetensors")
@@ -268,8 +285,7 @@ def test_features_are_those_of_the_encoder_on_the_image_alone(images, model, tmp
         torch.testing.assert_close(tensors["patches"].flatten(0, 1), alone.patches[0])
         torch.testing.assert_close(tensors["cls"], alone.cls[0])
         torch.testing.assert_close(tensors["registers"], alone.registers[0])
-        assert json.loads(metadata["patch_grid"]) == [hp, wp]
-        assert json.loads(metadata["token_grid"]) == list(token_grid)
+        assert json.loads(metadata["patch_grid"]) == [hp, wp] == list(grid)
         assert metadata["weights"] == "pretrained" and metadata["image"] == name
         assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
 
@@ -301,7 +317,7 @@ def test_random_weights_are_never_hidden_and_always_the_same(images, tmp_path):
 
 
 def test_json_is_alone_on_stdout_and_complete(images, model, tmp_path):
-    result = run("encode", images, "--model", model, "--json", "--max-tokens-per-pass", 80,
+    result = run("encode", images, "--model", model, "--json", "--max-tokens-per-pass", 85,
                  "--out", tmp_path, "--max-img-size", 128)  # fmt: skip
     document = json.loads(result.stdout)
     assert [image["pass"] for image in document["images"]] == [0, 0, 1]
@@ -310,7 +326,8 @@ def test_json_is_alone_on_stdout_and_complete(images, model, tmp_path):
         own = [image for image in document["images"] if image["pass"] == i]
         assert sum(image["share"] for image in own) == pytest.approx(1)
         assert sum(image["seconds"] for image in own) == pytest.approx(timed["seconds"])
-    assert document["tokens"] == sum(image["tokens"] for image in document["images"])
+    assert document["patches"] == sum(image["patches"] for image in document["images"])
+    assert all(1 <= image["stretch"] < 1.12 for image in document["images"])
     assert document["weights"] == "pretrained" and document["attention_backend"] == "sdpa"
     assert all(os.path.exists(image["picture"]) for image in document["images"])
 
@@ -401,7 +418,7 @@ def test_too_large_a_pass_says_what_to_lower(images, model, monkeypatch):
     monkeypatch.setattr(DINOv3Encoder, "forward", full)
     result = run("encode", images, "--model", model, "--max-img-size", 128)
     message = error_of(result, 1)
-    assert "3 images with 96 patches" in message and "lower --max-tokens-per-pass" in message
+    assert "3 images with 88 patches" in message and "lower --max-tokens-per-pass" in message
 
 
 def test_inputs_are_never_replaced(model, tmp_path):
@@ -439,7 +456,7 @@ def test_an_interrupted_write_leaves_nothing_half_done(images, model, tmp_path, 
 def test_model_of_one_layer_and_no_registers(tmp_path):
     encoder = DINOv3Encoder(config_of("no_registers_no_biases", num_hidden_layers=1)).freeze()
     Image.new("RGB", (16, 16)).save(tmp_path / "dot.png")
-    options = EncodeOptions(max_img_size=16, factor=1, out=tmp_path / "out")
+    options = EncodeOptions(max_img_size=16, out=tmp_path / "out")
     loaded = LoadedEncoder(encoder, "tiny", False, IMAGENET)
     result = encode([tmp_path / "dot.png"], loaded, options)
     assert result.images[0].geometry.patch_grid == (1, 1)

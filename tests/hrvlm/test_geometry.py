@@ -235,6 +235,15 @@ def test_tiles(size, options, expected, images):
     assert tile_grid(*size[::-1], **options).tiles == expected.tiles[::-1]
 
 
+@pytest.mark.parametrize(("height", "width"), [(640, 960), (65, 64), (17, 300), (1, 1), (333, 77)])
+@pytest.mark.parametrize("factor", [1, 4])
+def test_stretch_is_the_aspect_ratios_quotient(height, width, factor):
+    size = token_grid(height, width, max_img_size=1024, factor=factor, allow_upscale=False)
+    wide = Fraction(size.width, size.height) / Fraction(width, height)
+    assert size.stretch(height, width) == pytest.approx(float(max(wide, 1 / wide)))
+    assert size.stretch(height, width) == pytest.approx(size.stretch(2 * height, 2 * width))
+
+
 @pytest.mark.parametrize("name", ["height", "width", "max_img_size", "splitted_image_size"])
 def test_bad_tile_arguments_are_named(name):
     arguments = dict(height=640, width=960, max_img_size=1024, splitted_image_size=512) | {name: 0}

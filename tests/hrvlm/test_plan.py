@@ -82,7 +82,7 @@ def test_activation_memory_of_a_forward(gated):
     with PeakMemory([*encoder.parameters(), *images]) as memory, torch.no_grad():
         encoder(images)
     plan = make_plan(
-        ["512x256", "320x320"],
+        ["256x512", "320x320"],
         Architecture.from_config(config),
         max_img_size=512,
         factor=1,
@@ -92,7 +92,7 @@ def test_activation_memory_of_a_forward(gated):
 
 
 def test_issue_example():
-    plan = make_plan(["960x640"], named_architecture("vitb16"), max_img_size=960)
+    plan = make_plan(["640x960"], named_architecture("vitb16"), max_img_size=960)
     image = plan.images[0]
     assert image.geometry.patch_grid == (40, 60)
     assert image.geometry.token_grid == (10, 15)
@@ -114,7 +114,7 @@ def test_image_files_count_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (64, 32)).save(path, exif=exif)
-    assert size_of(str(path)) == (32, 64)
+    assert size_of(str(path)) == (64, 32)
 
 
 @pytest.mark.parametrize("text", ["640X960", "640 x 960", "640×960"])  # noqa: RUF001
@@ -126,14 +126,24 @@ def test_ways_to_write_a_size(text):
     ("text", "message"),
     [
         ("0x20", "'0x20': both sides must be at least 1 pixel"),
-        ("12", "'12' is neither WIDTHxHEIGHT"),
-        ("12x", "'12x' is neither WIDTHxHEIGHT"),
-        ("missing.png", "'missing.png' is neither WIDTHxHEIGHT"),
+        ("12", "'12' is neither HEIGHTxWIDTH"),
+        ("12x", "'12x' is neither HEIGHTxWIDTH"),
+        ("missing.png", "'missing.png' is neither HEIGHTxWIDTH"),
     ],
 )
 def test_sizes_that_are_none(text, message):
     with pytest.raises(ValueError, match=message):
         size_of(text)
+
+
+def test_the_encoder_alone_is_planned_as_encode_runs_it():
+    architecture = named_architecture("vits16")
+    (alone,) = make_plan(["150x40"], architecture, max_img_size=1024, factor=1).images
+    (joined,) = make_plan(["150x40"], architecture, max_img_size=1024).images
+    assert (alone.geometry.height, alone.geometry.width) == (160, 48)
+    assert (joined.geometry.height, joined.geometry.width) == (192, 64)
+    assert alone.stretch == pytest.approx((150 / 40) / (160 / 48))
+    assert joined.stretch == pytest.approx((150 / 40) / (192 / 64)) and alone.stretch < 1.13
 
 
 def test_options_out_of_range_are_named():

@@ -109,7 +109,7 @@ def test_heat_gets_lighter_all_the_way():
 
 def test_pca_picture_keeps_patches_sharp(rng):
     colors = torch.rand(3, 2, 3, generator=rng)
-    pixels = np.asarray(pca_picture(colors, (30, 20)))
+    pixels = np.asarray(pca_picture(colors, (20, 30)))
     expected = (colors * 255).round().byte().permute(1, 2, 0).numpy()
     assert np.array_equal(pixels, expected.repeat(10, 0).repeat(10, 1))
 
