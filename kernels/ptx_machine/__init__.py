@@ -2,7 +2,7 @@
 
 Triton compiles a kernel for a real NVIDIA chip with its real backend, ptxas included. The PTX that
 comes out is executed on ordinary CPU tensors, instruction by instruction, so bfloat16, layouts,
-pipelining, tensor-core fragments, shared memory, alignment and races are those of the compiled code::
+pipelining, tensor-core fragments, shared memory, alignment and races are those of compiled code::
 
     gpu = ptx_machine.install(90, ptx_machine.Options(shuffle_warps=True, seed=1))
     kernel[grid](x, y, n, BLOCK=128)            # CPU tensors; TMA descriptors too

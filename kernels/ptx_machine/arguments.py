@@ -1,8 +1,8 @@
 """The arguments of a Triton launch as a kernel's parameters: the bytes that the hardware would see.
 
-Triton's launcher passes, in order: what is no constexpr, tensors as addresses, tensor descriptors as
-several parameters; then the addresses of two scratch buffers. (triton/backends/nvidia/driver.py and
-driver.c; private, and checked against the parameters that the PTX declares.)
+Triton's launcher passes, in order: what is no constexpr, tensors as addresses, tensor descriptors
+as several parameters; then the addresses of two scratch buffers. (triton/backends/nvidia/driver.py
+and driver.c; private, and checked against the parameters that the PTX declares.)
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Arguments:
             yield TensorMap.host(
                 base, meta["swizzle"], meta["elem_size"], kind, meta["block_size"],
                 value.shape, value.strides, int(nan),
-            ).pack()  # fmt: skip
+            ).pack().tobytes()  # fmt: skip
         yield from (*sizes, *steps)
 
 

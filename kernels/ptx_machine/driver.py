@@ -60,11 +60,11 @@ class Launcher:
         self.metadata = metadata
 
     def __call__(self, *call: Any) -> None:
-        """Triton passes the grid, stream, function, metadata (packed, and of the launch), hooks, arguments."""
+        """Run it, given the grid, stream, function, metadata, hooks and arguments."""
         if len(call) != 9 + len(self.signature):
             raise ProtocolError(
-                f"Triton {triton.__version__} starts {self.metadata.name} with {len(call)} values, "
-                f"9 and {len(self.signature)} arguments are known: ptx_machine has to learn this release"
+                f"Triton {triton.__version__} starts {self.metadata.name} with {len(call)} values "
+                f"instead of 9 and {len(self.signature)} arguments: ptx_machine has to learn it"
             )
         x, y, z, _, _, _, launch, enter, leave = call[:9]
         if enter is not None:
@@ -78,8 +78,8 @@ class Launcher:
 class PtxDriver(DriverBase):
     """Compiles for `capability` and executes PTX; set by :func:`install`.
 
-    `report` collects the findings of all launches, `launches` names them with the seconds they took;
-    `instructions` counts what all threads executed.
+    `report` collects the findings of all launches, `launches` names them with the seconds they
+    took; `instructions` counts what all threads executed.
     """
 
     def __init__(self, capability: int, options: Options) -> None:
@@ -189,8 +189,8 @@ def _check_parameters(program: Program, params: list[bytes]) -> None:
     sizes, expected = [len(p) for p in params], [p.size for p in program.kernel.params]
     if sizes != expected:
         raise ProtocolError(
-            f"Triton {triton.__version__}: {program.kernel.name} has parameters of {expected} bytes, "
-            f"{sizes} were made of its arguments: ptx_machine has to learn this release"
+            f"Triton {triton.__version__}: {program.kernel.name} has parameters of {expected} "
+            f"bytes, {sizes} were made of its arguments: ptx_machine has to learn it"
         )
 
 

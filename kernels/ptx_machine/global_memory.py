@@ -97,7 +97,7 @@ class GlobalMemory:
         buffer = (ctypes.c_uint8 * span).from_address(origin)
         base = _FIRST + len(self.regions) * _STEP + (origin & 0xFFF)
         inside = [Piece(name, at - origin, at - origin + size) for name, at, size in pieces]
-        region = Region(base, np.frombuffer(buffer, np.uint8), inside)
+        region = Region(base, np.ctypeslib.as_array(buffer), inside)
         if self.check and end - start <= _TRACKED:
             region.start_tracking()
         self.regions.append(region)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Group:
     """Threads `lanes` (numbered over all slots, ascending) at a block.
 
-    An instruction is one numpy operation over the group. Registers are held only where they are live.
+    An instruction is one numpy operation over the group. Registers are held where they are live.
     """
 
     def __init__(self, machine: Machine, lanes: np.ndarray, block: int) -> None:

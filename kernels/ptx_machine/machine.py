@@ -26,8 +26,8 @@ from .values import UNSIGNED
 class Machine:
     """One launch of one kernel.
 
-    While it runs, `clocks`, `shared` and the like are those of the CTAs in the slots: slot s holds CTA
-    ``order[first + s]``.
+    While it runs, `clocks`, `shared` and the like are those of the CTAs in the slots: slot s holds
+    CTA ``order[first + s]``.
     """
 
     program: Program
@@ -77,9 +77,8 @@ class Machine:
         self.proxies = Proxies(self.kernel, self.shared, self.clocks)
         self.mbarriers = Mbarriers(self.shared)
         self.bulk = Bulk(self)
-        self.products = np.zeros(
-            len(self.clocks.epoch), np.int64
-        )  # wgmma groups that warps committed
+        # Groups of wgmma that each warp committed.
+        self.products = np.zeros(len(self.clocks.epoch), np.int64)
 
     def _all_threads(self) -> Group:
         group = Group(self, np.arange(self.slots * self.threads), 0)
@@ -87,8 +86,7 @@ class Machine:
             if reg.bits == 1:
                 group.regs[name] = np.zeros(group.n, bool)
             else:
-                kind = UNSIGNED[reg.bits // 8]
-                group.regs[name] = np.full(group.n, np.iinfo(kind).max, kind)
+                group.regs[name] = ~np.zeros(group.n, UNSIGNED[reg.bits // 8])
         return group
 
     def generic(self, address: int, count: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Which threads run next: divergence, barriers, mbarriers, deadlock.
 
 Where threads part, their group is cut in two; groups that meet at a block are joined again. The
-group at the lowest block runs first, so that those behind catch up. With ``shuffle_warps`` each warp
-is a group of its own, and a random one runs up to its next jump or wait.
+group at the lowest block runs first, so that those behind catch up. With ``shuffle_warps`` each
+warp is a group of its own, and a random one runs up to its next jump or wait.
 """
 
 from __future__ import annotations

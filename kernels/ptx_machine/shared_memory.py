@@ -129,7 +129,7 @@ class SharedMemory:
         values: np.ndarray | None,
         in_flight: bool = False,
     ) -> None:
-        """Check a write of `values`, before it; `in_flight` is the issue of an asynchronous copy."""
+        """Check a write of `values`, before it; `in_flight`: the issue of a cp.async."""
         if not self.check:
             return
         at = self.granules(where, width)

@@ -7,18 +7,12 @@ They become calls of the functions in ``wgmma.py``, ``tma.py``, ``mbarrier.py``,
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from . import collectives, mbarrier, proxies, tma, wgmma
 from .formats import ITEMSIZE
 from .syntax import Imm, Instruction, Mem, Operand, Pair, Reg, Special, Sym, Vec
 from .tensor_map import FIELDS
-from .wgmma_registers import Uses
-
-if TYPE_CHECKING:
-    from .translate.writer import Writer as Base
-else:
-    Base = object
+from .translate.text import Text
 
 # Names in the translated code.
 FUNCTIONS = {
@@ -79,10 +73,8 @@ def _names(vector: Vec) -> tuple[str, ...]:
     return tuple(r.name for r in vector.items if isinstance(r, Reg))
 
 
-class Sm90(Base):
+class Sm90(Text):
     """The methods of the translator for these instructions."""
-
-    uses: Uses
 
     def _call(self, name: str, *arguments: str) -> str:
         return f"{name}(g, I[{self.i.index}]{''.join(f', {a}' for a in arguments)})"
@@ -287,7 +279,7 @@ class Sm90(Base):
                 address = self.i.operands[0]
                 if not isinstance(address, Mem):
                     raise self.unknown()
-                self.line(f"fence_map(g, {self._address(address, 'u64')}, {self.guard()})")
+                self.line(f"fence_map(g, {self.address(address, 64)}, {self.guard()})")
         elif parts[2:4] != ["async", "global"]:
             raise self.unknown()
 

@@ -29,8 +29,8 @@ def flush(x: np.ndarray) -> np.ndarray:
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """``a * b + c`` in float32.
 
-    The product is exact in float64; the sum is rounded there and once more to float32, which differs
-    from a single rounding about once in 2**29.
+    The product is exact in float64; the sum is rounded there and once more to float32, which
+    differs from a single rounding about once in 2**29.
     """
     return (np.asarray(a).astype(f64) * b + c).astype(f32)
 
@@ -97,7 +97,7 @@ def to_tf32_rz(x: np.ndarray) -> np.ndarray:
     return _cut_tf32(x, u32(0))
 
 
-def _cut_tf32(x: np.ndarray, added: np.ndarray | u32) -> np.ndarray:
+def _cut_tf32(x: np.ndarray, added: np.ndarray | np.uint32) -> np.ndarray:
     bits = x.view(u32)
     return np.where(np.isfinite(x), (bits + added) & u32(0xFFFFE000), bits)
 
@@ -158,8 +158,8 @@ def to_int(x: np.ndarray, kind: type) -> np.ndarray:
     x = np.where(np.isnan(x), 0, x).astype(f64)
     result = np.clip(x, float(info.min), float(info.max))
     high = x >= float(info.max)
-    out = np.where(high, 0, result).astype(kind)
-    return np.where(high, kind(info.max), out)
+    whole: np.ndarray = np.where(high, 0, result).astype(kind)
+    return np.where(high, kind(info.max), whole)
 
 
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -196,7 +196,7 @@ def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def extract(a: np.ndarray, position: np.ndarray, length: np.ndarray, signed: bool) -> np.ndarray:
-    """bfe of 32 bits: `length` bits from `position` on; past the end, the sign."""
+    """Extract (bfe): `length` bits from `position` on; past the end, the sign."""
     p = np.broadcast_to(position, a.shape).astype(i64) & 0xFF
     n = np.broadcast_to(length, a.shape).astype(i64) & 0xFF
     wide = a.view(i32).astype(i64) if signed else a.view(u32).astype(i64)
@@ -210,7 +210,7 @@ def extract(a: np.ndarray, position: np.ndarray, length: np.ndarray, signed: boo
 
 
 def insert(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """bfi of 32 bits: the low `length` bits of a put into b."""
+    """Insert (bfi): the low `length` bits of a put into b."""
     p = np.asarray(position).astype(u64) & u64(0xFF)
     n = np.asarray(length).astype(u64) & u64(0xFF)
     mask = ((u64(1) << n) - u64(1)) << p
@@ -219,7 +219,7 @@ def insert(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.ndarra
 
 def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:
     """Any function of three bits: bit ``4 a + 2 b + c`` of the table."""
-    out = np.zeros(np.broadcast(a, b, c).shape, u32)
+    out: np.ndarray = np.zeros(np.broadcast(a, b, c).shape, u32)
     for bit in range(8):
         if table >> bit & 1:
             x = a if bit & 4 else ~a
@@ -246,7 +246,7 @@ def permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
 def funnel(
     low: np.ndarray, high: np.ndarray, count: np.ndarray, left: bool, wrap: bool
 ) -> np.ndarray:
-    """shf of 32 bits: shift the 64 bits of both; the upper half to the left, the lower to the right."""
+    """Shift 64 bits (shf): to the left the upper half of the result, to the right the lower."""
     n = np.asarray(count).astype(u64)
     n = n & u64(31) if wrap else np.minimum(n, u64(32))
     both = low.astype(u64) | (high.astype(u64) << u64(32))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ..syntax import Imm
 from .forms import form
-from .writer import TYPES, Writer
+from .text import TYPES, Text
 
 _HALVES = ("f16", "bf16", "f16x2", "bf16x2")
 
 
-def _half(w: Writer, name: str) -> None:
+def _half(w: Text, name: str) -> None:
     """An operation on 16-bit floats or pairs of them."""
     d, *operands = w.i.operands
     bits = "b32" if w.kind.endswith("x2") else "b16"
@@ -17,7 +17,7 @@ def _half(w: Writer, name: str) -> None:
     w.set(d, f"half_op({name!r}, {w.kind!r}, {read})", bits)
 
 
-def _float(w: Writer, expression: str) -> None:
+def _float(w: Text, expression: str) -> None:
     """``{0}``, ``{1}``, ... are the operands; .ftz flushes them and the result."""
     d, *operands = w.i.operands
     read = w.values(tuple(operands), w.kind)
@@ -27,7 +27,7 @@ def _float(w: Writer, expression: str) -> None:
     w.set(d, expression.format(*read), w.kind)
 
 
-def _binary(w: Writer, name: str, symbol: str) -> None:
+def _binary(w: Text, name: str, symbol: str) -> None:
     if w.kind in _HALVES:
         _half(w, name)
     else:
@@ -35,26 +35,26 @@ def _binary(w: Writer, name: str, symbol: str) -> None:
 
 
 @form("add.{u,s}{16,32,64}", "add[.rn][.ftz].{f32,f16,f16x2}", "add[.rn].{f64,bf16,bf16x2}")
-def _add(w: Writer) -> None:
+def _add(w: Text) -> None:
     _binary(w, "add", "+")
 
 
 @form("sub.{u,s}{16,32,64}", "sub[.rn][.ftz].{f32,f16,f16x2}", "sub[.rn].{f64,bf16,bf16x2}")
-def _sub(w: Writer) -> None:
+def _sub(w: Text) -> None:
     _binary(w, "sub", "-")
 
 
 @form("mul.lo.{u,s}{16,32,64}", "mul[.rn][.ftz].{f32,f16,f16x2}", "mul[.rn].{f64,bf16,bf16x2}")
-def _mul(w: Writer) -> None:
+def _mul(w: Text) -> None:
     _binary(w, "mul", "*")
 
 
 @form("mul.hi.{u,s}{16,32,64}")
-def _mul_hi(w: Writer) -> None:
+def _mul_hi(w: Text) -> None:
     w.set(w.i.operands[0], f"high_product({w.arrays(w.i.operands[1:], w.kind)})", w.kind)
 
 
-def _wide_product(w: Writer) -> tuple[str, str]:
+def _wide_product(w: Text) -> tuple[str, str]:
     """The expression and its type, twice as wide as the factors."""
     a, b = w.values(w.i.operands[1:3], w.kind)
     wide = f"{w.kind[0]}{2 * int(w.kind[1:])}"
@@ -62,25 +62,25 @@ def _wide_product(w: Writer) -> tuple[str, str]:
 
 
 @form("mul.wide.{u,s}{16,32}")
-def _mul_wide(w: Writer) -> None:
+def _mul_wide(w: Text) -> None:
     expression, wide = _wide_product(w)
     w.set(w.i.operands[0], expression, wide)
 
 
 @form("mad.lo.{u,s}{16,32,64}")
-def _mad(w: Writer) -> None:
+def _mad(w: Text) -> None:
     a, b, c = w.values(w.i.operands[1:], w.kind)
     w.set(w.i.operands[0], f"{a} * {b} + {c}", w.kind)
 
 
 @form("mad.wide.{u,s}{16,32}")
-def _mad_wide(w: Writer) -> None:
+def _mad_wide(w: Text) -> None:
     expression, wide = _wide_product(w)
     w.set(w.i.operands[0], f"{expression} + {w.value(w.i.operands[3], wide)}", wide)
 
 
 @form("fma.rn[.ftz].{f32,f16,f16x2}", "fma.rn.{bf16,bf16x2}")
-def _fma(w: Writer) -> None:
+def _fma(w: Text) -> None:
     if w.kind in _HALVES:
         _half(w, "fma")
     else:
@@ -88,17 +88,17 @@ def _fma(w: Writer) -> None:
 
 
 @form("div.{full,approx,rn}[.ftz].f32", "div.rn.f64")
-def _div_float(w: Writer) -> None:
+def _div_float(w: Text) -> None:
     _float(w, "{0} / {1}")
 
 
 @form("div.{u,s}{16,32,64}")
-def _div(w: Writer) -> None:
+def _div(w: Text) -> None:
     w.set(w.i.operands[0], f"divide({w.arrays(w.i.operands[1:], w.kind)})", w.kind)
 
 
 @form("rem.{u,s}{16,32,64}")
-def _rem(w: Writer) -> None:
+def _rem(w: Text) -> None:
     w.set(w.i.operands[0], f"remainder({w.arrays(w.i.operands[1:], w.kind)})", w.kind)
 
 
@@ -108,7 +108,7 @@ def _rem(w: Writer) -> None:
     "{min,max}[.NaN].{bf16,bf16x2}",
     "{min,max}.f64",
 )
-def _minmax(w: Writer) -> None:
+def _minmax(w: Text) -> None:
     strict = w.kind[0] in "us" or "NaN" in w.parts
     name = w.i.base if not strict or w.kind not in _HALVES else f"{w.i.base}.NaN"
     if w.kind in _HALVES:
@@ -120,7 +120,7 @@ def _minmax(w: Writer) -> None:
 
 
 @form("neg.s{16,32,64}", "neg[.ftz].{f32,f16,f16x2}", "neg.{f64,bf16,bf16x2}")
-def _neg(w: Writer) -> None:
+def _neg(w: Text) -> None:
     if w.kind in _HALVES:
         _half(w, "neg")
     else:
@@ -128,7 +128,7 @@ def _neg(w: Writer) -> None:
 
 
 @form("abs.s{16,32,64}", "abs[.ftz].{f32,f16,f16x2}", "abs.{f64,bf16,bf16x2}")
-def _abs(w: Writer) -> None:
+def _abs(w: Text) -> None:
     if w.kind in _HALVES:
         _half(w, "abs")
     else:
@@ -156,7 +156,7 @@ _FUNCTIONS = {
     "ex2.approx.{f16,f16x2}",
     "ex2.approx.ftz.{bf16,bf16x2}",
 )
-def _function(w: Writer) -> None:
+def _function(w: Text) -> None:
     if w.kind in _HALVES:
         _half(w, w.i.base)
     elif isinstance(w.i.operands[1], Imm):

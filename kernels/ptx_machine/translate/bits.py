@@ -6,24 +6,24 @@ import numpy as np
 
 from ..syntax import Imm
 from .forms import form
-from .writer import TYPES, Writer
+from .text import TYPES, Text
 
 _SYMBOLS = {"and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>"}
 
 
 @form("{and,or,xor}.{pred,b16,b32,b64}")
-def _logic(w: Writer) -> None:
+def _logic(w: Text) -> None:
     a, b = w.values(w.i.operands[1:], w.kind)
     w.set(w.i.operands[0], f"{a} {_SYMBOLS[w.i.base]} {b}", w.kind)
 
 
 @form("not.{pred,b16,b32,b64}")
-def _not(w: Writer) -> None:
+def _not(w: Text) -> None:
     w.set(w.i.operands[0], f"~{w.value(w.i.operands[1], w.kind)}", w.kind)
 
 
 @form("shl.b{16,32,64}", "shr.{b,u,s}{16,32,64}")
-def _shift(w: Writer) -> None:
+def _shift(w: Text) -> None:
     """Counts past the width shift everything out."""
     d, a, b = w.i.operands
     bits = int(w.kind[1:])
@@ -36,37 +36,37 @@ def _shift(w: Writer) -> None:
 
 
 @form("bfe.{u32,s32}")
-def _extract(w: Writer) -> None:
+def _extract(w: Text) -> None:
     d, *operands = w.i.operands
     read = w.arrays(tuple(operands), "u32")
     w.set(d, f"extract({read}, {w.kind == 's32'})", w.kind)
 
 
 @form("bfi.b32")
-def _insert(w: Writer) -> None:
+def _insert(w: Text) -> None:
     w.set(w.i.operands[0], f"insert({w.arrays(w.i.operands[1:], 'u32')})", "b32")
 
 
 @form("lop3.b32")
-def _lop3(w: Writer) -> None:
+def _lop3(w: Text) -> None:
     d, *operands, table = w.i.operands
     w.set(d, f"lop3({w.arrays(tuple(operands), 'u32')}, {w.number(table)})", "b32")
 
 
 @form("prmt.b32")
-def _permute(w: Writer) -> None:
+def _permute(w: Text) -> None:
     w.set(w.i.operands[0], f"permute({w.arrays(w.i.operands[1:], 'u32')})", "b32")
 
 
 @form("shf.{l,r}.{wrap,clamp}.b32")
-def _funnel(w: Writer) -> None:
+def _funnel(w: Text) -> None:
     _, side, mode, _ = w.parts
     read = w.arrays(w.i.operands[1:], "u32")
     w.set(w.i.operands[0], f"funnel({read}, {side == 'l'}, {mode == 'wrap'})", "b32")
 
 
 @form("popc.b{32,64}")
-def _popc(w: Writer) -> None:
+def _popc(w: Text) -> None:
     w.set(
         w.i.operands[0], f"np.bitwise_count({w.array(w.i.operands[1], w.kind)}).astype(u32)", "u32"
     )

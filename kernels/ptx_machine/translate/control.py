@@ -6,16 +6,16 @@ The machine reads the last instruction of a block itself: where it goes, whom it
 from __future__ import annotations
 
 from .forms import form
-from .writer import Writer
+from .text import Text
 
 
 @form("bra[.uni]", "ret[.uni]", "exit")
-def _jump(w: Writer) -> None:
+def _jump(w: Text) -> None:
     pass
 
 
 @form("brx.idx[.uni]", "bar[.cta].sync", "bar.warp.sync", "barrier[.cta].sync[.aligned]")
-def _wait(w: Writer) -> None:
+def _wait(w: Text) -> None:
     w.refuse_guard()
 
 
@@ -25,10 +25,10 @@ def _wait(w: Writer) -> None:
     "nanosleep.u32",
     "prefetch.global.{L1,L2}",
 )
-def _nothing(w: Writer) -> None:
+def _nothing(w: Text) -> None:
     """Order between programs is not followed: the checks exempt atomics."""
 
 
 @form("trap")
-def _trap(w: Writer) -> None:
+def _trap(w: Text) -> None:
     w.line(f"g.trap(I[{w.i.index}], {w.guard()})")

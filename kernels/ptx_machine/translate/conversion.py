@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..syntax import Imm, Operand, Pair, Special, Sym, Vec
 from .forms import form
-from .writer import TYPES, Writer
+from .text import TYPES, Text
 
 # Integer rounding of floats.
 _WHOLE = {"rmi": "np.floor", "rpi": "np.ceil", "rzi": "np.trunc", "rni": "np.rint"}
@@ -14,7 +14,7 @@ _JOIN = {"and": "&", "or": "|", "xor": "^"}
 
 
 @form("mov.{b,u,s,f}{16,32,64}", "mov.pred")
-def _mov(w: Writer) -> None:
+def _mov(w: Text) -> None:
     d, a = w.i.operands
     if isinstance(d, Vec):
         _split(w, d.items, a)
@@ -29,7 +29,7 @@ def _mov(w: Writer) -> None:
         w.set(d, w.value(a, w.kind), w.kind)
 
 
-def _pieces(w: Writer, count: int) -> str:
+def _pieces(w: Text, count: int) -> str:
     """The type of each of `count` equal pieces of the moved value."""
     bits = int(w.kind[1:]) // count
     if bits < 16 or w.kind[0] != "b":
@@ -37,7 +37,7 @@ def _pieces(w: Writer, count: int) -> str:
     return f"b{bits}"
 
 
-def _split(w: Writer, targets: tuple[Operand, ...], source: Operand) -> None:
+def _split(w: Text, targets: tuple[Operand, ...], source: Operand) -> None:
     half = _pieces(w, len(targets))
     w.line(f"T = {w.array(source, w.kind)}")
     for k, target in enumerate(targets):
@@ -45,7 +45,7 @@ def _split(w: Writer, targets: tuple[Operand, ...], source: Operand) -> None:
         w.set(target, f"(T >> {shift}).astype({TYPES[half]})", half)
 
 
-def _pack(w: Writer, target: Operand, sources: tuple[Operand, ...]) -> None:
+def _pack(w: Text, target: Operand, sources: tuple[Operand, ...]) -> None:
     half = _pieces(w, len(sources))
     parts = []
     for k, source in enumerate(sources):
@@ -55,7 +55,7 @@ def _pack(w: Writer, target: Operand, sources: tuple[Operand, ...]) -> None:
 
 
 @form("cvta[.to].{global,local}.u64", "cvta.param.u64")
-def _cvta(w: Writer) -> None:
+def _cvta(w: Text) -> None:
     """Addresses of the spaces do not overlap here, so generic ones are the same numbers."""
     d, a = w.i.operands
     if isinstance(a, Sym):
@@ -65,7 +65,7 @@ def _cvta(w: Writer) -> None:
 
 
 @form("selp.{b,u,s,f}{16,32,64}")
-def _selp(w: Writer) -> None:
+def _selp(w: Text) -> None:
     d, a, b, p = w.i.operands
     x, y = w.values((a, b), w.kind)
     w.set(d, f"np.where({w.value(p, 'pred')}, {x}, {y})", w.kind)
@@ -78,7 +78,7 @@ def _selp(w: Writer) -> None:
     "setp.{eq,ne,lt,le,gt,ge,equ,neu,ltu,leu,gtu,geu,num,nan}[.{and,or,xor}][.ftz].{f16,f32}",
     "setp.{eq,ne,lt,le,gt,ge,equ,neu,ltu,leu,gtu,geu,num,nan}[.{and,or,xor}].{bf16,f64}",
 )
-def _setp(w: Writer) -> None:
+def _setp(w: Text) -> None:
     """``p|q`` is the comparison and its opposite, each joined with the third operand."""
     d, a, b, *rest = w.i.operands
     if w.kind == "bf16":
@@ -116,13 +116,13 @@ def _comparison(name: str, x: str, y: str, is_float: bool) -> str:
 
 
 @form("cvt.{u,s}{8,16,32,64}.{u,s}{8,16,32,64}")
-def _cvt_integer(w: Writer) -> None:
+def _cvt_integer(w: Text) -> None:
     to, source = w.parts[1:]
     w.set(w.i.operands[0], f"{w.value(w.i.operands[1], source)}.astype({TYPES[to]})", to)
 
 
 @form("cvt.rn.{f16,f32,f64}.{u,s}{8,16,32,64}", "cvt.rn.bf16.{u,s}{8,16,32}")
-def _cvt_from_integer(w: Writer) -> None:
+def _cvt_from_integer(w: Text) -> None:
     to, source = w.parts[2:]
     x = w.array(w.i.operands[1], source)
     if to == "bf16":
@@ -135,13 +135,13 @@ def _cvt_from_integer(w: Writer) -> None:
     "cvt.{rni,rzi,rmi,rpi}[.ftz].{u,s}{8,16,32,64}.f32",
     "cvt.{rni,rzi,rmi,rpi}.{u,s}{8,16,32,64}.{f16,bf16,f64}",
 )
-def _cvt_to_integer(w: Writer) -> None:
+def _cvt_to_integer(w: Text) -> None:
     to, source = w.parts[-2:]
     x = _float(w, source)
     w.set(w.i.operands[0], f"to_int({_WHOLE[w.parts[1]]}({x}), {TYPES[to]})", to)
 
 
-def _float(w: Writer, source: str) -> str:
+def _float(w: Text, source: str) -> str:
     """The operand as an array of numpy floats."""
     a = w.i.operands[1]
     x = f"from_bf16({w.array(a, 'b16')})" if source == "bf16" else w.array(a, source)
@@ -157,7 +157,7 @@ def _float(w: Writer, source: str) -> str:
     "cvt.{rni,rzi,rmi,rpi}[.ftz].f32.f32",
     "cvt.{rni,rzi,rmi,rpi}.{f16.f16,f64.f64}",
 )
-def _cvt_float(w: Writer) -> None:
+def _cvt_float(w: Text) -> None:
     to, source = w.parts[-2:]
     x = _float(w, source)
     if to == source:
@@ -168,19 +168,19 @@ def _cvt_float(w: Writer) -> None:
 
 
 @form("cvt.{rn,rz}[.relu].{bf16,f16}.f32", "cvt.rn.ftz.f16.f32")
-def _cvt_half(w: Writer) -> None:
+def _cvt_half(w: Text) -> None:
     w.set(w.i.operands[0], _rounded(w, w.parts[-2], w.i.operands[1]), "b16")
 
 
 @form("cvt.{rn,rz}[.relu].{bf16x2,f16x2}.f32")
-def _cvt_halves(w: Writer) -> None:
+def _cvt_halves(w: Text) -> None:
     """The first source becomes the upper half."""
     d, high, low = w.i.operands
     to = w.parts[-2].removesuffix("x2")
     w.set(d, f"pack({_rounded(w, to, low)}, {_rounded(w, to, high)})", "b32")
 
 
-def _rounded(w: Writer, to: str, source: Operand) -> str:
+def _rounded(w: Text, to: str, source: Operand) -> str:
     x = w.array(source, "f32")
     if "relu" in w.parts:
         x = f"relu({x})"
@@ -188,5 +188,5 @@ def _rounded(w: Writer, to: str, source: Operand) -> str:
 
 
 @form("cvt.{rn,rna,rz}.tf32.f32")
-def _cvt_tf32(w: Writer) -> None:
+def _cvt_tf32(w: Text) -> None:
     w.set(w.i.operands[0], f"to_tf32_{w.parts[1]}({w.array(w.i.operands[1], 'f32')})", "b32")

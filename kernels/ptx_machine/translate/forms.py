@@ -1,10 +1,10 @@
 """Which instruction forms are translated, and by what.
 
-A form is an opcode with all its modifiers, as PTX writes it. Translators register theirs as patterns
-(brackets: may be left out; braces: one of)::
+A form is an opcode with all its modifiers, as PTX writes it. Translators register theirs as
+patterns (brackets: may be left out; braces: one of)::
 
     @form("add[.ftz].f32", "add.{u,s}{16,32,64}")
-    def add(w: Writer) -> None: ...
+    def add(w: Text) -> None: ...
 
 so :data:`FORMS` is the full list, and what is not in it is an unknown instruction.
 """
@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .writer import Writer
+    from .text import Text
 
-Translator = Callable[["Writer"], None]
+Translator = Callable[["Text"], None]
 
 FORMS: dict[str, Translator] = {}
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..syntax import Mem, Operand, Reg, Sym, Vec
 from .forms import form
-from .writer import TYPES, Writer
+from .text import TYPES, Text
 
 _TYPE = ".{b8,b16,b32,b64,u8,u16,u32,u64,s8,s16,s32,s64,f16,f32,f64}"
 _VECTOR = "[.{v2,v4}]"
@@ -18,7 +18,7 @@ def _items(operand: Operand) -> list[Operand]:
     return list(operand.items) if isinstance(operand, Vec) else [operand]
 
 
-def _vector(w: Writer, operand: Operand) -> list[Operand]:
+def _vector(w: Text, operand: Operand) -> list[Operand]:
     """The registers of a load or store, as many as its vector has."""
     items = _items(operand)
     expected = next((int(p[1:]) for p in w.parts if p in ("v2", "v4", "v8")), 1)
@@ -27,7 +27,7 @@ def _vector(w: Writer, operand: Operand) -> list[Operand]:
     return items
 
 
-def _space(w: Writer) -> tuple[str, int]:
+def _space(w: Text) -> tuple[str, int]:
     """The state space, and the bits of its addresses."""
     names = {"global": 64, "shared": 32, "shared::cta": 32, "local": 32}
     space = next(p for p in w.parts if p in names)
@@ -40,7 +40,7 @@ def _space(w: Writer) -> tuple[str, int]:
     f"ld[.volatile].global[.{{ca,cg}}]{_CACHE}",
     f"ld.{{relaxed,acquire}}{_ORDER}",
 )
-def _ld(w: Writer) -> None:
+def _ld(w: Text) -> None:
     targets = _vector(w, w.i.operands[0])
     space, bits = _space(w)
     address = w.address(w.i.operands[1], bits)
@@ -52,7 +52,7 @@ def _ld(w: Writer) -> None:
 
 
 @form(f"ld.param{_TYPE}")
-def _ld_param(w: Writer) -> None:
+def _ld_param(w: Text) -> None:
     d, memory = w.i.operands
     if not isinstance(memory, Mem) or not isinstance(memory.base, Sym):
         raise w.unknown()
@@ -69,7 +69,7 @@ def _ld_param(w: Writer) -> None:
     f"st[.volatile].global[.{{wb,cg,cs,wt}}]{_CACHE}",
     f"st.{{relaxed,release}}{_ORDER}",
 )
-def _st(w: Writer) -> None:
+def _st(w: Text) -> None:
     memory, source = w.i.operands[:2]
     sources = tuple(_vector(w, source))
     space, bits = _space(w)
@@ -95,17 +95,14 @@ _ATOMICS = [
 
 
 @form(*(f"{{atom,red}}{op}" for op in _ATOMICS))
-def _atomic(w: Writer) -> None:
+def _atomic(w: Text) -> None:
     operands = list(w.i.operands)
     targets = _vector(w, operands.pop(0)) if w.i.base == "atom" else []
     memory, source = operands[:2]
     if targets and all(not isinstance(t, Reg) for t in targets):
         targets = []  # thrown away
     kind = w.kind
-    if "noftz" in w.parts:
-        bits = "b32" if kind.endswith("x2") else "b16"
-    else:
-        bits = kind
+    bits = {"f16": "b16", "bf16": "b16", "f16x2": "b32", "bf16x2": "b32"}.get(kind, kind)
     data = w.arrays(tuple(_vector(w, source)), bits)
     name = next(p for p in w.parts if p in ("add", "min", "max", "and", "or", "xor", "exch"))
     call = (
@@ -116,7 +113,7 @@ def _atomic(w: Writer) -> None:
 
 
 @form(f"atom{_SCOPED}.cas.b{{32,64}}", f"atom{_TRITON}.cas.b{{32,64}}")
-def _cas(w: Writer) -> None:
+def _cas(w: Text) -> None:
     d, memory, compare, new = w.i.operands[:4]
     call = (
         f"atomic(g, I[{w.i.index}], 'cas', {w.address(memory, 64)}, {w.kind!r}, "
@@ -125,7 +122,7 @@ def _cas(w: Writer) -> None:
     _keep(w, [d], call, w.kind)
 
 
-def _keep(w: Writer, targets: list[Operand], call: str, kind: str) -> None:
+def _keep(w: Text, targets: list[Operand], call: str, kind: str) -> None:
     if targets:
         w.set_many(targets, call, kind)
     else:
@@ -133,13 +130,13 @@ def _keep(w: Writer, targets: list[Operand], call: str, kind: str) -> None:
 
 
 @form("createpolicy.fractional.L2::{evict_first,evict_last,evict_normal,evict_unchanged}.b64")
-def _createpolicy(w: Writer) -> None:
+def _createpolicy(w: Text) -> None:
     """A hint to the L2: any number will do."""
     w.set(w.i.operands[0], w.constant(np.uint64(0)), "u64")
 
 
 @form("cp.async.{ca,cg}.shared[::cta].global[.L2::cache_hint][.L2::{64B,128B,256B}]")
-def _copy(w: Writer) -> None:
+def _copy(w: Text) -> None:
     """``[to], [from], size{, bytes to read: the rest is zero}{, cache policy}``."""
     target, source, size, *rest = w.i.operands
     if rest and "L2::cache_hint" in w.parts:
@@ -150,18 +147,18 @@ def _copy(w: Writer) -> None:
 
 
 @form("cp.async.commit_group")
-def _commit(w: Writer) -> None:
+def _commit(w: Text) -> None:
     w.refuse_guard()
     w.line("async_commit(g)")
 
 
 @form("cp.async.wait_group")
-def _wait(w: Writer) -> None:
+def _wait(w: Text) -> None:
     w.refuse_guard()
     w.line(f"async_wait(g, {w.number(w.i.operands[0])})")
 
 
 @form("cp.async.wait_all")
-def _wait_all(w: Writer) -> None:
+def _wait_all(w: Text) -> None:
     w.refuse_guard()
     w.line("async_wait_all(g)")

@@ -34,7 +34,7 @@ _CALLED = (
 class Program:
     """A kernel ready to run: `functions[b]` runs block b for a group of threads.
 
-    A function returns which threads take the jump at the block's end, or leave there, if not all do.
+    A function returns which threads take the jump at the block's end, or leave there.
 
     Raises:
         UnknownInstructionError: names an instruction that can't be translated.

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from ..syntax import Imm, Operand, Pair, Vec
 from .forms import form
-from .writer import Writer
+from .text import Text
 
 _ALL = (-1, 0xFFFFFFFF)
 
 
-def _collective(w: Writer, members: Operand | None = None) -> None:
+def _collective(w: Text, members: Operand | None = None) -> None:
     """Whole warps only; `members` is the operand that names the threads."""
     w.refuse_guard()
     if members is not None and not (isinstance(members, Imm) and members.value in _ALL):
@@ -21,7 +21,7 @@ def _collective(w: Writer, members: Operand | None = None) -> None:
 
 
 @form("shfl.sync.{up,down,bfly,idx}.b32")
-def _shfl(w: Writer) -> None:
+def _shfl(w: Text) -> None:
     d, a, b, c, members = w.i.operands
     _collective(w, members)
     read = w.arrays((a, b, c), "b32")
@@ -35,20 +35,20 @@ def _shfl(w: Writer) -> None:
 
 
 @form("vote.sync.{all,any,uni}.pred", "vote.sync.ballot.b32")
-def _vote(w: Writer) -> None:
+def _vote(w: Text) -> None:
     d, a, members = w.i.operands
     _collective(w, members)
     w.set(d, f"vote({w.parts[2]!r}, {w.array(a, 'pred')})", w.kind)
 
 
 @form("redux.sync.{add,min,max}.{u32,s32}", "redux.sync.{and,or,xor}.b32")
-def _redux(w: Writer) -> None:
+def _redux(w: Text) -> None:
     d, a, members = w.i.operands
     _collective(w, members)
     w.set(d, f"reduce_warp({w.parts[2]!r}, {w.array(a, w.kind)})", w.kind)
 
 
-def _items(w: Writer, operand: Operand) -> tuple[Operand, ...]:
+def _items(w: Text, operand: Operand) -> tuple[Operand, ...]:
     if not isinstance(operand, Vec):
         raise w.unknown()
     return operand.items
@@ -58,7 +58,7 @@ def _items(w: Writer, operand: Operand) -> tuple[Operand, ...]:
     "mma.sync.aligned.m16n8k{8,16}.row.col.f32.{f16.f16,bf16.bf16}.f32",
     "mma.sync.aligned.m16n8k{4,8}.row.col.f32.tf32.tf32.f32",
 )
-def _mma(w: Writer) -> None:
+def _mma(w: Text) -> None:
     d, a, b, c = (_items(w, operand) for operand in w.i.operands)
     shape, kind = w.parts[3], w.parts[-2]
     depth = int(shape.rpartition("k")[2])
@@ -68,9 +68,9 @@ def _mma(w: Writer) -> None:
 
 
 @form("ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16")
-def _ldmatrix(w: Writer) -> None:
+def _ldmatrix(w: Text) -> None:
     d, memory = w.i.operands
     _collective(w)
-    targets = list(d.items) if isinstance(d, Vec) else [d]
-    call = f"load_matrix(g, I[{w.i.index}], {w.address(memory, 32)}, {len(targets)}, {'trans' in w.parts})"
-    w.set_many(targets, call, "b32")
+    targets: list[Operand] = list(d.items) if isinstance(d, Vec) else [d]
+    arguments = f"{w.address(memory, 32)}, {len(targets)}, {'trans' in w.parts}"
+    w.set_many(targets, f"load_matrix(g, I[{w.i.index}], {arguments})", "b32")
