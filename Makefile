@@ -3,6 +3,7 @@
 # make lint    ruff and mypy
 # make tune    time the kernels' tile sizes on a GPU and write their tables: before make gpu
 # make gpu     the GPU tests and benchmarks in under ten minutes, with the python3 at hand
+# make pretended  the GPU tests and benchmarks on a pretended GPU: devices, waits, signatures; no numbers
 # make sanitize  the kernels on small shapes under compute-sanitizer, on a GPU
 # make clean   remove what the others wrote, .venv excepted
 #
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := demo
 .NOTPARALLEL:
-.PHONY: demo test lint tune gpu sanitize clean
+.PHONY: demo test lint tune gpu sanitize clean pretended
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,6 +26,7 @@ TUNE_ARGS ?=
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
 BARE := PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+PRETENDED := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p pretended_gpu.pytest_plugin -q --benchmark-disable
 EXAMPLES := $(sort $(wildcard examples/*.png examples/*.jpg))
 
 # The stamps carry a checksum of what they depend on: a change of any of the three installs again, nothing else does.
@@ -60,6 +62,13 @@ gpu:
 	@$(PYTHON) -c 'import pytest_benchmark' 2>/dev/null \
 	  || { echo "make gpu: the benchmarks need pytest-benchmark for $(PYTHON)" >&2; exit 1; }
 	@$(BARE) -m benchmarks.gpu_run $(GPU_ARGS)
+
+pretended: $(INSTALLED_DEV)
+	$(PRETENDED) -m gpu tests --not-carried tests/pretended_gpu/not_carried.json \
+	  --report benchmarks/results/pretended_gpu-tests.json
+	results=$$(mktemp -d) && $(PRETENDED) benchmarks --small --seconds 0.01 --eager-compile --results $$results \
+	  --not-carried tests/pretended_gpu/not_carried.json \
+	  --report benchmarks/results/pretended_gpu-suites.json && rm -r $$results
 
 sanitize:
 	@command -v compute-sanitizer >/dev/null \

@@ -1,0 +1,119 @@
+"""Run tests marked gpu, or suites of benchmarks, on the pretended GPU; see ``make pretended``.
+
+    python -m pytest -p pretended_gpu.pytest_plugin -m gpu tests --not-carried FILE --report FILE
+
+`--not-carried` names a JSON file of what the pretence can't carry:
+
+    {"reasons": {"kind": "explanation"}, "tests": {"test id, * for anything": "kind"}}
+
+A test listed there has to fail: one that passes fails the run, as does a pattern that no test of
+the run's files has. Listed under "hangs" it is not run at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from datetime import datetime, timezone
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pretended_gpu
+
+pretended_gpu.install()
+
+HANGS = "hangs"
+
+
+def pytest_addoption(parser: Any) -> None:
+    """The options."""
+    group = parser.getgroup("pretended GPU")
+    group.addoption("--not-carried", type=Path, help="what the pretended GPU can't carry, and why")
+    group.addoption("--report", type=Path, help="JSON file to write the counts to")
+    group.addoption("--commit-of-report", help="commit to name in it")
+    group.addoption(
+        "--eager-compile",
+        action="store_true",
+        help="torch.compile hands its function back: a pretended tensor can't be traced",
+    )
+
+
+def pytest_configure(config: Any) -> None:
+    """Take torch.compile away where that was asked for."""
+    if config.getoption("--eager-compile"):
+        import torch
+
+        torch.compile = _hand_back
+        torch.compiler.reset = lambda: None
+
+
+def _hand_back(model: Any = None, **options: Any) -> Any:
+    return (lambda function: function) if model is None else model
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Expect the failures that are listed."""
+    path = config.getoption("--not-carried")
+    if path is None:
+        return
+    listed = json.loads(path.read_text())
+    patterns: dict[str, str] = listed["tests"]
+    unused = set(patterns)
+    for item in items:
+        for pattern, kind in patterns.items():
+            if matches(item.nodeid, pattern):
+                unused.discard(pattern)
+                reason = f"not carried ({kind}): {listed['reasons'][kind]}"
+                marker = pytest.mark.xfail(reason=reason, run=kind != HANGS, strict=True)
+                item.add_marker(marker)
+    files = {item.nodeid.partition("::")[0] for item in items}
+    unused = {pattern for pattern in unused if pattern.partition("::")[0] in files}
+    if unused and not config.option.keyword:
+        raise pytest.UsageError(f"{path}: no test of this run is {sorted(unused)}")
+
+
+def matches(test_id: str, pattern: str) -> bool:
+    """Whether `pattern`, in which only ``*`` is special, stands for the test."""
+    return fnmatchcase(test_id, pattern.replace("[", "[[]"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: Any) -> Any:
+    """Leave no mode of one test to the next."""
+    record = pretended_gpu.RECORD
+    record.clear()
+    record.sync_mode, record.capturing = "default", False
+    try:
+        return (yield)
+    finally:
+        record.sync_mode, record.capturing = "default", False
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+    """Say how many kernels were asked for, and write the report."""
+    kernels = Counter(name for _, name, _ in pretended_gpu.RECORD.kernels)
+    total = sum(kernels.values())
+    terminalreporter.write_line(f"pretended GPU: {total} specialisations of {len(kernels)} kernels")
+    path = config.getoption("--report")
+    if path is not None:
+        report = {
+            "device": "none: a pretended H200, on which no kernel runs",
+            "commit": config.getoption("--commit-of-report"),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "outcomes": {
+                outcome: len(terminalreporter.stats.get(outcome, []))
+                for outcome in ("passed", "failed", "error", "xfailed", "skipped")
+            },
+            "specialisations": dict(sorted(kernels.items())),
+            "versions": _versions(),
+        }
+        path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "triton", "transformers", "numpy")}

@@ -1,0 +1,89 @@
+"""What happened on the pretended GPU."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_HERE = str(Path(__file__).parent)
+
+
+class SyncError(RuntimeError):
+    """The host waited for the device where it must not."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """An aten op that ran."""
+
+    name: str
+    is_view: bool  # nothing is launched
+    read: int  # bytes of its tensors
+    written: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A start of a Triton kernel."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+
+
+@dataclass
+class Record:
+    """Filled while code runs; see :func:`pretended_gpu.install`."""
+
+    syncs: list[tuple[str, str]] = field(default_factory=list)  # (what, where in the source)
+    uploads: list[str] = field(default_factory=list)  # ops that took pageable host memory
+    launches: list[Launch] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)  # while `counts_ops`
+    kernels: dict[tuple[str, str, str], int] = field(default_factory=dict)  # (module, name, key)
+    descriptors: int = 0
+    counts_ops: bool = False
+    capturing: bool = False
+    sync_mode: str = "default"  # of torch.cuda.set_sync_debug_mode
+
+    def clear(self) -> None:
+        """Forget what happened; modes stay."""
+        for seen in (self.syncs, self.uploads, self.launches, self.ops):
+            seen.clear()
+
+    def sync(self, what: str) -> None:
+        """Note that the host waits.
+
+        Raises:
+            SyncError: the sync-debug mode is "error", or a graph is being captured.
+        """
+        place = _place()
+        self.syncs.append((what, place))
+        if self.sync_mode == "error":
+            raise SyncError(f"called a synchronizing CUDA operation ({what}) at {place}")
+        if self.capturing:
+            raise SyncError(f"operation not permitted when stream is capturing ({what}) at {place}")
+
+    @contextmanager
+    def counting(self, counts: bool = True) -> Iterator[None]:
+        """Record ops with their bytes (or don't) inside the block."""
+        before, self.counts_ops = self.counts_ops, counts
+        try:
+            yield
+        finally:
+            self.counts_ops = before
+
+
+def _place() -> str:
+    """The innermost line that is neither torch's nor of this package."""
+    frames = (
+        frame
+        for frame in reversed(traceback.extract_stack())
+        if not frame.filename.startswith(_HERE) and "/torch/" not in frame.filename
+    )
+    frame = next(frames, None)
+    return f"{Path(frame.filename).name}:{frame.lineno}" if frame else "?"
+
+
+RECORD = Record()

@@ -1,0 +1,244 @@
+"""The numbers of hrvlm_kernels' ops on the pretended GPU, from the package's own references.
+
+An op runs as on a GPU first, so that its launcher's Python runs and its launches are recorded, and
+what it allocated is then filled. Everything is computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch.utils._pytree import tree_map
+
+from .record import RECORD, Op
+from .torch_tensors import IMPLEMENTATIONS, MODE, count_bytes, inner
+
+_LOG2_E = 1.4426950408889634
+# The dispatch mode is of a thread: in another one tensors are what they are.
+_elsewhere = ThreadPoolExecutor(1)
+
+
+class Layout:
+    """As much of a PackedGrids as the reference of attention reads."""
+
+    def __init__(self, cu_seqlens: Tensor) -> None:
+        self.lengths = cu_seqlens.diff().tolist()
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """The rows of each segment."""
+        return list(x.split(self.lengths))
+
+
+def install(*, numbers: bool) -> None:
+    """Import hrvlm_kernels, and run its ops here."""
+    impl = torch.library.Library.impl
+
+    def impl_and_keep(self: Any, name: str, run: Any, key: str = "", **rest: Any) -> None:
+        if key == "CUDA":
+            _keep(f"{self.ns}::{name}", run, numbers)
+        impl(self, name, run, key, **rest)
+
+    torch.library.Library.impl = impl_and_keep  # type: ignore[method-assign,assignment]
+    try:
+        from hrvlm_kernels import residual_layer_norm, swiglu  # noqa: F401
+    finally:
+        torch.library.Library.impl = impl  # type: ignore[method-assign]
+    for module in [m for name, m in sys.modules.items() if name.startswith("hrvlm_kernels.")]:
+        for op in vars(module).values():
+            if isinstance(op, CustomOpDef):
+                _keep(op._qualname, op._init_fn, numbers)
+
+
+def _keep(qualified: str, run: Callable[..., Any], numbers: bool) -> None:
+    reference = REFERENCES.get(qualified.partition("::")[2]) if numbers else None
+
+    def pretended(*args: Any, **kwargs: Any) -> Any:
+        with MODE:
+            out = run(*args, **kwargs)
+        if RECORD.counts_ops:
+            read, written = (count_bytes(tree_map(inner, a)) for a in ((args, kwargs), out))
+            RECORD.ops.append(Op(qualified, False, read, written))
+        if reference is not None:
+            with RECORD.counting(False):
+                inner_args, inner_kwargs = tree_map(inner, (args, kwargs))
+                _fill(out, _elsewhere.submit(reference, *inner_args, **inner_kwargs).result())
+        return out
+
+    IMPLEMENTATIONS[qualified] = pretended
+
+
+def _fill(outs: Any, numbers: Any) -> None:
+    if numbers is None:  # it wrote into its arguments
+        return
+    pair = isinstance(outs, (tuple, list))
+    for out, new in zip(outs if pair else [outs], numbers if pair else [numbers], strict=True):
+        if new is None:
+            continue
+        if out.shape != new.shape or out.dtype != new.dtype:
+            raise RuntimeError(
+                f"the op allocated {out.dtype} {tuple(out.shape)}, its reference gives "
+                f"{new.dtype} {tuple(new.shape)}"
+            )
+        out.data_on_cpu.copy_(new.detach())
+
+
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    return [a.detach().float().requires_grad_() for a in tensors]
+
+
+def _normed(leaves: list[Tensor], eps: float) -> Tensor:
+    """LayerNorm of x, weight and bias."""
+    x, weight, bias = leaves
+    return F.layer_norm(x, x.shape[1:], weight, bias, eps)
+
+
+def _rope_2d(
+    q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    from hrvlm_kernels import reference
+
+    signed = -coords if inverse else coords
+    rotated = reference.rope_2d(q, k, signed, inv_freq, upcast=torch.float32)
+    prefix = (coords == 0).all(1)[:, None, None]  # unchanged, NaN and all
+    q_out, k_out = (
+        torch.where(prefix, a, b.to(a.dtype)) for a, b in zip((q, k), rotated, strict=True)
+    )
+    return q_out, k_out
+
+
+def _rope_2d_in_place(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
+    q_out, k_out = _rope_2d(q.clone(), k.clone(), coords, inv_freq, False)
+    q.copy_(q_out)
+    k.copy_(k_out)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, rope: Any, scale: float
+) -> tuple[Tensor, Tensor]:
+    from hrvlm_kernels import reference
+
+    if rope[0] is not None:
+        q, k = reference.rope_2d(q, k, *rope, upcast=torch.float32)
+    layout: Any = Layout(cu_seqlens)
+    return reference.varlen_attention(q, k, v, layout, scale, upcast=torch.float32)
+
+
+def _varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, tiles_64: Tensor, tiles_128: Tensor,
+    short_segments: Tensor, coords: Tensor | None, inv_freq: Tensor | None, scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse = _attend(q, k, v, cu_seqlens, (coords, inv_freq), scale)
+    return out.to(q.dtype), lse * _LOG2_E
+
+
+def _varlen_attention_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+    tiles_64: Tensor, tiles_128: Tensor, short_segments: Tensor, coords: Tensor | None,
+    inv_freq: Tensor | None, scale: float, deterministic: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    leaves = _leaves(q, k, v)
+    q_leaf, k_leaf, v_leaf = leaves
+    exact, _ = _attend(q_leaf, k_leaf, v_leaf, cu_seqlens, (coords, inv_freq), scale)
+    return tuple(a.to(q.dtype) for a in torch.autograd.grad(exact, leaves, g.float()))
+
+
+def _pixel_shuffle_linear(
+    x: Tensor, index: Tensor, cu_seqlens: Tensor, weight: Tensor, bias: Tensor | None, prefix: int
+) -> Tensor:
+    rows = x[index.long()].flatten(1).float()
+    return F.linear(rows, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _pixel_shuffle_linear_dx(
+    dy: Tensor, weight: Tensor, index: Tensor, cu_seqlens: Tensor, prefix: int, tokens: int
+) -> Tensor:
+    width = weight.shape[1] // index.shape[1]
+    rows = (dy.float() @ weight.float()).view(-1, width)
+    return torch.zeros(tokens, width).index_copy(0, index.flatten().long(), rows).to(dy.dtype)
+
+
+def _pixel_shuffle_linear_dweight(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    return (dy.float().T @ x[index.long()].flatten(1).float()).to(x.dtype)
+
+
+def _layer_norm_pixel_shuffle(
+    x: Tensor, index: Tensor, cu_seqlens: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
+    prefix: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    bias = None if bias is None else bias.float()
+    normed = F.layer_norm(x.float(), x.shape[1:], weight.float(), bias, eps)
+    return normed.to(dtype)[index.long()].flatten(1)
+
+
+def _layer_norm_pixel_shuffle_backward(
+    dy: Tensor, x: Tensor, index: Tensor, cu_seqlens: Tensor, weight: Tensor, eps: float,
+    prefix: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    leaves = _leaves(x, weight, torch.zeros_like(weight))
+    rows = _normed(leaves, eps)[index.long()].flatten(1)
+    dx, dw, db = torch.autograd.grad(rows, leaves, dy.float())
+    return dx.to(x.dtype), dw, db
+
+
+def _residual_layer_norm(
+    x: Tensor, update: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    out = torch.addcmul(x.float(), update.float(), scale.float()).to(x.dtype)
+    bias = None if bias is None else bias.float()
+    normed = F.layer_norm(out.float(), out.shape[-1:], weight.float(), bias, eps)
+    return out, normed.to(x.dtype)
+
+
+def _residual_layer_norm_backward(
+    g: Tensor, h: Tensor, out: Tensor, update: Tensor, scale: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    leaves = _leaves(out, weight, torch.zeros_like(weight))
+    normed = _normed(leaves, eps)
+    dout, dw, db = torch.autograd.grad(normed, leaves, h.float())
+    dx = dout + g.float()
+    sums = torch.stack([(dx * update.float()).sum(0), dw, db])
+    return dx.to(out.dtype), (dx * scale.float()).to(out.dtype), sums
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def _swiglu_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    leaves = _leaves(gate, up)
+    product = F.silu(leaves[0]) * leaves[1]
+    return tuple(a.to(gate.dtype) for a in torch.autograd.grad(product, leaves, g.float()))
+
+
+def _normalize_patchify(
+    images: list[Tensor], patch_size: int, mean: list[float], std: list[float], dtype: torch.dtype
+) -> Tensor:
+    from hrvlm_kernels import reference
+
+    return reference.normalize_patchify(images, patch_size, mean, std).to(dtype)
+
+
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "layer_norm_pixel_shuffle": _layer_norm_pixel_shuffle,
+    "layer_norm_pixel_shuffle_backward": _layer_norm_pixel_shuffle_backward,
+    "normalize_patchify": _normalize_patchify,
+    "pixel_shuffle_linear": _pixel_shuffle_linear,
+    "pixel_shuffle_linear_dweight": _pixel_shuffle_linear_dweight,
+    "pixel_shuffle_linear_dx": _pixel_shuffle_linear_dx,
+    "residual_layer_norm": _residual_layer_norm,
+    "residual_layer_norm_backward": _residual_layer_norm_backward,
+    "rope_2d": _rope_2d,
+    "rope_2d_": _rope_2d_in_place,
+    "swiglu": _swiglu,
+    "swiglu_backward": _swiglu_backward,
+    "varlen_attention": _varlen_attention,
+    "varlen_attention_backward": _varlen_attention_backward,
+}

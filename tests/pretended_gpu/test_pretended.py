@@ -1,0 +1,193 @@
+"""pretended_gpu: what it refuses, what it records, and what it counts of the encoder."""
+
+import pytest
+import torch
+
+import pretended_gpu
+
+pretended_gpu.install()
+
+from transformers import DINOv3ViTConfig
+
+from hrvlm import DINOv3Encoder
+from hrvlm_kernels import PackedGrids, normalize_patchify, pixel_shuffle_linear, varlen_attention
+from hrvlm_kernels.residual_layer_norm import residual_layer_norm
+from hrvlm_kernels.swiglu import swiglu
+from pretended_gpu import RECORD, SyncError
+from pretended_gpu.moved_bytes import moved_by, of_a_layer
+from pretended_gpu.tensor_maps import check_tensor_map
+
+SIZES = [(64, 96), (320, 320), (16, 16)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_record():
+    RECORD.clear()
+    yield
+    RECORD.sync_mode, RECORD.capturing = "default", False
+
+
+def small_encoder(**options):
+    torch.manual_seed(0)
+    config = DINOv3ViTConfig(
+        num_register_tokens=4, num_hidden_layers=2, hidden_size=128, intermediate_size=256,
+        num_attention_heads=2, **options,
+    )  # fmt: skip
+    return DINOv3Encoder(config).eval()
+
+
+def test_it_says_that_it_is_a_gpu():
+    x = torch.randn(3, device="cuda")
+    assert x.device == torch.device("cuda", 0) and x.is_cuda and not x.is_cpu
+    assert (x + 1).device == x.device and x[1:].device == x.device
+    assert x.cpu().device.type == "cpu"
+    assert torch.cuda.get_device_capability() == (9, 0)
+    with pytest.raises(TypeError, match="numpy"):
+        x.numpy()
+
+
+def test_tensors_of_two_devices_raise():
+    x = torch.randn(4, device="cuda")
+    for run in (lambda: x + torch.ones(4), lambda: torch.cat([x, torch.ones(4)])):
+        with pytest.raises(RuntimeError, match="same device, but found at least two"):
+            run()
+    assert torch.equal((x + torch.tensor(1.0)).cpu(), x.cpu() + 1)  # a scalar on the host may
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.copy_(torch.ones(4)),
+        lambda x: torch.ones(4).to("cuda"),
+        lambda x: torch.tensor([1, 2], device="cuda"),
+        lambda x: x.repeat_interleave(torch.ones(4, dtype=torch.int64, device="cuda")),
+    ],
+)
+def test_what_waits_for_the_device_is_seen(wait):
+    x = torch.randn(4, device="cuda")
+    RECORD.clear()
+    wait(x)
+    assert [place.partition(":")[0] for _, place in RECORD.syncs][:1] == ["test_pretended.py"]
+    torch.cuda.set_sync_debug_mode("error")
+    with pytest.raises(SyncError, match=r"synchronizing CUDA operation .* at test_pretended\.py"):
+        wait(x)
+    torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(SyncError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        wait(x)
+
+
+def test_pageable_memory_is_seen_and_pinned_memory_is_not():
+    torch.ones(8).to("cuda", non_blocking=True)
+    assert RECORD.uploads == ["torch.float32 (8,)"] and not RECORD.syncs
+    RECORD.clear()
+    torch.ones(8).pin_memory().to("cuda", non_blocking=True)
+    torch.zeros(8, pin_memory=True)[2:].to("cuda", non_blocking=True)
+    assert not RECORD.uploads and not RECORD.syncs
+
+
+def test_the_encoder_never_waits():
+    """Features and gradients are the CPU's; nothing in a forward or backward asks for a size."""
+    encoder, images = small_encoder(), [torch.randn(3, *size) for size in SIZES]
+    expected = encoder(images).packed_patches
+    expected.square().mean().backward()
+    grads = [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+    encoder.zero_grad()
+    encoder.to("cuda")
+    uploaded = [image.to("cuda") for image in images]
+    RECORD.clear()
+    torch.cuda.set_sync_debug_mode("error")
+    out = encoder(uploaded).packed_patches
+    out.square().mean().backward()
+    torch.cuda.set_sync_debug_mode("default")
+    assert not RECORD.syncs and not RECORD.uploads
+    torch.testing.assert_close(out.detach().cpu(), expected.detach(), rtol=1e-4, atol=1e-4)
+    got = [p.grad.cpu() for p in encoder.parameters() if p.grad is not None]
+    for a, b in zip(got, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_layer_moves():
+    """In units of S = tokens * width * 2 bytes, per layer of a forward, beside the products:
+
+    two norms read and write S each (4), GELU reads and writes 4 S (8), and a residual connection
+    reads the stream and the update and writes the stream (3, twice): 18 S, and some thousands of
+    bytes of parameters. Attention reads q, k and v and writes its output: 4 S.
+
+    Launches: 4 products, 2 norms, 2 residuals, GELU, and the bias of q, k and v (zeros and cat)
+    make 11; images up to 256 tokens take one attention kernel, longer ones a pass over k besides.
+    """
+    for grid, launches in (((14, 14), 1), ((16, 18), 2)):
+        layer, size = of_a_layer(grid=grid, train=False)
+        assert layer.elementwise_bytes() / size == pytest.approx(18, abs=0.2)
+        assert layer.kernel_bytes("varlen_attention") / size == pytest.approx(4, abs=0.1)
+        assert layer.calls.total() == 11
+        assert layer.launches.total() == launches
+
+
+def test_counting_itself():
+    a, b = torch.randn(64, 32, device="cuda"), torch.randn(32, 8, device="cuda")
+    moved = moved_by(lambda: (a @ b).t().contiguous().add_(1))
+    assert moved.bytes == {
+        "aten::mm": 4 * (64 * 32 + 32 * 8 + 64 * 8),
+        "aten::clone": 2 * 4 * 64 * 8,
+        "aten::add_": 2 * 4 * 64 * 8,
+    }
+    assert moved.elementwise_bytes() == 4 * 4 * 64 * 8
+
+
+def test_every_op_runs_its_launcher_and_has_numbers():
+    packed = PackedGrids.from_grids([(4, 8), (20, 16)], num_prefix_tokens=5, device="cuda")
+    t = packed.total_tokens
+
+    def leaf(*shape):
+        return torch.randn(*shape, device="cuda").requires_grad_()
+
+    q, k, v = (leaf(t, 2, 32) for _ in range(3))
+    rope = packed.coords, torch.rand(8, device="cuda")
+    x, scale, weight, bias = leaf(t, 64), leaf(64), leaf(64), leaf(64)
+    outs = [
+        varlen_attention(q, k, v, packed, rope=rope),
+        pixel_shuffle_linear(x, packed, 4, leaf(24, 1024), leaf(24)),
+        *residual_layer_norm(x, leaf(t, 64), scale, weight, bias),
+        swiglu(x, leaf(t, 64)),
+    ]
+    torch.autograd.backward(outs, [torch.randn_like(out) for out in outs])
+    bytes_ = torch.randint(256, (1, 3, 32, 16), dtype=torch.uint8).to("cuda")
+    outs.append(normalize_patchify(bytes_, 16, [0.5] * 3, [0.5] * 3)[0])
+    grads = [a.grad for a in (q, k, v, x, scale, weight, bias)]
+    assert all(a.cpu().isfinite().all() for a in (*outs, *grads))
+    assert len({launch.kernel for launch in RECORD.launches}) >= 9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"address": 8}, "multiple of 16"),
+        ({"strides": [96, 2]}, "last stride"),
+        ({"strides": [100, 1]}, "bytes must be"),
+        ({"strides": [32, 1]}, "bytes must be"),
+        ({"box": [512, 64]}, "512 is not 1 to 256"),
+        ({"box": [64, 4]}, "row of 8 bytes"),
+        ({"shape": [0, 64]}, "0 is not 1 to"),
+        ({"swizzle": 2}, "swizzle 2"),
+    ],
+)
+def test_tensor_maps(change, message):
+    good = {
+        "address": 4096, "swizzle": 3, "itemsize": 2, "box": [64, 64], "shape": [200, 64],
+        "strides": [192, 1],
+    }  # fmt: skip
+    check_tensor_map(**good)
+    with pytest.raises(ValueError, match=message):
+        check_tensor_map(**good | change)
+
+
+def test_it_comes_before_the_kernels_package():
+    with pytest.raises(RuntimeError, match="real GPU"):
+        pretended_gpu.install()
