@@ -11,22 +11,29 @@ What a picture means is decided here, once, for every way into the package:
 - float (mode `F`, float arrays): must lie in [0, 1]; `floor(v * 255 + 1/2)`. Values that were
   normalised already, or that run to 255, are refused: guessing the scale from the contents would
   turn a dark picture into a bright one
-- more than one frame (GIF, TIFF, APNG): the first one; of a Pillow image, the one it stands at
+- more than one frame (GIF, TIFF, APNG, WebP, AVIF): the first one, and no other is decoded; of a
+  Pillow image, the one it stands at
 - colour profiles are not applied, as in the other libraries that feed such models
+
+Which files are opened, and within which limits: `image_formats.py`. A Pillow image was opened by
+the caller, and only its size is judged here.
 """
 
 import io
 import os
 import re
-import struct
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
+
+from .image_formats import ImageError as ImageError  # part of this module's interface, too
+from .image_formats import check_size, decode_first_frame
+from .image_stills import Pieces
 
 ImageSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
@@ -35,6 +42,7 @@ ImageSource: TypeAlias = (
 Channels: TypeAlias = Literal["first", "last"]
 
 MAX_PIXELS = 178_956_970  # Pillow's own default: 512 MiB of RGB
+MAX_STREAM_BYTES = 64_000_000  # of a stream that can't seek, before its header is read
 WHITE = (255, 255, 255)
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
@@ -48,16 +56,8 @@ _UPRIGHT = {  # EXIF orientation: what brings the picture back
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow brings these PNG pixels to 8 bits, and leaves their colour key at the depth of the file.
-_KEY_TO_8_BITS: dict[str, Callable[[int], int]] = {
-    "L;2": lambda v: v * 85,
-    "L;4": lambda v: v * 17,
-    "RGB;16B": lambda v: v >> 8,
-}
-
-
-class ImageError(ValueError):
-    """An image that cannot be read; the message names its file or its index in the batch."""
+_STRIPE_PIXELS = 1 << 20
+_PHOTOMETRIC = 262  # TIFF's tag; 0: the smallest value is white
 
 
 def load_image(
@@ -70,16 +70,16 @@ def load_image(
 ) -> Image.Image:
     """The image as a new, upright, 8-bit RGB Pillow image without metadata (rules: top of file).
 
-    `max_pixels` decides about the size, from the header, before a pixel is decoded. Pillow's global
-    `MAX_IMAGE_PIXELS` is not changed, and neither warns nor raises here; only a few decoders (TIFF,
-    WebP, ICNS, ICO, MPO) look at it again by themselves, so that pictures of these formats which
-    are larger than twice that global are refused until the caller raises it.
+    `max_pixels` and the limits of `image_formats` decide about a file by its header, before a pixel
+    is decoded. Pillow's global `MAX_IMAGE_PIXELS` is not changed, and neither warns nor raises
+    here; only the decoders of TIFF and WebP look at it again by themselves, so that pictures of
+    these formats which are larger than twice that global are refused until the caller raises it.
 
     Args:
         source: a path; the bytes of a file; a binary file object (read from its start if it can
-            seek, left open); a Pillow image (not modified); or an array or tensor: uint8, uint16,
-            bool, or float in [0, 1], shaped [H, W], [H, W, C] or [C, H, W] with C = 1 (grey),
-            3 (RGB) or 4 (RGBA).
+            seek, else up to `MAX_STREAM_BYTES`; left open); a Pillow image (not modified); or an
+            array or tensor: uint8, uint16, bool, or float in [0, 1], shaped [H, W], [H, W, C] or
+            [C, H, W] with C = 1 (grey), 3 (RGB) or 4 (RGBA).
         name: what to call the image in errors; a whole number is its index in the batch.
         background: the colour under transparent pixels, three numbers from 0 to 255.
         max_pixels: the largest height * width that is accepted.
@@ -87,8 +87,9 @@ def load_image(
             be read both ways, such as 3x5x3. Other sources have no use for it.
 
     Raises:
-        ImageError: (a ValueError) empty, truncated, corrupt or no image; over `max_pixels`; a URL;
-            an array whose shape, dtype or values are not as above.
+        ImageError: (a ValueError) empty, truncated, corrupt or no image of a known format; over
+            `max_pixels` or another limit; a URL; an array whose shape, dtype or values are not as
+            above.
         OSError: the file cannot be opened (FileNotFoundError, PermissionError, ...).
         TypeError: `source` is of another type, or a file object in text mode.
         ValueError: `background`, `max_pixels` or `channels` is out of range.
@@ -99,16 +100,18 @@ def load_image(
     if channels not in (None, "first", "last"):
         raise ValueError(f'channels={channels!r}: expected "first", "last" or None')
     if isinstance(source, Image.Image):
-        _check_size(source.size, label, max_pixels)
-        return _upright_rgb(source, label, under)
+        check_size(source.width, source.height, label, max_pixels)
+        with _failures_named(label, "is truncated or corrupt"):
+            source.load()
+        # Not earlier: the TIFF decoder turns the pixels while it loads them, and drops the tag.
+        return _upright(_to_rgb(source, label, under), _orientation(source, label))
     if isinstance(source, np.ndarray | torch.Tensor):
         return _to_rgb(_from_array(source, label, max_pixels, channels), label, under)
-    if isinstance(source, str | os.PathLike):
-        if isinstance(source, str) and _URL.match(source):
-            raise ImageError(f"{label} is a URL: download it first, then pass its path or bytes")
-        with open(source, "rb") as stream:
-            return _decode(stream, os.fspath(source), label, under, max_pixels)
-    return _decode(io.BytesIO(_read(source, label)), "", label, under, max_pixels)
+    with _stream(source, label) as stream:
+        image, orientation = decode_first_frame(stream, label, max_pixels)
+    rgb = _to_rgb(image, label, under)
+    del image  # so that no more than two pictures are held while one is turned
+    return _upright(rgb, orientation)
 
 
 def rgb_color(argument: str, color: Sequence[int]) -> tuple[int, int, int]:
@@ -156,98 +159,49 @@ def _failures_named(label: str, what: str) -> Iterator[None]:
         yield
     except (MemoryError, ImageError):
         raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{label}: the decoder of this format obeys PIL.Image.MAX_IMAGE_PIXELS, "
-            f"whatever max_pixels is: {error}"
-        ) from error
     except Exception as error:
         raise ImageError(f"{label} {what}: {str(error) or type(error).__name__}") from error
 
 
-def _check_size(size: tuple[int, int], label: str, max_pixels: int) -> None:
-    width, height = size
-    if width < 1 or height < 1:
-        raise ImageError(f"{label} has no pixels: height {height}, width {width}")
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{label} is over the pixel limit: height {height} * width {width} = {height * width}, "
-            f"max_pixels={max_pixels}"
-        )
-
-
-def _read(source: Any, label: str) -> bytes:
+@contextmanager
+def _stream(source: Any, label: str) -> Iterator[IO[bytes]]:
+    """The file as a stream that can seek."""
+    if isinstance(source, str | os.PathLike):
+        if isinstance(source, str) and _URL.match(source):
+            raise ImageError(f"{label} is a URL: download it first, then pass its path or bytes")
+        with open(source, "rb") as stream:
+            yield stream
+        return
     if isinstance(source, bytes | bytearray | memoryview):
-        return bytes(source)
+        yield io.BufferedReader(Pieces(None, [memoryview(source).cast("B")]))
+        return
     if not callable(getattr(source, "read", None)):
         raise TypeError(
             f"{label}: expected a path, bytes, a binary file object, a Pillow image, a numpy array "
             f"or a torch tensor, got {type(source).__name__}"
         )
-    if hasattr(source, "seekable") and source.seekable():
-        source.seek(0)
-    data = source.read()
-    if not isinstance(data, bytes):
+    start = source.read(0)
+    if not isinstance(start, bytes):
         raise TypeError(
-            f"{label}: expected a file object in binary mode, its read() gave {type(data).__name__}"
+            f"{label}: expected a file object in binary mode, its read() gave "
+            f"{type(start).__name__}"
         )
-    return data
+    if hasattr(source, "seekable") and source.seekable():
+        yield source
+        return
+    data = start
+    while len(data) <= MAX_STREAM_BYTES and (more := source.read(1 << 20)):
+        data += more
+    if len(data) > MAX_STREAM_BYTES:
+        raise ImageError(
+            f"{label}: more than {MAX_STREAM_BYTES} bytes in a stream that can't seek; save it to "
+            "a file first"
+        )
+    yield io.BytesIO(data)
 
 
-def _decode(
-    stream: IO[bytes], path: str, label: str, background: tuple[int, int, int], max_pixels: int
-) -> Image.Image:
-    with _failures_named(label, "has a header that cannot be read"):
-        image = _identify(stream, path, label)
-    _check_size(image.size, label, max_pixels)
-    key, widen = image.info.get("transparency"), _KEY_TO_8_BITS.get(_rawmode(image))
-    if widen and isinstance(key, int | tuple):
-        image.info["transparency"] = widen(key) if isinstance(key, int) else tuple(map(widen, key))
-    return _upright_rgb(image, label, background)
-
-
-def _identify(stream: IO[bytes], path: str, label: str) -> Image.Image:
-    """Read the header with the first of Pillow's decoders that takes the file.
-
-    This is what `Image.open` does with Pillow's public registry, less its check against the global
-    pixel limit, which warns or raises for sizes that the caller allowed and which no argument
-    turns off.
-    """
-    prefix = stream.read(16)
-    if not prefix:
-        raise ImageError(f"{label} is empty (0 bytes)")
-    tried: set[str] = set()
-    for load_plugins in (Image.preinit, Image.init):
-        load_plugins()
-        for name in [f for f in Image.ID if f not in tried]:
-            tried.add(name)
-            if name == "EPS":  # a program, which Pillow would have Ghostscript run
-                continue
-            factory, accept = Image.OPEN[name]
-            verdict = accept(prefix) if accept else True
-            if not verdict or isinstance(verdict, str):  # a string says what this Pillow lacks
-                continue
-            stream.seek(0)
-            try:
-                return factory(stream, path)
-            except (SyntaxError, IndexError, TypeError, struct.error):  # how plugins say "not mine"
-                continue
-    raise ImageError(f"{label} is not an image that Pillow can read: it begins with {prefix!r}")
-
-
-def _rawmode(image: Image.Image) -> Any:
-    """How the file stores its pixels ("L;4", ...), which Pillow tells until they are decoded."""
-    tile = getattr(image, "tile", None)
-    args = tile[0][3] if tile else None
-    return args[0] if isinstance(args, tuple) and args else args
-
-
-def _upright_rgb(image: Image.Image, label: str, background: tuple[int, int, int]) -> Image.Image:
-    with _failures_named(label, "is truncated or corrupt"):
-        image.load()
-    rgb = _to_rgb(image, label, background)
-    # Not earlier: the TIFF decoder turns the pixels itself while it loads them and drops the tag.
-    turn = _UPRIGHT.get(_orientation(image, label))
+def _upright(rgb: Image.Image, orientation: Any) -> Image.Image:
+    turn = _UPRIGHT.get(orientation)
     upright = rgb if turn is None else rgb.transpose(turn)
     upright.info.clear()  # an orientation left in it would turn the image again, next time
     return upright
@@ -257,27 +211,47 @@ def _orientation(image: Image.Image, label: str) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # there is no one exception for bad EXIF, and the pixels are good
-        warnings.warn(f"{label}: taken as upright, its EXIF is unreadable: {error}", stacklevel=4)
+        warnings.warn(f"{label}: taken as upright, its EXIF is unreadable: {error}", stacklevel=3)
         return 1
 
 
 def _to_rgb(image: Image.Image, label: str, background: tuple[int, int, int]) -> Image.Image:
+    """In stripes, so that what lies between the two pictures is small."""
     with _failures_named(label, f"of mode {image.mode} cannot be converted to RGB"):
-        if image.mode == "F":
-            return Image.fromarray(_floats_to_uint8(np.asarray(image), label)).convert("RGB")
-        if image.mode == "I" or image.mode.startswith("I;"):
-            values = np.asarray(image)
-            grey = Image.fromarray(_integers_to_uint8(values, label)).convert("RGB")
-            key = image.info.get("transparency")
-            return grey if key is None else _on(background, grey, Image.fromarray(values != key))
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        if image.mode == "P":  # Pillow writes the palette's alpha into the image that it converts
-            image = image.copy()
-        if image.mode == "La":
-            image = image.convert("LA")
-        rgba = image.convert("RGBA")
-        return _on(background, rgba.convert("RGB"), rgba.getchannel("A"))
+        rows = max(1, _STRIPE_PIXELS // image.width)
+        if rows >= image.height:
+            return _positive(_stripe_to_rgb(image, label, background), image)
+        rgb = Image.new("RGB", image.size)
+        for top in range(0, image.height, rows):
+            box = (0, top, image.width, min(top + rows, image.height))
+            stripe = _stripe_to_rgb(image.crop(box), label, background)
+            rgb.paste(_positive(stripe, image), box)
+        return rgb
+
+
+def _positive(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    """Inverted where Pillow does not: TIFF of 16 bits or floats whose smallest value is white."""
+    deep = image.mode == "F" or image.mode.startswith("I")
+    negative = deep and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+    return rgb.point(lambda value: 255 - value) if negative else rgb
+
+
+def _stripe_to_rgb(image: Image.Image, label: str, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode == "F":
+        return Image.fromarray(_floats_to_uint8(np.asarray(image), label)).convert("RGB")
+    if image.mode == "I" or image.mode.startswith("I;"):
+        values = np.asarray(image)
+        grey = Image.fromarray(_integers_to_uint8(values, label)).convert("RGB")
+        key = image.info.get("transparency")
+        return grey if key is None else _on(background, grey, Image.fromarray(values != key))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "P":  # Pillow writes the palette's alpha into the image that it converts
+        image = image.copy()
+    if image.mode == "La":
+        image = image.convert("LA")
+    rgba = image.convert("RGBA")
+    return _on(background, rgba.convert("RGB"), rgba.getchannel("A"))
 
 
 def _on(background: tuple[int, int, int], rgb: Image.Image, alpha: Image.Image) -> Image.Image:
@@ -296,7 +270,7 @@ def _from_array(
     else:
         array = source
     array = _channels_last(array, label, channels)
-    _check_size((array.shape[1], array.shape[0]), label, max_pixels)
+    check_size(array.shape[1], array.shape[0], label, max_pixels)
     pixels = np.ascontiguousarray(_to_uint8(array, label))
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 

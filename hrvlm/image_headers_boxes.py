@@ -1,0 +1,297 @@
+"""The headers of AVIF and JPEG 2000 files, which are made of boxes; see `image_stills.py`."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from math import ceil
+
+from .image_stills import MAX_METADATA, MAX_SEGMENTS, LimitError, Piece, Pieces, Reader, Still
+
+_JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
+_CODESTREAM = b"\xff\x4f\xff\x51"
+_AVIF_BRANDS = (b"avif", b"avis")
+
+
+def avif(file: Reader) -> Still:
+    """The still picture, with the boxes of an image sequence and of metadata renamed."""
+    edits: dict[int, bytes] = {}
+    meta = None
+    for name, start, end in _boxes(file, 0, file.size):
+        if name == b"ftyp" and file.at(start, 4) == b"avis":
+            edits[start] = b"avif"
+            for brand in range(start + 8, min(end, start + 256), 4):
+                if file.at(brand, 4) == b"avis":
+                    edits[brand] = b"avif"
+        elif name == b"moov":
+            edits[start - 4] = b"free"
+        elif name == b"meta" and meta is None:
+            meta = (start + 4, end)
+    if meta is None or meta[1] - meta[0] > MAX_METADATA:
+        raise ValueError("no still picture in it")
+    sizes: list[tuple[int, int]] = []
+    items: list[list[tuple[int, int]]] = []
+    local = 0
+    children = list(_boxes(file, *meta))
+    for name, start, end in children:
+        if name == b"idat":
+            local = start
+        elif name == b"iinf":
+            _hide_exif(file, start, end, edits)
+        elif name == b"iprp":
+            for inner, first, last in _boxes(file, start, end):
+                if inner == b"ipco":
+                    sizes += [
+                        file.unpack(">II", at + 4)
+                        for kind, at, _ in _boxes(file, first, last)
+                        if kind == b"ispe"
+                    ]
+    for name, start, end in children:
+        if name == b"iloc":
+            items += _items(file, start, end, local)
+    if not sizes:
+        raise ValueError("no size in it")
+    width, height = max(sizes, key=lambda size: size[0] * size[1])
+    pixels, planes, area = width * height, 0.0, 0
+    for extents in items:
+        for w, h, sample in _av1_sequences(file, extents):
+            planes, area = planes + w * h * sample, area + w * h
+    if area > 4 * pixels + (1 << 20):
+        raise LimitError(f"coded pictures of {area} pixels for one of {height} x {width}")
+    memory = 10 * pixels + 1.5 * planes + file.size
+    nanoseconds = 15 * pixels + 20 * area + 150 * file.size
+    return Still("AVIF", width, height, _edited(file, edits), memory, nanoseconds)
+
+
+def _boxes(file: Reader, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """(type, start, end) of the contents of each box."""
+    for _ in range(MAX_SEGMENTS):
+        head = file.upto(position, 8)
+        if position + 8 > end or len(head) < 8:
+            return
+        length, name = struct.unpack(">I4s", head)
+        start = position + 8
+        if length == 1:
+            (length,) = file.unpack(">Q", start)
+            start += 8
+        stop = end if length == 0 else position + length
+        if stop < start or stop > end:
+            if name == b"mdat":
+                return
+            raise ValueError(f"a box {name!r} of {length} bytes")
+        yield name, start, stop
+        position = stop
+    raise LimitError(f"more than {MAX_SEGMENTS} boxes")
+
+
+def _hide_exif(file: Reader, start: int, end: int, edits: dict[int, bytes]) -> None:
+    """Rename the items that hold metadata: how to turn the picture stands in its properties."""
+    (version,) = file.unpack(">B", start)
+    for name, first, _ in _boxes(file, start + (6 if version == 0 else 8), end):
+        if name == b"infe":
+            kind = first + (10 if file.at(first, 1)[0] == 3 else 8)
+            if file.upto(kind, 4) in (b"Exif", b"mime"):
+                edits[kind] = b"none"
+
+
+def _items(file: Reader, start: int, end: int, local: int) -> Iterator[list[tuple[int, int]]]:
+    """The extents of each item, as slices of the file."""
+    data = file.at(start, end - start)
+    version, sizes, index = data[0], data[4:6], 6
+    offset_size, length_size, base_size = sizes[0] >> 4, sizes[0] & 15, sizes[1] >> 4
+    index_size = sizes[1] & 15 if version else 0
+
+    def number(size: int) -> int:
+        nonlocal index
+        index += size
+        if index > len(data):
+            raise ValueError("truncated: its list of items")
+        return int.from_bytes(data[index - size : index], "big")
+
+    for _ in range(number(4 if version == 2 else 2)):
+        number(4 if version == 2 else 2)
+        method = number(2) & 15 if version else 0
+        number(2)
+        base, extents = number(base_size), []
+        for _ in range(number(2)):
+            number(index_size)
+            first, length = base + number(offset_size), number(length_size)
+            first += local if method == 1 else 0
+            extents.append((first, min(first + length, file.size) if length else file.size))
+        yield extents
+
+
+def _av1_sequences(
+    file: Reader, extents: list[tuple[int, int]]
+) -> Iterator[tuple[int, int, float]]:
+    """(width, height, bytes of a pixel's planes) of each sequence header in an item."""
+    item = Reader(Pieces(file.stream, [e for e in extents if e[1] > e[0]]), file.label)  # type: ignore[arg-type]
+    position = 0
+    for _ in range(MAX_SEGMENTS):
+        head = item.upto(position, 10)
+        if not head or head[0] & 0x80:
+            return
+        kind, start = head[0] >> 3 & 15, 2 if head[0] & 4 else 1
+        size, used = _leb128(head[start:]) if head[0] & 2 else (item.size, 0)
+        if kind == 1:
+            yield _sequence_header(item.upto(position + start + used, min(size, 256)))
+        elif kind == 0 or (kind > 8 and kind != 15):
+            return
+        position += start + used + size
+    raise LimitError(f"more than {MAX_SEGMENTS} units in a coded picture")
+
+
+def _leb128(data: bytes) -> tuple[int, int]:
+    value = 0
+    for i, byte in enumerate(data[:8]):
+        value |= (byte & 127) << 7 * i
+        if byte < 128:
+            return value, i + 1
+    raise ValueError("truncated: the length of a unit")
+
+
+class _Bits:
+    def __init__(self, data: bytes):
+        self.value, self.left = int.from_bytes(data, "big"), 8 * len(data)
+
+    def __call__(self, count: int = 1) -> int:
+        self.left -= count
+        if self.left < 0:
+            raise ValueError("truncated: a sequence header")
+        return self.value >> self.left & (1 << count) - 1
+
+
+def _sequence_header(data: bytes) -> tuple[int, int, float]:
+    """Section 5.5 of the AV1 specification, as far as size and depth."""
+    bits = _Bits(data)
+    profile, _, reduced = bits(3), bits(), bits()
+    if reduced:
+        bits(5)
+    else:
+        _skip_timing_and_operating_points(bits)
+    width_bits, height_bits = bits(4) + 1, bits(4) + 1
+    width, height = bits(width_bits) + 1, bits(height_bits) + 1
+    if not reduced and bits():
+        bits(7)  # frame numbers
+    bits(3)
+    if not reduced:
+        _skip_tools(bits)
+    bits(3)
+    deep = bits()
+    if profile == 2 and deep:
+        bits()
+    mono = profile != 1 and bits()
+    return width, height, (1 + deep) * (1 if mono else 1.5 if profile == 0 else 3)
+
+
+def _skip_tools(bits: _Bits) -> None:
+    bits(4)
+    ordered = bits()
+    if ordered:
+        bits(2)
+    if (bits() or bits()) and not bits():  # screen content tools and their motion vectors
+        bits()
+    if ordered:
+        bits(3)
+
+
+def _skip_timing_and_operating_points(bits: _Bits) -> None:
+    delay = None
+    if bits():
+        bits(64)
+        if bits():
+            zeros = 0
+            while not bits():
+                zeros += 1
+            bits(min(zeros, 32))
+        if bits():
+            delay = bits(5) + 1
+            bits(42)
+    shown = bits()
+    for _ in range(bits(5) + 1):
+        bits(12)
+        if bits(5) > 7:
+            bits()
+        if delay and bits():
+            bits(2 * delay + 1)
+        if shown and bits():
+            bits(4)
+
+
+def _edited(file: Reader, edits: dict[int, bytes]) -> list[Piece]:
+    pieces: list[Piece] = []
+    position = 0
+    for start, data in sorted(edits.items()):
+        pieces += [(position, start), data]
+        position = start + len(data)
+    return [*pieces, (position, file.size)]
+
+
+def jpeg2000(file: Reader) -> Still:
+    """The whole file: the codestream's size, components, tiles and code-blocks bound the cost."""
+    start = 0
+    if file.at(0, 4) != _CODESTREAM:
+        start = next((s for name, s, _ in _boxes(file, 0, file.size) if name == b"jp2c"), 0)
+        if not start or file.at(start, 4) != _CODESTREAM:
+            raise ValueError("no codestream in it")
+    right, bottom, left, top, tile_w, tile_h, tile_x, tile_y, count = file.unpack(
+        ">IIIIIIIIH", start + 8
+    )
+    if not 1 <= count <= 4 or not tile_w or not tile_h:
+        raise ValueError(f"{count} components in tiles of {tile_h} x {tile_w}")
+    width, height = right - left, bottom - top
+    tiles = ceil((right - tile_x) / tile_w) * ceil((bottom - tile_y) / tile_h)
+    if tiles > MAX_SEGMENTS:
+        raise LimitError(f"{tiles} tiles")
+    _check_segments(file, start + 2)
+    pixels, part = width * height, min(tile_w, width) * min(tile_h, height)
+    memory = 4 * pixels + 6 * count * part + file.size
+    nanoseconds = 16 * count * pixels + 280 * file.size
+    return Still("JPEG2000", width, height, [(0, file.size)], memory, nanoseconds)
+
+
+def _check_segments(file: Reader, position: int) -> None:
+    """The coding styles, in the main header and those of the tiles."""
+    for _ in range(2 * MAX_SEGMENTS):
+        head = file.upto(position, 14)
+        if len(head) < 4 or head[:2] == b"\xff\xd9":
+            return
+        marker, length = struct.unpack(">HH", head[:4])
+        if marker == 0xFF90:  # the header of a part of a tile: the next one is `size` bytes on
+            size = int.from_bytes(head[6:10], "big")
+            _check_tile(file, position + 12, position + size if size else file.size)
+            if size < 14:
+                return
+            position += size
+            continue
+        _check_style(marker, file.upto(position + 4, min(length, 64)))
+        position += 2 + length
+    raise LimitError(f"more than {2 * MAX_SEGMENTS} segments")
+
+
+def _check_tile(file: Reader, position: int, end: int) -> None:
+    for _ in range(MAX_SEGMENTS):
+        head = file.upto(position, 4)
+        if len(head) < 4 or position >= end or head[:2] == b"\xff\x93":
+            return
+        marker, length = struct.unpack(">HH", head)
+        _check_style(marker, file.upto(position + 4, min(length, 64)))
+        position += 2 + length
+    raise LimitError(f"more than {MAX_SEGMENTS} segments in a tile")
+
+
+def _check_style(marker: int, body: bytes) -> None:
+    """Code-blocks and precincts of a few pixels, and layers by the thousand, cost without end."""
+    if marker == 0xFF52 and len(body) >= 10:  # COD
+        style, layers, blocks = body[0], int.from_bytes(body[2:4], "big"), body[6:8]
+        precincts = body[10:] if style & 1 else b""
+    elif marker == 0xFF53 and len(body) >= 7:  # COC, of up to 256 components
+        style, layers, blocks = body[1], 1, body[3:5]
+        precincts = body[7:] if style & 1 else b""
+    elif marker in (0xFF5F, 0xFF60, 0xFF61):
+        raise ValueError(f"a segment {marker:#x}, which is not read")
+    else:
+        return
+    sides = [2 + (b & 15) for b in blocks] + [6 for _ in precincts]
+    if layers > 64 or min(sides) < 4 or any(min(p & 15, p >> 4) < 4 for p in precincts[1:]):
+        raise LimitError(f"{layers} layers, code-blocks or precincts of 8 pixels or less")
