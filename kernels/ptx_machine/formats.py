@@ -50,7 +50,8 @@ _FP8 = {"e4m3": _fp8_table(4, 3), "e5m2": _fp8_table(5, 2)}
 def decode(raw: np.ndarray, kind: str) -> np.ndarray:
     """float64 of elements; tf32 drops the 13 low bits of a float32."""
     if kind == "bf16":
-        return from_bf16(raw).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            return from_bf16(raw).astype(np.float64)
     if kind == "f16":
         return raw.view(np.float16).astype(np.float64)
     if kind == "tf32":

@@ -67,6 +67,7 @@ class Machine:
             for first in range(0, len(self.order), at_once):
                 self._start(first, min(at_once, len(self.order) - first))
                 Scheduler(self, rng).run(self._all_threads())
+                self.bulk.finish()
 
     def _start(self, first: int, slots: int) -> None:
         self.first, self.slots = first, slots

@@ -113,7 +113,10 @@ class Mbarriers:
         """So many arrivals, by a warp with these clocks."""
         phase, pending, expected, bytes_ = self._load(where)
         if not 1 <= count <= pending:
-            raise self._fail(f"{count} arrive, {pending} are pending", where)
+            raise self._fail(
+                f"{count} arrive, {pending} are pending in a phase that nobody knows to be over",
+                where,
+            )
         state = self.live[where]
         if clocks is not None:
             known = state.carried

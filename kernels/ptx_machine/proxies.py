@@ -62,7 +62,7 @@ class Proxies:
         seen = self.clocks.seen
         parts = []
         if self.groups:  # over for all four warps
-            mine = seen[:, WGMMA : WGMMA + self.warps]
+            mine = seen[:, WGMMA : WGMMA + 4 * self.groups]
             parts.append(mine.reshape(len(seen), self.groups, 4).min(-1))
         if self.taken.shape[1] > self.groups:
             parts.append(seen[:, BULK : BULK + self.warps])
@@ -202,7 +202,13 @@ class Proxies:
                     f"a bulk load overwrites what {self.reader(column)} may still read",
                 )  # fmt: skip
             self.copied[at] = False
-        shared.writer[at] = phase << AGENT_BITS | self.agent(mbarrier)
+        self.load_arrives(where, mbarrier, phase)
+
+    def load_arrives(self, where: np.ndarray, mbarrier: int, phase: int) -> None:
+        """These bytes are there at the end of that phase of the mbarrier."""
+        if self.checks:
+            at = self.shared.granules(where, 16)
+            self.shared.writer[at] = phase << AGENT_BITS | self.agent(mbarrier)
 
     def agent(self, mbarrier: int) -> int:
         """The agent of the loads that report to the mbarrier at this byte position."""

@@ -82,6 +82,9 @@ def _chunks(tensor_map: TensorMap, start: int) -> np.ndarray:
 class _Load:
     """A box on its way."""
 
+    group: Group
+    lane: int  # in that group
+    instruction: Instruction
     where: np.ndarray  # byte positions of its chunks
     data: np.ndarray  # [chunks, 16]
 
@@ -176,14 +179,33 @@ class Bulk:
             target[...] = rows.reshape(target.shape)
         phase = self.machine.mbarriers.phase(mbarrier)
         self.machine.proxies.load_writes(g, instruction, where, lane, mbarrier, phase)
-        self.loads[mbarrier].append(_Load(where, data.reshape(-1, 16)))
+        self.loads[mbarrier].append(_Load(g, lane, instruction, where, data.reshape(-1, 16)))
         self.machine.mbarriers.changes += 1
 
     def land(self, mbarrier: int) -> None:
-        """What reports to this mbarrier arrives."""
-        for load in self.loads.pop(mbarrier, ()):
+        """What reports to this mbarrier arrives, until a phase of it is over: no more is sure."""
+        loads = self.loads.pop(mbarrier, [])
+        if not loads:
+            return
+        phase = self.machine.mbarriers.phase(mbarrier)
+        while loads and self.machine.mbarriers.phase(mbarrier) == phase:
+            load = loads.pop(0)
             self.machine.shared.bytes.reshape(-1, 16)[load.where >> 4] = load.data
             self.machine.mbarriers.complete_tx(mbarrier, load.data.size)
+        if loads:
+            self.loads[mbarrier] = loads
+            for load in loads:
+                self.machine.proxies.load_arrives(load.where, mbarrier, phase + 1)
+
+    def finish(self) -> None:
+        """The CTAs have ended."""
+        for loads in self.loads.values():
+            for load in loads:
+                g = load.group
+                g.report.add(
+                    "bulk load never waited for", g.kernel.name, load.instruction,
+                    f"it may write shared memory that another CTA has by then; {g.who(load.lane)}",
+                )  # fmt: skip
 
     # Stores
 

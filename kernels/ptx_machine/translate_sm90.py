@@ -1,7 +1,7 @@
 """Translation of the instructions that sm_90 adds: wgmma, TMA, mbarriers, proxies, stmatrix.
 
 They become calls of the functions in ``wgmma.py``, ``tma.py``, ``mbarrier.py``, ``proxies.py`` and
-``collectives.py``, which take the group first. Forms that are not known raise NotImplementedError.
+``collectives.py``, which take the group first. Unknown forms raise.
 """
 
 from __future__ import annotations
@@ -10,7 +10,18 @@ import re
 
 from . import collectives, mbarrier, proxies, tma, wgmma
 from .formats import ITEMSIZE
-from .syntax import Imm, Instruction, Mem, Operand, Pair, Reg, Special, Sym, Vec
+from .syntax import (
+    Imm,
+    Instruction,
+    Mem,
+    Operand,
+    Pair,
+    Reg,
+    Special,
+    Sym,
+    UnknownInstructionError,
+    Vec,
+)
 from .tensor_map import FIELDS
 from .translate.text import Text
 
@@ -41,11 +52,11 @@ def product(i: Instruction) -> wgmma.Product:
     found = _MMA.fullmatch(i.op)
     d, a, _, _, *more = i.operands
     if not found or not isinstance(d, Vec):
-        raise NotImplementedError(str(i))
+        raise UnknownInstructionError(str(i))
     n, k = int(found[1]), int(found[2])
     kind, a_kind, b_kind = found[3], found[4], found[5]
     pairs = _TYPES.get(kind, ())
-    numbers = [o.value - (o.value >> 31 << 32) for o in more if isinstance(o, Imm)]
+    numbers = [(o.value + 2**31) % 2**32 - 2**31 for o in more if isinstance(o, Imm)]
     short = a_kind in ("f16", "bf16")
     from_registers = isinstance(a, Vec)
     expected = 0 if kind == "s32" else 2 + (2 - from_registers) * short
@@ -60,7 +71,7 @@ def product(i: Instruction) -> wgmma.Product:
         and all(abs(s) == 1 for s in numbers[:2])
     )
     if not good:
-        raise NotImplementedError(str(i))
+        raise UnknownInstructionError(str(i))
     trans = numbers[2:]
     return wgmma.Product(
         n, kind, a_kind, b_kind, _names(d), _names(a) if isinstance(a, Vec) else (),
@@ -211,7 +222,7 @@ class Sm90(Text):
         if not isinstance(operand, Mem) or not isinstance(operand.base, Reg):
             raise self.unknown()
         corner = ", ".join(self.array(c, "s32") for c in operand.coords)
-        return self.address(operand, 64), f"[{corner}]"
+        return self.address(Mem(operand.base, operand.offset), 64), f"[{corner}]"
 
     def _bulk_load(self) -> None:
         self._known_mods(

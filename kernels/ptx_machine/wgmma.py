@@ -136,12 +136,12 @@ class InFlight:
 def _unit(g: Group, instruction: Instruction) -> int:
     """Threads of a unit: whole warpgroups if all of the group are, else warps."""
     g.whole_warps(instruction)
-    if g.machine.threads % WARPGROUP:
-        raise ExecutionError(f"{g.kernel.name}: {instruction}: the CTA is no whole warpgroups")
-    if g.n % WARPGROUP or (g.lanes[::WARPGROUP] % WARPGROUP).any():
-        return WARP
-    groups = g.lanes // WARPGROUP
-    return WARPGROUP if (groups[::WARPGROUP] == groups[WARPGROUP - 1 :: WARPGROUP]).all() else WARP
+    if (g.thread >= g.machine.threads // WARPGROUP * WARPGROUP).any():
+        raise ExecutionError(f"{g.kernel.name}: {instruction}: not by whole warpgroups of the CTA")
+    first = g.lanes[::WARPGROUP]
+    whole = g.n % WARPGROUP == 0 and not (g.thread[::WARPGROUP] % WARPGROUP).any()
+    whole = whole and bool((g.lanes[WARPGROUP - 1 :: WARPGROUP] - first == WARPGROUP - 1).all())
+    return WARPGROUP if whole else WARP
 
 
 def _same(
@@ -172,7 +172,7 @@ def _operand(
     for lane, one in zip(range(0, g.n, unit), bits, strict=True):
         found = operand_chunks(MatrixDescriptor.decode(int(one)), rows, itemsize, mn)
         if own and unit == WARP:
-            w = int(g.warp[lane]) % 4
+            w = int(g.thread[lane]) // WARP % 4
             found = found[:, 2 * w : 2 * w + 2] if mn else found[16 * w : 16 * w + 16]
         if int(found.max()) + 16 > shared.size:
             raise MemcheckError(
