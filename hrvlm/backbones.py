@@ -19,6 +19,7 @@ from transformers import (
 from .checkpoint_damage import naming_damaged_files
 from .checkpoints import is_foreign
 from .config import VLMConfig
+from .plain_modules import is_float
 from .processors import get_tokenizer
 from .strict_loading import load_strictly
 from .vision_language_model import VisionLanguageModel, without_mask_token
@@ -66,13 +67,20 @@ def join(
         model = model_class(config)
     model.vision_encoder, model.decoder = without_mask_token(encoder), decoder
     config.text_config = decoder.config
-    model.MP.to_empty(device=decoder.device).reset_parameters()
+    model.MP.to_empty(device=_device_of(decoder)).reset_parameters()
     for parameter in model.parameters():  # not the buffers: RoPE's frequencies stay in float32
-        parameter.data = parameter.data.to(decoder.dtype if dtype is None else dtype)
+        if is_float(parameter):
+            parameter.data = parameter.data.to(decoder.dtype if dtype is None else dtype)
     model.generation_config = copy.deepcopy(decoder.generation_config)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _device_of(model: PreTrainedModel) -> torch.device:
+    """Where its parameters are, but those which are offloaded."""
+    devices = (p.device for p in model.parameters() if not p.is_meta)
+    return next(devices, torch.device("cpu"))
 
 
 def load_vision(source: str | PreTrainedModel) -> DINOv3Encoder | SiglipVisionModel:
@@ -125,7 +133,17 @@ def load_language(source: str | PreTrainedModel) -> PreTrainedModel:
 
 
 def _refilled(model_class: Any, source: PreTrainedModel) -> Any:
-    """A `model_class` with the weights of `source`, which is left as it is."""
+    """A `model_class` with the weights of `source`, which is left as it is.
+
+    Raises:
+        ValueError: the weights are elsewhere, or are those of a quantiser.
+    """
+    for name, parameter in source.named_parameters():
+        if parameter.is_meta or not is_float(parameter):
+            raise ValueError(
+                f"vision: {name} of the {type(source).__name__} is {parameter.dtype} on "
+                f"{parameter.device}; expected weights that are neither quantised nor offloaded"
+            )
     config = copy.deepcopy(source.config)
     if isinstance(config, SiglipVisionConfig):
         config.vision_use_head = False

@@ -1,10 +1,14 @@
-"""LoRA by PEFT on all three parts: the fused qkv of the encoder, the projector, the LM."""
+"""Adapters by PEFT on every module of all three parts: encoder, projector and language model."""
+
+import copy
 
 import pytest
 import torch
+from torch import nn
 
 from hrvlm import VisionLanguageModel
-from tests.hrvlm.tiny import config_of, model_of, picture, processor_of
+from tests.hrvlm.encoders import pair_of
+from tests.hrvlm.tiny import config_of, model_of, picture, processor_of, text_config_of
 
 peft = pytest.importorskip("peft")
 
@@ -66,3 +70,118 @@ def test_an_adapter_of_the_projector_alone_changes_the_image_features_only():
     assert torch.equal(logits_of(adapted, text), said)
     with adapted.disable_adapter():
         torch.testing.assert_close(logits_of(adapted, inputs), before, rtol=0, atol=1e-4)
+
+
+def names_of(model, *kinds):
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding)
+WITH_ALL = {"text": text_config_of(tie_word_embeddings=False), "mp_append_cls": True}
+TUNERS = {
+    "lora": lambda model: peft.LoraConfig(
+        r=4, target_modules=names_of(model, *ADAPTABLE), init_lora_weights=False
+    ),
+    "dora": lambda model: peft.LoraConfig(
+        r=4, target_modules=names_of(model, *ADAPTABLE), init_lora_weights=False, use_dora=True
+    ),
+    "lora on parameters": lambda model: peft.LoraConfig(
+        r=4,
+        target_modules=[],
+        target_parameters=["qkv.weight", "MP.proj.weight"],
+        init_lora_weights=False,
+    ),
+    "lokr": lambda model: peft.LoKrConfig(
+        target_modules=names_of(model, nn.Linear, nn.Conv2d), init_weights=False
+    ),
+    "oft": lambda model: peft.OFTConfig(
+        r=0, oft_block_size=4, target_modules=names_of(model, nn.Linear), init_weights=False
+    ),
+    "norms": lambda model: peft.LNTuningConfig(target_modules=names_of(model, nn.LayerNorm)),
+}
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_adapters_on_every_module_learn_and_merge_to_the_same_output(tuner):
+    config = config_of(**WITH_ALL)
+    model, inputs = model_of(config), inputs_of(config)
+    model.vision_encoder._fuse("residual_layer_norm", "swiglu")
+    before = logits_of(model, inputs)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, TUNERS[tuner](model))
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    with torch.no_grad():  # where they start is the base layer's own for these
+        for name, parameter in trained.items():
+            if "magnitude" in name or tuner == "norms":
+                parameter.mul_(1.3)
+    after = logits_of(adapted, inputs)
+    assert (after - before).abs().max() > 0.1
+    adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert not [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
+    merged = logits_of(adapted.merge_and_unload(), inputs)
+    torch.testing.assert_close(merged, after, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_of_any_one_module_changes_the_output():
+    config = config_of(**WITH_ALL)
+    model, inputs = model_of(config), inputs_of(config)
+    before = logits_of(model, inputs)
+    for name in names_of(model, *ADAPTABLE):
+        lora = peft.LoraConfig(r=2, target_modules=[name], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, lora)
+        assert (logits_of(adapted, inputs) - before).abs().max() > 1e-3, name
+        model = adapted.unload()
+    assert torch.equal(logits_of(model, inputs), before)
+
+
+def gradients_of(model, run, targets, *, reentrant=None, **options):
+    """Those of all adapters after one step; `reentrant` None is without checkpointing."""
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options)
+    adapted = peft.get_peft_model(copy.deepcopy(model), lora).train()
+    if reentrant is not None:
+        adapted.base_model.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
+        adapted.base_model.model.enable_input_require_grads()
+    run(adapted).backward()
+    return {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("part", ["transformers", "encoder", "vlm"])
+def test_checkpointing_gives_every_adapter_its_gradient(part, use_dora, rng):
+    theirs, ours = pair_of(num_hidden_layers=2)
+    images = torch.randn(2, 3, 32, 48, generator=rng)
+    cotangent = torch.randn(2, 11, 64, generator=rng)
+    model = theirs if part == "transformers" else ours
+    targets = {"transformers": ["q_proj", "v_proj"], "encoder": ["patch_embeddings", "qkv"]}
+
+    def run(model):
+        return (model(images).last_hidden_state * cotangent).sum()
+
+    if part == "vlm":
+        config = config_of()
+        model, inputs = model_of(config), inputs_of(config)
+
+        def run(model):
+            return model(**inputs, labels=inputs["input_ids"]).loss
+
+    wanted = targets.get(part, ["patch_embeddings", "qkv", "down_proj", "proj", "q_proj"])
+    plain = gradients_of(model, run, wanted, use_dora=use_dora)
+    assert plain and all(g is not None and g.any() for g in plain.values())
+    for reentrant in (True, False):
+        kept = gradients_of(model, run, wanted, reentrant=reentrant, use_dora=use_dora)
+        for name, gradient in plain.items():
+            assert kept[name] is not None, (name, reentrant)
+            torch.testing.assert_close(kept[name], gradient, msg=f"{name} {reentrant}")
+
+
+def test_an_adapter_of_a_frozen_encoder_learns(rng):
+    _, encoder = pair_of(num_hidden_layers=2)
+    images = torch.randn(2, 3, 32, 48, generator=rng)
+    assert encoder.freeze()(images).last_hidden_state.grad_fn is None
+    lora = peft.LoraConfig(r=4, target_modules=["qkv"], init_lora_weights=False)
+    adapted = peft.get_peft_model(encoder, lora)
+    adapted(images).last_hidden_state.square().sum().backward()
+    assert all(p.grad.any() for p in adapted.parameters() if p.requires_grad)

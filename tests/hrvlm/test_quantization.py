@@ -1,11 +1,23 @@
-"""int8 weights by torchao, through transformers: near the original, and reloaded as they were."""
+"""Quantised weights of all parts: near the original, and reloaded as they were."""
+
+import copy
 
 import pytest
 import torch
-from transformers import TorchAoConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DINOv3ViTModel, TorchAoConfig
 
-from hrvlm import VisionLanguageModel
-from tests.hrvlm.tiny import model_of, picture, processor_of
+from hrvlm import DINOv3Encoder, VisionLanguageModel
+from tests.hrvlm.encoders import pair_of
+from tests.hrvlm.tiny import (
+    config_of,
+    model_of,
+    picture,
+    processor_of,
+    text_config_of,
+    tokenizer_of,
+    vision_config_of,
+)
 
 torchao = pytest.importorskip("torchao.quantization")
 
@@ -47,3 +59,154 @@ def test_int8_weights_are_near_and_reload(kept, tmp_path):
         name: (tmp_path / name / "model.safetensors").stat().st_size for name in ("base", "int8")
     }
     assert size["int8"] < 0.8 * size["base"]
+
+
+BITS = {
+    "4 bits": {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32},
+    "4 bits, stored as bfloat16": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+        "bnb_4bit_quant_storage": torch.bfloat16,
+    },
+    "8 bits": {"load_in_8bit": True},
+}
+# Limits of the error of the features, of a few layers whose weights are of that many bits.
+LIMITS = {"4": 0.25, "8": 0.03}
+
+
+def wide_model():
+    """Rows of 64, the smallest block of bitsandbytes' 4 bits on a CPU."""
+    vision = vision_config_of(hidden_size=64, intermediate_size=128)
+    return model_of(
+        config_of(vision, text_config_of(hidden_size=64, intermediate_size=128), mp_append_cls=True)
+    )
+
+
+def wide_inputs(model):
+    return processor_of(config=model.config)(images=[picture(60, 40)], text="<|image|>say")
+
+
+def features_of(model, inputs):
+    with torch.no_grad():
+        output = model.get_image_features(inputs["pixel_values"], inputs["image_grid_hw"])
+    return torch.cat(output.pooler_output)
+
+
+def error_of(near, exact):
+    return ((near - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_bitsandbytes_keeps_the_image_features(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = wide_model()
+    inputs, exact = wide_inputs(model), features_of(model, wide_inputs(model))
+    model.save_pretrained(tmp_path / "base")
+    quantized = VisionLanguageModel.from_pretrained(
+        tmp_path / "base", quantization_config=BitsAndBytesConfig(**BITS[bits]), device_map="cpu"
+    ).eval()
+    assert not quantized.MP.proj.weight.dtype.is_floating_point or "stored" in bits
+    quantized.save_pretrained(tmp_path / "quantized")  # a forward on a CPU packs them anew
+    near = features_of(quantized, inputs)
+    assert 0 < error_of(near, exact) < LIMITS[bits[0]]
+    again = VisionLanguageModel.from_pretrained(tmp_path / "quantized", device_map="cpu").eval()
+    assert torch.equal(features_of(again, inputs), near)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_encoder_loses_no_more_to_bitsandbytes_than_transformers(bits, tmp_path, rng):
+    pytest.importorskip("bitsandbytes")
+    theirs, _ = pair_of(num_hidden_layers=2, intermediate_size=128)
+    theirs.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 32, 48, generator=rng)
+    options = {"quantization_config": BitsAndBytesConfig(**BITS[bits]), "device_map": "cpu"}
+    with torch.no_grad():
+        exact = theirs(images).last_hidden_state
+        errors = [
+            error_of(kind.from_pretrained(tmp_path, **options)(images).last_hidden_state, exact)
+            for kind in (DINOv3ViTModel, DINOv3Encoder)
+        ]
+    assert 0 < errors[1] <= 1.2 * errors[0]
+
+
+def test_adapters_on_4_bits_learn_in_all_parts(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    model = wide_model()
+    inputs = wide_inputs(model)
+    model.save_pretrained(tmp_path)
+    quantized = VisionLanguageModel.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**BITS["4 bits"]), device_map="cpu"
+    )
+    quantized = peft.prepare_model_for_kbit_training(
+        quantized, gradient_checkpointing_kwargs={"use_reentrant": True}
+    )
+    lora = peft.LoraConfig(
+        r=4,
+        target_modules=["qkv", "down_proj", "MP.proj", "MP.cls_proj", "q_proj"],
+        init_lora_weights=False,
+    )
+    adapted = peft.get_peft_model(quantized, lora).train()
+    adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * (2 + 2 + 2 + 4)
+    assert not [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
+
+
+def test_parts_that_are_quantised_are_joined_as_they_are(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = wide_model()
+    model.decoder.save_pretrained(tmp_path / "language")
+    model.vision_encoder.save_pretrained(tmp_path / "vision")
+    options = {
+        "quantization_config": BitsAndBytesConfig(**BITS["4 bits, stored as bfloat16"]),
+        "device_map": "cpu",
+    }
+    language = AutoModelForCausalLM.from_pretrained(tmp_path / "language", **options)
+    vision = DINOv3Encoder.from_pretrained(tmp_path / "vision", **options)
+    tokens = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected = language(input_ids=tokens).logits
+        joined = VisionLanguageModel.from_backbones(
+            vision, language, tokenizer_of(), mp_pixel_shuffle_factor=2
+        )
+        assert torch.equal(joined(input_ids=tokens).logits, expected)
+    stock = DINOv3ViTModel.from_pretrained(tmp_path / "vision", **options)
+    with pytest.raises(ValueError, match=r"vision: model.layer.0.* neither quantised nor offload"):
+        VisionLanguageModel.from_backbones(stock, language, tokenizer_of())
+
+
+def test_dynamic_int8_of_all_linear_layers():
+    model = wide_model()
+    inputs, (theirs, ours) = wide_inputs(model), pair_of()
+    images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    for exact_model, run in (
+        (theirs, lambda model: model(images).last_hidden_state),
+        (ours, lambda model: model(images).last_hidden_state),
+        (model, lambda model: model(**inputs).logits),
+    ):
+        near_model = torch.ao.quantization.quantize_dynamic(
+            copy.deepcopy(exact_model), {nn.Linear}, dtype=torch.qint8
+        ).to("cpu")
+        assert any("quantized" in type(module).__module__ for module in near_model.modules())
+        with torch.no_grad():
+            assert 0 < error_of(run(near_model), run(exact_model)) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_torchao_on_a_model_in_memory(kind):
+    theirs, ours = pair_of()
+    model = wide_model()
+    inputs = wide_inputs(model)
+    images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    for exact_model, run in (
+        (theirs, lambda model: model(images).last_hidden_state),
+        (ours, lambda model: model(images).last_hidden_state),
+        (model, lambda model: model(**inputs).logits),
+    ):
+        near_model = copy.deepcopy(exact_model)
+        torchao.quantize_(near_model, getattr(torchao, kind)())
+        with torch.no_grad():
+            assert 0 < error_of(run(near_model), run(exact_model)) < 0.1

@@ -399,6 +399,7 @@ def test_wrong_inputs_raise():
     for message, args in {
         "x has 9 rows": (x[:9], weight, None),
         r"weight must be \[N, factor\*\*2 \* C\] = \[N, 64\]": (x, weight[:, 1:], None),
+        r"weight must be a float tensor, got torch.int8": (x, weight.to(torch.int8), None),
         r"bias must be \[8\]": (x, weight, torch.zeros(7)),
         r"x must be \[T, C\]": (x[:, :0], weight[:, :0], None),
     }.items():

@@ -1,0 +1,73 @@
+"""Weights offloaded to memory or a disk by Hugging Face's accelerate: the same outputs."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+
+import hrvlm
+from hrvlm import VisionLanguageModel
+from hrvlm.encoder_layers import FUSED_OPS
+from tests.hrvlm.encoders import FAMILY, pair_of
+from tests.hrvlm.tiny import config_of, model_of, picture, processor_of
+
+CPU = torch.device("cpu")
+
+
+def offloaded(model, kind, folder):
+    model = copy.deepcopy(model)
+    if kind == "cpu":
+        return accelerate.cpu_offload(model, execution_device=CPU)
+    return accelerate.disk_offload(model, folder, execution_device=CPU)
+
+
+def assert_equal_offloaded(model, run, kind, folder):
+    """Offloaded, with no weight left in its place, `model` gives what it gave."""
+    with torch.no_grad():
+        expected = run(model)
+        away = offloaded(model, kind, folder)
+        assert all(p.is_meta for p in away.parameters())
+        torch.testing.assert_close(run(away), expected)
+        assert all(p.is_meta for p in away.parameters())
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_encoder_as_transformers(name, kind, tmp_path, rng):
+    theirs, ours = pair_of(name, num_hidden_layers=1)
+    images = torch.randn(2, 3, 32, 48, generator=rng)
+    for i, model in enumerate((theirs, ours, copy.deepcopy(ours)._fuse(*FUSED_OPS))):
+        assert_equal_offloaded(
+            model, lambda model: model(images).last_hidden_state, kind, tmp_path / str(i)
+        )
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_the_vlm(kind, tmp_path):
+    config = config_of(mp_append_cls=True)
+    inputs = processor_of(config=config)(images=[picture(60, 40)], text="<|image|>say")
+    assert_equal_offloaded(model_of(config), lambda model: model(**inputs).logits, kind, tmp_path)
+
+
+def test_an_accelerated_model_of_transformers(tmp_path, rng):
+    model, _ = pair_of(num_hidden_layers=1)
+    images = torch.randn(2, 3, 32, 48, generator=rng)
+    hrvlm.accelerate(model)
+    for kind in ("cpu", "disk"):
+        assert_equal_offloaded(
+            model, lambda model: model(images).last_hidden_state, kind, tmp_path / kind
+        )
+
+
+def test_a_vlm_loaded_with_a_device_map(tmp_path):
+    model, inputs = model_of(), processor_of()(images=[picture(60, 40)], text="<|image|>say")
+    model.save_pretrained(tmp_path / "vlm")
+    loaded = VisionLanguageModel.from_pretrained(
+        tmp_path / "vlm",
+        device_map={"vision_encoder": "disk", "MP": "disk", "decoder": "cpu"},
+        offload_folder=tmp_path / "folder",
+    )
+    assert loaded.MP.proj.weight.is_meta
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
