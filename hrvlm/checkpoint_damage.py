@@ -35,6 +35,8 @@ def naming_damaged_files(
     source: str | os.PathLike[str] | None,
     options: Mapping[str, Any] | None = None,
     model_class: Any = None,
+    *,
+    all_errors: bool = False,
 ) -> Iterator[None]:
     """Load a checkpoint; an error that comes of a damaged file names the file.
 
@@ -42,6 +44,7 @@ def naming_damaged_files(
         source: Hub id or directory.
         options: Of ``from_pretrained``: config, subfolder, revision and cache_dir are looked at.
         model_class: What is made of the config.json, if it is to be checked for that.
+        all_errors: Name `source` in errors whose file is not found, too.
 
     Raises:
         ValueError: a file is damaged; the loader's own error is its cause.
@@ -56,6 +59,8 @@ def naming_damaged_files(
             damage = find_damage(directory)
             if damage is None and options.get("config") is None:
                 damage = _config_fault(directory, model_class)
+        if damage is None and all_errors and not _tells_why(error, source):
+            damage = f"{source}: can't be loaded ({summary(error)})"
         if damage is None:
             raise
         raise ValueError(damage) from error
@@ -67,9 +72,25 @@ def find_damage(directory: Path) -> str | None:
         for path in sorted(path for path in directory.glob(pattern) if path.is_file()):
             try:
                 check_file(path)
+                if path.name == "tokenizer.json":
+                    _check_tokenizer(path)
             except (ValueError, OSError) as error:
                 return str(error)
     return None
+
+
+def _check_tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"{path}: no tokenizer ({summary(error)})") from error
+
+
+def _tells_why(error: Exception, source: str | os.PathLike[str] | None) -> bool:
+    machine = (OSError, ImportError, MemoryError, torch.OutOfMemoryError)
+    return source is None or isinstance(error, machine) or str(source) in str(error)
 
 
 def _config_fault(directory: Path, model_class: Any) -> str | None:

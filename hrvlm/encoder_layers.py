@@ -7,9 +7,10 @@ Parameters have the names of transformers' DINOv3ViTModel, except that q, k and 
 
 from __future__ import annotations
 
-from collections.abc import Set
+import re
+from collections.abc import Iterable, Set
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,13 @@ from hrvlm_kernels import PackedGrids, rope_2d, varlen_attention
 from hrvlm_kernels.residual_layer_norm import residual_layer_norm
 from hrvlm_kernels.swiglu import swiglu
 
+from .checkpoint_report import natural_order
 from .plain_modules import input_dtype, is_plain
 
 # What a block can run in fewer passes over memory: its first residual connection with the norm
 # behind it, and the gate of its MLP. None is on until it is faster on a GPU.
 FUSED_OPS = ("residual_layer_norm", "swiglu")
+_SEPARATE_BIAS = re.compile(r"attention\.([qkv])_proj\.bias$")
 
 
 class PatchEmbedding(nn.Conv2d):
@@ -296,16 +299,52 @@ def rope_frequencies(theta: float, head_dim: int, device: torch.device) -> Tenso
         return (1 / theta**exponents).to(device)
 
 
-def _fuse_qkv(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+def _fuse_qkv(
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    _metadata: object,
+    _strict: bool,
+    missing_keys: list[str],
+    *_: object,
+) -> None:
     """Accept transformers' separate q_proj, k_proj and v_proj beside the fused matrix.
 
     Trainer resumes by ``load_state_dict(strict=False)`` on keys as saved, which would otherwise
-    skip them in silence.
+    skip them in silence, and does so shard by shard: those that are not in this one stay.
     """
+    qkv = cast("DINOv3Attention", module).qkv
     weights = [f"{prefix}{name}_proj.weight" for name in "qkv"]
-    if all(key in state_dict for key in weights):
-        state_dict[f"{prefix}qkv.weight"] = torch.cat([state_dict.pop(key) for key in weights])
+    absent = [key for key in weights if key not in state_dict]
+    if len(absent) < len(weights):
+        kept = dict(zip(weights, qkv.weight.detach().chunk(3), strict=True)) if absent else {}
+        given = {key: state_dict.pop(key) for key in weights if key in state_dict}
+        device = next(iter(given.values())).device
+        parts = [given[key] if key in given else kept[key].to(device) for key in weights]
+        state_dict[f"{prefix}qkv.weight"] = torch.cat(parts)
+        missing_keys += absent
     for name in "qkv":
         for key in (f"{prefix}{name}_proj.bias", f"{prefix}qkv.{name}_bias"):
             if key in state_dict:
                 state_dict[f"{prefix}qkv_bias.{name}_bias"] = state_dict.pop(key)
+
+
+def without_fused_keys(
+    missing: Iterable[str], unexpected: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """The keys that differ, apart from those that :func:`_fuse_qkv` makes of one another.
+
+    Trainer compares the keys of a checkpoint in shards with those of the model by itself.
+    """
+    missing, unexpected = {*missing}, {*unexpected}
+    for key in [key for key in missing if key.endswith("attention.qkv.weight")]:
+        parts = {f"{key.removesuffix('qkv.weight')}{name}_proj.weight" for name in "qkv"}
+        if parts <= unexpected:
+            missing.remove(key)
+            unexpected -= parts
+    for key in [key for key in unexpected if _SEPARATE_BIAS.search(key)]:
+        fused = _SEPARATE_BIAS.sub(r"attention.qkv_bias.\1_bias", key)
+        if fused in missing:
+            missing.remove(fused)
+            unexpected.remove(key)
+    return sorted(missing, key=natural_order), sorted(unexpected, key=natural_order)

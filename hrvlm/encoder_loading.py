@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .checkpoint_damage import naming_damaged_files
-from .checkpoint_files import read_json, summary
+from .checkpoint_files import read_json
 from .image_processing import Normalization, check_normalization, normalization_for
 
 if TYPE_CHECKING:
@@ -164,16 +164,10 @@ def quiet_loading(source: str | None = None) -> Iterator[None]:
     if quiet:
         logging.disable_progress_bar()
     try:
-        with naming_damaged_files(source):
+        with naming_damaged_files(source, all_errors=True):
             yield
     except OSError as error:
         raise ValueError(_first_line(error)) from error
-    except (ValueError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a tokenizer's bare Exception, and what else a wrong file raises
-        if source is None:
-            raise
-        raise ValueError(f"model {source!r} can't be loaded ({summary(error)})") from error
     finally:
         if quiet:
             logging.enable_progress_bar()

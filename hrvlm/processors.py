@@ -19,6 +19,7 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedT
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
+from .checkpoint_damage import naming_damaged_files
 from .config import VLMConfig
 from .image_intake import load_image
 from .image_processing import normalization_for, resize
@@ -80,16 +81,17 @@ def get_tokenizer(
         and ``image_token_id``, and the end token for padding if it had none.
 
     Raises:
-        ValueError: it has neither a padding token nor an end token.
+        ValueError: it has neither a padding token nor an end token, or a file is damaged.
     """
     named = dict(extra_special_tokens or {})
     options: dict[str, Any] = {"padding_side": "left"}
     if chat_template is not None:
         options["chat_template"] = chat_template
-    if "image_token" not in named:
-        plain = AutoTokenizer.from_pretrained(name, **options)
-        named["image_token"] = getattr(plain, "image_token", None) or IMAGE_TOKEN
-    tokenizer = AutoTokenizer.from_pretrained(name, extra_special_tokens=named, **options)
+    with naming_damaged_files(name, all_errors=True):
+        if "image_token" not in named:
+            plain = AutoTokenizer.from_pretrained(name, **options)
+            named["image_token"] = getattr(plain, "image_token", None) or IMAGE_TOKEN
+        tokenizer = AutoTokenizer.from_pretrained(name, extra_special_tokens=named, **options)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"{name}: the tokenizer has neither pad_token nor eos_token")
@@ -178,6 +180,12 @@ class VLMProcessor(ProcessorMixin):
         self.append_cls = append_cls
         self.square_size = square_size
         super().__init__(image_processor, tokenizer, chat_template=template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> VLMProcessor:
+        """As in transformers; a damaged file is named."""
+        with naming_damaged_files(pretrained_model_name_or_path, kwargs, all_errors=True):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_config(

@@ -95,6 +95,7 @@ def load_strictly(
         "ignore_mismatched_sizes": strict or ignore_mismatched_sizes,
         "output_loading_info": True,
     }
+    name = str(source or getattr(kwargs.get("config"), "name_or_path", "") or "state_dict")
     model_class = getattr(load, "__self__", None)
     with _tables_held(strict) as tables, naming_damaged_files(source, kwargs, model_class):
         model, info = load(source, *args, **options)
@@ -103,12 +104,12 @@ def load_strictly(
         # Saving undoes the conversions that this checkpoint needed; it is to write the same keys
         # whatever was read.
         vars(model).pop("_weight_conversions", None)
-    for found in (own, info) if strict else ():
+    base = name if source is None else model.config.name_or_path  # below an adapter: its model
+    for where, found in ((base, own), (name, info)) if strict else ():
         differences = _differences(found, ignore_mismatched_sizes, not_needed)
         if differences:
-            name = source or getattr(kwargs.get("config"), "name_or_path", "") or "state_dict"
             raise ValueError(
-                f"{name}: not the weights of this {type(model).__name__}:\n{differences}\n"
+                f"{where}: not the weights of this {type(model).__name__}:\n{differences}\n"
                 "(strict=False lets missing and unexpected keys pass, ignore_mismatched_sizes=True "
                 "other shapes)"
             )

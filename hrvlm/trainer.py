@@ -18,6 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from .checkpoint_report import KeyDifferences
+from .encoder_layers import without_fused_keys
 from .optimizers import CombinedOptimizer
 from .training_data import SampleStream
 
@@ -164,6 +166,18 @@ class VLMTrainer(Trainer):
             put_on_device=True,
             dispatch_batches=False,
         )
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise where Trainer only warns: what a checkpoint lacks would stay as it was."""
+        missing, unexpected = without_fused_keys(
+            load_result.missing_keys, load_result.unexpected_keys
+        )
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        differences = KeyDifferences(
+            tuple(key for key in missing if key not in tied), tuple(unexpected), ()
+        )
+        if differences:
+            raise ValueError(f"the checkpoint does not fit the model:\n{differences}")
 
     def compute_loss(
         self,

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, DINOv3ViTConfig, DINOv3ViTModel
 
@@ -13,6 +14,7 @@ from hrvlm.backbones import load_vision
 from hrvlm.checkpoints import convert, from_transformers
 from hrvlm.encoder_loading import load_encoder
 from hrvlm.image_processing import IMAGENET
+from hrvlm.trainer import VLMTrainer, VLMTrainingArguments
 from tests.hrvlm.checkpoint_states import assert_same, canonical_of
 from tests.hrvlm.encoders import config_of, pair_of
 from tests.hrvlm.tiny import model_of, vision_config_of
@@ -196,6 +198,50 @@ def test_a_stock_checkpoint_in_shards_loads(tmp_path):
     reference = DINOv3Encoder(DINOv3ViTConfig.from_pretrained(tmp_path))
     reference.load_state_dict(theirs.state_dict())
     assert_same(ours.state_dict(), reference.state_dict())
+
+
+def test_an_adapter_is_judged_and_so_is_the_model_below_it(saved, tmp_path):
+    base = shutil.copytree(saved / "vlm", tmp_path / "base")
+    adapted = get_peft_model(
+        VisionLanguageModel.from_pretrained(base), LoraConfig(target_modules=["q_proj", "qkv"])
+    )
+    directory, weights = tmp_path / "adapter", "adapter_model.safetensors"
+    adapted.save_pretrained(directory)
+    assert VisionLanguageModel.from_pretrained(directory).active_adapters() == ["default"]
+    state = load_file(directory / weights)
+    one = min(state)
+    save_file({k: t for k, t in state.items() if k != one}, directory / weights)
+    with pytest.raises(ValueError, match=r"adapter: .*\nmissing \(1\): .*lora_A"):
+        VisionLanguageModel.from_pretrained(directory)
+    save_file(state, directory / weights)
+    state = load_file(base / WEIGHTS)
+    del state["MP.proj.weight"]
+    save_file(state, base / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"base: .*\nmissing \(1\): MP.proj"):
+        VisionLanguageModel.from_pretrained(directory)
+
+
+def test_resuming_from_shards_restores_all_and_lacking_weights_raise(tmp_path):
+    """A tensor a shard, so that q, k and v of a layer come one after the other."""
+    model = model_of(seed=1)
+    model.save_pretrained(tmp_path / "whole")
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    files = {}
+    for i, (key, tensor) in enumerate(load_file(tmp_path / "whole" / WEIGHTS).items()):
+        files[key] = f"{i}.safetensors"
+        save_file({key: tensor}, checkpoint / files[key], metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": files}
+    (checkpoint / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    other = model_of(seed=2)
+    arguments = VLMTrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
+    trainer = VLMTrainer(other, arguments)
+    trainer._load_from_checkpoint(str(checkpoint))
+    assert_same(other.state_dict(), model.state_dict())
+
+    changed(tmp_path / "whole", tmp_path / "lacking", without("layer.1.attention.k_proj", "MP."))
+    with pytest.raises(ValueError, match=r"missing \(2\): MP.proj.weight, .*k_proj.weight"):
+        trainer._load_from_checkpoint(str(tmp_path / "lacking"))
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pt", "bin", "safetensors"])
