@@ -34,7 +34,6 @@ def store_matrix(
     transposed: bool,
 ) -> None:  # fmt: skip
     """stmatrix.m8n8.b16: the threads 8 j to 8 j + 7 of a warp give the rows of matrix j."""
-    g.whole_warps(instruction)
     shared = g.machine.shared
     given = np.arange(g.n).reshape(-1, WARP)[:, : 8 * len(registers)].ravel()
     where = shared.locate(g, instruction, address[given], g.base[given], 16, 16)
@@ -43,10 +42,9 @@ def store_matrix(
     shared.bytes.reshape(-1, 16)[where >> 4] = rows.view(np.uint8)
 
 
-def elect(g: Group, instruction: Instruction) -> tuple[np.ndarray, np.ndarray]:
+def elect(g: Group) -> tuple[np.ndarray, np.ndarray]:
     """elect.sync of whole warps: (the leader's lane, whether a thread is it).
 
     The ISA lets the chip choose, the same one every time: the lowest lane here.
     """
-    g.whole_warps(instruction)
     return np.zeros(g.n, np.uint32), g.thread % WARP == 0

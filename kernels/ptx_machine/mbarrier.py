@@ -150,7 +150,7 @@ def _places(
     return lanes, where
 
 
-def init(
+def mbarrier_init(
     g: Group, instruction: Instruction, address: np.ndarray, count: np.ndarray,
     guard: np.ndarray | None,
 ) -> None:  # fmt: skip
@@ -164,7 +164,7 @@ def init(
             g.report.note("mbarrier.init where an mbarrier is")
 
 
-def inval(
+def mbarrier_inval(
     g: Group, instruction: Instruction, address: np.ndarray, guard: np.ndarray | None
 ) -> None:
     """mbarrier.inval"""
@@ -175,7 +175,7 @@ def inval(
         g.machine.mbarriers.inval(int(place))
 
 
-def arrive(
+def mbarrier_arrive(
     g: Group, instruction: Instruction, address: np.ndarray, count: np.ndarray | None,
     tx: np.ndarray | None, arrives: bool, guard: np.ndarray | None,
 ) -> None:  # fmt: skip
@@ -195,7 +195,7 @@ def arrive(
         clocks.epoch[np.unique(warps)] += 1
 
 
-def try_wait(
+def mbarrier_wait(
     g: Group, instruction: Instruction, address: np.ndarray, parity: np.ndarray,
     guard: np.ndarray | None,
 ) -> np.ndarray:  # fmt: skip

@@ -8,7 +8,16 @@ What is not translated raises UnknownInstructionError with the instruction, befo
 
 from __future__ import annotations
 
-from . import arithmetic, bits, control, conversion, memory, warps  # noqa: F401  # fill FORMS
+from . import (  # noqa: F401  # fill FORMS
+    arithmetic,
+    bits,
+    bulk,
+    control,
+    conversion,
+    memory,
+    warps,
+    wgmma,
+)
 from .forms import FORMS
 from .program import Program
 

@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import (
+    collectives,
     copies,
     global_access,
     local_memory,
+    mbarrier,
+    proxies,
     shared_access,
     shuffles,
     tensor_cores,
+    tma,
     values,
+    wgmma,
 )
 from ..liveness import liveness, reads_and_writes, successors
 from ..syntax import Kernel
-from ..translate_sm90 import FUNCTIONS
 from ..wgmma_registers import analyse
 from .writer import Writer
 
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 # Translated code calls the functions of these modules by name.
 _CALLED = (
     values, shuffles, tensor_cores, global_access, shared_access, local_memory, copies,
+    wgmma, tma, mbarrier, proxies, collectives,
 )  # fmt: skip
 
 
@@ -50,7 +55,7 @@ class Program:
         space: dict[str, Any] = {}
         for module in _CALLED:
             space |= {name: x for name, x in vars(module).items() if not name.startswith("_")}
-        space |= {"np": np, "I": kernel.instructions} | FUNCTIONS | writer.constants
+        space |= {"np": np, "I": kernel.instructions} | writer.constants
         exec(compile(self.source, f"<{kernel.name}>", "exec"), space)
         self.functions: list[Callable[[Group], Any]] = [
             space[f"block_{block.index}"] for block in kernel.blocks

@@ -59,6 +59,11 @@ class Text:
         """Write one statement."""
         self.lines.append("    " + text)
 
+    def call(self, name: str, *arguments: str, result: str = "") -> None:
+        """Call a function that takes the group and the instruction first."""
+        inside = ", ".join(("g", f"I[{self.i.index}]", *arguments))
+        self.line(f"{result} = {name}({inside})" if result else f"{name}({inside})")
+
     def unknown(self, why: str = "") -> UnknownInstructionError:
         """The error for an instruction that is not translated."""
         return UnknownInstructionError(f"{self.kernel.name}: {why or 'unknown'}: {self.i}")

@@ -1,6 +1,7 @@
-"""What the threads of a warp do together: shuffles, votes, reductions, tensor cores.
+"""What the threads of a warp do together: shuffles, votes, reductions, matrices, tensor cores.
 
-PTX ISA 9.7.9.6 (shfl), 9.7.13 (vote, redux), 9.7.14 (mma, ldmatrix).
+PTX ISA 9.7.9.6 (shfl), 9.7.13 (vote, redux, elect), 9.7.14 (mma, ldmatrix, stmatrix), 9.7.19
+(setmaxnreg).
 """
 
 from __future__ import annotations
@@ -74,3 +75,34 @@ def _ldmatrix(w: Text) -> None:
     targets: list[Operand] = list(d.items) if isinstance(d, Vec) else [d]
     arguments = f"{w.address(memory, 32)}, {len(targets)}, {'trans' in w.parts}"
     w.set_many(targets, f"load_matrix(g, I[{w.i.index}], {arguments})", "b32")
+
+
+@form("stmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16")
+def _stmatrix(w: Text) -> None:
+    memory, source = w.i.operands
+    _collective(w)
+    sources = source.items if isinstance(source, Vec) else (source,)
+    if f"x{len(sources)}" not in w.parts:
+        raise w.unknown()
+    address = w.address(memory, 32)
+    w.call("store_matrix", address, f"[{w.arrays(sources, 'b32')}]", str("trans" in w.parts))
+
+
+@form("elect.sync")
+def _elect(w: Text) -> None:
+    pair, members = w.i.operands
+    if not isinstance(pair, Pair):
+        raise w.unknown()
+    _collective(w, members)
+    w.varies = True
+    w.line("T0, T1 = elect(g)")
+    w.set(pair.first, "T0", "b32")
+    w.set(pair.second, "T1", "pred")
+
+
+@form("setmaxnreg.{inc,dec}.sync.aligned.u32")
+def _setmaxnreg(w: Text) -> None:
+    """Registers move between warps: nothing that can be seen here."""
+    count = w.number(w.i.operands[0])
+    if count % 8 or not 24 <= count <= 256:
+        raise w.unknown("a number of registers that there is not")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..syntax import Instruction
-from ..translate_sm90 import Sm90
 from .forms import FORMS
+from .text import Text
 
 
-class Writer(Sm90):
+class Writer(Text):
     """The text of a kernel's functions."""
 
     def source(self) -> str:
@@ -31,12 +31,12 @@ class Writer(Sm90):
         self.i = instruction
         translator = FORMS.get(instruction.op)
         self.line(f"# {instruction.text}")
-        self.touch()
+        if instruction.index in self.uses.touched:  # registers that a product may have
+            self.call("touch", *map(repr, self.uses.touched[instruction.index]))
         self.varies = False
-        if translator is not None:
-            translator(self)
-        elif not self.sm90():
+        if translator is None:
             raise self.unknown()
+        translator(self)
 
     def _result(self, last: Instruction) -> None:
         """What a block returns: which threads jump or leave, or the index of a brx."""
