@@ -9,20 +9,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
+# Not float8, which is a quantiser's storage.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What nn.Module looks at before it calls forward directly; the names are torch's own.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(torch_modules, f"_global{name}") for name in _HOOKS)
 
 
 def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
@@ -31,19 +24,21 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     It is of this class exactly (an adapter, a quantised layer, a parametrization and FSDP's units
     are of another), has no hooks and no forward of its own (the offloading of Hugging Face's
     accelerate), there are no hooks for all modules, and each parameter is an ordinary tensor of a
-    real device, wider than a byte: not sharded, not packed by a quantiser, not on meta.
+    real device: not sharded, not a quantiser's, not on meta.
     """
-    return (
-        type(module) is kind
-        and "forward" not in module.__dict__
-        and not any(getattr(module, name) for name in _HOOKS)
-        and not any(getattr(torch.nn.modules.module, name) for name in _GLOBAL_HOOKS)
-        and all(p is None or _is_plain_tensor(p) for p in module._parameters.values())
-    )
+    if type(module) is not kind:
+        return False
+    own = module.__dict__
+    if "forward" in own or any(_GLOBAL_HOOKS):
+        return False
+    for name in _HOOKS:
+        if own[name]:
+            return False
+    return all(map(_is_plain_tensor, own["_parameters"].values()))
 
 
-def _is_plain_tensor(p: Tensor) -> bool:
-    return type(p) in (nn.Parameter, Tensor) and is_float(p) and not p.is_meta
+def _is_plain_tensor(p: Tensor | None) -> bool:
+    return p is None or (type(p) in (nn.Parameter, Tensor) and p.dtype in _FLOATS and not p.is_meta)
 
 
 def is_float(stored: Tensor) -> bool:
@@ -54,7 +49,7 @@ def is_float(stored: Tensor) -> bool:
     says the dtype that it acts as.
     """
     own_class = issubclass(type(stored), nn.Parameter) and type(stored) is not nn.Parameter
-    return stored.is_floating_point() and stored.element_size() > 1 and not own_class
+    return stored.dtype in _FLOATS and not own_class
 
 
 def input_dtype(module: nn.Module, x: Tensor) -> torch.dtype:

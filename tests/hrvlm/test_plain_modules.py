@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrizations, prune
 
@@ -149,21 +151,34 @@ def test_no_module_is_plain_under_hooks_for_all(register):
     assert is_plain(nn.Linear(4, 3), nn.Linear)
 
 
-def test_a_sharded_weight_is_not_plain(tmp_path):
-    distributed = torch.distributed
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        mesh = distributed.init_device_mesh("cpu", (1,))
-        layer = linear_of(
-            lambda layer: layer.register_parameter(
-                "weight", nn.Parameter(distributed.tensor.distribute_tensor(layer.weight, mesh))
-            )
-        )
-        assert not is_plain(layer, nn.Linear)
-    finally:
-        distributed.destroy_process_group()
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone, as a mesh."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_weight_is_not_plain(one_process):
+    layer = nn.Linear(4, 3)
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), one_process))
+    assert not is_plain(layer, nn.Linear)
+
+
+def test_modules_that_are_sharded_by_themselves(one_process):
+    model, inputs = model_of(), processor_of()(images=[picture(60, 40)], text="<|image|>say")
+    expected = model(**inputs).logits
+    for module in (model.MP.proj, model.vision_encoder.embeddings.patch_embeddings):
+        fully_shard(module, mesh=one_process)
+    for layer in model.vision_encoder.layer:
+        for module in (layer.attention.qkv, layer.attention.qkv_bias, layer.norm2):
+            fully_shard(module, mesh=one_process)
+    fully_shard(model, mesh=one_process)
+    logits = model(**inputs).logits
+    torch.testing.assert_close(logits, expected)
+    logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_an_input_takes_the_dtype_of_a_weight_only_if_it_is_one():
@@ -223,3 +238,13 @@ def test_the_final_norm_can_be_taken_off(rng):
     states = encoder(IMAGES, output_hidden_states=True).hidden_states
     encoder.norm = nn.Identity()
     assert torch.equal(encoder(IMAGES).last_hidden_state, states[-1])
+
+
+def test_the_keys_that_the_biases_had_still_load():
+    _, encoder = pair_of("key_bias")
+    state = {key.replace("qkv_bias.", "qkv."): value for key, value in encoder.state_dict().items()}
+    assert "layer.0.attention.qkv.k_bias" in state
+    _, again = pair_of("key_bias", seed=1)
+    again.load_state_dict(state)
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
