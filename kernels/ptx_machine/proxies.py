@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .clocks import AGENT, AGENT_BITS, BULK, IN_FLIGHT, MBARRIER, WGMMA, Clocks
+from .clocks import AGENT, AGENT_BITS, BULK, IN_FLIGHT, MBARRIER, WARP, WGMMA, Clocks
 from .shared_memory import SharedMemory
 
 if TYPE_CHECKING:
@@ -101,16 +101,16 @@ class Proxies:
     # Products
 
     def products_read(
-        self, g: Group, instruction: Instruction, where: np.ndarray, lane: int, unit: int
+        self, g: Group, instruction: Instruction, where: np.ndarray, unit: int
     ) -> None:
-        """The unit that starts at `lane` reads the 16-byte chunks at `where` until its wait."""
+        """Each unit of so many threads reads 16-byte chunks [units, n] until its wait."""
         if not self.watches:
             return
-        warps = np.unique(g.warp[lane : lane + unit])
-        at = self.shared.granules(where, 16).ravel()
-        self._read(g, instruction, at, warps, lane, "a product")
-        local = int(warps[0]) % self.warps
-        self.taken[at, local // 4] = g.machine.products[warps[0]] + 1
+        warps = g.warp.reshape(len(where), unit)[:, ::WARP]
+        at = self.shared.granules(where.ravel(), 16).reshape(len(where), -1)
+        self._read(g, instruction, at, warps, np.arange(0, g.n, unit), "a product")
+        group = warps[:, :1] % self.warps // 4
+        self.taken[at, group] = g.machine.products[warps[:, :1]] + 1
 
     def products_done(self, warps: np.ndarray, newest: np.ndarray) -> None:
         """These warps waited for their products up to these groups."""
@@ -119,37 +119,38 @@ class Proxies:
         seen[warps, column] = np.maximum(seen[warps, column], newest)
 
     def _read(
-        self, g: Group, instruction: Instruction, at: np.ndarray, warps: np.ndarray, lane: int,
-        what: str,
+        self, g: Group, instruction: Instruction, at: np.ndarray, warps: np.ndarray,
+        lanes: np.ndarray, what: str,
     ) -> None:  # fmt: skip
-        """Check a read of granules `at` by the async proxy for these warps."""
-        shared, clocks = self.shared, self.clocks
-        tags = shared.writer[at]
+        """Check reads of granules [n, any] by the async proxy for warps [n, warps of a unit].
+
+        All warps of a unit have to see what it reads. `lanes` are the units' first threads.
+        """
+        tags = self.shared.writer[at]
         if not tags.all():
-            self._report(g, instruction, "uninitialised", at[tags == 0], lane, "never written")
-        agent = tags & AGENT
-        seen = clocks.seen[warps].min(0)
+            self._report(g, instruction, "uninitialised", at, tags == 0, lanes, "never written")
+        seen = self.clocks.seen[warps].min(1)
         bound = seen.copy()
-        bound[:WGMMA] = clocks.fenced[warps].min(0)
-        epoch = tags >> AGENT_BITS
-        late = epoch > bound[agent]
+        bound[:, :WGMMA] = self.clocks.fenced[warps].min(1)
+        row, agent, epoch = np.arange(len(at))[:, None], tags & AGENT, tags >> AGENT_BITS
+        late = epoch > bound[row, agent]
         if not late.any():
             return
-        unseen = epoch > seen[agent]
-        if len(warps) and unseen.any():
-            # A warp sees what it did itself; of a warpgroup, all have to.
-            self._unordered(g, instruction, at[unseen], tags[unseen], lane, f"{what} reads what")
+        unseen = late & (epoch > seen[row, agent])
+        if unseen.any():
+            kind, deed = self.writer(int(tags[unseen][0]))
+            self._report(g, instruction, kind, at, unseen, lanes, f"{what} reads what {deed}")
         bare = late & ~unseen
-        copied = bare & self.copied[at]
+        copied = bare & self.copied[at] & (what == "a product")
         if copied.any():
             g.report.note(CP_ASYNC_NOTE)
         bare &= ~copied
         if bare.any():
-            self._report(
-                g, instruction, "no proxy fence", at[bare], lane,
+            detail = (
                 f"{what} reads what warp {int(agent[bare][0])} wrote, ordered by barriers, but with "
-                "no fence.proxy.async on the way",
-            )  # fmt: skip
+                "no fence.proxy.async on the way"
+            )
+            self._report(g, instruction, "no proxy fence", at, bare, lanes, detail)
 
     # Bulk copies
 
@@ -160,8 +161,8 @@ class Proxies:
         if not self.checks:
             return
         warp = int(g.warp[lane])
-        at = self.shared.granules(where, 16).ravel()
-        self._read(g, instruction, at, np.array([warp]), lane, "a bulk store")
+        at = self.shared.granules(where, 16).reshape(1, -1)
+        self._read(g, instruction, at, np.array([[warp]]), np.array([lane]), "a bulk store")
         self.taken[at, self.groups + warp % self.warps] = epoch
 
     def stores_done(self, warp: int, epoch: int) -> None:
@@ -177,30 +178,23 @@ class Proxies:
         """A bulk load issued by `lane` writes chunks, up to the end of a phase of its mbarrier."""
         if not self.checks:
             return
-        shared, clocks = self.shared, self.clocks
-        warp = int(g.warp[lane])
-        at = shared.granules(where, 16).ravel()
+        shared, known = self.shared, self.clocks.seen[int(g.warp[lane])]
+        at = shared.granules(where, 16).reshape(1, -1)
+        lanes, verb = np.array([lane]), "a bulk load overwrites what"
         tags = shared.writer[at]
-        late = (tags >> AGENT_BITS) > clocks.seen[warp][tags & AGENT]
+        late = (tags >> AGENT_BITS) > known[tags & AGENT]
         if late.any():
-            self._unordered(
-                g, instruction, at[late], tags[late], lane, "a bulk load overwrites what"
-            )
-        early = shared.readers[at] > clocks.seen[warp, : shared.readers.shape[1]]
+            kind, deed = self.writer(int(tags[late][0]))
+            self._report(g, instruction, kind, at, late, lanes, f"{verb} {deed}")
+        early = shared.readers[at] > known[: shared.readers.shape[1]]
         if early.any():
-            k, other = (int(i[0]) for i in np.nonzero(early))
-            self._report(
-                g, instruction, "race", at[k:], lane,
-                f"a bulk load overwrites what warp {other} read, no barrier between",
-            )  # fmt: skip
+            detail = f"{verb} warp {int(np.nonzero(early)[2][0])} read, no barrier between"
+            self._report(g, instruction, "race", at, early.any(axis=2), lanes, detail)
         if self.watches:
-            busy = self.taken[at] > self.limits()[warp]
+            busy = self.taken[at] > self.limits()[int(g.warp[lane])]
             if busy.any():
-                k, column = (int(i[0]) for i in np.nonzero(busy))
-                self._report(
-                    g, instruction, "in flight", at[k:], lane,
-                    f"a bulk load overwrites what {self.reader(column)} may still read",
-                )  # fmt: skip
+                detail = f"{verb} {self.reader(int(np.nonzero(busy)[2][0]))} may still read"
+                self._report(g, instruction, "in flight", at, busy.any(axis=2), lanes, detail)
             self.copied[at] = False
         self.load_arrives(where, mbarrier, phase)
 
@@ -239,24 +233,17 @@ class Proxies:
             )
         return "race", f"warp {agent} {verb}, no barrier between"
 
-    def _unordered(
-        self, g: Group, instruction: Instruction, at: np.ndarray, tags: np.ndarray, lane: int,
-        verb: str,
-    ) -> None:  # fmt: skip
-        kind, deed = self.writer(int(tags[0]))
-        self._report(g, instruction, kind, at, lane, f"{verb} {deed}")
-
     def _report(
-        self, g: Group, instruction: Instruction, kind: str, at: np.ndarray, lane: int, detail: str
-    ) -> None:
-        byte = int(at[0]) * self.shared.granule % self.shared.stride
+        self, g: Group, instruction: Instruction, kind: str, at: np.ndarray, bad: np.ndarray,
+        lanes: np.ndarray, detail: str,
+    ) -> None:  # fmt: skip
+        """A finding about the granules `at` [n, any] that are `bad`, by threads [n]."""
+        i, k = (int(x[0]) for x in np.nonzero(bad))
+        byte = int(at[i, k]) * self.shared.granule % self.shared.stride
         g.report.add(
-            kind,
-            g.kernel.name,
-            instruction,
-            f"{detail}: shared byte {byte}; {g.who(lane)}",
-            len(at),
-        )
+            kind, g.kernel.name, instruction,
+            f"{detail}: shared byte {byte}; {g.who(int(lanes[i]))}", int(bad.sum()),
+        )  # fmt: skip
 
 
 # Called by translated code

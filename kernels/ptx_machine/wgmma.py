@@ -157,31 +157,40 @@ def _same(
 
 
 def _operand(
-    g: Group,
-    instruction: Instruction,
-    bits: np.ndarray,
-    unit: int,
-    kind: str,
-    rows: int,
-    mn: bool,
-    own: bool,
-) -> np.ndarray:
+    g: Group, instruction: Instruction, bits: np.ndarray, unit: int, kind: str, rows: int,
+    mn: bool, own: bool,
+) -> np.ndarray:  # fmt: skip
     """[units, rows, K] float64 of an operand in shared memory; of A, warps have their `own` rows."""
     itemsize, shared = ITEMSIZE[kind], g.machine.shared
-    chunks = []
-    for lane, one in zip(range(0, g.n, unit), bits, strict=True):
-        found = operand_chunks(MatrixDescriptor.decode(int(one)), rows, itemsize, mn)
-        if own and unit == WARP:
-            w = int(g.thread[lane]) // WARP % 4
-            found = found[:, 2 * w : 2 * w + 2] if mn else found[16 * w : 16 * w + 16]
-        if int(found.max()) + 16 > shared.size:
-            raise MemcheckError(
-                f"{g.kernel.name}: {instruction}: shared address {int(found.max())} of "
-                f"{shared.size}; {g.who(lane)}"
-            )
-        chunks.append(found + g.base[lane])
-        g.machine.proxies.products_read(g, instruction, chunks[-1].ravel(), lane, unit)
-    raw = shared.bytes.reshape(-1, 16)[np.stack(chunks) >> 4]
+    first = np.arange(0, g.n, unit)
+    forms = bits >> np.uint64(14)  # all fields but the start
+    chunks: np.ndarray | None = None
+    for form in np.unique(forms):
+        mine = np.flatnonzero(forms == form)
+        start = ((bits[mine] & np.uint64(0x3FFF)) << np.uint64(4)).astype(np.int64)
+        descriptor = MatrixDescriptor.decode(int(bits[mine[0]]))
+        found = operand_chunks(descriptor, rows, itemsize, mn, start=start)
+        if chunks is None:
+            chunks = np.empty((len(bits), *found.shape[1:]), np.int64)
+        chunks[mine] = found
+    assert chunks is not None
+    if own and unit == WARP:
+        w = g.thread[first] // WARP % 4
+        each = np.arange(len(first))
+        if mn:
+            chunks = chunks.reshape(len(first), 16, 4, 2)[each, :, w]
+        else:
+            chunks = chunks.reshape(len(first), 4, 16, 2)[each, w]
+    outside = chunks.max(axis=(1, 2)) + 16 > shared.size
+    if outside.any():
+        i = int(np.flatnonzero(outside)[0])
+        raise MemcheckError(
+            f"{g.kernel.name}: {instruction}: 16 bytes at byte {int(chunks[i].max())} of shared "
+            f"memory ({shared.size} bytes): outside; {g.who(int(first[i]))}"
+        )
+    where = chunks + g.base[first][:, None, None]
+    g.machine.proxies.products_read(g, instruction, where.reshape(len(first), -1), unit)
+    raw = shared.bytes.reshape(-1, 16)[where >> 4]
     return decode(operand_matrix(raw, itemsize, mn), kind)
 
 

@@ -84,9 +84,12 @@ def _chunk_offsets(leading: int, stride: int, width: int, rows: int, mn_major: b
 
 
 def operand_chunks(
-    descriptor: MatrixDescriptor, rows: int, itemsize: int, mn_major: bool
-) -> np.ndarray:
+    descriptor: MatrixDescriptor, rows: int, itemsize: int, mn_major: bool, *,
+    start: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     """Shared addresses of the 16-byte chunks of an operand with `rows` of M or N, 32 bytes of K.
+
+    With `start`, of several operands that begin there and are otherwise alike, as the first axis.
 
     [rows, 2] if K-major (no transpose). Core matrices are 8 rows of 16 bytes:
       - no swizzle: the rows of a core matrix are 16 bytes apart; `leading` to the next 16 bytes of
@@ -106,7 +109,8 @@ def operand_chunks(
     offsets = _chunk_offsets(
         descriptor.leading, descriptor.stride, descriptor.swizzle, rows, mn_major
     )
-    return swizzle(descriptor.start + offsets, descriptor.swizzle)
+    first = descriptor.start if start is None else start[:, None, None]
+    return swizzle(first + offsets, descriptor.swizzle)
 
 
 def operand_matrix(chunks: np.ndarray, itemsize: int, mn_major: bool) -> np.ndarray:

@@ -351,7 +351,7 @@ def test_wrong_operands_are_refused():
         run(issue("%rd1", before="cvt.u64.u32 %rd1, %r0;"))
     with pytest.raises(ExecutionError, match="scale-d differs"):
         run(issue(before="setp.lt.u32 %p0, %r0, 7;"))
-    with pytest.raises(MemcheckError, match=r"shared address 4336 of 4096; .*, warp 0"):
+    with pytest.raises(MemcheckError, match=r"byte 4336 of shared memory .*: outside; .*, warp 0"):
         run(issue("%rd1", before="add.s64 %rd1, %rd0, 256;"))
     with pytest.raises(ExecutionError, match="25 threads of a warp are here"):
         run(issue(before="setp.lt.u32 %p1, %r0, 7;\n@%p1 bra $end;") + "\n$end:")
