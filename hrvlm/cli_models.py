@@ -12,7 +12,7 @@ import typer
 from . import console, tables
 from .cli_options import Debug, Device, Json, StoredDtype
 from .console import json_only, note, print_json
-from .shipped_reader import PROMPT, reader_path
+from .shipped_reader import DOUBT_BELOW, PROMPT, WHAT_IT_READS, reader_path
 
 if TYPE_CHECKING:
     from .generate import Chat
@@ -51,8 +51,9 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Answer a prompt about images; the text streams to stdout."""
+    bound = {}
     if model is None:
-        model = reader_path()
+        model, bound = reader_path(), {"doubt_below": DOUBT_BELOW}
         prompt = PROMPT if prompt is None and not chat else prompt
         if not image:
             raise ValueError("--image is needed: the reader of hrvlm reads the text in images")
@@ -61,10 +62,12 @@ def generate(
     if each and (chat or not image):
         raise ValueError("--each: goes with --image, and not with --chat")
     images = image or []
+    if bound:
+        note(f"no --model, so this answers: {WHAT_IT_READS}")
     with json_only(as_json):
         from .generate import GenerateOptions, start_chats
 
-        options = GenerateOptions(max_new_tokens, temperature, num_beams)
+        options = GenerateOptions(max_new_tokens, temperature, num_beams, **bound)
         groups = [[path] for path in images] if each else [images]
         talks = start_chats(model, groups, options, device=device, dtype=dtype)
         turns = []

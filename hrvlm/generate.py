@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import LogitsProcessorList, TextStreamer
 
+from .answer_doubts import UNKNOWN_BOUND, TokenProbabilities, doubts
 from .config import VLMConfig
 from .encoder_loading import check_model_type, pick_device, quiet_loading
 from .image_intake import load_image
@@ -25,6 +26,7 @@ class GenerateOptions:
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0 is greedy
     num_beams: int = 1
+    doubt_below: float = UNKNOWN_BOUND  # the mean log-probability by token of an answer to believe
 
     def __post_init__(self) -> None:
         """Refuse what can't be decoded, before a model is loaded."""
@@ -45,6 +47,8 @@ class Generated:
     new_tokens: int
     seconds: float  # of everything after the model was loaded, images included
     first_token_seconds: float | None  # None with beams, which have no first token until the end
+    mean_log_probability: float  # of the new tokens, under the model
+    doubts: dict[str, str]  # why not to believe it; see hrvlm.answer_doubts
 
     @property
     def tokens_per_second(self) -> float:
@@ -118,17 +122,39 @@ class Chat:
         streamer = None
         if self.options.num_beams == 1:
             streamer = _Streamer(self.processor.tokenizer, silent=not stream)
-        with torch.inference_mode():
-            sequences = self.vlm.generate(**inputs, **decoding(self.options), streamer=streamer)
+        answer, mean = self._answer(inputs, streamer)
         prompt_tokens = inputs["input_ids"].shape[1]
-        answer = sequences[0, prompt_tokens:]
         text = self.processor.tokenizer.decode(answer, skip_special_tokens=True)
         seconds = time.perf_counter() - start
         if stream and streamer is None:
             print(text)
         self.messages = [*messages, assistant_message(text)]
         first = streamer.first_token - start if streamer and streamer.calls > 1 else None
-        return Generated(text, prompt_tokens, answer.shape[0], seconds, first)
+        found = doubts(answer.tolist(), mean, self.options.doubt_below)
+        return Generated(text, prompt_tokens, answer.shape[0], seconds, first, mean, found)
+
+    @torch.inference_mode()
+    def _answer(self, inputs: Any, streamer: _Streamer | None) -> tuple[torch.Tensor, float]:
+        """The new tokens ``[n]``, and their mean log-probability."""
+        prompt_tokens = inputs["input_ids"].shape[1]
+        if streamer is not None:
+            probabilities = TokenProbabilities()
+            sequences = self.vlm.generate(
+                **inputs,
+                **decoding(self.options),
+                streamer=streamer,
+                logits_processor=LogitsProcessorList([probabilities]),
+            )
+            answer = sequences[0, prompt_tokens:]
+            return answer, probabilities.mean(answer)
+        output = self.vlm.generate(
+            **inputs, **decoding(self.options), return_dict_in_generate=True, output_scores=True
+        )
+        answer = output.sequences[0, prompt_tokens:]
+        penalty = getattr(self.vlm.generation_config, "length_penalty", None)
+        # A beam's score is the sum of its log-probabilities over n ** length_penalty.
+        scale = 1.0 if penalty is None else answer.shape[0] ** (penalty - 1)
+        return answer, output.sequences_scores[0].item() * scale
 
 
 def generate(

@@ -110,6 +110,8 @@ def show_generated(result: Generated) -> None:
         f"{result.prompt_tokens} prompt tokens, {result.new_tokens} new in "
         f"{_seconds(result.seconds)} ({result.tokens_per_second:.1f} tokens/s{begun})"
     )
+    for doubt in result.doubts.values():
+        note(f"doubtful: {doubt}")
 
 
 def show_demo(result: DemoResult) -> None:

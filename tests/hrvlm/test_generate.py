@@ -1,13 +1,15 @@
 """Chats and the speed of answers; `hrvlm generate` for one question is in test_cli.py."""
 
 import json
+import math
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from hrvlm.answer_doubts import Repetition, doubts, repetition
 from hrvlm.cli import app
-from hrvlm.generate import Chat, GenerateOptions, answer_batch, user_message
+from hrvlm.generate import Chat, GenerateOptions, answer_batch, chat_inputs, user_message
 from tests.hrvlm.tiny import model_of, picture, processor_of
 
 
@@ -62,6 +64,47 @@ def test_a_chat_is_the_conversation_asked_at_once():
     assert answer_batch(processor, vlm, [said], options) == [answer]
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5}, {"num_beams": 3}])
+def test_the_mean_log_probability_is_the_models(options):
+    processor, vlm, image = processor_of(), model_of(), picture(60, 40)
+    torch.manual_seed(3)
+    talk = Chat(processor, vlm, [image], GenerateOptions(max_new_tokens=6, **options))
+    kept, generate = [], vlm.generate
+
+    def keep(*args, **kwargs):
+        kept.append(generate(*args, **kwargs))
+        return kept[0]
+
+    vlm.generate = keep
+    answer = talk.ask("What?")
+    sequence = getattr(kept[0], "sequences", kept[0])
+    inputs = chat_inputs(processor, [user_message("What?", [image])])
+    inputs["input_ids"], n = sequence, answer.new_tokens
+    inputs["attention_mask"] = torch.ones_like(sequence)
+    with torch.no_grad():
+        logits = vlm(**inputs).logits[0, -n - 1 : -1].log_softmax(-1)
+    expected = logits.gather(1, sequence[0, -n:, None]).mean().item()
+    assert answer.mean_log_probability == pytest.approx(expected, abs=1e-4)
+    assert ("improbable" in answer.doubts) == (expected < math.log(0.1))
+
+
+def test_a_repetition_is_long_enough_and_follows_itself():
+    numbers = list(range(100))
+    assert repetition([]) is repetition([7]) is repetition(numbers) is None
+    assert repetition([*numbers, *[5] * 19]) is None
+    assert repetition([5] * 20) == Repetition(1, 20)
+    row = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert repetition([*numbers, *row, *row, *row[:9]]) is None  # not yet a third time
+    assert repetition([*numbers, *row, *row, *row, *numbers]) == Repetition(10, 30)
+    assert repetition([*row, *row, *row, 1, 2]).times == 3
+    assert repetition([*row, 90, *row, 91, *row, 92]) is None  # rows that only resemble each other
+    assert doubts(row * 3, -0.1, -0.2) == {
+        "repeats": "the answer repeats itself: 10 tokens, 3 times in a row"
+    }
+    assert list(doubts(row, -0.21, -0.2)) == ["improbable"] == list(doubts(row, math.nan, -0.2))
+    assert list(doubts(row * 3, -1, -0.2)) == ["repeats", "improbable"]
+
+
 def test_a_batch_answers_as_one_by_one():
     processor, vlm = processor_of(), model_of()
     conversations = [
@@ -77,7 +120,7 @@ def test_a_batch_answers_as_one_by_one():
 
 def test_bench_generate_measures_every_size(place):
     arguments = ["bench-generate", "--model", str(place / "vlm"), "--new-tokens", "6"]
-    arguments += ["--size", "64x32", "--size", "16x16", "--repeats", "2"]
+    arguments += ["--size", "32x64", "--size", "16x16", "--repeats", "2"]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from hrvlm import VisionLanguageModel, VLMProcessor
 from hrvlm.cli import app
+from hrvlm.generate import load_vlm
 from hrvlm.reading_score import score
 from hrvlm.shipped_reader import reader_path
 
@@ -66,6 +67,9 @@ def test_generate_reads_the_examples(name):
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
     assert answer["text"] == SAYS[name] and answer["tokens_per_second"] > 0
+    assert answer["doubts"] == {} and -0.2 <= answer["mean_log_probability"] <= 0
+    assert "no --model" in done.stderr and "not pages, photographs" in done.stderr
+    assert "doubtful" not in done.stderr
 
 
 def test_what_it_can_not_read():
@@ -73,6 +77,21 @@ def test_what_it_can_not_read():
         app, ["generate", "--image", str(EXAMPLES / "sideways.png"), "--json"]
     )
     assert done.exit_code == 0 and json.loads(done.stdout)["text"] != "Platform 9"
+    assert "below -0.20" in json.loads(done.stdout)["doubts"]["improbable"]
+    shown = CliRunner().invoke(app, ["generate", "--image", str(EXAMPLES / "sideways.png")])
+    assert "doubtful: the model itself found the answer improbable" in shown.stderr
+
+
+def test_the_bound_tells_what_it_reads_from_what_it_can_not():
+    """The whole figures are in its card."""
+    from benchmarks.reading_doubts import ask, pictures
+
+    processor, vlm = load_vlm(reader_path())
+    rows = [ask(processor, vlm, asked) for asked in pictures(small=True) if asked.kind != "noise"]
+    right = [row for row in rows if row["kind"] == "drawn text, right"]
+    unreadable = [row for row in rows if not row["kind"].startswith(("drawn", "a line of text up"))]
+    assert len(right) >= 6 and sum(bool(row["doubts"]) for row in right) <= 1
+    assert len(unreadable) == 10 and sum(bool(row["doubts"]) for row in unreadable) >= 9
 
 
 def test_the_card_has_the_figures_of_the_results():
