@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, tile_choices
+from .launch import architecture, device_guard
+from .tile_tables import SWIGLU
 from .tilings import BlockConfig
 
 
@@ -57,9 +58,7 @@ _INTERPRETER = BlockConfig(1024, 1)
 
 def select_config(arch: str, dtype: torch.dtype) -> BlockConfig:
     """Block size for a chip and a dtype; forward and backward share it."""
-    if arch == "interpreter":
-        return _INTERPRETER
-    return tile_choices("SWIGLU", arch, dtype.itemsize)[0]
+    return _INTERPRETER if arch == "interpreter" else SWIGLU[arch, dtype.itemsize][0]
 
 
 def forward(gate: Tensor, up: Tensor, out: Tensor) -> None:

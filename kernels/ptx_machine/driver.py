@@ -18,7 +18,7 @@ from triton.runtime import _allocation
 from triton.runtime.cache import get_cache_manager
 
 from .arguments import Arguments, parameters
-from .global_memory import GlobalMemory
+from .global_memory import GlobalMemory, smallest_store
 from .machine import Machine
 from .options import Options
 from .parse import parse
@@ -165,7 +165,7 @@ class PtxDriver(DriverBase):
         metadata = launcher.metadata
         begin = time.perf_counter()
         program = self.program(metadata)
-        memory = GlobalMemory(self.options.check_global)
+        memory = GlobalMemory(self.options.check_global, smallest_store(program.kernel))
         arguments = Arguments(memory)
         meta = getattr(metadata, "tensordesc_meta", None)
         params = parameters(launcher.signature, args, meta, arguments)

@@ -69,7 +69,8 @@ def store_global(
             same = np.ones(len(first), bool)
             for k, values in enumerate(data):
                 same &= view[first + k] == values[pick]
-            memory.note_write(g, instruction, found, total, _chosen(lanes, pick), same)
+            written = np.stack([values[pick] for values in data], axis=-1)
+            memory.note_write(g, instruction, found, total, _chosen(lanes, pick), same, written)
         for k, values in enumerate(data):
             view[first + k] = values[pick]
 
@@ -143,7 +144,7 @@ def _changed(
     if compare is not None:
         return np.where(old == compare, value, old)
     if kind.startswith(("f16", "bf16")):
-        return half_op(name, kind, old, value)
+        return half_op(name, kind, False, old, value)
     function = {
         "add": np.add, "min": np.minimum, "max": np.maximum,
         "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,

@@ -19,20 +19,26 @@ import numpy as np
 
 from .clocks import AGENT, TAG_BITS
 from .report import MemcheckError
-from .values import UNSIGNED
+from .values import UNSIGNED, as_granules
 
 if TYPE_CHECKING:
     from .group import Group
-    from .syntax import Instruction
+    from .syntax import Instruction, Kernel
 
 # Where parameters lie in the generic address space (cvta.param): one every PARAM_STEP bytes.
 PARAM_BASE = 0x7D00_0000_0000
 PARAM_STEP = 256
 
+CONSTANTS = 0x7EF0_0000_0000  # of the kernel's own tables, one step before the tensors
 _TRACKED = 1 << 28  # bytes of a region up to which it is checked for races
-_GRANULE = 2  # bytes that share a tag
 _FIRST = 0x7F00_0000_0000
 _STEP = 1 << 36
+
+
+def smallest_store(kernel: Kernel) -> int:
+    """Bytes of global memory that may share a tag: 1 if a kernel stores single bytes, else 2."""
+    stores = [i for i in kernel.instructions if i.base == "st" and "global" in i.parts]
+    return 1 if any(i.parts[-1][1:] == "8" for i in stores) else 2
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,11 @@ class Region:
     base: int  # device address of the first byte of `data`
     data: np.ndarray  # uint8
     pieces: list[Piece]
+    granule: int  # bytes that share a tag
     views: dict[int, np.ndarray] = field(init=False)  # by bytes of an element
     writer: np.ndarray | None = None  # tags, by granule: who wrote last
-    reader: np.ndarray | None = None  # and who read last
+    reader: np.ndarray | None = None  # who read last
+    other: np.ndarray | None = None  # a reader of another program than the last one's
 
     def __post_init__(self) -> None:
         self.views = {
@@ -65,9 +73,10 @@ class Region:
 
     def start_tracking(self) -> None:
         """Follow who writes and reads."""
-        granules = -(-len(self.data) // _GRANULE)
+        granules = -(-len(self.data) // self.granule)
         self.writer = np.zeros(granules, np.int64)
         self.reader = np.zeros(granules, np.int64)
+        self.other = np.zeros(granules, np.int64)
 
     def describe(self, offset: int) -> str:
         """The tensor that holds a byte, or the nearest one, and the byte in it."""
@@ -81,9 +90,17 @@ Found = tuple[Region, np.ndarray, "np.ndarray | slice"]
 class GlobalMemory:
     """The tensors of one launch."""
 
-    def __init__(self, check: bool) -> None:
+    def __init__(self, check: bool, granule: int = 2) -> None:
         self.regions: list[Region] = []
+        self.constants: Region | None = None
         self.check = check
+        self.granule = granule
+
+    def add_constants(self, data: bytes) -> None:
+        """Tables of the kernel, at :data:`CONSTANTS`."""
+        if data:
+            inside = [Piece("the kernel's constants", 0, len(data))]
+            self.constants = Region(CONSTANTS, np.frombuffer(data, np.uint8), inside, self.granule)
 
     def add(self, pieces: list[tuple[str, int, int]]) -> int:
         """Allow pieces (name, host address, bytes) as one region.
@@ -97,13 +114,15 @@ class GlobalMemory:
         buffer = (ctypes.c_uint8 * span).from_address(origin)
         base = _FIRST + len(self.regions) * _STEP + (origin & 0xFFF)
         inside = [Piece(name, at - origin, at - origin + size) for name, at, size in pieces]
-        region = Region(base, np.ctypeslib.as_array(buffer), inside)
+        region = Region(base, np.ctypeslib.as_array(buffer), inside, self.granule)
         if self.check and end - start <= _TRACKED:
             region.start_tracking()
         self.regions.append(region)
         return base - origin
 
     def _region(self, address: int) -> Region | None:
+        if CONSTANTS <= address < _FIRST:
+            return self.constants
         number = (address - _FIRST) // _STEP
         return self.regions[number] if 0 <= number < len(self.regions) else None
 
@@ -188,7 +207,7 @@ class GlobalMemory:
         if same is None:
             self.note_read(group, instruction, found, width, lanes)
         else:
-            self.note_write(group, instruction, found, width, lanes, same)
+            self.note_write(group, instruction, found, width, lanes, same, None)
 
     def note_read(
         self,
@@ -200,11 +219,16 @@ class GlobalMemory:
     ) -> None:
         """Report what others wrote to the bytes that are read."""
         region = found[0]
-        if region.writer is None or region.reader is None:
+        if region.writer is None or region.reader is None or region.other is None:
             return
         at, mine = _tags(group, found, width, lanes)
         self._compare(group, instruction, found, lanes, region.writer[at], mine, "reads", None)
+        before = region.reader[at]
         region.reader[at] = mine
+        for tags, who in ((before, before), (region.reader[at], np.broadcast_to(mine, at.shape))):
+            foreign = (tags != 0) & ((tags ^ mine) >> TAG_BITS != 0)
+            if foreign.any():
+                region.other[at[foreign]] = who[foreign]
 
     def note_write(
         self,
@@ -214,15 +238,24 @@ class GlobalMemory:
         width: int,
         lanes: np.ndarray | None,
         same: np.ndarray,
+        data: np.ndarray | None,
     ) -> None:
-        """Report what others did to the bytes; `same`: threads that write what is there already."""
+        """Report what others did to the bytes; `same`: threads that write what is there already.
+
+        `data` [n, items] is what they write.
+        """
         region = found[0]
-        if region.writer is None or region.reader is None:
+        if region.writer is None or region.reader is None or region.other is None:
             return
         at, mine = _tags(group, found, width, lanes)
         self._compare(group, instruction, found, lanes, region.writer[at], mine, "writes", same)
-        self._compare(group, instruction, found, lanes, region.reader[at], mine, "read", None)
+        for readers in (region.reader, region.other):
+            self._compare(group, instruction, found, lanes, readers[at], mine, "read", None)
         region.writer[at] = mine
+        left = region.writer[at]  # of those who write the same bytes now, one is left
+        if data is not None and (left != mine).any():
+            alike = _alike(at, as_granules(data, region.granule, at.shape))
+            self._compare(group, instruction, found, lanes, left, mine, "writes", alike)
 
     def _compare(
         self,
@@ -257,7 +290,7 @@ class GlobalMemory:
         lane = int(np.arange(group.n)[chosen][i])
         group.report.add(
             kind, group.kernel.name, instruction,
-            f"{done} in this launch: {region.describe(int(offset[i]) + g * _GRANULE)}; "
+            f"{done} in this launch: {region.describe(int(offset[i]) + g * region.granule)}; "
             f"{group.who(lane)}",
             int(bad.any(axis=1).sum()),
         )  # fmt: skip
@@ -267,8 +300,20 @@ def _tags(
     group: Group, found: Found, width: int, lanes: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Granules [n, g] of an access, and the tags [n, 1] of those who make it."""
-    _, offset, pick = found
+    region, offset, pick = found
     chosen = pick if lanes is None else lanes
-    at = (offset // _GRANULE)[:, None] + np.arange(max(1, width // _GRANULE))
+    at = (offset // region.granule)[:, None] + np.arange(max(1, width // region.granule))
     tags = group.machine.clocks.tag(group.warp[chosen])
     return at, ((group.cta[chosen] + 1) << TAG_BITS | tags)[:, None]
+
+
+def _alike(at: np.ndarray, values: np.ndarray | None) -> np.ndarray:
+    """[n]: whether all who write the granules `at` [n, g] of a thread write the same to them."""
+    if values is None:
+        return np.zeros(len(at), bool)
+    cells, where = np.unique(at.ravel(), return_inverse=True)
+    flat = values.ravel().astype(np.int64)
+    low, high = np.full(len(cells), 1 << 32), np.full(len(cells), -1)
+    np.minimum.at(low, where.ravel(), flat)
+    np.maximum.at(high, where.ravel(), flat)
+    return (low == high)[where].reshape(at.shape).all(axis=1)

@@ -46,6 +46,7 @@ class Machine:
         self.first = 0
         if self.threads % WARP or not 0 < self.threads <= WARP * WGMMA:
             raise ExecutionError(f"{self.kernel.name}: a CTA of {self.threads} threads")
+        self.memory.add_constants(self.kernel.data)
         self.granule = smallest_access(self.kernel)
         count = self.grid[0] * self.grid[1] * self.grid[2]
         self.order = np.arange(count)

@@ -44,6 +44,8 @@ _PARAM = re.compile(
     r"([\w$]+)(?:\[(\d+)\])?"
 )
 _LOCAL = re.compile(r"\.local\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]")
+_GLOBAL = re.compile(r"\.global\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]\s*=\s*\{([^}]*)\}")
+_LINE = re.compile(r"\s*\.loc\s")
 _GUARD = re.compile(r"@(!?)\s*([%\w$]+)\s+")
 
 
@@ -60,6 +62,7 @@ def parse(text: str) -> Kernel:
     open_at = next(i for i in range(start, len(lines)) if lines[i].strip() == "{")
     head = " ".join(_COMMENT.sub("", ln) for ln in lines[start:open_at])
     threads = re.search(r"\.reqntid\s+(\d+)", head) or re.search(r"\.maxntid\s+(\d+)", head)
+    constants, data = _constants(" ".join(lines[:start]))
     body = _Body()
     body.read(_pieces(lines, open_at))
     return Kernel(
@@ -71,6 +74,8 @@ def parse(text: str) -> Kernel:
         shared=_shared_variables(lines[:start]),
         local=body.local,
         local_size=body.local_size,
+        constants=constants,
+        data=data,
         tables=body.tables,
         instructions=[i for block in body.blocks for i in block.instructions],
     )
@@ -96,6 +101,16 @@ def _shared_variables(lines: list[str]) -> dict[str, int]:
     return names
 
 
+def _constants(text: str) -> tuple[dict[str, int], bytes]:
+    """Tables that library functions read: where each begins, and all bytes."""
+    offsets, data = {}, b""
+    for align, name, size, values in (found.groups() for found in _GLOBAL.finditer(text)):
+        data += bytes(-len(data) % int(align))
+        offsets[name] = len(data)
+        data += bytes(map(int, values.split(","))).ljust(int(size), b"\0")
+    return offsets, data
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """A brace, a label or a statement between them."""
@@ -113,7 +128,7 @@ def _pieces(lines: list[str], start: int) -> Iterator[_Piece]:
         raw = lines[number]
         comment = _COMMENT.search(raw)
         code = raw[: comment.start()] if comment else raw
-        if code.strip().startswith(".loc"):
+        if _LINE.match(code):
             where = comment.group(1).strip() if comment else code.strip()
             continue
         code = code.strip()

@@ -17,7 +17,7 @@ import numpy as np
 from .clocks import AGENT, IN_FLIGHT, WGMMA, Clocks
 from .report import MemcheckError
 from .syntax import Kernel
-from .values import UNSIGNED
+from .values import UNSIGNED, as_granules
 
 if TYPE_CHECKING:
     from .group import Group
@@ -134,7 +134,7 @@ class SharedMemory:
             return
         at = self.granules(where, width)
         tags = self.writer[at]
-        new = _as_granules(values, self.granule, at.shape)
+        new = as_granules(values, self.granule, at.shape)
         late = self.clocks.unordered(warp, tags)
         if late.any():
             same = late & (tags < IN_FLIGHT) & (tags & AGENT < WGMMA) & self._holds(at, new)
@@ -210,17 +210,6 @@ class SharedMemory:
             f"{verb} {deed}: shared byte {byte}; {self._who(group, warp[i])}",
             int(bad.any(axis=1).sum()),
         )  # fmt: skip
-
-
-def _as_granules(
-    values: np.ndarray | None, granule: int, shape: tuple[int, ...]
-) -> np.ndarray | None:
-    """The data [n, items] of a store as [n, granules]; None if it is narrower than a granule."""
-    if values is None:
-        return None
-    data = np.ascontiguousarray(values)
-    data = data.reshape(len(data), -1).view(UNSIGNED[granule])
-    return data if data.shape == tuple(shape) else None
 
 
 def _agree(at: np.ndarray, new: np.ndarray) -> bool:

@@ -131,6 +131,8 @@ class Kernel:
     shared: dict[str, int]  # variable -> offset; the dynamic array lies at 0
     local: dict[str, int]  # variable of .local -> offset
     local_size: int  # bytes of .local memory of each thread
+    constants: dict[str, int]  # variable of .global with initial bytes -> offset in `data`
+    data: bytes
     tables: dict[str, list[str]]  # of brx.idx: name -> labels
     instructions: list[Instruction]
 

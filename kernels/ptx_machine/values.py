@@ -20,10 +20,25 @@ UNSIGNED = {1: u8, 2: u16, 4: u32, 8: u64}
 number_max, number_min = np.fmax, np.fmin  # of a number and NaN, the number
 
 
+def as_granules(
+    values: np.ndarray | None, granule: int, shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """The data [n, items] of a store as [n, granules]; None if it is narrower than a granule."""
+    if values is None:
+        return None
+    data = np.ascontiguousarray(values)
+    data = data.reshape(len(data), -1).view(UNSIGNED[granule])
+    return data if data.shape == tuple(shape) else None
+
+
+# The smallest normal number of each float.
+_NORMAL = {np.dtype(f16): f16(2.0**-14), np.dtype(f32): f32(2.0**-126)}
+
+
 def flush(x: np.ndarray) -> np.ndarray:
-    """Subnormal float32 numbers to zero, keeping the sign (.ftz)."""
-    small = np.abs(x) < f32(2.0**-126)
-    return np.where(small & (x == x), np.copysign(f32(0), x), x) if small.any() else x
+    """Subnormal numbers to zero, keeping the sign (.ftz)."""
+    small = np.abs(x) < _NORMAL[x.dtype]
+    return np.where(small, np.copysign(x.dtype.type(0), x), x) if small.any() else x
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -136,16 +151,20 @@ _HALF_OPS: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-def half_op(name: str, kind: str, *operands: np.ndarray) -> np.ndarray:
+def half_op(name: str, kind: str, ftz: bool, *operands: np.ndarray) -> np.ndarray:
     """An operation on f16, bf16 or pairs of them: computed in float64, rounded once."""
     brain = kind.startswith("bf16")
 
     def widen(bits: np.ndarray) -> np.ndarray:
         halves = np.ascontiguousarray(bits).view(u16)
-        return (from_bf16(halves) if brain else halves.view(f16)).astype(f64)
+        numbers = from_bf16(halves) if brain else halves.view(f16)
+        return (flush(numbers) if ftz else numbers).astype(f64)
 
     result = _HALF_OPS[name](*map(widen, operands))
     halves = np.ascontiguousarray(wide_to_bf16(result) if brain else to_f16(result))
+    if ftz:
+        exponent = u16(0x7F80 if brain else 0x7C00)
+        halves = np.where(halves & exponent, halves, halves & u16(0x8000))
     return halves.view(u32) if kind.endswith("x2") else halves
 
 

@@ -14,7 +14,7 @@ def _half(w: Text, name: str) -> None:
     d, *operands = w.i.operands
     bits = "b32" if w.kind.endswith("x2") else "b16"
     read = ", ".join(w.array(operand, bits) for operand in operands)
-    w.set(d, f"half_op({name!r}, {w.kind!r}, {read})", bits)
+    w.set(d, f"half_op({name!r}, {w.kind!r}, {'ftz' in w.parts}, {read})", bits)
 
 
 def _float(w: Text, expression: str) -> None:
@@ -77,6 +77,34 @@ def _mad(w: Text) -> None:
 def _mad_wide(w: Text) -> None:
     expression, wide = _wide_product(w)
     w.set(w.i.operands[0], f"{expression} + {w.value(w.i.operands[3], wide)}", wide)
+
+
+@form(
+    "add.cc.{u,s}32",
+    "addc[.cc].{u,s}32",
+    "mad.{lo,hi}.cc.{u,s}32",
+    "madc.{lo,hi}[.cc].{u,s}32",
+)
+def _carry(w: Text) -> None:
+    """Sums of 64 bits: the upper half is the carry flag ``CC``, which lives within a block."""
+    w.refuse_guard()
+    d, a, b, *c = w.i.operands
+    terms = [f"{w.array(a, 'u32')}.astype(u64)", f"{w.array(b, 'u32')}.astype(u64)"]
+    if w.i.base.startswith("mad"):
+        kind = f"{w.kind[0]}32"
+        product = f"{w.array(a, kind)} * {w.array(b, kind)}"
+        if "hi" in w.parts:
+            product = f"high_product({w.array(a, kind)}, {w.array(b, kind)})"
+        terms = [f"({product}).view(u32).astype(u64)", f"{w.array(c[0], 'u32')}.astype(u64)"]
+    if w.i.base.endswith("c"):
+        if not w.carry:
+            raise w.unknown("the carry comes from another block")
+        terms.append("CC")
+    w.line(f"T = {' + '.join(terms)}")
+    if "cc" in w.parts:
+        w.line("CC = T >> u64(32)")
+        w.carry = True
+    w.set(d, "T.astype(u32)", "u32")
 
 
 @form("fma.rn[.ftz].{f32,f16,f16x2}", "fma.rn.{bf16,bf16x2}")

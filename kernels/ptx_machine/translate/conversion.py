@@ -162,8 +162,8 @@ def _cvt_float(w: Text) -> None:
     x = _float(w, source)
     if to == source:
         x = f"{_WHOLE[w.parts[1]]}({x})"
-    elif "ftz" in w.parts and source == "f64":
-        x = f"flush({x}.astype({TYPES[to]}))"
+    elif "ftz" in w.parts and to == "f32":
+        x = f"flush({x}.astype(f32))"
     w.set(w.i.operands[0], f"{x}.astype({TYPES[to]})", to)
 
 
@@ -182,6 +182,8 @@ def _cvt_halves(w: Text) -> None:
 
 def _rounded(w: Text, to: str, source: Operand) -> str:
     x = w.array(source, "f32")
+    if "ftz" in w.parts:
+        x = f"flush({x})"
     if "relu" in w.parts:
         x = f"relu({x})"
     return f"to_{to}{'_rz' if 'rz' in w.parts else ''}({x})"

@@ -37,7 +37,7 @@ def _space(w: Text) -> tuple[str, int]:
 @form(
     f"ld[.volatile].{{global,shared,shared::cta,local}}{_VECTOR}{_TYPE}",
     f"ld.global.nc{_VECTOR}{_TYPE}",
-    f"ld[.volatile].global[.{{ca,cg}}]{_CACHE}",
+    f"ld.global[.{{ca,cg}}]{_CACHE}",
     f"ld.{{relaxed,acquire}}{_ORDER}",
 )
 def _ld(w: Text) -> None:
@@ -66,7 +66,7 @@ def _ld_param(w: Text) -> None:
 
 @form(
     f"st[.volatile].{{global,shared,shared::cta,local}}{_VECTOR}{_TYPE}",
-    f"st[.volatile].global[.{{wb,cg,cs,wt}}]{_CACHE}",
+    f"st.global[.{{wb,cg,cs,wt}}]{_CACHE}",
     f"st.{{relaxed,release}}{_ORDER}",
 )
 def _st(w: Text) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..global_memory import PARAM_BASE, PARAM_STEP
+from ..global_memory import CONSTANTS, PARAM_BASE, PARAM_STEP
 from ..group import SPECIAL
 from ..liveness import Liveness
 from ..syntax import (
@@ -43,6 +43,7 @@ class Text:
         self.lines: list[str] = []
         self.types: dict[str, str] = {}  # register -> numpy type that it has now
         self.i: Instruction
+        self.carry = False  # the block has set the carry flag
         self.varies = False  # the expression is an array, not one number for all threads
 
     @property
@@ -164,6 +165,8 @@ class Text:
         for variables in (self.kernel.shared, self.kernel.local):
             if name in variables:
                 return variables[name]
+        if name in self.kernel.constants:
+            return CONSTANTS + self.kernel.constants[name]
         names = [p.name for p in self.kernel.params]
         if name not in names:
             raise self.unknown(f"no variable {name}")

@@ -13,7 +13,7 @@ class Writer(Text):
     def source(self) -> str:
         """The text of all functions."""
         for block in self.kernel.blocks:
-            self.types = {}
+            self.types, self.carry = {}, False
             self.lines.append(f"def block_{block.index}(g):")
             self.line("R = g.regs")
             for name in self.live.into[block.index]:

@@ -1,0 +1,279 @@
+"""Every form of moves, selections, comparisons and conversions."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import pytest
+
+from ptx_machine.translate import FORMS
+from tests.ptx_machine.exact import (
+    FORMATS,
+    bits_of,
+    flushed,
+    is_nan,
+    number,
+    rounded,
+    signed,
+    wrap,
+)
+from tests.ptx_machine.samples import floats, integers
+from tests.ptx_machine.sheet import THREADS, Sheet
+
+BASES = ("mov", "cvta", "selp", "setp", "cvt")
+
+
+def forms(base):
+    return [op for op in FORMS if op.partition(".")[0] == base]
+
+
+def flags():
+    return [v & 1 for v in integers(16)]
+
+
+def values_of(kind):
+    return floats(kind) if kind in FORMATS else integers(bits_of(kind))
+
+
+# Moves
+
+
+def test_mov():
+    sheet, cases = Sheet(), []
+    for op in forms("mov"):
+        kind = op.partition(".")[2]
+        bits = 1 if kind == "pred" else int(kind[1:])
+        values = flags() if bits == 1 else integers(bits)
+        sheet.add(op, [(f"b{bits}", values)], [f"b{bits}"])
+        cases.append((op, values))
+    for (op, values), (results,) in zip(cases, sheet.run(), strict=True):
+        assert results == values, op
+
+
+@pytest.mark.parametrize("whole, parts", [(32, 2), (64, 2), (64, 4)])
+def test_mov_takes_apart_and_puts_together(whole, parts):
+    """The first item of a vector is the lowest."""
+    bits, values = whole // parts, integers(whole)
+    sheet = Sheet()
+    a = sheet.load(whole, values)
+    pieces = [sheet.register(bits) for _ in range(parts)]
+    sheet.line(f"mov.b{whole} {{{', '.join(pieces)}}}, {a};")
+    sheet.keep(*((p, bits) for p in pieces))
+    back = sheet.register(whole)
+    sheet.line(f"mov.b{whole} {back}, {{{', '.join(pieces)}}};")
+    sheet.keep((back, whole))
+    taken, (together,) = sheet.run()
+    assert together == values
+    for k, piece in enumerate(taken):
+        assert piece == [v >> k * bits & ((1 << bits) - 1) for v in values]
+
+
+def test_mov_of_special_registers():
+    sheet = Sheet()
+    names = ["%tid.x", "%tid.y", "%ntid.x", "%laneid", "%warpid", "%ctaid.x", "%nctaid.z"]
+    for name in names:
+        sheet.add("mov.u32", [name], ["b32"])
+    sheet.add("mov.b32", ["0f40490FDB"], ["b32"])
+    sheet.add("mov.u64", ["-2"], ["b64"])
+    *special, (pi,), (negative,) = sheet.run()
+    threads = range(THREADS)
+    want = [threads, [0] * THREADS, [THREADS] * THREADS, [t % 32 for t in threads],
+            [t // 32 for t in threads], [0] * THREADS, [1] * THREADS]  # fmt: skip
+    assert [got for (got,) in special] == [list(w) for w in want]
+    assert set(pi) == {0x40490FDB} and set(negative) == {2**64 - 2}
+
+
+def test_cvta():
+    """Generic addresses are the same numbers: they can be used in their own space."""
+    sheet = Sheet()
+    for op in forms("cvta"):
+        values = integers(64)
+        sheet.add(op, [("b64", values)], ["b64"])
+        (results,) = sheet.run()[-1]
+        assert results == values
+
+
+def test_selp():
+    sheet, cases = Sheet(), []
+    for op in forms("selp"):
+        bits = int(op.partition(".")[2][1:])
+        a, b, p = integers(bits), integers(bits), flags()
+        sheet.add(op, [(f"b{bits}", a), (f"b{bits}", b), ("b1", p)], [f"b{bits}"])
+        cases.append((op, a, b, p))
+    for (op, a, b, p), (results,) in zip(cases, sheet.run(), strict=True):
+        assert results == [x if c else y for x, y, c in zip(a, b, p, strict=True)], op
+
+
+# Comparisons
+
+
+def compared(name, kind, x, y, ftz):
+    """The ISA: with NaN, comparisons are false; with a u at the end, true."""
+    if ftz:
+        x, y = flushed(x, kind), flushed(y, kind)
+    x, y = number(x, kind), number(y, kind)
+    unordered = kind in FORMATS and (math.isnan(x) or math.isnan(y))
+    if name in ("num", "nan"):
+        return unordered == (name == "nan")
+    if unordered:
+        return name.endswith("u")
+    name = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(name, name)[:2]
+    return {"eq": x == y, "ne": x != y, "lt": x < y, "le": x <= y, "gt": x > y, "ge": x >= y}[name]
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["one result", "both"])
+def test_setp(pair):
+    sheet, cases = Sheet(), []
+    for op in forms("setp"):
+        if not pair and op.count(".") > 2:
+            continue  # the form with both results runs them all
+        kind = op.rpartition(".")[2]
+        bits = bits_of(kind)
+        a, b, c = values_of(kind), values_of(kind), flags()
+        b[::4] = a[::4]
+        joined = next((j for j in ("and", "or", "xor") if f".{j}." in op), None)
+        inputs = [(f"b{bits}", a), (f"b{bits}", b)] + ([("b1", c)] if joined else [])
+        read = ", ".join(sheet.load(int(k[1:]), v) for k, v in inputs)
+        p, q = sheet.register(1), sheet.register(1)
+        sheet.line(f"{op} {p}|{q}, {read};" if pair else f"{op} {p}, {read};")
+        sheet.keep((p, 1), *([(q, 1)] if pair else []))
+        cases.append((op, kind, a, b, c, joined))
+    for (op, kind, a, b, c, joined), results in zip(cases, sheet.run(), strict=True):
+        name, ftz = op.split(".")[1], ".ftz" in op
+        for k, (x, y, z) in enumerate(zip(a, b, c, strict=True)):
+            result = compared(name, kind, x, y, ftz)
+            for got, want in zip(results, (result, not result), strict=False):
+                if joined:
+                    want = {"and": want and z, "or": want or z, "xor": want != z}[joined]
+                assert got[k] == want, (op, x, y, z)
+
+
+# Conversions
+
+INTEGERS = [f"{sign}{bits}" for sign in "us" for bits in (8, 16, 32, 64)]
+WHOLE = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
+
+
+def register_bits(kind):
+    return max(16, bits_of(kind))
+
+
+def cvt_results(ops):
+    """(form, modifiers, target, source, value, result) of all threads."""
+    sheet, cases = Sheet(), []
+    for op in ops:
+        *mods, to, source = op.split(".")[1:]
+        values = values_of(source)
+        if source in FORMATS and to in INTEGERS:
+            values[::2] = scaled_to(source, bits_of(to))[::2]
+        size, out = (32 if k == "tf32" else register_bits(k) for k in (source, to))
+        sheet.add(op, [(f"b{size}", values)], [f"b{out}"])
+        cases.append((op, mods, to, source, values))
+    for (op, mods, to, source, values), (results,) in zip(cases, sheet.run(), strict=True):
+        for value, got in zip(values, results, strict=True):
+            yield op, mods, to, source, value, got
+
+
+def scaled_to(kind, bits):
+    """Floats about as large as integers of so many bits, halves among them."""
+    mantissa = FORMATS[kind][1]
+    values = [v for v in integers(min(bits + 1, mantissa + 1))]
+    made = [rounded(Fraction(v * (-1) ** k, 2), kind) for k, v in enumerate(values)]
+    limits = [(1 << n) + d for n in (bits - 1, bits) for d in (-1, 0, 1)]
+    made[: 2 * len(limits)] = [rounded(Fraction(s * x), kind) for x in limits for s in (1, -1)]
+    return made
+
+
+def is_integer(kind):
+    return kind in INTEGERS
+
+
+def ops_between(to, source):
+    chosen = []
+    for op in forms("cvt"):
+        *_, t, s = op.split(".")
+        if not t.endswith("x2") and (is_integer(t), is_integer(s)) == (to, source):
+            chosen.append(op)
+    return chosen
+
+
+def test_cvt_between_integers():
+    ops = ops_between(True, True)
+    assert len(ops) == len(list(itertools.product(INTEGERS, INTEGERS)))
+    for op, _, to, source, value, got in cvt_results(ops):
+        held = number(wrap(value, bits_of(source)), source)
+        want = number(wrap(held, bits_of(to)), to)
+        assert got == wrap(want, register_bits(to)), (op, value)
+
+
+def test_cvt_from_integers():
+    for op, _, to, source, value, got in cvt_results(ops_between(False, True)):
+        held = number(wrap(value, bits_of(source)), source)
+        assert got == rounded(Fraction(held), to), (op, value)
+
+
+def test_cvt_to_integers():
+    """Saturating; NaN becomes 0."""
+    for op, mods, to, source, value, got in cvt_results(ops_between(True, False)):
+        x = number(flushed(value, source) if "ftz" in mods else value, source)
+        bits = bits_of(to)
+        low, high = (
+            (-(1 << bits - 1), (1 << bits - 1) - 1) if to[0] == "s" else (0, (1 << bits) - 1)
+        )
+        if math.isnan(x):
+            want = 0
+        elif math.isinf(x):
+            want = high if x > 0 else low
+        else:
+            want = min(max(WHOLE[mods[0]](Fraction(x)), low), high)
+        assert signed(got, register_bits(to)) == want or got == want, (op, value, x, got)
+
+
+def test_cvt_between_floats():
+    for op, mods, to, source, value, got in cvt_results(ops_between(False, False)):
+        x = number(flushed(value, source) if "ftz" in mods and source == "f32" else value, source)
+        if mods and mods[0] in WHOLE and math.isfinite(x):
+            whole = WHOLE[mods[0]](Fraction(x))
+            want = rounded(Fraction(whole), to, negative_zero=math.copysign(1, x) < 0)
+        else:
+            mode = next((m for m in mods if m in ("rz", "rna")), "rn")
+            if "relu" in mods and x <= 0:
+                x = 0.0
+            want = rounded(
+                x if not math.isfinite(x) else Fraction(x),
+                to,
+                mode,
+                x == 0 and math.copysign(1, x) < 0,
+            )
+        if "ftz" in mods and to == "f32" and want is not None:
+            want = flushed(want, to)
+        check_float(op, to, want, value, got)
+
+
+def check_float(op, to, want, value, got):
+    if to == "tf32":  # the upper 19 bits of 32
+        assert want is None or not got & 0x1FFF
+        got >>= 13
+    if want is None:
+        assert is_nan(got, to), (op, value, got)
+    else:
+        assert got == want, (op, hex(value), hex(got), hex(want))
+
+
+def test_cvt_to_pairs():
+    """The first source is the upper half."""
+    sheet, cases = Sheet(), []
+    for op in (op for op in forms("cvt") if op.split(".")[-2].endswith("x2")):
+        a, b = floats("f32"), floats("f32")
+        sheet.add(op, [("b32", a), ("b32", b)], ["b32"])
+        cases.append((op, a, b))
+    assert len(cases) == 8
+    for (op, a, b), (results,) in zip(cases, sheet.run(), strict=True):
+        *mods, pair, _ = op.split(".")[1:]
+        to = pair.removesuffix("x2")
+        for *halves, got in zip(a, b, results, strict=True):
+            for value, half in zip(halves, (got >> 16, got & 0xFFFF), strict=True):
+                x = number(value, "f32")
+                if "relu" in mods and x <= 0:
+                    x = 0.0
+                check_float(op, to, rounded(x, to, mods[0]), value, half)

@@ -1,0 +1,232 @@
+"""Every form of what a warp does together, by the ISA's descriptions of single threads."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from ptx_machine import ExecutionError, UnknownInstructionError
+from ptx_machine.translate import FORMS
+from tests.ptx_machine.exact import number, rounded, signed, wrap
+from tests.ptx_machine.samples import RNG, integers
+from tests.ptx_machine.sheet import THREADS, Sheet
+
+BASES = ("shfl", "vote", "redux", "mma", "ldmatrix")
+WARPS = [range(w, w + 32) for w in range(0, THREADS, 32)]
+
+
+def forms(base):
+    return [op for op in FORMS if op.partition(".")[0] == base]
+
+
+def partner(mode, lane, b, c):
+    """(lane that a lane reads, predicate): the pseudo-code of shfl.sync in the PTX ISA."""
+    b, c, segment = b & 31, c & 31, c >> 8 & 31
+    largest = (lane & segment) | (c & ~segment)
+    j = {
+        "up": lane - b, "down": lane + b, "bfly": lane ^ b,
+        "idx": (lane & segment) | (b & ~segment),
+    }[mode]  # fmt: skip
+    valid = j >= largest if mode == "up" else j <= largest
+    return (j if valid else lane), valid
+
+
+@pytest.mark.parametrize("op", forms("shfl"))
+def test_shfl(op):
+    mode = op.split(".")[2]
+    sheet, cases = Sheet(), []
+    for width in (32, 16, 8, 2):
+        a = integers(32)
+        b = [RNG.choice([0, 1, 2, 3, 16, 31, RNG.getrandbits(32)]) for _ in range(THREADS)]
+        clamp = (0 if mode == "up" else 31) | (32 - width) << 8
+        d, p = sheet.register(32), sheet.register(1)
+        names = sheet.load(32, a), sheet.load(32, b)
+        sheet.line(f"{op} {d}|{p}, {names[0]}, {names[1]}, {clamp}, -1;")
+        sheet.keep((d, 32), (p, 1))
+        sheet.add(op, [names[0], names[1], str(clamp), "0xffffffff"], ["b32"])
+        cases += [(a, b, clamp), (a, b, clamp)]
+    for (a, b, clamp), results in zip(cases, sheet.run(), strict=True):
+        for warp in WARPS:
+            for t in warp:
+                source, valid = partner(mode, t % 32, b[t], clamp)
+                assert results[0][t] == a[warp[source]]
+                assert len(results) == 1 or results[1][t] == valid
+
+
+def test_vote():
+    sheet, cases = Sheet(), []
+    for chances in (0.0, 0.5, 1.0):
+        votes = [int(RNG.random() < chances) for _ in range(THREADS)]
+        for op in forms("vote"):
+            bits = 32 if op.endswith("b32") else 1
+            sheet.add(op, [("b1", votes), "-1"], [f"b{bits}"])
+            cases.append((op, votes))
+    for (op, votes), (results,) in zip(cases, sheet.run(), strict=True):
+        for warp in WARPS:
+            mine = [votes[t] for t in warp]
+            want = {
+                "all": all(mine), "any": any(mine), "uni": len(set(mine)) == 1,
+                "ballot": sum(v << k for k, v in enumerate(mine)),
+            }[op.split(".")[2]]  # fmt: skip
+            assert {results[t] for t in warp} == {want}, op
+
+
+def test_redux():
+    sheet, cases = Sheet(), []
+    for op in forms("redux"):
+        values = integers(32)
+        sheet.add(op, [("b32", values), "-1"], ["b32"])
+        cases.append((op, values))
+    for (op, values), (results,) in zip(cases, sheet.run(), strict=True):
+        name, kind = op.split(".")[2:]
+        for warp in WARPS:
+            mine = [values[t] for t in warp]
+            if name in ("and", "or", "xor"):
+                want = mine[0]
+                for v in mine[1:]:
+                    want = {"and": want & v, "or": want | v, "xor": want ^ v}[name]
+            else:
+                held = [signed(v, 32) if kind == "s32" else v for v in mine]
+                want = wrap({"add": sum, "min": min, "max": max}[name](held), 32)
+            assert {results[t] for t in warp} == {want}, op
+
+
+# Tensor cores: which element a register holds, as the ISA lists it ("Matrix Fragments for mma").
+
+
+def a_place(kind, depth, lane, i):
+    """(row, column) of element a_i."""
+    group, tid = lane // 4, lane % 4
+    if kind == "tf32":
+        return group + 8 * (i % 2), tid + 4 * (i // 2)
+    row = group + (8 if i % 4 >= 2 else 0)
+    return row, tid * 2 + (i & 1) + (8 if i >= 4 else 0)
+
+
+def b_place(kind, depth, lane, i):
+    """(row, column) of element b_i."""
+    group, tid = lane // 4, lane % 4
+    if kind == "tf32":
+        return tid + 4 * i, group
+    return tid * 2 + (i & 1) + (8 if i >= 2 else 0), group
+
+
+def c_place(lane, i):
+    return lane // 4 + 8 * (i // 2), lane % 4 * 2 + i % 2
+
+
+def short_numbers(kind):
+    """Numbers whose products and sums are exact in 53 bits."""
+    return rounded(Fraction(RNG.randint(-255, 255), 2 ** RNG.randint(0, 6)), kind)
+
+
+@pytest.mark.parametrize("op", forms("mma"))
+def test_mma(op):
+    """The exact sum, cut to float32: with a large C, bits fall off."""
+    parts = op.split(".")
+    kind, depth = parts[-2], int(parts[3].rpartition("k")[2])
+    each = 1 if kind == "tf32" else 2  # elements in a register
+    counts = {"a": 16 * depth // 32 // each, "b": 8 * depth // 32 // each}
+    sheet = Sheet()
+    elements = {}
+    names = {}
+    for side, count in counts.items():
+        elements[side] = [
+            [short_numbers(kind) for _ in range(THREADS)] for _ in range(count * each)
+        ]
+        names[side] = []
+        for r in range(count):
+            held = elements[side][r * each : (r + 1) * each]
+            if each == 2:
+                words = [low | high << 16 for low, high in zip(*held, strict=True)]
+            else:  # the low bits are ignored
+                words = [v << 13 | RNG.getrandbits(13) for v in held[0]]
+            names[side].append(sheet.load(32, words))
+    c = [[rounded(Fraction(RNG.randint(-(2**20), 2**20)) * 2 ** RNG.randint(0, 12), "f32")
+          for _ in range(THREADS)] for _ in range(4)]  # fmt: skip
+    held = [sheet.load(32, v) for v in c]
+    d = [sheet.register(32) for _ in range(4)]
+    operands = [d, names["a"], names["b"], held]
+    sheet.line(f"{op} " + ", ".join(f"{{{', '.join(x)}}}" for x in operands) + ";")
+    sheet.keep(*((r, 32) for r in d))
+    (results,) = sheet.run()
+    for warp in WARPS:
+        left, right = {}, {}
+        for t in warp:
+            for i, column in enumerate(elements["a"]):
+                left[a_place(kind, depth, t % 32, i)] = Fraction(number(column[t], kind))
+            for i, column in enumerate(elements["b"]):
+                right[b_place(kind, depth, t % 32, i)] = Fraction(number(column[t], kind))
+        assert (len(left), len(right)) == (16 * depth, 8 * depth)
+        for t in warp:
+            for i in range(4):
+                row, column = c_place(t % 32, i)
+                exact = Fraction(number(c[i][t], "f32"))
+                exact += sum(left[row, k] * right[k, column] for k in range(depth))
+                assert results[i][t] == rounded(exact, "f32", "rz")
+
+
+@pytest.mark.parametrize("op", forms("ldmatrix"))
+def test_ldmatrix(op):
+    """Thread 8 j + i gives row i of matrix j; thread t gets row t / 4, columns 2 (t % 4) and on."""
+    count = int(op.split(".")[4][1:])
+    memory = np.random.default_rng(4).integers(0, 2**16, (THREADS, 8), np.uint16)
+    sheet = Sheet(memory, shared=THREADS * 16)
+    source, target = sheet.register(64), sheet.register(32)
+    words = [sheet.register(32) for _ in range(4)]
+    sheet.line(f"mad.wide.u32 {source}, %r0, 16, %rd3;")
+    sheet.line(f"mul.lo.u32 {target}, %r0, 16;")
+    sheet.line(f"ld.global.v4.b32 {{{', '.join(words)}}}, [{source}];")
+    sheet.line(f"st.shared.v4.b32 [{target}], {{{', '.join(words)}}};")
+    sheet.line("bar.sync 0;")
+    places = [RNG.randrange(THREADS) for _ in range(THREADS)]
+    address = sheet.load(32, [16 * p for p in places])
+    d = [sheet.register(32) for _ in range(count)]
+    into = d[0] if count == 1 else f"{{{', '.join(d)}}}"
+    sheet.line(f"{op} {into}, [{address}];")
+    sheet.keep(*((r, 32) for r in d))
+    (results,) = sheet.run()
+    for warp in WARPS:
+        for j in range(count):
+            matrix = [memory[places[warp[8 * j + i]]] for i in range(8)]
+            for t in range(32):
+                row, column = t // 4, 2 * (t % 4)
+                if ".trans." in op:
+                    pair = matrix[column][row], matrix[column + 1][row]
+                else:
+                    pair = matrix[row][column], matrix[row][column + 1]
+                assert results[j][warp[t]] == int(pair[0]) | int(pair[1]) << 16
+
+
+COLLECTIVES = {
+    "shfl": "shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;",
+    "vote": "vote.sync.ballot.b32 %r2, %p1, -1;",
+    "redux": "redux.sync.add.s32 %r2, %r1, -1;",
+    "mma": "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%r2, %r3, %r4, %r5}, {%r1, %r1}, "
+    "{%r1}, {%r1, %r1, %r1, %r1};",
+    "ldmatrix": "ldmatrix.sync.aligned.m8n8.x1.shared.b16 %r2, [0];",
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_part_of_a_warp_is_an_error(base):
+    """The threads that went elsewhere are missed, and the message says where."""
+    sheet = Sheet(shared=16)
+    for text in ("mov.u32 %r1, 0;", "setp.lt.u32 %p1, %r0, 40;", "@%p1 bra $L__IN;", "ret;"):
+        sheet.line(text)
+    sheet.line("$L__IN:")
+    sheet.line(COLLECTIVES[base])
+    with pytest.raises(ExecutionError, match=r"8 threads of a warp are here.*warp 1, lane 0"):
+        sheet.run()
+    guarded = Sheet(shared=16)
+    guarded.line("setp.lt.u32 %p1, %r0, 40;")
+    guarded.line(f"@%p1 {COLLECTIVES[base]}")
+    with pytest.raises(UnknownInstructionError, match=f"with a guard: @%p1 {base}"):
+        guarded.run()
+
+
+def test_members_other_than_all_are_not_known():
+    sheet = Sheet()
+    sheet.line("shfl.sync.bfly.b32 %r2, %r0, 1, 31, 65535;")
+    with pytest.raises(UnknownInstructionError, match="part of a warp: shfl"):
+        sheet.run()
