@@ -5,6 +5,7 @@
 # make gpu     the GPU tests and benchmarks in under ten minutes, with the python3 at hand
 # make pretended  the GPU tests and benchmarks on a pretended GPU: devices, waits, signatures; no numbers
 # make sanitize  the kernels on small shapes under compute-sanitizer, on a GPU
+# make fuzz-images  read 100 000 mutated image files under a memory and time rule (minutes)
 # make clean   remove what the others wrote, .venv excepted
 #
 # PYTHON, VENV, DEMO, PYTEST_ARGS, TUNE_ARGS and GPU_ARGS can be given: make test PYTEST_ARGS="-k rope",
@@ -14,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := demo
 .NOTPARALLEL:
-.PHONY: demo test lint tune gpu sanitize clean pretended
+.PHONY: demo test lint tune gpu sanitize fuzz-images clean pretended
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -78,6 +79,9 @@ sanitize:
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.kernels.sanitize \
 	    || status=$$?; \
 	done; exit $$status
+
+fuzz-images: $(INSTALLED_DEV)
+	$(BIN)/python -m benchmarks.image_fuzz --out image_fuzz.json
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

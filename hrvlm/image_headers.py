@@ -22,7 +22,7 @@ from .image_stills import (
 )
 
 # Pillow decodes some files in Python: run-length BMP, plain PPM, PPM of another depth than 8 or 16.
-PYTHON_PIXELS, PYTHON_BYTES = 1 << 20, 1 << 22
+PYTHON_SAMPLES, PYTHON_BYTES = 1 << 21, 1 << 22
 
 _MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _NEXT_SEGMENT = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # past entropy-coded data
@@ -144,7 +144,7 @@ def png(file: Reader) -> Still:
         raise LimitError(f"{others} chunks beside its pixels, which are in {data}")
     pixels, raw = width * height, _PNG_CHANNELS[color] * depth / 8
     memory = (1 if raw <= 1 else 2 if color == 0 else 4) * pixels + 4 * (width * raw)
-    nanoseconds = (12 + 7 * raw) * pixels
+    nanoseconds = (8 + 14 * raw) * pixels
     return Still("PNG", width, height, pieces, memory, nanoseconds, other if exif is None else exif)
 
 
@@ -276,16 +276,17 @@ def ppm(file: Reader) -> Still:
     kind, pixels = tokens[0], int(tokens[1]) * int(tokens[2])
     depth = int(tokens[3]) if kind in (b"P5", b"P6") else 255
     if kind in (b"P1", b"P2", b"P3") or depth not in ((255, 65535) if kind == b"P5" else (255,)):
-        _check_python(f"PPM as text or with {depth} steps", pixels, file.size)
+        samples = pixels * (3 if kind in (b"P3", b"P6") else 1)
+        _check_python(f"PPM as text or with {depth} steps", samples, file.size)
     pieces: list[Piece] = [b" ".join(tokens) + b"\n", (position + 1, file.size)]
     return Still("PPM", int(tokens[1]), int(tokens[2]), pieces, 4 * pixels, 20 * pixels)
 
 
-def _check_python(what: str, pixels: int, size: int) -> None:
-    if pixels > PYTHON_PIXELS or size > PYTHON_BYTES:
+def _check_python(what: str, samples: int, size: int) -> None:
+    if samples > PYTHON_SAMPLES or size > PYTHON_BYTES:
         raise LimitError(
-            f"{what} is read up to {PYTHON_PIXELS} pixels and {PYTHON_BYTES} bytes, "
-            f"this one has {pixels} and {size}"
+            f"{what} is read up to {PYTHON_SAMPLES} samples and {PYTHON_BYTES} bytes, "
+            f"this one has {samples} and {size}"
         )
 
 

@@ -19,21 +19,26 @@ Which files are opened, and within which limits: `image_formats.py`. A Pillow im
 the caller, and only its size is judged here.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, Any, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
 
 from .image_formats import ImageError as ImageError  # part of this module's interface, too
 from .image_formats import check_size, decode_first_frame
 from .image_stills import Pieces
+
+if TYPE_CHECKING:
+    import torch
 
 ImageSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
@@ -105,13 +110,19 @@ def load_image(
             source.load()
         # Not earlier: the TIFF decoder turns the pixels while it loads them, and drops the tag.
         return _upright(_to_rgb(source, label, under), _orientation(source, label))
-    if isinstance(source, np.ndarray | torch.Tensor):
+    if isinstance(source, np.ndarray) or _is_tensor(source):
         return _to_rgb(_from_array(source, label, max_pixels, channels), label, under)
     with _stream(source, label) as stream:
         image, orientation = decode_first_frame(stream, label, max_pixels)
     rgb = _to_rgb(image, label, under)
     del image  # so that no more than two pictures are held while one is turned
     return _upright(rgb, orientation)
+
+
+def _is_tensor(source: Any) -> bool:
+    """Whether it is torch's, which is not imported for it: a tensor's torch is there already."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
 
 
 def rgb_color(argument: str, color: Sequence[int]) -> tuple[int, int, int]:
@@ -260,15 +271,13 @@ def _on(background: tuple[int, int, int], rgb: Image.Image, alpha: Image.Image) 
     return canvas
 
 
-def _from_array(
-    source: np.ndarray | torch.Tensor, label: str, max_pixels: int, channels: Channels | None
-) -> Image.Image:
+def _from_array(source: Any, label: str, max_pixels: int, channels: Channels | None) -> Image.Image:
     """An image of mode L, RGB or RGBA."""
-    if isinstance(source, torch.Tensor):
-        tensor = source.detach().cpu()
-        array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    else:
+    if isinstance(source, np.ndarray):
         array = source
+    else:
+        tensor = source.detach().cpu()
+        array = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
     array = _channels_last(array, label, channels)
     check_size(array.shape[1], array.shape[0], label, max_pixels)
     pixels = np.ascontiguousarray(_to_uint8(array, label))

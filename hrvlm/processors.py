@@ -7,8 +7,6 @@ template, even where that knows text only: see `IMAGE_PRELUDE`.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from .checkpoint_damage import naming_damaged_files
 from .config import VLMConfig
+from .image_fetch import fetch_image, is_text_image
 from .image_intake import load_image
 from .image_processing import normalization_for, resize
 from .image_processing_vlm import VLMImageProcessor, VLMImageProcessorPil
@@ -262,7 +261,7 @@ class VLMProcessor(ProcessorMixin):
     ) -> tuple[Any, Any, Any, Any]:
         """Fetch what is not at hand; opening is left to the image processor, which knows alpha."""
         if images is not None:
-            images = [self._fetched(image) for image in _leaves(images)]
+            images = [self.fetched(i, image) for i, image in enumerate(_leaves(images))]
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
         return images, text, videos, audio
 
@@ -275,16 +274,19 @@ class VLMProcessor(ProcessorMixin):
         """
         super().validate_inputs(images=images, text=None if images is not None else text, **kwargs)
 
-    def _fetched(self, image: Any) -> Any:
-        if isinstance(image, str):
-            image = _fetch(image)
+    def fetched(self, index: int, image: Any) -> Any:
+        """Image `index` of a call, for the image processor: a URL or base64 string as its bytes."""
+        if isinstance(image, str) and is_text_image(image) and not os.path.exists(image):
+            image = fetch_image(image, f"image {index}")
         if self.square_size is not None:
-            processor = self.image_processor
-            rgb = load_image(
-                image, background=processor.background, max_pixels=processor.max_pixels
-            )
+            rgb = load_image(image, name=index, **self.reading_options())
             image = resize(rgb, self.square_size, self.square_size)
         return image
+
+    def reading_options(self) -> dict[str, Any]:
+        """`background` and `max_pixels` of the image processor, for `load_image`."""
+        processor = self.image_processor
+        return {"background": processor.background, "max_pixels": processor.max_pixels}
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         processed = self.image_processor(images, **kwargs)
@@ -361,28 +363,6 @@ def _leaves(images: Any) -> list[Any]:
     if not isinstance(images, list | tuple):
         return list(images) if getattr(images, "ndim", 3) == 4 else [images]
     return [leaf for image in images for leaf in _leaves(image)]
-
-
-def _fetch(source: str) -> str | bytes:
-    """A path as it is; the bytes behind a URL, a data URI or a base64 string.
-
-    Raises:
-        ValueError: the string is none of these.
-    """
-    if source.startswith(("http://", "https://")):
-        from huggingface_hub import get_session
-
-        response = get_session().get(source, follow_redirects=True)
-        response.raise_for_status()
-        return response.content
-    if not source.startswith("data:") and (os.path.exists(source) or len(source) < 64):
-        return source
-    try:
-        return base64.b64decode("".join(source.rpartition(",")[2].split()), validate=True)
-    except binascii.Error:
-        raise ValueError(
-            f"image: no such file, and not base64 either: {source[:60]!r}..."
-        ) from None
 
 
 def _blocks(conversation: Any) -> Iterator[tuple[str, str, str]]:

@@ -7,10 +7,17 @@ classes does not reach: the table of multimodal models, and transformers' own na
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .processors import VLMProcessor
 
 
 def register_for_serving() -> None:
     """Let the server of transformers load a VisionLanguageModel, in this process.
+
+    Images that a client sends are decoded in workers (`image_worker.py`); files of the server's own
+    are not read for a client.
 
     The name goes into the server's table of models that take images. Auto classes that walk through
     that table would look for a module of transformers, so this is for a process that only serves.
@@ -19,12 +26,34 @@ def register_for_serving() -> None:
     from transformers.models.auto import modeling_auto
 
     from .config import VLMConfig
+    from .processors import VLMProcessor
     from .vision_language_model import VisionLanguageModel
 
     modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[VLMConfig.model_type] = (
         VisionLanguageModel.__name__
     )
     AutoModelForMultimodalLM.register(VLMConfig, VisionLanguageModel, exist_ok=True)
+    VLMProcessor.fetched = _fetched_for_a_client  # type: ignore[assignment, method-assign]
+
+
+def _fetched_for_a_client(processor: VLMProcessor, index: int, image: Any) -> Any:
+    """A stranger's image: by URL or base64 only, decoded in a worker, and HTTP 400 if it is bad."""
+    from fastapi import HTTPException
+
+    from .image_fetch import fetch_image, is_text_image
+    from .image_formats import ImageError
+    from .image_processing import resize
+    from .image_worker import load_image_in_worker
+
+    try:
+        if not isinstance(image, str) or not is_text_image(image):
+            raise ImageError(f"image {index}: expected a URL or a data URI")
+        data = fetch_image(image, f"image {index}")
+        rgb = load_image_in_worker(data, name=index, **processor.reading_options())
+    except ImageError as error:
+        raise HTTPException(400, str(error)) from error
+    side = processor.square_size
+    return rgb if side is None else resize(rgb, side, side)
 
 
 def serve(arguments: Sequence[str]) -> None:

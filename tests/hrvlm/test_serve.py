@@ -15,6 +15,7 @@ import pytest
 from transformers.utils.import_utils import is_serve_available
 
 from hrvlm.generate import GenerateOptions, start_chat
+from tests.hrvlm.image_bombs import run_length_bmp
 from tests.hrvlm.tiny import model_of, picture, processor_of
 
 ROOT = Path(__file__).parents[2]
@@ -65,15 +66,30 @@ def test_transformers_serve_answers_about_an_image(tmp_path):
         "max_tokens": 6,
         "messages": [{"role": "user", "content": content}],
     }
+    bad = {
+        "a stranger's path": (str(tmp_path / "a.png"), "not base64"),
+        "no image": ("data:," + base64.b64encode(b"x" * 90).decode(), "not an image"),
+        "a bomb": ("data:," + base64.b64encode(run_length_bmp(9000)).decode(), "run-length BMP"),
+    }
     with open(log, "w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
         wait_until_healthy(server, url, log)
         whole = json.loads(request(f"{url}/v1/chat/completions", body))
         pieces = request(f"{url}/v1/chat/completions", body | {"stream": True})
+        refused = {}
+        for case, (image, _) in bad.items():
+            content[0]["image_url"]["url"] = image
+            with pytest.raises(urllib.error.HTTPError) as error:
+                request(f"{url}/v1/chat/completions", body)
+            refused[case] = (error.value.code, error.value.read().decode())
+        assert request(f"{url}/health")
     finally:
         server.terminate()
         server.wait(timeout=30)
+    for case, (_, message) in bad.items():
+        code, text = refused[case]
+        assert code == 400 and "image 0" in text and message in text, (case, code, text)
     options = GenerateOptions(max_new_tokens=6)
     expected = start_chat(str(model), [tmp_path / "a.png"], options, device="cpu").ask(
         "What is it?"

@@ -1,0 +1,132 @@
+"""No image file costs more than 8 bytes a pixel of its first frame and 100 MB, or 3 CPU seconds."""
+
+import io
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.image_fuzz import broken_rule, measure, supervise
+from hrvlm import image_worker
+from hrvlm.image_intake import ImageError, load_image
+from hrvlm.image_worker import load_image_in_worker
+from tests.hrvlm.image_bombs import DISARMED, REFUSED, encode, run_length_bmp
+
+
+@pytest.mark.parametrize("name", DISARMED)
+def test_what_is_beside_the_first_frame_is_passed_over(name):
+    found = measure(DISARMED[name])
+    assert found["outcome"] == "read" and broken_rule(found) is None, found
+    assert found["seconds"] < 1 and found["peak"] < 30e6, found
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_costs_too_much_is_refused_by_its_header(name):
+    data, message = REFUSED[name]
+    with pytest.raises(ImageError, match=rf"^image 7 .*{message}"):
+        load_image(data, name=7)
+    found = measure(data)
+    assert found["seconds"] < 1 and found["peak"] < 30e6, found
+
+
+@pytest.mark.parametrize("name", ["PNG", "GIF", "WEBP", "AVIF", "TIFF"])
+def test_the_first_frame_is_that_of_pillow(name):
+    frames = [Image.effect_noise((70, 50), sigma).convert("RGB") for sigma in (9, 60, 120)]
+    data = encode(frames[0], name, save_all=True, append_images=frames[1:])
+    expected = Image.open(io.BytesIO(data))
+    assert expected.n_frames == 3
+    expected.seek(0)
+    np.testing.assert_array_equal(load_image(data), expected.convert("RGB"))
+
+
+def test_an_animation_whose_first_frame_covers_a_part():
+    canvas = Image.new("RGBA", (40, 30), (0, 0, 0, 0))
+    second = canvas.copy()
+    second.paste((255, 0, 0, 255), (0, 0, 40, 30))
+    canvas.paste((0, 0, 255, 255), (10, 10, 20, 20))
+    for name, options in (("WEBP", {"lossless": True}), ("GIF", {})):
+        data = encode(canvas, name, save_all=True, append_images=[second], **options)
+        first = Image.open(io.BytesIO(data)).convert("RGBA")
+        expected = Image.alpha_composite(Image.new("RGBA", first.size, "white"), first)
+        np.testing.assert_array_equal(load_image(data), expected.convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "L", "CMYK", "I;16", "F"])
+def test_large_images_are_brought_to_rgb_in_stripes_exactly(mode, monkeypatch):
+    values = np.random.default_rng(3).integers(0, 256, (50, 70, 4), dtype=np.uint8)
+    image = Image.fromarray(values)
+    if mode in ("I;16", "F"):
+        image = Image.fromarray(
+            np.uint16(values[..., 0]) * 257 if mode == "I;16" else values[..., 0] / np.float32(255)
+        )
+    else:
+        image = image.convert(mode)
+    if mode == "P":
+        image.info["transparency"] = 3
+    whole = load_image(image)
+    monkeypatch.setattr("hrvlm.image_intake._STRIPE_PIXELS", 200)
+    np.testing.assert_array_equal(load_image(image), whole)
+
+
+def test_mutated_files():
+    """A few hundred of the cases of `make fuzz-images`, by another seed."""
+    found = supervise(seed=20, start=0, stop=600)
+    assert found["failures"] == []
+    read = {name for name, row in found["formats"].items() if row["outcomes"].get("read")}
+    assert {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} <= read
+
+
+# The worker
+
+
+def test_a_worker_gives_the_same_pixels():
+    values = np.random.default_rng(3).integers(0, 256, (150, 70, 4), dtype=np.uint8)
+    data = encode(Image.fromarray(values), "PNG")
+    options = {"background": (9, 8, 7)}
+    np.testing.assert_array_equal(
+        load_image_in_worker(data, **options), load_image(data, **options)
+    )
+
+
+def test_a_worker_tells_what_load_image_does():
+    with pytest.raises(ImageError, match=r"^image 2 .*run-length"):
+        load_image_in_worker(run_length_bmp(9000), name=2)
+    with pytest.raises(ImageError, match=r"^image 2 is over the pixel limit"):
+        load_image_in_worker(encode(Image.new("L", (9, 9)), "PNG"), name=2, max_pixels=80)
+
+
+LOADERS = {
+    "time": ("while True: pass", r"^image 5: .*1 s of CPU time"),
+    "sleep": ("import time; time.sleep(99)", r"^image 5: .*more than 4 s"),
+    "memory": ("bytearray(2_000_000_000)", r"^image 5: .*too much memory"),
+    "crash": ("import os; os.abort()", r"^image 5: .*ended with code -6"),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of processes")
+@pytest.mark.parametrize("fault", LOADERS)
+def test_a_decoder_that_does_not_end_well_ends_its_process_only(fault, monkeypatch):
+    """The worker's own code, with a decoder that misbehaves in the place of load_image."""
+    code, message = LOADERS[fault]
+    body = (
+        "import sys, hrvlm.image_worker as w\n"
+        "w.CPU_SECONDS = 1\n"
+        f"def load_image(*a, **k):\n    {code}\n"
+        "w.load_image = load_image\n"
+        "w.main()\n"
+    )
+    run = subprocess.run
+
+    def misbehaving(command, **options):
+        return run([sys.executable, "-c", body, command[-1]], **options)
+
+    monkeypatch.setattr(image_worker.subprocess, "run", misbehaving)
+    monkeypatch.setattr(image_worker, "CPU_SECONDS", 1)
+    monkeypatch.setattr(image_worker, "WALL_SECONDS", 4 if fault == "sleep" else 60)
+    started = time.monotonic()
+    with pytest.raises(ImageError, match=message):
+        load_image_in_worker(encode(Image.new("L", (9, 9)), "PNG"), name=5)
+    assert time.monotonic() - started < 60
