@@ -11,7 +11,7 @@ from hrvlm import VisionLanguageModel, VLMProcessor
 from hrvlm.cli import app
 from hrvlm.generate import load_vlm
 from hrvlm.reading_score import score
-from hrvlm.shipped_reader import reader_path
+from hrvlm.shipped_reader import DOUBT_BELOW, reader_path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SAYS = {
@@ -99,3 +99,11 @@ def test_the_card_has_the_figures_of_the_results():
 
     report = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert table(report) in CARD.read_text(encoding="utf-8")
+
+
+def test_the_card_has_the_doubts_of_the_results():
+    from benchmarks.reading_doubts import CARD, RESULTS, table
+
+    report = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert table(report) in CARD.read_text(encoding="utf-8")
+    assert report["bound"] == DOUBT_BELOW
