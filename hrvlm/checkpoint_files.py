@@ -58,6 +58,8 @@ def check_file(path: Path) -> None:
     """
     if path.name.endswith(".index.json"):
         _weight_map(path)
+        if not isinstance((read_json(path) or {}).get("metadata"), dict):
+            raise ValueError(f"{path}: no metadata in it")  # transformers can't do without
     elif path.suffix == ".json":
         read_json(path)
     else:

@@ -26,7 +26,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +166,9 @@ def load_into(
     Raises:
         ValueError: keys are missing, unexpected or of the wrong shape; nothing is loaded then.
     """
-    reading = _read(source)
+    weights = _weights_of(source)
+    with _naming(source):
+        reading = read(weights)
     target = model.state_dict()
     actual = {unwrapped(key): key for key in target}
     prefix = find_prefix(actual)
@@ -180,9 +183,11 @@ def load_into(
         own["rope_embed.periods"] = target[actual["rope_embed.periods"]]
     differences = compare(own, {key: target[name] for key, name in actual.items()})
     if differences:
-        raise ValueError(
-            f"the checkpoint ({reading.info.layout} layout) does not fit the model:\n{differences}"
-        )
+        with _naming(source):
+            raise ValueError(
+                f"the checkpoint ({reading.info.layout} layout) does not fit the model:\n"
+                f"{differences}"
+            )
     on_meta = any(value.is_meta for value in target.values())
     model.load_state_dict({actual[key]: value for key, value in own.items()}, assign=on_meta)
     return reading.info
@@ -228,21 +233,24 @@ def open_checkpoint(
             the config does not fit the weights.
         TypeError: an override is no field of DINOv3ViTConfig.
     """
+    given = config is not None
     if pixel_statistics is not None and pixel_statistics not in _PIXEL_STATISTICS:
         raise ValueError(
             f"pixel_statistics must be {' or '.join(_PIXEL_STATISTICS)}, got {pixel_statistics!r}"
         )
     check_overrides(overrides)
-    reading = _read(source, strict=strict)
+    weights = _weights_of(source)
     stored, preprocessor = _documents_beside(source)
-    if config is None:
-        config = (
-            _stored_config(source, stored, overrides) if stored else config_of(reading, overrides)
-        )
+    with _naming(source):
+        reading = read(weights, strict=strict)
+        if config is None and stored:
+            config = _stored_config(source, stored, overrides)
+        elif config is None:
+            config = config_of(reading, overrides)
+        if strict and (difference := _config_difference(reading.tensors, config)):
+            raise ValueError(f"the config does not fit the weights:\n{difference}")
+    if not given:
         config.dtype = reading.tensors["embeddings.patch_embeddings.weight"].dtype
-    if strict and (difference := _config_difference(reading.tensors, config)):
-        name = "" if isinstance(source, Mapping) else f"{source}: "
-        raise ValueError(f"{name}the config does not fit the weights:\n{difference}")
     if preprocessor is None or pixel_statistics is not None:
         preprocessor = _preprocessor_config(pixel_statistics or _likely_statistics(reading))
     return OpenedCheckpoint(reading.tensors, config, preprocessor, reading.info)
@@ -333,14 +341,18 @@ def convert(
     return opened.info
 
 
-def _read(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True) -> Reading:
-    """The weights in a file or a state dict; errors name the file."""
-    if isinstance(source, Mapping):
-        return read(source, strict=strict)
-    tensors = load_checkpoint(source)
+def _weights_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
+    return source if isinstance(source, Mapping) else load_checkpoint(source)
+
+
+@contextmanager
+def _naming(source: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[None]:
+    """Errors of what is in a file name it."""
     try:
-        return read(tensors, strict=strict)
+        yield
     except Exception as error:  # tensors of a damaged file may have any shape and dtype
+        if isinstance(source, Mapping) or str(source) in str(error):
+            raise
         what = str(error) if isinstance(error, ValueError) else summary(error)
         raise ValueError(f"{source}: {what}") from error
 

@@ -181,10 +181,12 @@ class VLMProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=template)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> VLMProcessor:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> VLMProcessor:
         """As in transformers; a damaged file is named."""
         with naming_damaged_files(pretrained_model_name_or_path, kwargs, all_errors=True):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_config(

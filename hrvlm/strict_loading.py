@@ -52,14 +52,22 @@ class StrictModel(PreTrainedModel):
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        """Note how the model's own weights fit: from_pretrained tells it of an adapter's alone."""
+        """Note how the model's own weights fit: from_pretrained tells it of an adapter's alone.
+
+        Other shapes raise before weights are drawn in their place, which may be many.
+        """
+        source = load_config.pretrained_model_name_or_path or model.config.name_or_path
+        if loading_info.mismatched_keys and not load_config.ignore_mismatched_sizes:
+            found = loading_info.to_dict()
+            tied = getattr(model, "all_tied_weights_keys", {})
+            found["missing_keys"] = {key for key in found["missing_keys"] if key not in tied}
+            raise ValueError(_report(source, model, _differences(found, False)))
         try:
             found = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
         except RuntimeError as error:
             if not loading_info.conversion_errors:
                 raise
             keys = ", ".join(group_keys(loading_info.conversion_errors))
-            source = load_config.pretrained_model_name_or_path
             raise ValueError(f"{source}: these can't be made of its weights: {keys}") from error
         model._own_loading_info = found.to_dict()
         return found
@@ -90,13 +98,16 @@ def load_strictly(
     Raises:
         ValueError: the weights are not those of the model, or a file is damaged.
     """
-    # With other shapes transformers raises an error that names none: they are judged here.
+    name = source or getattr(kwargs.get("config"), "name_or_path", "")
+    model_class = getattr(load, "__self__", None)
+    judged_here = strict and not (
+        isinstance(model_class, type) and issubclass(model_class, StrictModel)
+    )
     options = kwargs | {
-        "ignore_mismatched_sizes": strict or ignore_mismatched_sizes,
+        # For other shapes a class of transformers raises an error that names none.
+        "ignore_mismatched_sizes": ignore_mismatched_sizes or judged_here,
         "output_loading_info": True,
     }
-    name = str(source or getattr(kwargs.get("config"), "name_or_path", "") or "state_dict")
-    model_class = getattr(load, "__self__", None)
     with _tables_held(strict) as tables, naming_damaged_files(source, kwargs, model_class):
         model, info = load(source, *args, **options)
     own = vars(model).pop("_own_loading_info", info)
@@ -108,18 +119,22 @@ def load_strictly(
     for where, found in ((base, own), (name, info)) if strict else ():
         differences = _differences(found, ignore_mismatched_sizes, not_needed)
         if differences:
-            raise ValueError(
-                f"{where}: not the weights of this {type(model).__name__}:\n{differences}\n"
-                "(strict=False lets missing and unexpected keys pass, ignore_mismatched_sizes=True "
-                "other shapes)"
-            )
+            raise ValueError(_report(where, model, differences))
     for table in tables:
         _TRANSFORMERS.handle(table)
     return (model, info) if output_loading_info else model
 
 
+def _report(source: Any, model: Any, differences: KeyDifferences) -> str:
+    return (
+        f"{source or 'state_dict'}: not the weights of this {type(model).__name__}:\n"
+        f"{differences}\n(strict=False lets missing and unexpected keys pass, "
+        "ignore_mismatched_sizes=True other shapes)"
+    )
+
+
 def _differences(
-    info: Mapping[str, Any], ignore_mismatched_sizes: bool, not_needed: tuple[str, ...]
+    info: Mapping[str, Any], ignore_mismatched_sizes: bool, not_needed: tuple[str, ...] = ()
 ) -> KeyDifferences:
     def ordered(keys: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(keys, key=natural_order))
@@ -149,5 +164,10 @@ def _tables_held(strict: bool) -> Iterator[list[logging.LogRecord]]:
     _TRANSFORMERS.addFilter(hold)
     try:
         yield held
+    except RuntimeError:  # transformers' own, which speaks of "the above report"
+        _TRANSFORMERS.removeFilter(hold)
+        for table in held:
+            _TRANSFORMERS.handle(table)
+        raise
     finally:
         _TRANSFORMERS.removeFilter(hold)
