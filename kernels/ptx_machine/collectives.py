@@ -1,7 +1,7 @@
 """What a warp does together on sm_90 and no warp before: stmatrix, elect.sync.
 
-Source: PTX ISA, "stmatrix" and "elect.sync". setmaxnreg, which moves registers between warps, changes
-nothing that can be seen here.
+Source: PTX ISA, "stmatrix" and "elect.sync". setmaxnreg, which moves registers between warps,
+changes nothing that can be seen here.
 """
 
 from __future__ import annotations

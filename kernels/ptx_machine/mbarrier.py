@@ -1,8 +1,8 @@
 """mbarriers: objects of 64 bits in shared memory that count arrivals and bytes.
 
-Source: PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier" (phases, pending
-counts, tx-counts, parity). What arrives at an mbarrier in a phase happened before what its waiters do
-after the phase: the clocks that arrivals bring wait with the barrier.
+Source: PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier" (phases,
+pending counts, tx-counts, parity). What arrives at an mbarrier in a phase happened before what its
+waiters do after the phase: the clocks that arrivals bring wait with the barrier.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def mbarrier_init(
     g: Group, instruction: Instruction, address: np.ndarray, count: np.ndarray,
     guard: np.ndarray | None,
 ) -> None:  # fmt: skip
-    """mbarrier.init"""
+    """mbarrier.init."""
     lanes, where = _places(g, instruction, address, guard)
     if not len(lanes):
         return
@@ -167,7 +167,7 @@ def mbarrier_init(
 def mbarrier_inval(
     g: Group, instruction: Instruction, address: np.ndarray, guard: np.ndarray | None
 ) -> None:
-    """mbarrier.inval"""
+    """mbarrier.inval."""
     lanes, where = _places(g, instruction, address, guard)
     if len(lanes):
         g.machine.shared.note_write(g, instruction, where, g.warp[lanes], 8, None)

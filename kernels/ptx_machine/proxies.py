@@ -1,8 +1,8 @@
 """The order of the async proxy: wgmma and TMA against ordinary accesses to shared memory.
 
 Sources: PTX ISA, "Memory Consistency Model" (proxies, "proxy-preserved base causality order"),
-"Async proxy" and "membar/fence" (fence.proxy.async). wgmma.mma_async and cp{.reduce}.async.bulk work
-in the async proxy, everything else, cp.async without bulk too, in the generic one.
+"Async proxy" and "membar/fence" (fence.proxy.async). wgmma.mma_async and cp{.reduce}.async.bulk
+work in the async proxy, everything else, cp.async without bulk too, in the generic one.
 
 What an instruction leaves running is an *agent* of the vector clocks in ``clocks.py``, beside the
 warps, with an epoch of its own that a wait makes visible and barriers carry on:
@@ -11,11 +11,11 @@ warps, with an epoch of its own that a wait makes visible and barriers carry on:
     BULK + w        bulk stores of warp w, which read shared memory; cp.async.bulk.wait_group
     MBARRIER + k    bulk loads that report to the k-th mbarrier; its epochs are phases; try_wait
 
-So a TMA load is an ordinary write by its mbarrier: who touches the bytes without having seen the end
-of the phase is reported, by whatever way he could have seen it. Besides the clocks ``seen`` there are
-``fenced``: ``fenced[w, v]`` is the newest epoch of warp v whose generic accesses are ordered, through
-a fence.proxy.async on the way, before what the async proxy does for warp w. A product or a store that
-reads what is seen but not fenced lacks a fence.
+So a TMA load is an ordinary write by its mbarrier: who touches the bytes without having seen the
+end of the phase is reported, by whatever way he could have seen it. Besides the clocks ``seen``
+there are ``fenced``: ``fenced[w, v]`` is the newest epoch of warp v whose generic accesses are
+ordered, through a fence.proxy.async on the way, before what the async proxy does for warp w. A
+product or a store that reads what is seen but not fenced lacks a fence.
 
 Not followed: fences between an ordinary access and a later TMA load into the same bytes (compilers,
 NVIDIA's own CUTLASS too, rely on the barrier alone there), and the proxies of global memory.
@@ -147,8 +147,8 @@ class Proxies:
         bare &= ~copied
         if bare.any():
             detail = (
-                f"{what} reads what warp {int(agent[bare][0])} wrote, ordered by barriers, but with "
-                "no fence.proxy.async on the way"
+                f"{what} reads what warp {int(agent[bare][0])} wrote, ordered by barriers, but "
+                "with no fence.proxy.async on the way"
             )
             self._report(g, instruction, "no proxy fence", at, bare, lanes, detail)
 

@@ -196,7 +196,7 @@ def replace_field(data: np.ndarray, name: str, value: int, ordinal: int = 0) -> 
     does first, becomes one with the first call.
     """
     form, offset, step = FIELDS[name]
-    if ordinal and not step or not 0 <= ordinal < 5:
+    if (ordinal and not step) or not 0 <= ordinal < 5:
         raise ValueError(f"tensormap.replace: {name} has no ordinal {ordinal}")
     mask = (1 << 8 * struct.calcsize(form)) - 1
     packed = struct.pack(form, int(value) & mask)

@@ -1,11 +1,11 @@
 """TMA: boxes of tensors between global and shared memory, and what of them is in flight.
 
-Sources: PTX ISA, "cp.async.bulk.tensor", "cp.reduce.async.bulk.tensor", "cp.async.bulk.wait_group" and
-"Tensors" (boxes, coordinates, out-of-bound accesses, swizzles).
+Sources: PTX ISA, "cp.async.bulk.tensor", "cp.reduce.async.bulk.tensor", "cp.async.bulk.wait_group"
+and "Tensors" (boxes, coordinates, out-of-bound accesses, swizzles).
 
 A load reads global memory at its issue, but the box lands in shared memory only when somebody waits
-for its mbarrier. A store reads shared memory, and writes global memory, only when its thread waits for
-its group, or ends. So a program that does not wait computes with what was there before.
+for its mbarrier. A store reads shared memory, and writes global memory, only when its thread waits
+for its group, or ends. So a program that does not wait computes with what was there before.
 """
 
 from __future__ import annotations
@@ -143,8 +143,9 @@ class Bulk:
         """Byte positions of the chunks of a box at shared address `start`."""
         if start % ALIGNMENT or start + tensor_map.box_bytes > self.machine.shared.size:
             raise MemcheckError(
-                f"{g.kernel.name}: {instruction}: a box of {tensor_map.box_bytes} bytes, aligned to "
-                f"{ALIGNMENT}, at shared address {start} of {self.machine.shared.size}; {g.who(lane)}"
+                f"{g.kernel.name}: {instruction}: a box of {tensor_map.box_bytes} bytes, aligned "
+                f"to {ALIGNMENT}, at shared address {start} of {self.machine.shared.size}; "
+                f"{g.who(lane)}"
             )
         return _chunks(tensor_map, start) + int(g.base[lane])
 
@@ -324,12 +325,12 @@ def bulk_store(
 
 
 def bulk_commit(g: Group, guard: np.ndarray | None) -> None:
-    """cp.async.bulk.commit_group"""
+    """cp.async.bulk.commit_group."""
     g.machine.bulk.commits[g.lanes if guard is None else g.lanes[guard]] += 1
 
 
 def bulk_wait(g: Group, pending: int, guard: np.ndarray | None) -> None:
-    """cp.async.bulk.wait_group, with .read too"""
+    """cp.async.bulk.wait_group, with .read too."""
     g.machine.bulk.wait(g.lanes if guard is None else g.lanes[guard], pending)
 
 

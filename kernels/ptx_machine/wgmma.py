@@ -3,9 +3,10 @@
 The operands are read and the product is formed at the issue, but the accumulator's registers keep
 what they held until ``wgmma.wait_group`` retires the group of the product, as late as the PTX ISA
 ("Asynchronous Warpgroup Level Matrix Instructions", "Async Proxy") lets a program rely on it. So a
-program that does not wait computes with stale numbers, and is reported: reads and writes of registers
-in flight (:func:`touch`, put there by the translator after ``wgmma_registers.py``), shared memory
-overwritten under a product (``proxies.py``), ordinary writes with no ``wgmma.fence`` after them.
+program that does not wait computes with stale numbers, and is reported: reads and writes of
+registers in flight (:func:`touch`, put there by the translator after ``wgmma_registers.py``),
+shared memory overwritten under a product (``proxies.py``), ordinary writes with no ``wgmma.fence``
+after them.
 
 Products and sum of one instruction are exact, then cut to float32: the chip aligns the products and
 cuts a few bits below the result's, so its last bits differ.
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .syntax import Instruction
 
 WARPGROUP, WARP = 128, 32
+COPY_NOTE = "registers copied between wgmma.fence and the product (Triton 3.6)"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class _Accumulator:
         return accumulator_registers(encode(self.values, self.kind))
 
     def by_warp(self) -> np.ndarray:
-        """[warps, 16, n]"""
+        """As [warps, 16, n]."""
         return self.values.reshape(-1, 16, self.values.shape[-1])
 
 
@@ -160,23 +162,12 @@ def _operand(
     g: Group, instruction: Instruction, bits: np.ndarray, unit: int, kind: str, rows: int,
     mn: bool, own: bool,
 ) -> np.ndarray:  # fmt: skip
-    """[units, rows, K] float64 of an operand in shared memory; of A, warps have their `own` rows."""
+    """[units, rows, K] float64 of an operand in shared memory; warps read their `own` rows of A."""
     itemsize, shared = ITEMSIZE[kind], g.machine.shared
     first = np.arange(0, g.n, unit)
-    forms = bits >> np.uint64(14)  # all fields but the start
-    chunks: np.ndarray | None = None
-    for form in np.unique(forms):
-        mine = np.flatnonzero(forms == form)
-        start = ((bits[mine] & np.uint64(0x3FFF)) << np.uint64(4)).astype(np.int64)
-        descriptor = MatrixDescriptor.decode(int(bits[mine[0]]))
-        found = operand_chunks(descriptor, rows, itemsize, mn, start=start)
-        if chunks is None:
-            chunks = np.empty((len(bits), *found.shape[1:]), np.int64)
-        chunks[mine] = found
-    assert chunks is not None
+    chunks = _chunks(bits, rows, itemsize, mn)
     if own and unit == WARP:
-        w = g.thread[first] // WARP % 4
-        each = np.arange(len(first))
+        w, each = g.thread[first] // WARP % 4, np.arange(len(first))
         if mn:
             chunks = chunks.reshape(len(first), 16, 4, 2)[each, :, w]
         else:
@@ -192,6 +183,19 @@ def _operand(
     g.machine.proxies.products_read(g, instruction, where.reshape(len(first), -1), unit)
     raw = shared.bytes.reshape(-1, 16)[where >> 4]
     return decode(operand_matrix(raw, itemsize, mn), kind)
+
+
+def _chunks(bits: np.ndarray, rows: int, itemsize: int, mn: bool) -> np.ndarray:
+    """Shared addresses of the chunks of each unit's operand, by their descriptors."""
+    forms = bits >> np.uint64(14)  # all fields but the start, and mostly the same
+    found: dict[int, np.ndarray] = {}
+    for form in np.unique(forms):
+        mine = np.flatnonzero(forms == form)
+        start = ((bits[mine] & np.uint64(0x3FFF)) << np.uint64(4)).astype(np.int64)
+        descriptor = MatrixDescriptor.decode(int(bits[mine[0]]))
+        chunks = operand_chunks(descriptor, rows, itemsize, mn, start=start)
+        found |= zip(mine.tolist(), chunks, strict=True)
+    return np.stack([found[i] for i in range(len(bits))])
 
 
 def mma_async(
@@ -279,7 +283,7 @@ def _check_fence(
             len(late),
         )  # fmt: skip
     if any(name in used for name in copied):
-        g.report.note("registers copied between wgmma.fence and the product (Triton 3.6)")
+        g.report.note(COPY_NOTE)
 
 
 def commit_group(g: Group, instruction: Instruction) -> None:

@@ -1,11 +1,11 @@
 """Where wgmma finds its operands: descriptors of shared memory, and fragments in registers.
 
 Sources, in the PTX ISA's section "Asynchronous Warpgroup Level Matrix Instructions": "Register
-Fragments" (figures of D and A), "Shared Memory Matrix Layout" with its canonical layouts, strides and
-swizzles, and "Matrix Descriptor Format".
+Fragments" (figures of D and A), "Shared Memory Matrix Layout" with its canonical layouts, strides
+and swizzles, and "Matrix Descriptor Format".
 
-A *unit* is what runs one product here: a warpgroup with 64 rows of D, or a warp with its 16 where the
-warps of a warpgroup are at different places.
+A *unit* is what runs one product here: a warpgroup with 64 rows of D, or a warp with its 16 where
+the warps of a warpgroup are at different places.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which registers wgmma may have at each instruction: data flow over the blocks of a kernel.
 
 From its issue to its wait a product owns the registers of D and of A (PTX ISA, "wgmma.mma_async":
-accessing them before is undefined), and wgmma.fence has to lie between an ordinary write of them and
-the product. What *may* happen on some path is found here, once per kernel; :mod:`wgmma` then looks,
-while it runs, only at those instructions. Of correct programs these are the waits alone.
+accessing them before is undefined), and wgmma.fence has to lie between an ordinary write of them
+and the product. What *may* happen on some path is found here, once per kernel; :mod:`wgmma` then
+looks, while it runs, only at those instructions. Of correct programs these are the waits alone.
 """
 
 from __future__ import annotations

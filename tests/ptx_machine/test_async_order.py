@@ -9,6 +9,7 @@ import pytest
 
 from ptx_machine import ExecutionError
 from ptx_machine.proxies import CP_ASYNC_NOTE
+from ptx_machine.wgmma import COPY_NOTE
 from tests.ptx_machine.handmade import (
     COMMIT,
     FENCE,
@@ -122,7 +123,7 @@ def test_registers_written_without_a_fence_of_wgmma():
     body = edit(STORED, "wgmma.fence.sync.aligned;")
     assert kinds(stored(body)[1]) == {"no wgmma.fence"}
     report = stored(edit(STORED, MMA, "mov.b32 %f2, %f1;" + MMA))[1]
-    assert not report and "copied between wgmma.fence" in str(report.notes)
+    assert not report and set(report.notes) == {COPY_NOTE}
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,29 @@ def test_cp_async_without_a_fence_is_a_note_and_nothing_else_is():
     assert kinds(report) == {"no proxy fence"} and set(report.notes) == {CP_ASYNC_NOTE}
     assert kinds(stored(edit(body, "cp.async.wait_group 0;"))[1]) == {"in flight"}
     assert kinds(stored(edit(body, f"{FENCE}\n    bar.sync 0;", FENCE))[1]) == {"race"}
+
+
+def test_the_note_is_for_products_only():
+    """A bulk store of what cp.async wrote, without a fence, is a finding."""
+    source, target = np.ones((128, 4), np.float32), np.zeros((128, 4), np.float32)
+    memory = Global(source, target)
+    body = f"""
+        {cp_async(2048)}
+        mov.b64 %rd2, arg_1;
+        cvta.param.u64 %rd2, %rd2;
+        mov.u32 %r0, %tid.x;
+        setp.eq.u32 %p1, %r0, 0;
+        mov.u32 %r1, 0;
+        {FENCE}
+        bar.sync 0;
+        @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd2, {{%r1, %r1}}], [%r1];
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group 0;"""
+    arguments = [source, memory.map(target, [128, 4])]
+    assert not run(body, arguments, memory=memory)
+    assert np.array_equal(target, source)
+    report = run(edit(body, FENCE), arguments, memory=memory)
+    assert kinds(report) == {"no proxy fence"} and not report.notes
 
 
 @pytest.mark.parametrize(
