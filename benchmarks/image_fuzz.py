@@ -29,6 +29,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -368,12 +369,13 @@ def chunks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def main() -> None:
-    """Run the cases, and write the result after every chunk."""
+    """Run the cases, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--chunk", type=int, default=2000, help="cases of one child process")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="chunks at a time")
     parser.add_argument("--out", type=Path, help="file to write the result to, as JSON")
     parser.add_argument("--show", type=int, help="measure this case, and write it to --out")
     options = parser.parse_args()
@@ -386,20 +388,24 @@ def main() -> None:
         return
     formats: dict[str, Any] = {}
     failures: list[dict[str, Any]] = []
-    for first, last in chunks(options.start, options.start + options.cases, options.chunk):
-        merge(formats, failures, supervise(options.seed, first, last))
-        result = {
-            "command": "python -m benchmarks.image_fuzz " + " ".join(sys.argv[1:]),
-            "seed": options.seed,
-            "cases": last - options.start,
-            **environment(),
-            "failures": failures,
-            "formats": dict(sorted(formats.items())),
-        }
-        text = json.dumps(result, indent=1) + "\n"
-        if options.out:
-            options.out.write_text(text)
-        print(f"{last - options.start} cases, {len(failures)} failures", flush=True)
+    ranges = list(chunks(options.start, options.start + options.cases, options.chunk))
+    done = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = pool.map(lambda chunk: supervise(options.seed, *chunk), ranges)
+        for (first, last), found in zip(ranges, results, strict=True):
+            merge(formats, failures, found)
+            done += last - first
+            print(f"{done} cases, {len(failures)} failures", flush=True)
+    result = {
+        "command": "python -m benchmarks.image_fuzz " + " ".join(sys.argv[1:]),
+        "seed": options.seed,
+        "cases": done,
+        **environment(),
+        "failures": failures,
+        "formats": dict(sorted(formats.items())),
+    }
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     if failures:
         print(json.dumps(failures, indent=1))
         sys.exit(1)

@@ -6,7 +6,7 @@ A file is accepted or refused by its header, before a pixel is decoded:
 - `max_pixels`, and `MAX_SIDE` pixels a side
 - memory: `BYTES_PER_PIXEL` for each pixel of the first frame and `SPARE_BYTES` besides, whatever
   the format keeps while it decodes (canvases, coefficients, tiles, the file itself)
-- time: `MAX_SECONDS` of one core, by an estimate for each format
+- time: `MAX_SECONDS` of one core, by an estimate for each format that leaves a margin to 3
 
 Nothing but the first frame is decoded, and no metadata is read but the orientation.
 """
@@ -23,7 +23,7 @@ from . import image_headers, image_headers_boxes, image_headers_tiff
 from .image_stills import LimitError, Pieces, Reader, Still
 
 BYTES_PER_PIXEL, SPARE_BYTES = 8, 80_000_000
-MAX_SECONDS = 3
+MAX_SECONDS = 2.5
 MAX_SIDE = 65_535
 
 _RGB_NANOSECONDS = 9  # a pixel, from any mode to RGB on a background, and upright

@@ -72,10 +72,10 @@ def tiff(file: Reader) -> Still:
         raise LimitError(f"{parts} parts of {part[1]} x {part[0]} pixels for {height} x {width}")
     part_bytes, pixels = part[0] * part[1] * bits / 8, width * height
     memory = 4 * pixels + part_bytes + _longest_gap(tags, order)
-    nanoseconds = 14 * pixels + 1.2 * bits * area
+    nanoseconds = 14 * pixels + 0.2 * bits * area
     if compression != 1:  # libtiff: the whole file in memory, and a part's coded bytes
         memory += 2 * file.size + part_bytes
-        nanoseconds += 20 * file.size
+        nanoseconds += (0.5 * bits + 20) * area + 20 * file.size
     if compression == _JPEG:
         memory, nanoseconds = memory + 8 * part[0] * part[1], nanoseconds + 60 * area
     orientation = value(_ORIENTATION, 0) or None
