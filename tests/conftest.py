@@ -14,7 +14,7 @@ import pytest
 from tests.own_process import OwnProcessFile
 
 # Folders of tests that run compiled kernels on ptx_machine, a process for each file.
-OWN_PROCESS = ("ptx_machine", "compiled", "pretended_gpu")
+OWN_PROCESS = ("compiled", "pretended_gpu")
 COMPILED = os.environ.get("TRITON_INTERPRET") == "0"
 
 # Property tests try new examples on every run at a desk, and the same ones in CI.

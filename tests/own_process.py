@@ -6,7 +6,7 @@ tests want the interpreter where there is no GPU. So a file in one of the folder
 ``TRITON_INTERPRET=0``; in that process, the folder's fixtures install :mod:`ptx_machine`. By hand,
 test by test::
 
-    TRITON_INTERPRET=0 python -m pytest tests/ptx_machine/test_kernels.py -k matmul
+    TRITON_INTERPRET=0 python -m pytest tests/ptx_machine/compiled/test_small_kernels.py -k matmul
 """
 
 import os

@@ -19,7 +19,7 @@ Triton decides when it is imported, and again where a kernel's module is, whethe
 compiled or interpreted. So this needs a process in which ``TRITON_INTERPRET`` was not 1 by then;
 :func:`install` says so otherwise. Tests arrange that by folder: see ``OWN_PROCESS`` in
 ``tests/conftest.py``. Each test file of such a folder runs in a process of its own, as one item of
-the whole run; ``TRITON_INTERPRET=0 pytest tests/ptx_machine -k matmul`` runs them one by one.
+the whole run; ``TRITON_INTERPRET=0 pytest tests/ptx_machine/compiled -k matmul`` runs single tests.
 
 It executes PTX, not the machine code that ptxas makes of it, and measures no time.
 """

@@ -62,12 +62,7 @@ def test_boxes_are_loaded_and_stored_element_by_element(rank, width):
     shape = ((3, 4, 5, 7)[5 - rank :] if rank > 1 else ()) + (72,)
     source = np.random.default_rng(0).integers(1, 1 << 16, shape).astype(np.uint16)
     count = int(np.prod(box))
-    for corner in (
-        (0,) * rank,
-        (-1,) * (rank - 1) + (-3,),
-        tuple(n - 1 for n in shape),
-        (99,) * rank,
-    ):
+    for corner in ((-1,) * (rank - 1) + (-3,), tuple(n - 1 for n in shape)):
         target, smem = np.zeros_like(source), np.zeros(8192, np.uint8)
         memory = Global(source, target, smem)
         maps = [memory.map(a, box, mode=MODES[width]) for a in (source, target)]

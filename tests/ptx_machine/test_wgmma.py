@@ -120,7 +120,7 @@ def a_position(itemsize):
     return row, column
 
 
-@pytest.mark.parametrize("n", [8, 24, 96, 256])
+@pytest.mark.parametrize("n", [8, 40, 256])
 @pytest.mark.parametrize("kind", ["f32", "f16"])
 def test_fragments_of_d(n, kind):
     row, column = d_position(n)
@@ -304,7 +304,7 @@ def test_infinities_meet_zeros():
     assert np.isnan(out[0]).all() and np.array_equal(out[1:], case.start[1:])
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_warps_of_a_warpgroup_one_by_one(seed):
     for form in ({}, {"a_from": "registers"}, {"a_from": "mn", "width": 32}):
         case = Case(**form)
