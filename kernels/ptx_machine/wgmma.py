@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .syntax import Instruction
 
 WARPGROUP, WARP = 128, 32
+READ_NOTE = "operand in registers read before its wait: undefined by the ISA, and harmless"
 COPY_NOTE = "registers copied between wgmma.fence and the product (Triton 3.6)"
 
 
@@ -340,6 +341,8 @@ def touch(
                     kind, g.kernel.name, instruction,
                     f"{', '.join(common[:4])} of {acc.instruction}; {who}", int(busy.sum()),
                 )  # fmt: skip
+    if any(name in flying.operands and flying.operands[name][0].any() for name in reads):
+        g.report.note(READ_NOTE)
     for name in writes:
         if name in flying.operands and flying.operands[name][0].any():
             number, issued = flying.operands[name]

@@ -114,7 +114,7 @@ class _Flow:
     def _ordinary(self, i: Instruction, state: _State, note: bool) -> None:
         reads, writes = self.registers(i)
         if note and (state.d or state.a):
-            seen = tuple(r.name for r in reads if r.name in state.d)
+            seen = tuple(r.name for r in reads if r.name in state.d or r.name in state.a)
             set_ = tuple(r.name for r in writes if r.name in state.d or r.name in state.a)
             if seen or set_:
                 self.uses.touched[i.index] = (seen, set_)

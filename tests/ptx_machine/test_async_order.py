@@ -9,7 +9,7 @@ import pytest
 
 from ptx_machine import ExecutionError
 from ptx_machine.proxies import CP_ASYNC_NOTE
-from ptx_machine.wgmma import COPY_NOTE
+from ptx_machine.wgmma import COPY_NOTE, READ_NOTE
 from tests.ptx_machine.handmade import (
     COMMIT,
     FENCE,
@@ -109,7 +109,9 @@ def test_registers_written_under_a_product():
     zeros = "mov.u32 %r4, 0; mov.u32 %r5, 0; mov.u32 %r6, 0; mov.u32 %r7, 0;"
     right = edit(edit(STORED, MMA, registers), SETUP, SETUP + zeros)
     assert not stored(right)[1]
-    body = edit(right, COMMIT, COMMIT + "add.u32 %r6, %r6, 1;")
+    report = stored(edit(right, COMMIT, COMMIT + "add.u32 %r8, %r6, 1;"))[1]
+    assert not report and set(report.notes) == {READ_NOTE}
+    body = edit(right, COMMIT, COMMIT + "mov.u32 %r6, 1;")
     assert kinds(stored(body)[1]) == {"operand written before its wait"}
 
 
