@@ -1,5 +1,7 @@
 # make demo    set up .venv, encode examples/ (features and pictures in demo/), read the text in some
 # make test    the same, then all tests
+# make test-newest  all tests with the newest release of every dependency, in .venv-newest
+# make test-oldest  all tests with the lowest release of every dependency that pyproject.toml allows, in .venv-oldest
 # make lint    ruff and mypy
 # make tune    time the kernels' tile sizes on a GPU and write their tables: before make gpu
 # make gpu     the GPU tests and benchmarks in under ten minutes, with the python3 at hand
@@ -8,24 +10,28 @@
 # make fuzz-images  read 100 000 mutated image files under a memory and time rule (minutes)
 # make clean   remove what the others wrote, .venv excepted
 #
-# PYTHON, VENV, DEMO, PYTEST_ARGS, TUNE_ARGS and GPU_ARGS can be given: make test PYTEST_ARGS="-k rope",
-# make gpu PYTHON=python3.13 GPU_ARGS="--only tests" (all: python3 -m benchmarks.gpu_run --help)
+# PYTHON, VENV, NEWEST, OLDEST, DEMO, PYTEST_ARGS, TUNE_ARGS and GPU_ARGS can be given: make test
+# PYTEST_ARGS="-k rope", make test-oldest PYTHON=python3.10, make gpu PYTHON=python3.13 GPU_ARGS="--only tests"
+# (all: python3 -m benchmarks.gpu_run --help)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := demo
 .NOTPARALLEL:
-.PHONY: demo test lint tune gpu sanitize fuzz-images clean pretended
+.PHONY: demo test test-newest test-oldest lint tune gpu sanitize fuzz-images clean pretended
 
 PYTHON ?= python3
 VENV ?= .venv
+NEWEST ?= .venv-newest
+OLDEST ?= .venv-oldest
 DEMO ?= demo
 PYTEST_ARGS ?=
 GPU_ARGS ?=
 TUNE_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+PIP_ARGS := install --quiet --disable-pip-version-check --no-input
+PIP_INSTALL := $(BIN)/python -m pip $(PIP_ARGS) -c constraints.txt
 BARE := PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
 PRETENDED := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p pretended_gpu.pytest_plugin -q --benchmark-disable
 EXAMPLES := $(sort $(wildcard examples/*.png examples/*.jpg))
@@ -48,6 +54,22 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED_DEV) demo
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable $(WORKERS) $(PYTEST_ARGS)
+
+# The dependencies come first, and what is installed of them then bounds the tools around them.
+test-newest:
+	@test -x $(NEWEST)/bin/pip || $(PYTHON) -m venv $(NEWEST)
+	@echo "installing the newest releases into $(NEWEST) (minutes the first time: torch is large)"
+	@$(NEWEST)/bin/python -m pip $(PIP_ARGS) --upgrade --upgrade-strategy eager -e .
+	@$(NEWEST)/bin/python tests/releases.py installed > $(NEWEST)/core.txt
+	@$(NEWEST)/bin/python -m pip $(PIP_ARGS) --upgrade -c $(NEWEST)/core.txt -e '.[dev]'
+	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python tests/releases.py newest $(WORKERS) -- $(PYTEST_ARGS)
+
+test-oldest:
+	@test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
+	@echo "installing the lowest releases into $(OLDEST) (minutes the first time: torch is large)"
+	@$(OLDEST)/bin/python tests/releases.py lowest > $(OLDEST)/core.txt
+	@$(OLDEST)/bin/python -m pip $(PIP_ARGS) -c $(OLDEST)/core.txt -e '.[dev]'
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python tests/releases.py oldest $(WORKERS) -- $(PYTEST_ARGS)
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -2,11 +2,11 @@
 
     python -m benchmarks.reading_doubts           (--card-only: from the last results)
 
-Asks, as `hrvlm generate` does, about drawn text that the reader has not seen, and about pictures
-that it can't read: crops of a photograph, noise, smooth colours, plain colours, text on its side,
-upside down and blurred, whole pages. For each answer it keeps the mean log-probability by token and
-whether it repeats itself (`hrvlm.answer_doubts`). Writes benchmarks/results/reading_doubts.json,
-and from it the table in the reader's card.
+Asks, as `hrvlm generate` does but in float32 and for several pictures at once, about drawn text
+that the reader has not seen, and about pictures that it can't read: crops of a photograph, noise,
+smooth and plain colours, text on its side, upside down and blurred, whole pages. For each answer it
+keeps the mean log-probability by token and whether it repeats itself (`hrvlm.answer_doubts`).
+Writes benchmarks/results/reading_doubts.json, and from it the table in the reader's card.
 
 `DOUBT_BELOW` was chosen on another draw (seed 2 000 000): of 255 answers with at most a tenth of
 the characters wrong, 3 lie below -0.2 and none below -0.3; of 193 pictures without anything to
@@ -19,19 +19,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter
 
 from benchmarks.reading_score import CARD
 from benchmarks.report import fill
 from benchmarks.suite import commit_here
+from hrvlm.answer_doubts import doubts
 from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
-from hrvlm.generate import Chat, GenerateOptions, load_vlm
+from hrvlm.generate import GenerateOptions, chat_inputs, decoding, load_vlm, user_message
 from hrvlm.image_intake import load_image
 from hrvlm.reading_score import HELD_OUT
 from hrvlm.shipped_reader import DOUBT_BELOW, PROMPT, reader_path
@@ -43,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "reading_doubts.json"
 START, END = "<!-- doubts:start -->", "<!-- doubts:end -->"
 SEED = 3_000_000
+_BATCH = 16
 _SIZES = [(32, 128), (48, 160), (64, 256), (128, 256), (160, 160), (96, 300)]  # height, width
 _WRONG = {"right": 0.1, "partly right": 0.5}  # characters wrong, at most
 
@@ -99,16 +102,38 @@ def _crop(image: Image.Image, height: int, width: int, rng: np.random.Generator)
     return image.crop((x, y, x + width, y + height))
 
 
-def ask(processor: Any, vlm: Any, asked: Asked) -> dict[str, Any]:
-    """The answer's kind, mean log-probability and doubts."""
-    options = GenerateOptions(doubt_below=DOUBT_BELOW)
-    answer = Chat(processor, vlm, [asked.image], options).ask(PROMPT)
-    kind = asked.kind
-    if asked.text is not None:
-        wrong = edit_distance(answer.text, asked.text) / max(1, len(asked.text))
-        verdict = next((word for word, most in _WRONG.items() if wrong <= most), "wrong")
-        kind = f"{kind}, {verdict}"
-    return {"kind": kind, "mean": answer.mean_log_probability, "doubts": [*answer.doubts]}
+@torch.inference_mode()
+def ask(processor: Any, vlm: Any, asked: Sequence[Asked]) -> Iterator[dict[str, Any]]:
+    """Each answer's kind, mean log-probability and doubts, by size of the picture."""
+    ordered = sorted(asked, key=lambda a: a.image.width * a.image.height)
+    for first in range(0, len(ordered), _BATCH):
+        batch = ordered[first : first + _BATCH]
+        questions = [[user_message(PROMPT, [a.image])] for a in batch]
+        inputs = chat_inputs(processor, questions).to(vlm.device)
+        output = vlm.generate(
+            **inputs,
+            **decoding(GenerateOptions()),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
+        given = torch.stack(output.logits, 1).float().log_softmax(-1)
+        given = given.gather(2, tokens[..., None])[..., 0]
+        for one, ids, log_probabilities in zip(batch, tokens, given, strict=True):
+            ends = (ids == processor.tokenizer.eos_token_id).nonzero()
+            n = int(ends[0]) + 1 if len(ends) else len(ids)
+            text = processor.tokenizer.decode(ids[:n], skip_special_tokens=True)
+            mean = log_probabilities[:n].mean().item()
+            found = doubts(ids[:n].tolist(), mean, DOUBT_BELOW)
+            yield {"kind": _judged(one, text), "mean": mean, "doubts": [*found]}
+
+
+def _judged(asked: Asked, answer: str) -> str:
+    if asked.text is None:
+        return asked.kind
+    wrong = edit_distance(answer, asked.text) / max(1, len(asked.text))
+    verdict = next((word for word, most in _WRONG.items() if wrong <= most), "wrong")
+    return f"{asked.kind}, {verdict}"
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -162,8 +187,8 @@ def main() -> None:
         fill_card(json.loads(RESULTS.read_text(encoding="utf-8")))
         return
     device = pick_device(None)
-    processor, vlm = load_vlm(reader_path())
-    rows = [ask(processor, vlm, asked) for asked in pictures(args.small)]
+    processor, vlm = load_vlm(reader_path(), dtype="float32")
+    rows = list(ask(processor, vlm, list(pictures(args.small))))
     machine = describe_device(device) | {"commit": commit_here()}
     report = {"machine": machine, "bound": DOUBT_BELOW, "sets": summary(rows)}
     print(table(report))

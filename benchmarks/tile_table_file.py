@@ -12,13 +12,16 @@ from hrvlm_kernels import tile_tables
 
 PATH = Path(tile_tables.__file__)
 Table = dict[tuple[Any, ...], tuple[Any, ...]]
+Spills = dict[tuple[int, int], dict[tuple[Any, ...], tuple[Any, ...]]]
 
 _HEADER = '''\
 """Tile sizes of the kernels, by chip: data only, written by ``python -m benchmarks.tune``.
 
 Each row holds the tile sizes to use, then those for when they do not fit the chip. CHOSEN_BY names
 the GPU that decided, or says "compiled": chosen by reading compiled code (no spills, asynchronous
-tensor cores), not yet measured on a GPU.
+tensor cores), not yet measured on a GPU. It also names the Triton that compiled. Another one lays
+out registers anew: SPILLS has, for every release that all rows were compiled with, the tiles that
+spill (``python -m benchmarks.spills``). There the next ones of their row are used.
 """
 
 from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Tiling
@@ -45,6 +48,8 @@ _COMMENTS = {
     "PATCHIFY": "normalize_patchify: (chip, bytes of an element of its result).",
 }
 
+_SPILLS = "SPILLS: dict[tuple[int, int], dict[tuple[str | int, ...], tuple[Tiling, ...]]]"
+
 
 def tables() -> dict[str, Table]:
     """The tables as they are, by name."""
@@ -56,29 +61,49 @@ def chosen_by() -> dict[str, str]:
     return dict(tile_tables.CHOSEN_BY)
 
 
-def render(rows: Mapping[str, Table], chosen: Mapping[str, str]) -> str:
+def spills() -> Spills:
+    """By Triton release and (table, *row), the tiles that spill."""
+    return {release: dict(rows) for release, rows in tile_tables.SPILLS.items()}
+
+
+def render(rows: Mapping[str, Table], chosen: Mapping[str, str], spilling: Spills) -> str:
     """The text of the file, formatted as ``ruff format`` would."""
     lines = ["CHOSEN_BY = {", *(f'    "{chip}": "{how}",' for chip, how in chosen.items()), "}", ""]
+    lines += ["# Triton's release, then (table, *row).", f"{_SPILLS} = {{"]
+    for release, those in sorted(spilling.items()):
+        found = [_item(row, configs, " " * 8) for row, configs in those.items()]
+        lines += [f"    {release}: {{", *found, "    },"] if found else [f"    {release}: {{}},"]
+    lines += ["}", ""]
     for name, comment in _COMMENTS.items():
         if comment is not None:
             lines.append(f"# {comment}")
         lines.append(f"{name}: {_annotation(rows[name])} = {{")
         for key, configs in rows[name].items():
-            items = ", ".join(map(text, configs))
-            lines.append(f"    {_tuple(key)}: ({items}{',' if len(configs) == 1 else ''}),")
+            lines.append(_item(key, configs, " " * 4))
         lines += ["}", ""]
     return _HEADER + "\n".join(lines).rstrip() + "\n"
 
 
-def replace(rows: Mapping[str, Table], chosen: Mapping[str, str], path: Path = PATH) -> None:
+def replace(
+    rows: Mapping[str, Table], chosen: Mapping[str, str], spilling: Spills, path: Path = PATH
+) -> None:
     """Write the file, complete or not at all."""
-    write_text(path, render(rows, chosen))
+    write_text(path, render(rows, chosen, spilling))
 
 
 def _annotation(table: Table) -> str:
     key, configs = next(iter(table.items()))
     kinds = ", ".join(type(part).__name__ for part in key)
     return f"dict[tuple[{kinds}], tuple[{type(configs[0]).__name__}, ...]]"
+
+
+def _item(key: tuple[Any, ...], configs: tuple[Any, ...], indent: str) -> str:
+    items = ", ".join(map(text, configs)) + "," * (len(configs) == 1)
+    line = f"{indent}{_tuple(key)}: ({items}),"
+    if len(line) <= 100:
+        return line
+    parts = [f"{indent}    {text(config)}," for config in configs]
+    return "\n".join([f"{indent}{_tuple(key)}: (", *parts, f"{indent}),"])
 
 
 def _tuple(key: tuple[Any, ...]) -> str:

@@ -44,7 +44,7 @@ from benchmarks.tune_ops import OPS, trouble
 from benchmarks.tune_results import MISSING, RowResult, earlier, replaced, short
 from benchmarks.tune_row import Call, Key, TunedOp, candidates_of, reason, row
 from hrvlm.timing import Timing, device_name, take_turns
-from hrvlm_kernels.launch import architecture
+from hrvlm_kernels.launch import architecture, triton_release
 from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
 
 TIMEOUT_S = 180  # for a candidate: compiled, tested, and run once as it will be timed
@@ -137,7 +137,7 @@ def tune(rows: Sequence[tuple[str, TunedOp, Key]], chip: str, out: Path, setting
     """Time the candidates, writing the tables row by row; 1 if a row has none that works."""
     device = settings.device
     tables, failed = tile_table_file.tables(), False
-    chosen = tile_table_file.chosen_by()
+    chosen, spilling = tile_table_file.chosen_by(), tile_table_file.spills()
     chosen[chip] = f"{device_name(device)}, torch {torch.__version__}, Triton {triton.__version__}"
     run = SuiteRun("tune", settings, budget_s=math.inf)
     run.cases = earlier(run.path)
@@ -153,7 +153,8 @@ def tune(rows: Sequence[tuple[str, TunedOp, Key]], chip: str, out: Path, setting
             for line in found.lines():
                 print(line, flush=True)
             put(tables[op.table], key, found.best)
-            tile_table_file.replace(tables, chosen, out)
+            spilling.get(triton_release(), {}).pop((op.table, *key), None)  # measured is better
+            tile_table_file.replace(tables, chosen, spilling, out)
     return int(failed)
 
 

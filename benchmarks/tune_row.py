@@ -51,9 +51,10 @@ def candidates_of(op: TunedOp, key: Key) -> list[Any]:
 
 @contextmanager
 def row(table: str, key: Key, config: Any) -> Iterator[None]:
-    """Let the kernels see one row as `config`, or not at all when None."""
+    """Let the kernels see one row as `config`, or not at all when None; no Triton spills it."""
     rows: Table = getattr(tile_tables, table)
-    before = dict(rows)
+    before, spills = dict(rows), dict(tile_tables.SPILLS)
+    tile_tables.SPILLS.clear()
     rows.pop(key, None)
     if config is not None:
         rows[key] = (config,)
@@ -62,6 +63,7 @@ def row(table: str, key: Key, config: Any) -> Iterator[None]:
     finally:
         rows.clear()
         rows.update(before)
+        tile_tables.SPILLS.update(spills)
 
 
 def reason(error: Exception) -> str:

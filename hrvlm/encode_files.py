@@ -91,7 +91,8 @@ class ResultWriter:
         last = (output.packed_selected_hidden_states or ())[-1]
         block = cast("DINOv3Layer", encoder.layer[-1])
         with torch.inference_mode():
-            attention = block.prefix_attention(last, output.packed, encoder.backend)
+            normed = block.norm1(last)
+            _, attention = block.attention(normed, output.packed, encoder.backend, True)
         output.packed_prefix_attentions = (attention,)
         for image, picture, features, maps in zip(
             images, shown, output.to_maps(), output.attention_maps(), strict=True

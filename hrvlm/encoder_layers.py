@@ -128,13 +128,20 @@ class DINOv3Attention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
         self.register_load_state_dict_pre_hook(_fuse_qkv)
 
-    def forward(self, x: Tensor, packed: PackedGrids, backend: str) -> Tensor:
-        """``[T, C]`` to ``[T, C]``."""
+    def forward(
+        self, x: Tensor, packed: PackedGrids, backend: str, prefix_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``[T, C]`` to ``[T, C]``.
+
+        With `prefix_attention` also the softmax weights ``[P, heads, T]`` of the prefix tokens over
+        their own image's tokens.
+        """
         q, k, v = self._qkv(x)
         out = varlen_attention(
             q, k, v, packed, self.head_dim**-0.5, rope=self._rope(packed), backend=backend
         )
-        return self.o_proj(out.flatten(1))
+        out = self.o_proj(out.flatten(1))
+        return (out, self._prefix_attention(q, k, packed, backend)) if prefix_attention else out
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         if (
@@ -165,9 +172,7 @@ class DINOv3Attention(nn.Module):
             self._inv_freq = self._frequencies(device)
         return self
 
-    def prefix_attention(self, x: Tensor, packed: PackedGrids, backend: str) -> Tensor:
-        """Softmax weights ``[P, heads, T]`` of the prefix tokens over their own image's tokens."""
-        q, k, _ = self._qkv(x)
+    def _prefix_attention(self, q: Tensor, k: Tensor, packed: PackedGrids, backend: str) -> Tensor:
         if rope := self._rope(packed):
             q, k = rope_2d(q, k, *rope, backend=backend)
         maps = []
@@ -232,17 +237,25 @@ class DINOv3Layer(GradientCheckpointingLayer):
         backend: str = "auto",
         drop_path: bool = False,
         fused: Set[str] = frozenset(),
-    ) -> Tensor:
-        """Packed tokens ``[T, C]`` to ``[T, C]``; `fused` is some of :data:`FUSED_OPS`."""
+        prefix_attention: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Packed tokens ``[T, C]`` to ``[T, C]``; `fused` is some of :data:`FUSED_OPS`.
+
+        With `prefix_attention` also the weights ``[P, heads, T]`` of :class:`DINOv3Attention`.
+        """
         drop = self._drop_path if drop_path else _keep
-        update = drop(self.attention(self.norm1(x), packed, backend), packed)
+        update = self.attention(self.norm1(x), packed, backend, prefix_attention)
+        if prefix_attention:
+            update, weights = update
+        update = drop(update, packed)
         if "residual_layer_norm" in fused and not drop_path and self._is_plain_between():
             x, normed = self._scale_and_norm(x, update, backend)
         else:
             x = self.layer_scale1(x, update)
             normed = self.norm2(x)
         del update  # a [T, C] that the MLP, where memory peaks, would carry along
-        return self.layer_scale2(x, drop(self.mlp(normed, backend, fused), packed))
+        x = self.layer_scale2(x, drop(self.mlp(normed, backend, fused), packed))
+        return (x, weights) if prefix_attention else x
 
     def _is_plain_between(self) -> bool:
         return is_plain(self.layer_scale1, LayerScale) and is_plain(self.norm2, nn.LayerNorm)
@@ -255,10 +268,6 @@ class DINOv3Layer(GradientCheckpointingLayer):
         return residual_layer_norm(
             x, update, scale, norm.weight, norm.bias, norm.eps, backend=backend
         )
-
-    def prefix_attention(self, x: Tensor, packed: PackedGrids, backend: str = "auto") -> Tensor:
-        """Attention ``[P, heads, T]`` of the prefix tokens in this block, given its input `x`."""
-        return self.attention.prefix_attention(self.norm1(x), packed, backend)
 
     def _drop_path(self, update: Tensor, packed: PackedGrids) -> Tensor:
         """Drop the update of whole images at random (Huang et al. 2016, arXiv 1603.09382)."""

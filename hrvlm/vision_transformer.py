@@ -325,9 +325,10 @@ class DINOv3Encoder(StrictModel):
         drop_path = self.training and self.config.drop_path_rate > 0
         states, attentions = ({0: x} if keep_all or 0 in keep else {}), []
         for i, layer in enumerate(cast("Iterable[DINOv3Layer]", self.layer), start=1):
+            x = layer(x, packed, self.backend, drop_path, self._fused, prefix_attentions)
             if prefix_attentions:
-                attentions.append(layer.prefix_attention(x, packed, self.backend))
-            x = layer(x, packed, self.backend, drop_path, self._fused)
+                x, weights = x
+                attentions.append(weights)
             if keep_all or i in keep:
                 states[i] = x
         normed = self.norm(x)

@@ -127,9 +127,9 @@ def check_metadata(wheel):
     assert triton.marker.evaluate({"sys_platform": "linux"})
     assert not triton.marker.evaluate({"sys_platform": "darwin"})
     for requirement in required:
-        # transformers accepts one series of kernels only; nothing else is capped.
-        capped = any(s.operator in ("<", "<=", "==", "~=") for s in requirement.specifier)
-        assert capped == (requirement.name == "kernels"), requirement
+        assert all(s.operator == ">=" for s in requirement.specifier), requirement
+        if requirement.marker is None or "extra" not in str(requirement.marker):
+            assert requirement.specifier, f"{requirement.name}: no lower bound"
 
 
 def test_the_version_is_the_one_of_the_package():

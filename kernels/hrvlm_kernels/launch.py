@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import tile_tables
 from .backends import cpu_driver, resolve
 
 Config = TypeVar("Config")
@@ -57,6 +58,27 @@ def architecture(device: torch.device) -> str:
     else:
         major, _ = torch.cuda.get_device_capability(device)
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@lru_cache
+def triton_release() -> tuple[int, int]:
+    """Major and minor version of Triton, which compiles the kernels."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
+
+
+def tile_choices(table: str, *row: str | int) -> tuple[Any, ...]:
+    """The tile sizes to try for a row of one of the tile tables, best first; none without a row.
+
+    Those that this Triton compiles to code that spills are left out, by `tile_tables.SPILLS`. A
+    release that is not in there counts as the newest one before it that is.
+    """
+    configs: tuple[Any, ...] = getattr(tile_tables, table).get(row, ())
+    tried = max((r for r in tile_tables.SPILLS if r <= triton_release()), default=None)
+    spilling = () if tried is None else tile_tables.SPILLS[tried].get((table, *row), ())
+    return tuple(config for config in configs if config not in spilling) if spilling else configs
 
 
 @lru_cache

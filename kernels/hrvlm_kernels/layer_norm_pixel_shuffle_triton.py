@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, multiprocessors
+from .launch import architecture, device_guard, multiprocessors, tile_choices
 from .pixel_shuffle_linear_backward_triton import zero_prefix_rows
-from .tile_tables import NORM_BACKWARD, NORM_FORWARD
 from .tilings import NormConfig, table_width
 
 
@@ -94,7 +93,8 @@ def select_config(arch: str, width: int, *, backward: bool) -> NormConfig:
     """Tile sizes for a chip and C = `width`, at most :data:`MAX_WIDTH`."""
     if arch == "interpreter":
         return _INTERPRETER
-    return (NORM_BACKWARD if backward else NORM_FORWARD)[arch, table_width(width)][0]
+    table = "NORM_BACKWARD" if backward else "NORM_FORWARD"
+    return tile_choices(table, arch, table_width(width))[0]
 
 
 def forward(

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard
-from .tile_tables import PATCHIFY
+from .launch import architecture, device_guard, tile_choices
 from .tilings import BlockConfig
 
 
@@ -49,7 +48,9 @@ _INTERPRETER = BlockConfig(2048, 1)
 
 def select_config(arch: str, dtype: torch.dtype) -> BlockConfig:
     """Block size for a chip and the dtype of the result."""
-    return _INTERPRETER if arch == "interpreter" else PATCHIFY[arch, dtype.itemsize][0]
+    if arch == "interpreter":
+        return _INTERPRETER
+    return tile_choices("PATCHIFY", arch, dtype.itemsize)[0]
 
 
 def forward(

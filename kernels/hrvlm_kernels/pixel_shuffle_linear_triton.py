@@ -24,8 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, launch, multiprocessors
-from .tile_tables import GEMM, GEMM_PARTS
+from .launch import architecture, device_guard, launch, multiprocessors, tile_choices
 from .tilings import GemmConfig
 
 
@@ -107,12 +106,12 @@ _MIN_STEPS = 8  # of a part: fewer, and starting the pipeline costs more than th
 
 def select_configs(arch: str, dtype: torch.dtype) -> tuple[GemmConfig, ...]:
     """Tile sizes for a chip and a dtype, largest first; forward, dx and dweight share them."""
-    return _INTERPRETER if arch == "interpreter" else GEMM[arch, dtype.itemsize]
+    return _INTERPRETER if arch == "interpreter" else tile_choices("GEMM", arch, dtype.itemsize)
 
 
 def parts_config(arch: str, dtype: torch.dtype, config: GemmConfig) -> GemmConfig:
     """Tile sizes for parts of a sum where `config` is for whole sums."""
-    return GEMM_PARTS.get((arch, dtype.itemsize), (config,))[0]
+    return (tile_choices("GEMM_PARTS", arch, dtype.itemsize) or (config,))[0]
 
 
 def dot_precision(dtype: torch.dtype) -> str:

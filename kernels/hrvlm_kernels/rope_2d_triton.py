@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard
-from .tile_tables import ROPE
+from .launch import architecture, device_guard, tile_choices
 from .tilings import RopeConfig, table_head_dim
 
 TWO_PI = tl.constexpr(6.2831854820251465)  # rounded to float32
@@ -126,7 +125,7 @@ def select_config(arch: str, head_dim: int, dtype: torch.dtype) -> RopeConfig:
     """Tile sizes for a chip, a head_dim and a dtype."""
     if arch == "interpreter":
         return _INTERPRETER
-    return ROPE[arch, table_head_dim(head_dim), dtype.itemsize][0]
+    return tile_choices("ROPE", arch, table_head_dim(head_dim), dtype.itemsize)[0]
 
 
 def rope_2d(

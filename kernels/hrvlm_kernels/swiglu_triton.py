@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard
-from .tile_tables import SWIGLU
+from .launch import architecture, device_guard, tile_choices
 from .tilings import BlockConfig
 
 
@@ -58,7 +57,9 @@ _INTERPRETER = BlockConfig(1024, 1)
 
 def select_config(arch: str, dtype: torch.dtype) -> BlockConfig:
     """Block size for a chip and a dtype; forward and backward share it."""
-    return _INTERPRETER if arch == "interpreter" else SWIGLU[arch, dtype.itemsize][0]
+    if arch == "interpreter":
+        return _INTERPRETER
+    return tile_choices("SWIGLU", arch, dtype.itemsize)[0]
 
 
 def forward(gate: Tensor, up: Tensor, out: Tensor) -> None:

@@ -2,16 +2,28 @@
 
 Each row holds the tile sizes to use, then those for when they do not fit the chip. CHOSEN_BY names
 the GPU that decided, or says "compiled": chosen by reading compiled code (no spills, asynchronous
-tensor cores), not yet measured on a GPU.
+tensor cores), not yet measured on a GPU. It also names the Triton that compiled. Another one lays
+out registers anew: SPILLS has, for every release that all rows were compiled with, the tiles that
+spill (``python -m benchmarks.spills``). There the next ones of their row are used.
 """
 
 from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Tiling
 
 CHOSEN_BY = {
-    "sm_80": "compiled",
-    "sm_90": "compiled",
-    "sm_100": "compiled",
-    "gfx942": "compiled",
+    "sm_80": "compiled, Triton 3.6.0",
+    "sm_90": "compiled, Triton 3.6.0",
+    "sm_100": "compiled, Triton 3.6.0",
+    "gfx942": "compiled, Triton 3.6.0",
+}
+
+# Triton's release, then (table, *row).
+SPILLS: dict[tuple[int, int], dict[tuple[str | int, ...], tuple[Tiling, ...]]] = {
+    (3, 6): {},
+    (3, 8): {
+        ("FORWARD", "sm_80", 64, 2): (Tiling(128, 64, 4, 3),),
+        ("FORWARD", "sm_80", 128, 2): (Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2)),
+        ("FORWARD", "sm_90", 128, 2): (Tiling(128, 64, 8, 2),),
+    },
 }
 
 # varlen_attention: (chip, head_dim rounded up, bytes of an element).
@@ -20,13 +32,17 @@ FORWARD: dict[tuple[str, int, int], tuple[Tiling, ...]] = {
     ("sm_80", 32, 4): (Tiling(32, 32, 8, 2),),
     ("sm_80", 64, 2): (Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2)),
     ("sm_80", 64, 4): (Tiling(32, 32, 8, 2),),
-    ("sm_80", 128, 2): (Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2)),
+    ("sm_80", 128, 2): (Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2), Tiling(128, 32, 8, 1)),
     ("sm_80", 128, 4): (Tiling(32, 32, 8, 2),),
     ("sm_90", 32, 2): (Tiling(128, 128, 8, 3, "ahead"), Tiling(128, 64, 8, 2)),
     ("sm_90", 32, 4): (Tiling(32, 32, 8, 2),),
     ("sm_90", 64, 2): (Tiling(128, 128, 8, 3, "ahead"), Tiling(128, 64, 8, 2)),
     ("sm_90", 64, 4): (Tiling(32, 32, 8, 2),),
-    ("sm_90", 128, 2): (Tiling(128, 64, 8, 3, "ahead"), Tiling(128, 64, 8, 2)),
+    ("sm_90", 128, 2): (
+        Tiling(128, 64, 8, 3, "ahead"),
+        Tiling(128, 64, 8, 2),
+        Tiling(128, 64, 8, 1),
+    ),
     ("sm_90", 128, 4): (Tiling(32, 32, 8, 2),),
     ("sm_100", 32, 2): (Tiling(128, 128, 8, 2), Tiling(64, 64, 4, 2)),
     ("sm_100", 32, 4): (Tiling(32, 32, 8, 2),),

@@ -27,9 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, launch
+from .launch import architecture, device_guard, launch, tile_choices
 from .rope_2d_triton import rope_2d as rotate_heads
-from .tile_tables import ATOMIC, DKDV, DQ
 from .tilings import Tiling, table_head_dim
 from .varlen_attention_triton import (
     LOG2_E,
@@ -196,7 +195,7 @@ def select_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> BackwardTili
     if arch == "interpreter":
         return BackwardTilings(_INTERPRETER, _INTERPRETER, _INTERPRETER)
     row = arch, table_head_dim(head_dim), dtype.itemsize
-    return BackwardTilings(DQ[row], DKDV[row], ATOMIC.get(row, ()))
+    return BackwardTilings(*(tile_choices(table, *row) for table in ("DQ", "DKDV", "ATOMIC")))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
-from .tile_tables import SHORT
+from .launch import launch, tile_choices
 from .tilings import Tiling, table_head_dim
 from .varlen_attention_triton import LOG2_E, PRECISION, load_rows, rotate, store_rows
 
@@ -62,7 +61,7 @@ def select_short_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> tuple[
     """Tile sizes for a chip, a head_dim and a dtype; none where k is rotated in a pass."""
     if arch == "interpreter":
         return _INTERPRETER if dtype.itemsize == 2 else ()
-    return SHORT.get((arch, table_head_dim(head_dim), dtype.itemsize), ())
+    return tile_choices("SHORT", arch, table_head_dim(head_dim), dtype.itemsize)
 
 
 def forward_short(

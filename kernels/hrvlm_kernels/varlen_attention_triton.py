@@ -36,10 +36,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import architecture, device_guard, launch
+from .launch import architecture, device_guard, launch, tile_choices
 from .rope_2d_triton import TWO_PI, _cos_sin
 from .rope_2d_triton import rope_2d as rotate_heads
-from .tile_tables import FORWARD
 from .tilings import Tiling, table_head_dim
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -188,7 +187,7 @@ def select_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> tuple[Tiling
     """Tile sizes of the forward for a chip, a head_dim and a dtype, largest first."""
     if arch == "interpreter":
         return _INTERPRETER
-    return FORWARD[arch, table_head_dim(head_dim), dtype.itemsize]
+    return tile_choices("FORWARD", arch, table_head_dim(head_dim), dtype.itemsize)
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -171,11 +171,12 @@ def test_a_row_is_seen_by_the_kernels_and_restored():
 
 def test_the_file_is_what_its_program_writes(tmp_path):
     tables, chosen = tile_table_file.tables(), tile_table_file.chosen_by()
-    assert tile_table_file.render(tables, chosen) == tile_table_file.PATH.read_text()
+    spills = tile_table_file.spills()
+    assert tile_table_file.render(tables, chosen, spills) == tile_table_file.PATH.read_text()
     tables["FORWARD"][KEY] = (Tiling(64, 64, 4, 2, "ahead"),)
     out = tmp_path / "tables.py"
     out.write_text("old")
-    tile_table_file.replace(tables, chosen | {"sm_90": "some GPU"}, out)
+    tile_table_file.replace(tables, chosen | {"sm_90": "some GPU"}, spills, out)
     assert [p.name for p in tmp_path.iterdir()] == ["tables.py"]
     assert '("sm_90", 64, 2): (Tiling(64, 64, 4, 2, "ahead"),),' in out.read_text()
     assert '"sm_90": "some GPU"' in out.read_text()

@@ -171,9 +171,9 @@ def test_modules_that_are_sharded_by_themselves(one_process):
     expected = model(**inputs).logits
     for module in (model.MP.proj, model.vision_encoder.embeddings.patch_embeddings):
         fully_shard(module, mesh=one_process)
-    for layer in model.vision_encoder.layer:
-        for module in (layer.attention.qkv, layer.attention.qkv_bias, layer.norm2):
-            fully_shard(module, mesh=one_process)
+    first, second = model.vision_encoder.layer
+    for module in (first.attention.qkv, first.attention.qkv_bias, first.norm2, second):
+        fully_shard(module, mesh=one_process)
     fully_shard(model, mesh=one_process)
     logits = model(**inputs).logits
     torch.testing.assert_close(logits, expected)
@@ -238,6 +238,16 @@ def test_the_final_norm_can_be_taken_off(rng):
     states = encoder(IMAGES, output_hidden_states=True).hidden_states
     encoder.norm = nn.Identity()
     assert torch.equal(encoder(IMAGES).last_hidden_state, states[-1])
+
+
+def test_attention_maps_of_a_sharded_encoder(one_process):
+    _, encoder = pair_of(num_hidden_layers=2)
+    expected = encoder(IMAGES, output_prefix_attentions=True)
+    for layer in encoder.layer:
+        fully_shard(layer, mesh=one_process)
+    maps = fully_shard(encoder, mesh=one_process)(IMAGES, output_prefix_attentions=True)
+    torch.testing.assert_close(maps.prefix_attentions, expected.prefix_attentions)
+    torch.testing.assert_close(maps.last_hidden_state, expected.last_hidden_state)
 
 
 def test_the_keys_that_the_biases_had_still_load():

@@ -87,7 +87,7 @@ def test_the_bound_tells_what_it_reads_from_what_it_can_not():
     from benchmarks.reading_doubts import ask, pictures
 
     processor, vlm = load_vlm(reader_path())
-    rows = [ask(processor, vlm, asked) for asked in pictures(small=True) if asked.kind != "noise"]
+    rows = list(ask(processor, vlm, [a for a in pictures(small=True) if a.kind != "noise"]))
     right = [row for row in rows if row["kind"] == "drawn text, right"]
     unreadable = [row for row in rows if not row["kind"].startswith(("drawn", "a line of text up"))]
     assert len(right) >= 6 and sum(bool(row["doubts"]) for row in right) <= 1

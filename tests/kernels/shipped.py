@@ -3,7 +3,8 @@
 ``jobs(target)`` lists what the launchers would build on a chip for the sizes of common encoders.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import triton
@@ -15,6 +16,7 @@ from hrvlm_kernels import pixel_shuffle_linear_triton as shuffle
 from hrvlm_kernels import residual_layer_norm_triton as residual
 from hrvlm_kernels import rope_2d_triton as rope
 from hrvlm_kernels import swiglu_triton as gated
+from hrvlm_kernels.tilings import table_head_dim, table_width
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -29,14 +31,23 @@ class Job:
     constants: dict[str, object]
     options: dict[str, int] = field(default_factory=dict)
     tensor_core: bool = False
+    row: tuple[str | int, ...] = ()  # (table, *row) that its tile sizes stand in
+    tiles: object = None
+
+
+def of_row(make, configs, table, *row):
+    """``make(config)`` for the tile sizes of a row; each says which they are."""
+    for config in configs:
+        yield replace(make(config), row=(table, *row), tiles=config)
 
 
 def rope_jobs(target, *, head_dims=(32, 64, 128), dtypes=(torch.bfloat16, torch.float32)):
     """rope_2d on slices of a packed qkv with 16 heads; every entry of its table."""
     for head_dim in head_dims:
         for dtype in dtypes:
-            config = rope.select_config(target, head_dim, dtype)
-            yield rope_job(head_dim, dtype, config)
+            row = target, table_head_dim(head_dim), dtype.itemsize
+            configs = [rope.select_config(target, head_dim, dtype)]
+            yield from of_row(partial(rope_job, head_dim, dtype), configs, "ROPE", *row)
 
 
 def rope_job(head_dim, dtype, config, *, heads=16):
@@ -58,12 +69,14 @@ def rope_job(head_dim, dtype, config, *, heads=16):
 def pixel_shuffle_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
     """Forward, dx and dweight with C = 1024, factor 4: every configuration of the target."""
     for dtype in dtypes:
-        for config in shuffle.select_configs(target, dtype):
-            for part in ("forward", "dx", "dweight"):
-                yield pixel_shuffle_job(part, dtype, config)
+        for part in ("forward", "dx", "dweight"):
+            make = partial(pixel_shuffle_job, part, dtype)
+            configs = shuffle.select_configs(target, dtype)
+            yield from of_row(make, configs, "GEMM", target, dtype.itemsize)
     config = shuffle.parts_config(target, dtypes[0], shuffle.select_configs(target, dtypes[0])[0])
     for part in ("forward", "dweight"):
-        yield pixel_shuffle_job(part, dtypes[0], config, split=True)
+        make = partial(pixel_shuffle_job, part, dtypes[0], split=True)
+        yield from of_row(make, [config], "GEMM_PARTS", target, dtypes[0].itemsize)
 
 
 def pixel_shuffle_job(
@@ -106,9 +119,8 @@ def layer_norm_jobs(target, *, widths=(384, 1024, 4096), dtype=torch.bfloat16):
     """Forward and backward of layer_norm_pixel_shuffle, factor 4."""
     for width in widths:
         for backward in (False, True):
-            yield layer_norm_job(
-                width, dtype, norm.select_config(target, width, backward=backward), backward
-            )
+            make = partial(layer_norm_job, width, dtype, backward=backward)
+            yield from _norm_row(make, target, width, backward)
 
 
 def layer_norm_job(width, dtype, config, backward):
@@ -136,13 +148,18 @@ def layer_norm_job(width, dtype, config, backward):
     return Job(name, kernel, signature, constants, {"num_warps": config.num_warps})
 
 
+def _norm_row(make, target, width, backward):
+    configs = [norm.select_config(target, width, backward=backward)]
+    table = "NORM_BACKWARD" if backward else "NORM_FORWARD"
+    return of_row(make, configs, table, target, table_width(width))
+
+
 def residual_jobs(target, *, widths=(384, 1024, 4096), dtype=torch.bfloat16):
     """Forward and backward of residual_layer_norm."""
     for width in widths:
         for backward in (False, True):
-            yield residual_job(
-                width, dtype, norm.select_config(target, width, backward=backward), backward
-            )
+            make = partial(residual_job, width, dtype, backward=backward)
+            yield from _norm_row(make, target, width, backward)
 
 
 def residual_job(width, dtype, config, backward):
@@ -170,7 +187,9 @@ def swiglu_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
     """Forward and backward of swiglu; nothing depends on F."""
     for dtype in dtypes:
         for backward in (False, True):
-            yield swiglu_job(dtype, gated.select_config(target, dtype), backward)
+            make = partial(swiglu_job, dtype, backward=backward)
+            configs = [gated.select_config(target, dtype)]
+            yield from of_row(make, configs, "SWIGLU", target, dtype.itemsize)
 
 
 def swiglu_job(dtype, config, backward):
@@ -188,7 +207,9 @@ def patchify_jobs(target, *, patch_sizes=(16, 14), dtypes=(torch.bfloat16, torch
     """normalize_patchify of contiguous images."""
     for patch_size in patch_sizes:
         for dtype in dtypes:
-            yield patchify_job(dtype, patchify.select_config(target, dtype), patch_size)
+            make = partial(patchify_job, dtype, patch_size=patch_size)
+            configs = [patchify.select_config(target, dtype)]
+            yield from of_row(make, configs, "PATCHIFY", target, dtype.itemsize)
 
 
 def patchify_job(dtype, config, patch_size=16):

@@ -1,13 +1,15 @@
 """varlen_attention's kernels as they are shipped, to compile; companion of shipped.py."""
 
+from functools import partial
+
 import torch
 
 from hrvlm_kernels import varlen_attention_backward_triton as backward
 from hrvlm_kernels import varlen_attention_short_triton as short
 from hrvlm_kernels import varlen_attention_triton as forward
 from hrvlm_kernels.packed_grids import SHORT_SEQLEN
-from hrvlm_kernels.tilings import Tiling
-from tests.kernels.shipped import NAMES, Job
+from hrvlm_kernels.tilings import Tiling, table_head_dim
+from tests.kernels.shipped import NAMES, Job, of_row
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 _HEADS = 16
@@ -43,25 +45,31 @@ def distinct_jobs(target, head_dim):
 
 def _forward_jobs(target, head_dim, dtype, rope):
     skip = SHORT_SEQLEN if rope and short.select_short_tilings(target, head_dim, dtype) else 0
-    for tiling in forward.select_tilings(target, head_dim, dtype):
-        yield forward_job(head_dim, dtype, tiling, rope, skip=skip)
+    tilings = forward.select_tilings(target, head_dim, dtype)
+    make = partial(forward_job, head_dim, dtype, rope=rope, skip=skip)
+    yield from of_row(make, tilings, "FORWARD", *_row(target, head_dim, dtype))
 
 
 def _short_jobs(target, head_dim, dtype):
-    for tiling in short.select_short_tilings(target, head_dim, dtype):
-        yield short_job(head_dim, dtype, tiling)
+    tilings = short.select_short_tilings(target, head_dim, dtype)
+    make = partial(short_job, head_dim, dtype)
+    yield from of_row(make, tilings, "SHORT", *_row(target, head_dim, dtype))
 
 
 def _backward_jobs(target, head_dim, dtype, rope):
     tilings = backward.select_tilings(target, head_dim, dtype)
-    for tiling in tilings.dq:
-        yield dq_job(head_dim, dtype, tiling, rope)
-    for tiling in tilings.dkdv:
-        yield dkdv_job(head_dim, dtype, tiling, rope)
-    for tiling in tilings.atomic:
-        yield dkdv_job(head_dim, dtype, tiling, rope, atomic=True)
+    row = _row(target, head_dim, dtype)
+    dq = partial(dq_job, head_dim, dtype, rope=rope)
+    dkdv = partial(dkdv_job, head_dim, dtype, rope=rope)
+    yield from of_row(dq, tilings.dq, "DQ", *row)
+    yield from of_row(dkdv, tilings.dkdv, "DKDV", *row)
+    yield from of_row(partial(dkdv, atomic=True), tilings.atomic, "ATOMIC", *row)
     if tilings.atomic:
-        yield dq_job(head_dim, dtype, tilings.dq[0], rope, delta_only=True)
+        yield from of_row(partial(dq, delta_only=True), tilings.dq[:1], "DQ", *row)
+
+
+def _row(target, head_dim, dtype):
+    return target, table_head_dim(head_dim), dtype.itemsize
 
 
 def forward_job(head_dim, dtype, tiling, rope=False, *, group=1, skip=0):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import triton
 from triton.runtime.errors import OutOfResources
 
-from hrvlm_kernels import launch, pixel_shuffle_linear_triton
+from hrvlm_kernels import launch, pixel_shuffle_linear_triton, tile_tables
 from tests.kernels.compile_checks import TARGETS
 
 
@@ -60,6 +61,21 @@ def test_every_chip_has_a_row(capability, row, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert launch.architecture.__wrapped__(torch.device("cuda", 0)) == "gfx942"
     assert launch.architecture(torch.device("cpu")) == "interpreter"
+
+
+def test_tiles_that_this_triton_spills_are_left_out(monkeypatch):
+    row = ("FORWARD", "sm_90", 64, 2)
+    first, second = launch.tile_choices(*row)
+    monkeypatch.setattr(tile_tables, "SPILLS", {(3, 6): {}, (3, 8): {row: (first,)}})
+    both = {(3, 5), (3, 6), (3, 7)}
+    for release in both | {(3, 8), (3, 9), (4, 0)}:
+        monkeypatch.setattr(launch, "triton_release", lambda release=release: release)
+        assert launch.tile_choices(*row) == ((first, second) if release in both else (second,))
+    assert launch.tile_choices("SHORT", "sm_80", 128, 2) == ()  # no row
+
+
+def test_the_release_is_that_of_triton():
+    assert "{}.{}.".format(*launch.triton_release()) == triton.__version__[:4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -1,0 +1,134 @@
+"""The newest and the oldest releases that the package allows: what they are, and how the tests go.
+
+    python tests/releases.py lowest       # constraints: every lower bound of pyproject.toml
+    python tests/releases.py installed    # constraints: what is installed of the dependencies
+    python tests/releases.py newest [HOW TO RUN] [-- PYTEST ARGUMENTS]    # run the tests
+    python tests/releases.py oldest [HOW TO RUN] [-- PYTEST ARGUMENTS]
+
+`make test-newest` and `make test-oldest` call it. The outcome of a run of all tests (nothing
+behind "--") goes into tests/tried/*.json, and from there into the table of the README. Needs only
+the standard library: it runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = "tests/tried"
+COLUMNS = ("torch", "torchvision", "triton", "transformers", "numpy", "Pillow", "huggingface_hub")
+MARKS = ("<!-- releases:start -->\n", "<!-- releases:end -->\n")
+_NAME = re.compile(r"[\w-]+")
+
+
+def dependencies():
+    """The core dependencies of pyproject.toml, without their markers (3.10 has no TOML parser)."""
+    body = (ROOT / "pyproject.toml").read_text().split("\ndependencies = [\n", 1)[1]
+    lines = [line.strip().strip('",') for line in body.split("\n]", 1)[0].splitlines()]
+    return [line.partition(";")[0] for line in lines if not line.startswith("#")]
+
+
+def lowest():
+    """Constraints: the dependencies at their lower bounds, and constraints.txt for all else."""
+    core = {_NAME.match(line)[0].lower(): line.replace(">=", "==") for line in dependencies()}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name = _NAME.match(line)
+        if name and name[0].lower() not in core:
+            yield line
+    yield from core.values()
+
+
+def installed():
+    """The dependencies that are installed here, and their versions."""
+    names = [_NAME.match(line)[0] for line in dependencies()]
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def outcome(report):
+    """Counts of a JUnit report, and the names of the tests that failed."""
+    counts, failed = dict.fromkeys(("passed", "failed", "skipped"), 0), []
+    for case in ElementTree.parse(report).iter("testcase"):
+        kinds = {child.tag for child in case}
+        if kinds & {"failure", "error"}:
+            counts["failed"] += 1
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        else:
+            counts["skipped" if "skipped" in kinds else "passed"] += 1
+    return {**counts, "failures": failed}
+
+
+def commit():
+    """The commit that was tested; "+" says that files were changed since."""
+    run = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*run, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*run, "status", "--porcelain"], capture_output=True, text=True)
+    return head.stdout.strip() + "+" * bool(changed.stdout.strip())
+
+
+def try_out(which, arguments):
+    """Run pytest; the outcome is kept and goes into the README if these were all tests."""
+    partial = "--" in arguments[:-1]
+    arguments = [argument for argument in arguments if argument != "--"]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "--benchmark-disable", f"--junitxml={report}"]
+        at = {"date": datetime.date.today().isoformat(), "commit": commit()}
+        done = subprocess.run([*command, *arguments], cwd=ROOT, env={"CI": "1"} | os.environ)
+        if done.returncode in (0, 1) and not partial:
+            where = {"python": platform.python_version(), "platform": platform.system()}
+            kept = at | where | {"installed": installed()} | outcome(report)
+            results = ROOT / RESULTS
+            results.mkdir(exist_ok=True, parents=True)
+            (results / f"{which}.json").write_text(json.dumps(kept, indent=2) + "\n")
+            readme = ROOT / "README.md"
+            readme.write_text(with_table(readme.read_text()))
+    return done.returncode
+
+
+def table():
+    """The lines of the README's table: a row for each outcome kept."""
+    titles = ("releases", "Python", *COLUMNS, "passed", "failed", "skipped", "on")
+    yield f"| {' | '.join(titles)} |"
+    yield "|---" * len(titles) + "|"
+    for path in sorted((ROOT / RESULTS).glob("*.json")):
+        kept = json.loads(path.read_text())
+        versions = [kept["installed"][name].partition("+")[0] for name in COLUMNS]
+        counts = [str(kept[name]) for name in ("passed", "failed", "skipped")]
+        name = f"[{path.stem}]({RESULTS}/{path.name})"
+        yield f"| {' | '.join((name, kept['python'], *versions, *counts, kept['date']))} |"
+
+
+def with_table(readme):
+    """The text of the README with the table between its marks."""
+    before, _, rest = readme.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return "".join((before, MARKS[0], *(f"{line}\n" for line in table()), MARKS[1], after))
+
+
+def main(arguments):
+    """What the module says."""
+    what, *others = arguments
+    if what == "lowest":
+        print("\n".join(lowest()))
+    elif what == "installed":
+        print("\n".join(f"{name}=={version}" for name, version in installed().items()))
+    elif what in ("newest", "oldest"):
+        return try_out(what, others)
+    else:
+        print(f"releases: {what!r}: expected lowest, installed, newest or oldest", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,69 @@
+"""The newest and oldest releases: their constraints, and what the README says of them."""
+
+import json
+import shutil
+import subprocess
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests import releases
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="a" name="one"/><testcase classname="a" name="two"><skipped/></testcase>
+<testcase classname="b" name="three"><failure/></testcase>
+<testcase classname="b" name="four"><error/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_the_lowest_are_the_bounds_of_pyproject_with_the_tools_of_constraints():
+    lines = [Requirement(line) for line in releases.lowest()]
+    found = {canonicalize_name(line.name): line for line in lines}
+    assert len(found) == len(lines)
+    pins = [line for line in (releases.ROOT / "constraints.txt").read_text().splitlines() if line]
+    pinned = [Requirement(line) for line in pins if not line.startswith("#")]
+    assert set(found) == {canonicalize_name(pin.name) for pin in pinned}
+    for bound in map(Requirement, releases.dependencies()):
+        (spec,) = bound.specifier
+        assert str(found.pop(canonicalize_name(bound.name)).specifier) == f"=={spec.version}"
+    assert all(line in pinned for line in found.values())
+
+
+def test_what_is_installed_is_named():
+    names = {Requirement(line).name for line in releases.dependencies()}
+    assert set(releases.installed()) == names > {"torch", "numpy", "typer"}
+
+
+def test_an_outcome_counts_and_names_failures(tmp_path):
+    (tmp_path / "report.xml").write_text(REPORT)
+    assert releases.outcome(tmp_path / "report.xml") == {
+        "passed": 1, "failed": 2, "skipped": 1, "failures": ["b::three", "b::four"],
+    }  # fmt: skip
+
+
+def test_all_tests_are_kept_and_a_part_of_them_is_not(monkeypatch, tmp_path):
+    shutil.copy2(releases.ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "README.md").write_text("before\n" + "old\n".join(releases.MARKS) + "after\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_it.py").write_text("def test_a(): 0\n\ndef test_b(): 1 / 0\n")
+    monkeypatch.setattr(releases, "ROOT", tmp_path)
+    assert releases.main(["newest", "-q", "--", "-k", "test_a"]) == 0
+    assert not (tmp_path / releases.RESULTS).exists()
+    assert releases.main(["newest", "-q", "--"]) == 1
+    kept = json.loads((tmp_path / releases.RESULTS / "newest.json").read_text())
+    assert (kept["passed"], kept["failed"]) == (1, 1) and "test_b" in kept["failures"][0]
+    readme = (tmp_path / "README.md").read_text()
+    assert kept["installed"]["transformers"] in readme and "old" not in readme
+    assert readme.startswith("before\n<!--") and readme.endswith("-->\nafter\n")
+    assert releases.with_table(readme) == readme
+
+
+def test_make_installs_into_environments_of_their_own():
+    for target, first in (("newest", "installed"), ("oldest", "lowest")):
+        plan = subprocess.run(
+            ["make", "-n", f"test-{target}"], cwd=releases.ROOT, capture_output=True, text=True
+        ).stdout
+        where = f".venv-{target}"
+        assert f"tests/releases.py {first} > {where}/core.txt" in plan
+        assert f"-c {where}/core.txt -e '.[dev]'" in plan and "constraints.txt" not in plan
+        assert f"{where}/bin/python tests/releases.py {target}" in plan
