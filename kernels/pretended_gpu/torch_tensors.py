@@ -76,7 +76,7 @@ class PretendedTensor(torch.Tensor):
         with MODE:
             return func(*args, **(kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PretendedTensor({self.data_on_cpu!r})"
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
