@@ -51,6 +51,6 @@ def _download(url: str, label: str) -> bytes:
                     raise ImageError(f"{label}: more than {MAX_BYTES} bytes at {url}")
                 if time.monotonic() - started > SECONDS:
                     raise ImageError(f"{label}: not here after {SECONDS} s: {url}")
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         raise ImageError(f"{label}: can't be fetched: {error}") from error
     return bytes(data)

@@ -1,9 +1,11 @@
 """No image file costs more than 8 bytes a pixel of its first frame and 100 MB, or 3 CPU seconds."""
 
 import io
+import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from hrvlm import image_worker
 from hrvlm.image_intake import ImageError, load_image
 from hrvlm.image_worker import load_image_in_worker
 from tests.hrvlm.image_bombs import DISARMED, REFUSED, encode, run_length_bmp
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/image_fuzz.json"
 
 
 @pytest.mark.parametrize("name", DISARMED)
@@ -77,6 +81,14 @@ def test_mutated_files():
     assert found["failures"] == []
     read = {name for name, row in found["formats"].items() if row["outcomes"].get("read")}
     assert {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} <= read
+
+
+def test_the_committed_run_is_of_a_hundred_thousand_files_and_clean():
+    result = json.loads(RESULTS.read_text())
+    assert result["cases"] >= 100_000 and result["failures"] == []
+    assert not result["commit"].endswith("dirty")
+    total = sum(sum(row["outcomes"].values()) for row in result["formats"].values())
+    assert total == result["cases"]
 
 
 # The worker
