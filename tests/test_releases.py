@@ -4,8 +4,10 @@ import json
 import shutil
 import subprocess
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from tests import releases
 
@@ -67,3 +69,19 @@ def test_make_installs_into_environments_of_their_own():
         assert f"tests/releases.py {first} > {where}/core.txt" in plan
         assert f"-c {where}/core.txt -e '.[dev]'" in plan and "constraints.txt" not in plan
         assert f"{where}/bin/python tests/releases.py {target}" in plan
+
+
+def test_the_readme_says_what_was_tried_last():
+    readme = (releases.ROOT / "README.md").read_text()
+    assert releases.with_table(readme) == readme
+
+
+def test_every_lower_bound_was_tried():
+    outcome = releases.ROOT / releases.RESULTS / "oldest.json"
+    if not outcome.exists():
+        pytest.skip("make test-oldest has not run all tests yet")
+    tried = json.loads(outcome.read_text())["installed"]
+    for bound in map(Requirement, releases.dependencies()):
+        (spec,) = bound.specifier
+        version = Version(Version(tried[bound.name]).public)  # without +cu130
+        assert version == Version(spec.version), f"{bound}: tried was {version}"
