@@ -21,7 +21,10 @@ compiled or interpreted. So this needs a process in which ``TRITON_INTERPRET`` w
 ``tests/conftest.py``. Each test file of such a folder runs in a process of its own, as one item of
 the whole run; ``TRITON_INTERPRET=0 pytest tests/ptx_machine/compiled -k matmul`` runs single tests.
 
-It executes PTX, not the machine code that ptxas makes of it, and measures no time.
+It executes PTX, not the machine code that ptxas makes of it, and measures no time. What else it
+does not see: races between threads of one warp; fused multiply-adds are rounded twice (one in 2**29
+differs); what the hardware approximates (ex2, lg2, sin, rcp, rsqrt, div.full) is exact to its type;
+of the programs that read a byte of global memory, two are remembered.
 """
 
 from __future__ import annotations
