@@ -117,6 +117,18 @@ def test_a_barrier_of_some_warps_orders_these_only():
     assert kind == "race" and "reads what warp 0 wrote" in found and "warp 2" in found
 
 
+def test_a_barrier_of_some_warps_orders_only_what_was_before():
+    lines = ["setp.ge.u32 %p1, %r0, 64;", "@%p1 ret;", OWN, "bar.sync 1, 64;", OWN, OTHERS]
+    text = TEXT.format(threads=96, body="\n    ".join(lines))
+    arrays = [np.zeros(96, np.uint32), np.zeros(96, np.uint32)]
+    report, _ = execute(text, arrays, threads=96, shared=512)
+    assert "race" in report.kinds()
+    report, _ = execute(
+        text.replace(f"{OWN}\n    {OTHERS}", OTHERS), arrays, threads=96, shared=512
+    )
+    assert not report
+
+
 COPY = "cp.async.ca.shared.global [%r2], [%rd2], 4;"
 COMMIT, WAIT = "cp.async.commit_group;", "cp.async.wait_group 0;"
 
@@ -135,6 +147,26 @@ def test_copies_in_flight():
     kind, _ = only_finding(
         run(COPY, COMMIT, COPY, COMMIT, "cp.async.wait_group 1;", "ld.shared.b32 %r4, [%r2];")
     )
+    assert kind == "in flight"
+
+
+def test_a_wait_leaves_the_newest_groups_in_flight():
+    second = COPY.replace("[%r2]", "[%r2 + 256]")
+    lines = [COPY, COMMIT, second, COMMIT, "cp.async.wait_group 1;", "ld.shared.b32 %r4, [%r2];"]
+    assert not run(*lines, shared=512)
+    kind, text = only_finding(run(*lines, "ld.shared.b32 %r5, [%r2 + 256];", shared=512))
+    assert kind == "in flight" and "%r5" in text
+
+
+def test_copies_go_with_their_threads():
+    """Threads that part between the issue and the wait, and meet again."""
+    lines = [COPY, COMMIT, "setp.lt.u32 %p1, %r0, 20;", "@%p1 bra $L__A;", "mov.u32 %r5, 1;"]
+    y = np.zeros(THREADS, np.uint32)
+    after = ["ld.shared.b32 %r4, [%r2];", "st.global.b32 [%rd3], %r4;"]
+    assert not run(*lines, "$L__A:", WAIT, *after, y=y)
+    assert y.tolist() == list(range(THREADS))
+    alone = ["bra $L__B;", "$L__A:", WAIT, "$L__B:"]
+    kind, _ = only_finding(run(*lines, *alone, *after))
     assert kind == "in flight"
 
 

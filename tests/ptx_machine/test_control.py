@@ -86,6 +86,11 @@ def test_threads_leave(op):
     assert got == [7] * 40 + [0] * 24
 
 
+def test_guarded_writes_keep_values_of_earlier_blocks():
+    lines = ["mov.u32 %r1, 5;", "setp.lt.u32 %p1, %r0, 10;", "bar.sync 0;", "@%p1 mov.u32 %r1, 7;"]
+    assert run(lines) == [7] * 10 + [5] * 54
+
+
 @pytest.mark.parametrize("op", forms("brx"))
 def test_jumps_by_index(op):
     lines = ["and.b32 %r2, %r0, 3;", "$L_table:", ".branchtargets $L_0, $L_1, $L_2, $L_1;"]
