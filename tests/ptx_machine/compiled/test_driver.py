@@ -55,7 +55,9 @@ def test_reads_past_the_end_are_named(gpu):
     assert text.startswith("shift: ld.global.") and "of x (400 bytes): outside" in text
     place = re.search(r"\[test_driver\.py:(\d+):\d+.*PTX line \d+\]", text)
     source = Path(__file__).read_text().splitlines()
-    assert place and "tl.load(x + i + OFFSET)" in source[int(place[1]) - 1]
+    assert place
+    line = int(place[1])  # Triton 3.8 says the line after
+    assert any("tl.load(x + i + OFFSET)" in text for text in source[line - 2 : line])
     assert "program (1, 0, 0), warp " in text
 
 
