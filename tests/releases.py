@@ -4,6 +4,7 @@
     python tests/releases.py installed    # constraints: what is installed of the dependencies
     python tests/releases.py newest [HOW TO RUN] [-- PYTEST ARGUMENTS]    # run the tests
     python tests/releases.py oldest [HOW TO RUN] [-- PYTEST ARGUMENTS]
+    python tests/releases.py readme       # the table, from the outcomes that are kept
 
 `make test-newest` and `make test-oldest` call it. The outcome of a run of all tests (nothing
 behind "--") goes into tests/tried/*.json, and from there into the table of the README. Needs only
@@ -90,9 +91,14 @@ def try_out(which, arguments):
             results = ROOT / RESULTS
             results.mkdir(exist_ok=True, parents=True)
             (results / f"{which}.json").write_text(json.dumps(kept, indent=2) + "\n")
-            readme = ROOT / "README.md"
-            readme.write_text(with_table(readme.read_text()))
+            write_readme()
     return done.returncode
+
+
+def write_readme():
+    """Put the table into the README."""
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text()))
 
 
 def table():
@@ -128,8 +134,10 @@ def main(arguments):
         print("\n".join(f"{name}=={version}" for name, version in installed().items()))
     elif what in ("newest", "oldest"):
         return try_out(what, others)
+    elif what == "readme":
+        write_readme()
     else:
-        print(f"releases: {what!r}: expected lowest, installed, newest or oldest", file=sys.stderr)
+        print("releases: expected lowest, installed, newest, oldest or readme", file=sys.stderr)
         return 2
     return 0
 
