@@ -199,10 +199,7 @@ def accelerate(model: Model, *, backend: str = "auto", rope_augment: bool = Fals
                 f"{name}: {type(part).__name__} is not transformers' class, and may compute "
                 "something else"
             )
-        if "forward" in vars(part) and "_old_forward" not in vars(part):
-            raise ValueError(
-                f"{name}: its forward was replaced on the instance, and would go on being called"
-            )
+    _refuse_own_forward(parts)
     for _, part in parts:
         _set_class(part, _ACCELERATED.get(type(part), type(part)))
         if isinstance(part, AcceleratedAttention):
@@ -219,13 +216,15 @@ def restore(model: Model) -> Model:
         `model` itself.
 
     Raises:
-        ValueError: there is no DINOv3 ViT of transformers in `model`.
+        ValueError: there is no DINOv3 ViT of transformers in `model`, or a forward was replaced
+            on an instance.
     """
-    for _, part in list(_parts(model)):
-        if type(part) in _STOCK:
-            _set_class(part, _STOCK[type(part)])
-            for option in _OPTIONS:
-                vars(part).pop(option, None)
+    parts = [(name, part) for name, part in _parts(model) if type(part) in _STOCK]
+    _refuse_own_forward(parts)
+    for _, part in parts:
+        _set_class(part, _STOCK[type(part)])
+        for option in _OPTIONS:
+            vars(part).pop(option, None)
     return model
 
 
@@ -242,6 +241,14 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if not found:
         name = type(model).__name__
         raise ValueError(f"model: no DINOv3ViTModel or DINOv3ViTBackbone of transformers in {name}")
+
+
+def _refuse_own_forward(parts: list[tuple[str, nn.Module]]) -> None:
+    for name, part in parts:
+        if "forward" in vars(part) and "_old_forward" not in vars(part):
+            raise ValueError(
+                f"{name}: its forward was replaced on the instance, and would go on being called"
+            )
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -356,6 +356,17 @@ def test_what_can_not_be_accelerated_raises_and_changes_nothing():
         assert type(encoder.model.layer[0].attention) is stock.DINOv3ViTAttention
 
 
+def test_a_forward_that_was_replaced_since_is_not_left_to_a_restored_model():
+    model = accelerate(DINOv3ViTModel(config_of()))
+    attention = model.model.layer[1].attention
+    attention.forward = attention.forward
+    with pytest.raises(ValueError, match=r"model\.layer\.1\.attention: its forward was replaced"):
+        restore(model)
+    assert type(model.model.layer[0].attention) is AcceleratedAttention
+    del attention.forward
+    assert type(restore(model).model.layer[0].attention) is stock.DINOv3ViTAttention
+
+
 def test_a_loaded_backbone_is_accelerated_on_disk_keys(tmp_path, rng):
     model = accelerate(model_of())
     model.save_pretrained(tmp_path)
