@@ -16,20 +16,24 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What nn.Module looks at before it calls forward directly; the names are torch's own.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(torch_modules, f"_global{name}") for name in _HOOKS)
+_LINEAR, _LAYER_NORM = nn.Linear.forward, nn.LayerNorm.forward
 
 
 def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether calling `module` is ``kind.forward`` on float parameters that it holds, no more.
 
     It is of this class exactly (an adapter, a quantised layer, a parametrization and FSDP's units
-    are of another), has no hooks and no forward of its own (the offloading of Hugging Face's
-    accelerate), there are no hooks for all modules, and each parameter is an ordinary tensor of a
-    real device: not sharded, not a quantiser's, not on meta.
+    are of another), has no hooks, is not compiled by itself and has no forward of its own (the
+    offloading of Hugging Face's accelerate), there are no hooks for all modules, and each parameter
+    is an ordinary tensor of a real device: not sharded, not a quantiser's, not on meta. Nor has the
+    forward of torch's own classes been replaced.
     """
     if type(module) is not kind:
         return False
     own = module.__dict__
-    if "forward" in own or any(_GLOBAL_HOOKS):
+    if "forward" in own or own.get("_compiled_call_impl") is not None or any(_GLOBAL_HOOKS):
+        return False
+    if nn.Linear.forward is not _LINEAR or nn.LayerNorm.forward is not _LAYER_NORM:
         return False
     for name in _HOOKS:
         if own[name]:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrizations, prune
 
-from hrvlm.encoder_layers import FUSED_OPS
+from hrvlm.encoder_layers import FUSED_OPS, QKVLinear
 from hrvlm.modality_projector import ModalityProjector
 from hrvlm.plain_modules import input_dtype, is_plain
 from tests.hrvlm.encoders import FAMILY, pair_of
@@ -121,6 +121,7 @@ NOT_PLAIN = {
     "backward hook": lambda layer: layer.register_full_backward_hook(lambda *_: None),
     "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
     "forward of its own": replace_forward,
+    "compiled by itself": lambda layer: layer.compile(backend="eager"),
     "parametrization": parametrizations.weight_norm,
     "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
     "integer weight": replace_weight(lambda w: w.to(torch.int8)),
@@ -149,6 +150,17 @@ def test_no_module_is_plain_under_hooks_for_all(register):
     with register(lambda *_: None):
         assert not is_plain(nn.Linear(4, 3), nn.Linear)
     assert is_plain(nn.Linear(4, 3), nn.Linear)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
+def test_no_module_is_plain_while_a_forward_of_torch_is_replaced(kind, monkeypatch):
+    layer = QKVLinear(4, 3, bias=False)
+    assert is_plain(layer, QKVLinear)
+    stock = kind.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", lambda self, x: 2 * stock(self, x))
+        assert not is_plain(layer, QKVLinear)
+    assert is_plain(layer, QKVLinear)
 
 
 @pytest.fixture
