@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint_files import check_file, summary
+from .checkpoint_files import check_file, read_json, summary
 
 # What transformers reads of a directory; other files in it may be of any kind.
 _DOCUMENTS = (
@@ -64,6 +64,19 @@ def naming_damaged_files(
         if damage is None:
             raise
         raise ValueError(damage) from error
+
+
+def check_generation_config(
+    source: str | os.PathLike[str] | None, options: Mapping[str, Any]
+) -> None:
+    """Read the generation_config.json, in whose place transformers takes defaults if it can't.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    directory = _directory_of(source, options)
+    if directory is not None:
+        read_json(directory / "generation_config.json")
 
 
 def find_damage(directory: Path) -> str | None:

@@ -20,7 +20,7 @@ _NAMES_IN_DIRECTORY = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _ZIP_MAGIC = b"PK"
 _PICKLE_MAGIC = b"\x80"
 _LFS_POINTER = b"version https://git-lfs"
@@ -154,7 +154,7 @@ def _file_in(directory: Path) -> Path:
         if (directory / name).is_file():
             return directory / name
     found = sorted(
-        file for file in directory.iterdir() if file.suffix in _SUFFIXES and file.is_file()
+        file for file in directory.iterdir() if file.suffix in WEIGHT_SUFFIXES and file.is_file()
     )
     if len(found) != 1:
         names = ", ".join(file.name for file in found)

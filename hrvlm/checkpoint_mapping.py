@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
+
+# Attribute of a model while it is loaded: key of the model, and the keys of its absent parts.
+ABSENT_PARTS = "_absent_parts"
 
 
 class LoadOnlyRenaming(WeightRenaming):
@@ -12,6 +17,32 @@ class LoadOnlyRenaming(WeightRenaming):
     def reverse_transform(self) -> WeightRenaming:
         """Rename nothing."""
         return WeightRenaming("(?!)", "")
+
+
+class FuseAll(Concatenate):
+    """Concatenates its sources if all are there; else the model's key is missing.
+
+    Those that are absent are noted at the model, for :mod:`hrvlm.strict_loading` to name.
+    """
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """``{target: tensor}``, or nothing."""
+        absent = [source for source in source_patterns if source not in input_dict]
+        if not absent:
+            convert: Any = super().convert
+            return convert(input_dict, source_patterns, target_patterns, **kwargs)
+        target = self.get_target_pattern(target_patterns)
+        parts = [full_layer_name.replace(target, source) for source in absent]
+        vars(model).setdefault(ABSENT_PARTS, {})[full_layer_name] = parts
+        return {}
 
 
 def register() -> None:
@@ -27,7 +58,7 @@ def register() -> None:
             WeightConverter(
                 [f"attention.{name}_proj.weight" for name in "qkv"],
                 "attention.qkv.weight",
-                [Concatenate(dim=0)],
+                [FuseAll(dim=0)],
             ),
             *(
                 WeightRenaming(f"attention.{name}_proj.bias", f"attention.qkv_bias.{name}_bias")

@@ -35,7 +35,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint_files import load_checkpoint, read_json, summary, write_checkpoint
+from .checkpoint_files import (
+    WEIGHT_SUFFIXES,
+    load_checkpoint,
+    read_json,
+    summary,
+    write_checkpoint,
+)
 from .checkpoint_keys import Layout, find_prefix, layout_of, unwrapped
 from .checkpoint_report import KeyDifferences, compare
 from .checkpoint_tensors import (
@@ -63,6 +69,7 @@ __all__ = [
     "compare",
     "convert",
     "detect_layout",
+    "foreign_base",
     "from_transformers",
     "get_config",
     "infer_config",
@@ -259,14 +266,21 @@ def open_checkpoint(
 def is_foreign(source: str | os.PathLike[str]) -> bool:
     """Whether `source` is for :func:`open_checkpoint`, and not a directory of transformers.
 
-    That is a weight file, or a local directory with weights but no config.json of transformers.
+    That is a weight file, be it there or not, or a local directory with weights but no config.json
+    of transformers.
     """
     path = Path(source).expanduser()
     if not path.is_dir():
-        return path.is_file()
+        return path.is_file() or path.suffix in WEIGHT_SUFFIXES
     if (path / "adapter_config.json").is_file():
         return False
     return "model_type" not in (read_json(path / "config.json") or {})
+
+
+def foreign_base(directory: str | os.PathLike[str]) -> str | None:
+    """What the adapter in `directory` was trained on, where that is foreign; else None."""
+    base = (read_json(Path(directory, "adapter_config.json")) or {}).get("base_model_name_or_path")
+    return base if isinstance(base, str) and is_foreign(base) else None
 
 
 def load_foreign(

@@ -117,8 +117,8 @@ def _pretrained_encoder(model: str) -> tuple[DINOv3Encoder, Normalization | None
     from .vision_transformer import DINOv3Encoder
 
     if is_foreign(model):
-        opened = open_checkpoint(model)
         with quiet_loading(model):
+            opened = open_checkpoint(model)
             encoder = DINOv3Encoder.from_pretrained(
                 None, config=opened.config, state_dict=opened.tensors
             )

@@ -15,7 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .checkpoint_damage import naming_damaged_files
+from .checkpoint_damage import check_generation_config, naming_damaged_files
+from .checkpoint_mapping import ABSENT_PARTS
 from .checkpoint_report import KeyDifferences, group_keys, natural_order
 
 _TRANSFORMERS = logging.getLogger("transformers.modeling_utils")
@@ -46,7 +47,7 @@ class StrictModel(PreTrainedModel):
             OSError: there is no such checkpoint.
         """
         source = pretrained_model_name_or_path
-        if source is not None and kwargs.get("config") is None and Path(source).is_file():
+        if source is not None and Path(source).is_file():
             raise ValueError(f"{source} is a file, expected a directory or a hub id")
         return load_strictly(super().from_pretrained, source, *model_args, **kwargs)
 
@@ -57,11 +58,12 @@ class StrictModel(PreTrainedModel):
         Other shapes raise before weights are drawn in their place, which may be many.
         """
         source = load_config.pretrained_model_name_or_path or model.config.name_or_path
+        absent = vars(model).pop(ABSENT_PARTS, {})
         if loading_info.mismatched_keys and not load_config.ignore_mismatched_sizes:
-            found = loading_info.to_dict()
             tied = getattr(model, "all_tied_weights_keys", {})
-            found["missing_keys"] = {key for key in found["missing_keys"] if key not in tied}
-            raise ValueError(_report(source, model, _differences(found, False)))
+            info = _as_stored(loading_info, absent)
+            info["missing_keys"] = {key for key in info["missing_keys"] if key not in tied}
+            raise ValueError(_report(source, model, _differences(info, False)))
         try:
             found = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
         except RuntimeError as error:
@@ -69,7 +71,7 @@ class StrictModel(PreTrainedModel):
                 raise
             keys = ", ".join(group_keys(loading_info.conversion_errors))
             raise ValueError(f"{source}: these can't be made of its weights: {keys}") from error
-        model._own_loading_info = found.to_dict()
+        model._own_loading_info = _as_stored(found, absent)
         return found
 
 
@@ -110,6 +112,8 @@ def load_strictly(
     }
     with _tables_held(strict) as tables, naming_damaged_files(source, kwargs, model_class):
         model, info = load(source, *args, **options)
+        if model.can_generate():
+            check_generation_config(source, kwargs)
     own = vars(model).pop("_own_loading_info", info)
     if isinstance(model, StrictModel) and getattr(model, "hf_quantizer", None) is None:
         # Saving undoes the conversions that this checkpoint needed; it is to write the same keys
@@ -123,6 +127,15 @@ def load_strictly(
     for table in tables:
         _TRANSFORMERS.handle(table)
     return (model, info) if output_loading_info else model
+
+
+def _as_stored(loading_info: Any, absent: Mapping[str, list[str]]) -> dict[str, Any]:
+    """What transformers reports, with the missing keys as a file would have them."""
+    info = loading_info.to_dict()
+    info["missing_keys"] = {
+        stored for key in info["missing_keys"] for stored in absent.get(key, [key])
+    }
+    return info
 
 
 def _report(source: Any, model: Any, differences: KeyDifferences) -> str:

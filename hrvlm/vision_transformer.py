@@ -23,7 +23,7 @@ from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import check_backend
 
 from . import checkpoint_mapping
-from .checkpoints import is_foreign, load_foreign
+from .checkpoints import foreign_base, is_foreign, load_foreign
 from .encoder_layers import (
     FUSED_OPS,
     DINOv3Embeddings,
@@ -121,6 +121,11 @@ class DINOv3Encoder(StrictModel):
         load = super().from_pretrained
         if source is not None and is_foreign(path := Path(source, kwargs.get("subfolder") or "")):
             return load_foreign(load, path, *model_args, **kwargs)
+        if source is not None and (base := foreign_base(path)):
+            raise ValueError(
+                f"{path}: an adapter of {base}, which is no directory of transformers: load that, "
+                "and the adapter on top by peft.PeftModel.from_pretrained"
+            )
         return load(source, *model_args, **kwargs)
 
     @torch.no_grad()

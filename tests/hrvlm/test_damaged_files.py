@@ -135,6 +135,7 @@ def test_each_file_of_a_directory_is_named_when_damaged(damage, directories, tmp
         ("pickle", DINOv3Encoder.from_pretrained, ["pytorch_model.bin"]),
         ("shards", DINOv3Encoder.from_pretrained, ["model.safetensors.index.json"]),
         ("vlm", VisionLanguageModel.from_pretrained, ["config.json", "model.safetensors"]),
+        ("vlm", VisionLanguageModel.from_pretrained, ["generation_config.json"]),
         ("vlm", VLMProcessor.from_pretrained, ["tokenizer.json", "processor_config.json"]),
     ):
         for name in names:

@@ -67,7 +67,7 @@ UNFIT = {
         "encoder",
         without("k_proj"),
         {},
-        r"shape \[128, 64\] instead of \[192, 64\] \(3\)",
+        r"missing \(3\): layer.\{0..2\}.attention.k_proj.weight \(3\)\n\(",
     ),
     "left_over": ("encoder", more(extra=torch.ones(1)), {}, r"unexpected \(1\): extra"),
     "shape": (
@@ -130,6 +130,39 @@ def test_transformers_own_leniency_can_be_asked_for(saved, tmp_path):
     directory = changed(saved / "encoder", tmp_path / "both", without("cls_token"))
     with pytest.raises(ValueError, match=r"missing .*cls_token"):
         DINOv3Encoder.from_pretrained(directory, ignore_mismatched_sizes=True)
+
+
+def test_a_lacking_part_of_a_fused_matrix_is_missing_and_no_other_shape(saved, tmp_path):
+    key = "vision_encoder.layer.1.attention.k_proj.weight"
+    directory = changed(saved / "vlm", tmp_path / "vlm", without(key))
+    for options in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ValueError, match=rf":\nmissing \(1\): {key}\n\("):
+            VisionLanguageModel.from_pretrained(directory, **options)
+    fused = key.replace("k_proj", "qkv")
+    model, info = VisionLanguageModel.from_pretrained(
+        directory, strict=False, output_loading_info=True
+    )
+    assert info["missing_keys"] == {fused} and not info["mismatched_keys"]
+    assert 0 < model.get_parameter(fused).std() < 1
+    assert not hasattr(model, "_absent_parts")
+
+
+def test_what_is_no_file_and_no_directory_is_not_looked_for_on_the_hub(tmp_path):
+    for path in ("dinov3_vits16.pth", tmp_path / "model.safetensors"):
+        with pytest.raises(FileNotFoundError, match=f"no checkpoint at {path}"):
+            DINOv3Encoder.from_pretrained(path)
+        with pytest.raises(ValueError, match=f"no checkpoint at {path}"):
+            load_encoder(str(path))
+
+
+def test_an_adapter_of_a_weight_file_says_how_to_load_it(tmp_path):
+    _, tensors = canonical_of()
+    torch.save(tensors, tmp_path / "dinov3.pth")
+    encoder = DINOv3Encoder.from_pretrained(tmp_path / "dinov3.pth", num_attention_heads=2)
+    adapter = get_peft_model(encoder, LoraConfig(target_modules=["qkv"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"an adapter of .*dinov3.pth.*PeftModel"):
+        DINOv3Encoder.from_pretrained(tmp_path / "adapter")
 
 
 def test_keys_of_transformers_memory_load_exactly_and_are_saved_as_in_its_files(tmp_path, saved):
@@ -294,8 +327,9 @@ def test_files_take_options_and_a_config_and_are_strict(tmp_path):
         path, config=config, strict=False, output_loading_info=True
     )
     assert info["missing_keys"] == {"layer.1.norm1.bias", "norm.weight"} and lax.norm.weight.all()
-    with pytest.raises(ValueError, match="is a file, expected a directory or a hub id"):
-        VisionLanguageModel.from_pretrained(path)
+    for options in ({}, {"config": model_of().config}):
+        with pytest.raises(ValueError, match="is a file, expected a directory or a hub id"):
+            VisionLanguageModel.from_pretrained(path, **options)
 
 
 def test_a_state_dict_in_place_of_a_directory_is_judged_too():
