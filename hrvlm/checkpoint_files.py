@@ -228,6 +228,10 @@ def _load_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
         raise ValueError(f"{path}: damaged torch.save file ({summary(error)})") from error
     if tensors is None:
         raise ValueError(f"{path}: expected a dict of tensors, got {type(loaded).__name__}")
+    for key, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout != torch.strided:
+            what = "on meta, without values" if tensor.is_meta else tensor.layout
+            raise ValueError(f"{path}: {key} is {what}; expected a dense tensor")
     return tensors
 
 

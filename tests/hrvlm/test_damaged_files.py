@@ -160,6 +160,8 @@ def test_what_is_not_a_checkpoint_is_named(files, tmp_path):
         ),
         ("integers.pth", saved(_integers(files))),
         ("heads.pth", saved(_without_periods(files))),
+        ("sparse.pth", saved(_with_norm(files, torch.ones(64).to_sparse()))),
+        ("meta.pth", saved(_with_norm(files, torch.ones(64, device="meta")))),
         ("index.json", json.dumps({"weight_map": {"a": 1}}).encode()),
     ):
         path = tmp_path / name
@@ -185,6 +187,10 @@ def test_what_is_not_a_checkpoint_is_named(files, tmp_path):
 def _integers(files):
     state = torch.load(io.BytesIO(files["legacy"][0]))
     return {key: tensor.to(torch.int32) for key, tensor in state.items()}
+
+
+def _with_norm(files, weight):
+    return torch.load(io.BytesIO(files["legacy"][0])) | {"norm.weight": weight}
 
 
 def _without_periods(files):
