@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,21 @@ def load_image_in_worker(
     """
     label = f"image {name}" if isinstance(name, int) else name or "image"
     options = {"name": name, "background": list(background), "max_pixels": max_pixels}
-    try:
-        worker = subprocess.run(
-            [sys.executable, "-m", __name__, json.dumps(options)],
-            input=data,
-            capture_output=True,
-            timeout=WALL_SECONDS,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-    except subprocess.TimeoutExpired:
-        raise ImageError(f"{label}: to decode it took more than {WALL_SECONDS} s") from None
-    head, _, pixels = worker.stdout.partition(b"\n")
+    # A pipe or a buffer would hold the pixels in pieces and as a whole.
+    with tempfile.TemporaryFile(buffering=0) as written:
+        try:
+            worker = subprocess.run(
+                [sys.executable, "-m", __name__, json.dumps(options)],
+                input=data,
+                stdout=written,
+                stderr=subprocess.DEVNULL,
+                timeout=WALL_SECONDS,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        except subprocess.TimeoutExpired:
+            raise ImageError(f"{label}: to decode it took more than {WALL_SECONDS} s") from None
+        written.seek(0)
+        head, pixels = written.readline(), written.read()
     if worker.returncode != 0 or not head:
         raise ImageError(
             f"{label}: the process that decodes it ended with code {worker.returncode}: over "

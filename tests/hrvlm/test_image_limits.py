@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,15 @@ def test_a_worker_gives_the_same_pixels():
     np.testing.assert_array_equal(
         load_image_in_worker(data, **options), load_image(data, **options)
     )
+
+
+def test_a_workers_pixels_are_held_once_beside_the_image():
+    data = encode(Image.new("RGB", (3000, 3000)), "PNG")
+    tracemalloc.start()
+    load_image_in_worker(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 27e6 < peak < 30e6  # Pillow's own pixels are not counted
 
 
 def test_a_worker_tells_what_load_image_does():
