@@ -6,6 +6,7 @@
 # make tune    time the kernels' tile sizes on a GPU and write their tables: before make gpu
 # make gpu     the GPU tests and benchmarks in under ten minutes, with the python3 at hand
 # make pretended  the GPU tests and benchmarks on a pretended GPU: devices, waits, signatures; no numbers
+# make compiled  all kernels as compiled for sm_80 and sm_90, executed on the CPU: results and docs/compiled.md
 # make sanitize  the kernels on small shapes under compute-sanitizer, on a GPU
 # make fuzz-images  read 100 000 mutated image files under a memory and time rule (minutes)
 # make clean   remove what the others wrote, .venv excepted
@@ -18,7 +19,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := demo
 .NOTPARALLEL:
-.PHONY: demo test test-newest test-oldest lint tune gpu sanitize fuzz-images clean pretended
+.PHONY: demo test test-newest test-oldest lint compiled tune gpu sanitize fuzz-images clean pretended
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -75,6 +76,13 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+compiled: $(INSTALLED_DEV)
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=0 COMPILED=all COMPILED_OUT=benchmarks/results \
+	  $(BIN)/python -m pytest --benchmark-disable $(WORKERS) tests/compiled
+	@for chip in sm_80 sm_90; do OMP_NUM_THREADS=1 KERNELS_ON=$$chip \
+	  $(BIN)/python -m pytest --benchmark-disable $(WORKERS) -k "not compile" tests/kernels; done
+	@$(BIN)/python -m benchmarks.compiled.page
 
 tune:
 	$(BARE) -m benchmarks.tune $(TUNE_ARGS)

@@ -1,4 +1,4 @@
-"""The result file of a chip: what ran as compiled for it on ptx_machine. There is no device."""
+"""The result files of a chip: what ran as compiled for it on ptx_machine. There is no device."""
 
 from __future__ import annotations
 
@@ -18,21 +18,29 @@ SCHEMA = 1
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
-def path_of(folder: Path, chip: int) -> Path:
-    """Where the results of a chip stand."""
-    return folder / f"compiled-sm_{chip}.json"
+KINDS = {  # of rows: the file's name, and what its rows are sorted by
+    "case": ("compiled-sm_{}.json", ("op", "dtype", "configuration")),
+    "fault": ("compiled-faults-sm_{}.json", ("kernel", "fault", "number")),
+}
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def read(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The documents of all chips, oldest chip first."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("compiled-sm_*.json"))]
+    paths = sorted(folder.glob(KINDS[kind][0].format("*")))
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def write(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A file for each chip; a row has "chip" and "kind" ("case" or "fault")."""
-    rows = list(rows)
-    for chip in sorted({row["chip"] for row in rows}):
-        mine = [row for row in rows if row["chip"] == chip]
+    """A file for each chip and kind of row that there is: a row has "chip" and "kind"."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        kept = {name: value for name, value in row.items() if name not in ("chip", "kind")}
+        groups.setdefault((row["kind"], row["chip"]), []).append(kept)
+    for (kind, chip), kept in groups.items():
+        name, keys = KINDS[kind]
+        kept.sort(
+            key=lambda row, keys=keys: [row[key] for key in keys]
+        )  # whatever process was first
         document = {
             "schema": SCHEMA,
             "chip": f"sm_{chip}",
@@ -41,14 +49,6 @@ def write(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
             | {"python": platform.python_version()},
             "commit": commit_here(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "cases": _sorted(mine, "case", ("op", "dtype", "configuration")),
-            "faults": _sorted(mine, "fault", ("kernel", "fault", "number")),
+            "rows": kept,
         }
-        write_text(path_of(folder, chip), json.dumps(document, indent=1) + "\n")
-
-
-def _sorted(rows: list[dict[str, Any]], kind: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows of this kind, in an order that the number of processes has no part in."""
-    wanted = [row for row in rows if row["kind"] == kind]
-    wanted.sort(key=lambda row: [row[key] for key in keys])
-    return [{k: v for k, v in row.items() if k not in ("chip", "kind")} for row in wanted]
+        write_text(folder / name.format(chip), json.dumps(document, indent=1) + "\n")

@@ -1,0 +1,150 @@
+"""Make docs/compiled.md from the result files: what was executed without a GPU, and what it showed.
+
+python -m benchmarks.compiled.page [--results FOLDER] [--docs FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compiled import results
+from hrvlm.files import write_text
+
+DOCS = Path(__file__).parents[2] / "docs"
+NAME = "compiled.md"
+
+ABOUT = """\
+# Kernels as compiled, executed on a CPU
+
+Made by `make compiled` (`python -m benchmarks.compiled.page`) from the result files
+`benchmarks/results/compiled-*.json`; don't edit.
+
+No GPU has run any of this. Triton's NVIDIA backend compiled each kernel for the chip, and the PTX
+that came out was executed with numpy, instruction by instruction, on ordinary CPU tensors
+(`kernels/ptx_machine`). That sees what Triton's interpreter does not: bfloat16, layouts, vector
+widths, software pipelining, tensor-core fragments, TMA, shared memory, barriers. It does not see
+what ptxas makes of the PTX, nor registers, occupancy or time, and it is not a chip.
+
+Every access is checked: bounds and alignment, reads of shared memory that nobody wrote, races in
+shared and global memory, asynchronous copies and products touched before their wait, the order of
+the async proxy, deadlock. A finding fails a case.
+
+*Share of the allowed error* is the largest of error / limit over outputs and gradients, over the
+whole tensor, every segment and the worst row (the rules of `hrvlm/numeric_rules.py`, as in all
+tests); above 1 fails. For elementwise rules a share near 1 is half a rounding: as good as it gets.
+*Instructions* are those executed by all threads of all launches of the case.
+"""
+NOTE = """\
+**Triton 3.6 puts no `fence.proxy.async` between `cp.async` and wgmma** (fixed upstream in 3.7). The
+loops that load by pointers have this pattern on sm_90, where the PTX memory model asks for the
+fence: it was seen in {ops}. It is counted as a note, for this pattern only. Attention's forward
+order `ahead`, which loads by TMA, is free of it. On Hopper, use Triton 3.7 or newer.
+"""
+FAULTS = """\
+## Faults seeded in the PTX
+
+One instruction of a compiled kernel is changed, at up to three places of each kind spread over the
+kernel, and the kernel runs again: something has to notice, or there is a reason why the change does
+nothing. `tests/compiled/test_faults.py` holds the reasons and proves a sample again with every
+`make test`, all with `make compiled`.
+
+- *barrier dropped*: `bar.sync`; *wait dropped*, *wait a group short*: `cp.async.wait_group`,
+  `wgmma.wait_group`, mbarriers; *fence dropped*: `fence.proxy.async`; *half the bytes expected*: of
+  an mbarrier
+- *mask off by one*: `<` becomes `<=`, `>` becomes `>=`
+- *operands exchanged*: two registers of A, or the descriptors of A and B, of a tensor-core product
+- *vector shifted*: a load, store or copy of global memory, by its own size; *store dropped*: to
+  global or shared memory
+"""
+
+
+def page(cases: Sequence[dict[str, Any]], faults: Sequence[dict[str, Any]]) -> str:
+    """The text of docs/compiled.md, from the documents of all chips."""
+    parts = [ABOUT]
+    if ops := sorted({op for document in cases for op in _without_fence(document)}):
+        parts.append(NOTE.format(ops=", ".join(f"`{op}`" for op in ops)))
+    parts += map(_cases, cases)
+    if faults:
+        parts += [FAULTS, *map(_faults, faults)]
+    return "\n".join(parts)
+
+
+def _without_fence(document: dict[str, Any]) -> set[str]:
+    """The ops in which the machine noted the pattern."""
+    start = "no fence.proxy.async between cp.async"
+    rows = document["rows"]
+    return {row["op"] for row in rows if any(note.startswith(start) for note in row["notes"])}
+
+
+def _provenance(document: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    return f"Device: none. {versions}; commit {document['commit']}, {document['date'][:10]}."
+
+
+def _cases(document: dict[str, Any]) -> str:
+    cases = document["rows"]
+    bad = sum(bool(case["findings"] or case["problem"]) for case in cases)
+    executed = _millions(sum(case["instructions"] for case in cases))
+    rows = [
+        (
+            case["op"],
+            case["dtype"],
+            case["configuration"],
+            "failed" if case["problem"] else f"{case['used']:.2f}",
+            ", ".join(f"{kind} {n}" for kind, n in case["findings"].items()) or "none",
+            _millions(case["instructions"]),
+        )
+        for case in cases
+    ]
+    columns = "op", "dtype", "configuration", "share", "findings", "instructions, million"
+    return (
+        f"## {document['chip']}\n\n{_provenance(document)} {len(cases)} cases, {bad or 'none'} "
+        f"with a finding or above a limit; {executed} million instructions executed.\n\n"
+        f"{_table(columns, rows)}\n"
+    )
+
+
+def _faults(document: dict[str, Any]) -> str:
+    faults = document["rows"]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for fault in faults:
+        groups.setdefault((fault["kernel"], fault["fault"]), []).append(fault)
+    rows = []
+    for (kernel, kind), places in groups.items():
+        by = Counter(fault["noticed"] for fault in places if fault["noticed"])
+        why = Counter(fault["reason"] for fault in places if not fault["noticed"])
+        lists = ("; ".join(f"{text} ({n})" for text, n in c.items()) for c in (by, why))
+        rows.append((kernel, kind, len(places), *lists))
+    noticed = sum(bool(fault["noticed"]) for fault in faults)
+    columns = "kernel", "fault", "places", "noticed by", "without effect, because"
+    return (
+        f"### Faults on {document['chip']}\n\n{_provenance(document)} {len(faults)} faults, "
+        f"{noticed} noticed, {len(faults) - noticed} without effect.\n\n{_table(columns, rows)}\n"
+    )
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=results.FOLDER)
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    options = parser.parse_args(arguments)
+    documents = [results.read(options.results, kind) for kind in ("case", "fault")]
+    write_text(options.docs / NAME, page(*documents))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""Faults seeded in the PTX of the kernels: each is noticed, or has a reason why it does nothing.
+
+A fault changes one instruction: what a compiler's bug, or a wrong order of operations in a kernel,
+would come to. Of every kind a few places of each kernel are tried, spread over the kernel.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import hrvlm_kernels
+import ptx_machine
+from hrvlm_kernels import pixel_shuffle_linear_backward_triton as shuffle_backward
+from hrvlm_kernels import pixel_shuffle_linear_triton as shuffle_forward
+from tests.compiled.cases import BF16, BOTH, Attention, attention_tiles
+from tests.compiled.judge import Outcome, judge
+from tests.kernels import attention_cases as attention
+from tests.kernels import test_layer_norm_pixel_shuffle as norm
+from tests.kernels import test_normalize_patchify as patchify
+from tests.kernels import test_pixel_shuffle_linear as shuffle
+from tests.kernels import test_residual_layer_norm as residual
+from tests.kernels import test_rope_2d as rope
+from tests.kernels import test_swiglu as gated
+from tests.kernels import test_varlen_attention as forward
+from tests.numerics import assert_elements
+
+PLACES = 3  # of a kind in a kernel, at most
+ENDS_OF_BLOCKS = range(1024 + 77, 2048, 128)  # of 1024 elements, by 128 threads
+MAX_STEPS = 500_000  # blocks of a launch: some faults make loops endless
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One changed instruction.
+
+    Attributes:
+        kind: key of :data:`KINDS`.
+        number: which of the places of this kind in the kernel, from 0.
+        place: the line of the kernel's source that the instruction comes from.
+        ptx: of the kernel, with the fault.
+    """
+
+    kind: str
+    number: int
+    place: str
+    ptx: str = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.number} ({self.place})"
+
+
+Change = Callable[[str], str | None]  # a line with the fault; None where there is no such fault
+
+
+def _dropped(pattern: str) -> Change:
+    return lambda line: "" if re.search(pattern, line) else None
+
+
+def _replaced(pattern: str, new: str | Callable[[re.Match[str]], str]) -> Change:
+    def change(line: str) -> str | None:
+        made, count = re.subn(pattern, new, line, count=1)
+        return made if count else None
+
+    return change
+
+
+def _first_of(*changes: Change) -> Change:
+    return lambda line: next((made for c in changes if (made := c(line)) is not None), None)
+
+
+def _exchanged(line: str) -> str | None:
+    """A and B of a product, or two registers of A, or the two halves of B, whatever it has."""
+    if re.search(r"\bmma\.sync", line):
+        parts = re.findall(r"\{[^}]*\}", line)
+        registers = parts[1].strip("{} ").split(", ")
+        if len(registers) < 2:
+            return None
+        registers[:2] = registers[1::-1]
+        return line.replace(parts[1], "{ " + ", ".join(registers) + " }", 1)
+    if "wgmma.mma_async" in line:
+        head, operands = line.split("}", 1)
+        made, count = re.subn(r"^, (%rd\d+), (%rd\d+)", r", \2, \1", operands)
+        if not count:  # A in registers
+            made, count = re.subn(r"\{(%r\d+),(%r\d+)", r"{\2,\1", operands, count=1)
+        return f"{head}}}{made}" if count else None
+    return None
+
+
+def _moved(line: str) -> str | None:
+    """A vector of global memory, loaded or stored by its own size too far."""
+    vector = re.search(r"\b(?:ld|st)\.global\S*\.v([248])\.b(\d+)", line)
+    size = int(vector[1]) * int(vector[2]) // 8 if vector else 16
+    if vector:
+        return re.sub(r"\+ (\d+) \]", lambda m: f"+ {int(m[1]) + size} ]", line, count=1)
+    if re.search(r"\bcp\.async\.c[ag]\.shared", line):
+        return re.sub(r"(\], \[ %rd\d+ \+ )(\d+)", lambda m: f"{m[1]}{int(m[2]) + size}", line)
+    return None
+
+
+KINDS: dict[str, Change] = {
+    "barrier dropped": _dropped(r"\bbar\.sync"),
+    "wait dropped": _first_of(
+        _dropped(r"\b(cp\.async|wgmma)\.wait_group"),
+        _replaced(r"mbarrier\.try_wait\S*\s+(\w+),.*", r"setp.eq.u32 \1, 0, 0;"),
+    ),
+    "wait a group short": _replaced(
+        r"\b((?:cp\.async|wgmma)\.wait_group\S*\s+)(\d+)", lambda m: f"{m[1]}{int(m[2]) + 1}"
+    ),
+    "fence dropped": _dropped(r"\bfence\.proxy\.async"),
+    "half the bytes expected": _replaced(
+        r"(arrive\.expect_tx.*, )(\d+);", lambda m: f"{m[1]}{int(m[2]) // 2};"
+    ),
+    "mask off by one": _first_of(
+        _replaced(r"\bsetp\.lt\.(s\d\d)", r"setp.le.\1"),
+        _replaced(r"\bsetp\.gt\.(s\d\d)", r"setp.ge.\1"),
+    ),
+    "operands exchanged": _exchanged,
+    "vector shifted": _moved,
+    "store dropped": _dropped(r"^\s*(@!?%p\d+ )?(st\.(global|shared)|stmatrix)"),
+}
+
+
+ORDER = ("barrier dropped", "wait dropped", "wait a group short", "fence dropped")
+
+
+def faults_of(ptx: str, places: int = PLACES) -> Iterator[Fault]:
+    """Of every kind, at most so many places, spread evenly."""
+    lines = ptx.splitlines()
+    for kind, change in KINDS.items():
+        made = [(i, new) for i, line in enumerate(lines) if (new := change(line)) is not None]
+        step = max(1, (len(made) - 1) / max(1, places - 1)) if len(made) > places else 1
+        wanted = sorted({round(k * step) for k in range(min(places, len(made)))})
+        for number in wanted:
+            i, new = made[number]
+            text = "\n".join([*lines[:i], new, *lines[i + 1 :]]) + "\n"
+            yield Fault(kind, number, _source(lines, i), text)
+
+
+def _source(lines: list[str], at: int) -> str:
+    """The line of a kernel that instruction `at` comes from, outside of what it calls in Triton."""
+    loc = next((ln for ln in reversed(lines[:at]) if re.match(r"\s*\.loc\s", ln)), "")
+    for file, number in re.findall(r"(\w+\.py):(\d+)", loc.partition("//")[2]):
+        text = _file(file)
+        if text and int(number):
+            return f"{file}: {text[int(number) - 1].strip()}"
+    return "in Triton's own library"
+
+
+@cache
+def _file(name: str) -> list[str]:
+    path = Path(hrvlm_kernels.__file__).parent / name
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel, and what runs it.
+
+    Attributes:
+        name: of the kernel, in the words of the page.
+        kernel: the function's name.
+        run: with inputs in which every instruction matters but the masks.
+        ends: with sizes that end at every element of a tile, for the masks.
+        chips: for which it is shipped.
+    """
+
+    name: str
+    kernel: str
+    run: Callable[[], object]
+    ends: Callable[[], object]
+    chips: tuple[int, ...] = BOTH
+
+    def runs(self, fault: Fault) -> list[Callable[[], object]]:
+        """What has to notice a fault, if it has an effect; order is checked whatever the sizes."""
+        return [self.run] if fault.kind in ORDER else [self.run, self.ends]
+
+
+def subjects() -> list[Subject]:
+    elementwise = {
+        "swiglu": (lambda: gated.check(5, 1100, BF16), _widths),
+        "residual_layer_norm": (
+            lambda: residual.check(37, 600, BF16),
+            lambda: [residual.check(n, 600, BF16) for n in range(1, 18)],
+        ),
+        "layer_norm_pixel_shuffle": (
+            lambda: norm.check_all(2, 600, BF16),
+            lambda: [norm.check_all(2, 600, BF16, grids=[(1, n)]) for n in range(1, 18)],
+        ),
+    }
+    return [
+        _attention("attention forward", "forward_kernel", chips=(80,), backward=False),
+        _attention("attention forward, ahead", "forward_kernel", chips=(90,), backward=False),
+        _attention(
+            "attention forward, plain", "forward_kernel", chips=(90,), backward=False,
+            tiles="fallback",
+        ),
+        _attention(  # no table of sm_80 asks for it
+            "attention of short images", "short_kernel", chips=(90,), rope=True, backward=False
+        ),
+        _attention("attention dq", "dq_kernel"),
+        _attention("attention dk, dv", "dkdv_kernel"),
+        _attention("attention dk, dv, dq by atomics", "dkdv_kernel", deterministic=False),
+        *(
+            Subject(
+                f"pixel_shuffle_linear {part}", f"{part}_kernel",
+                # More than a tile of rows and of features, and a ragged end of both.
+                lambda: shuffle.check_all(2, 64, 133, BF16, grids=[(1, 1), (9, 15)]), _rows,
+            )
+            for part in ("forward", "dx", "dweight")
+        ),
+        Subject("pixel_shuffle_linear, prefix rows", "zero_prefix_kernel", _prefix, _prefix),
+        Subject("pixel_shuffle_linear, adding parts", "add_parts_kernel", _parts, _parts),
+        Subject(
+            "rope_2d", "rope_2d_kernel", lambda: rope.check_forward(80, BF16),
+            lambda: [rope.check_forward(80, BF16, grids=[(1, n)], prefix=0) for n in range(1, 34)],
+        ),
+        *(
+            Subject(f"{op} {way}", f"{way}_kernel", run, ends)
+            for op, (run, ends) in elementwise.items()
+            for way in ("forward", "backward")
+        ),
+        Subject(
+            "normalize_patchify", "forward_kernel", lambda: patchify.check(16, BF16),
+            lambda: patchify.check(
+                16, BF16, images=patchify.make_images(16, [(2, n) for n in range(1, 18)])
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def _attention(
+    name: str, kernel: str, *, chips=BOTH, backward=True, rope=False, tiles="first",
+    deterministic=True,
+) -> Subject:  # fmt: skip
+    """With scores around 0, long enough for every stage of the loop; and with every kind of end."""
+    way = Attention(32, rope, tiles, deterministic)
+
+    def check(change=lambda case: case):
+        case = change(way.case((1, 0, 63, 128, 256 if rope else 520), BF16, heads=1))
+        if backward:
+            return way.check(case)
+        with attention_tiles(tiles):
+            out, lse = forward.run_forward(case)
+        attention.check(case, [out], ["out"])
+        return forward.check_lse(case, lse)
+
+    def results(case):
+        return way.results(case) if backward else forward.run_forward(case)[:1]
+
+    def ends():
+        check(attention.below_zero)  # where the log-sum-exp of each row is another
+        way.check_ends(BF16, results, heads=1)
+
+    return Subject(name, kernel, check, ends, chips)
+
+
+def _widths() -> None:
+    """Ends among each of the eight elements that a thread has."""
+    for width in ENDS_OF_BLOCKS:
+        gated.check(2, width, BF16)
+
+
+def _rows() -> None:
+    """Every second row of a tile of 128 as the end, and features of every remainder by 8.
+
+    Neither features nor outputs are a multiple of 16: that is another specialisation.
+    """
+    widths = [n for n in (*range(2, 10), *range(17, 130, 9)) if n % 16]
+    for n in range(64):
+        shuffle.check_all(2, 64, widths[n % len(widths)], BF16, grids=[(1, 2 * n + 1)])
+
+
+def _prefix() -> None:
+    """Nothing but the prefix rows is touched."""
+    ends = torch.tensor([0, 7, 9], dtype=torch.int32)
+    for channels in range(33, 48):
+        dx = torch.full((9, channels), 3.0, dtype=BF16)
+        shuffle_backward.zero_prefix_kernel[(2,)](
+            dx, ends, channels, *dx.stride(), PREFIX=2, BLOCK=32
+        )
+        expected = torch.full_like(dx, 3.0)
+        expected[[0, 1, 7, 8]] = 0
+        assert torch.equal(dx, expected)
+
+
+def _parts() -> None:
+    """Likewise, with a bias."""
+    rng = torch.Generator().manual_seed(0)
+    for width in ENDS_OF_BLOCKS:
+        parts = torch.randn(3, 1, width, generator=rng)
+        bias = torch.randn(width, generator=rng).to(BF16)
+        out = torch.full((1, width), float("nan"), dtype=BF16)
+        shuffle_forward.add_parts(parts, bias, out)
+        exact = parts.double().sum(0) + bias.double()
+        terms = parts.double().abs().sum(0) + bias.double().abs()
+        assert_elements(out, exact, 2.0**-8 * exact.abs() + 2.0**-21 * terms)
+
+
+@contextmanager
+def collected(machine: ptx_machine.PtxDriver, kernel: str) -> Iterator[list[str]]:
+    """The PTX of all specialisations of a kernel that run meanwhile."""
+    seen: list[str] = []
+
+    def keep(name: str, ptx: str) -> str:
+        if name == kernel and ptx not in seen:
+            seen.append(ptx)
+        return ptx
+
+    with ptx_machine.edited(machine, keep):
+        yield seen
+
+
+def ptx_of(machine: ptx_machine.PtxDriver, subject: Subject) -> str:
+    """What the subject's kernel is compiled to; without a fault nothing is noticed."""
+    with collected(machine, subject.kernel) as seen:
+        for run in (subject.run, subject.ends):
+            outcome = judge(machine, run)
+            assert not outcome.noticed, outcome
+    assert len(seen) == 1, f"{len(seen)} specialisations of {subject.kernel} ran, not one"
+    return seen[0]
+
+
+def outcomes(
+    machine: ptx_machine.PtxDriver, subject: Subject, original: str, fault: Fault
+) -> Iterator[Outcome]:
+    """One for each way to run the subject, with the fault in the kernel."""
+
+    def plant(name: str, ptx: str) -> str:
+        return fault.ptx if name == subject.kernel and ptx == original else ptx
+
+    before, machine.options.max_steps = machine.options.max_steps, MAX_STEPS
+    try:
+        with ptx_machine.edited(machine, plant):
+            for run in subject.runs(fault):
+                yield judge(machine, run)
+    finally:
+        machine.options.max_steps = before
+
+
+def noticed_by(machine, subject: Subject, original: str, fault: Fault) -> str:
+    """What noticed the fault first; nothing if it went unnoticed."""
+    for outcome in outcomes(machine, subject, original, fault):
+        if outcome.noticed:
+            return ", ".join(outcome.noticed)
+    return ""

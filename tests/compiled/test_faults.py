@@ -1,0 +1,35 @@
+"""Faults seeded in the PTX of every kernel: noticed, or known to do nothing, for a reason."""
+
+import os
+
+import pytest
+
+from tests.compiled.faults import PLACES, Subject, faults_of, noticed_by, ptx_of, subjects
+from tests.compiled.harmless import reason_for
+
+EVERYTHING = os.environ.get("COMPILED") == "all"
+# The kernels that `make test` takes, with one fault of every kind.
+CORE = {("attention forward, ahead", 90), ("pixel_shuffle_linear forward", 80)}
+
+
+def tried() -> list[tuple[Subject, int]]:
+    pairs = [(subject, chip) for subject in subjects() for chip in subject.chips]
+    return [(s, chip) for s, chip in pairs if EVERYTHING or (s.name, chip) in CORE]
+
+
+@pytest.mark.parametrize(
+    ("subject", "chip"), tried(), ids=lambda a: a.name if isinstance(a, Subject) else f"sm_{a}"
+)
+def test_every_fault_is_noticed_or_harmless(machine, subject, chip, record):
+    unexplained = []
+    original = ptx_of(machine, subject)
+    for fault in faults_of(original, PLACES if EVERYTHING else 1):
+        noticed = noticed_by(machine, subject, original, fault)
+        reason = "" if noticed else reason_for(subject.name, fault)
+        record(
+            kind="fault", chip=chip, kernel=subject.name, fault=fault.kind, number=fault.number,
+            place=fault.place, noticed=noticed, reason=reason,
+        )  # fmt: skip
+        if not noticed and not reason:
+            unexplained.append(str(fault))
+    assert not unexplained, "\n".join(unexplained)
