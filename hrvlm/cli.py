@@ -57,7 +57,9 @@ def encode(
     images: Annotated[list[Path], typer.Argument(help="Image files, or directories of them.")],
     model: Annotated[
         str | None,
-        typer.Option(help="Hub id or directory of a DINOv3 encoder; without it: random weights."),
+        typer.Option(
+            help="Hub id, directory or weight file of a DINOv3 encoder; without it: random weights."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for features and pictures.")] = None,
     max_img_size: MaxImgSize = 1024,

@@ -30,7 +30,7 @@ def fetch_image(source: str, label: str) -> bytes:
     if len(text) > MAX_BYTES * 3 // 2:
         raise ImageError(f"{label}: more than {MAX_BYTES} bytes in base64")
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)
     except (binascii.Error, ValueError):
         raise ImageError(
             f"{label}: no such file, and not base64 either: {source[:60]!r}..."
@@ -43,9 +43,15 @@ def _download(url: str, label: str) -> bytes:
 
     data, started = bytearray(), time.monotonic()
     try:
-        with get_session().stream("GET", url, follow_redirects=True, timeout=SECONDS) as response:
+        # As it is and as it comes: a server could send gigabytes compressed, or a byte a minute.
+        headers = {"Accept-Encoding": "identity"}
+        with get_session().stream(
+            "GET", url, headers=headers, follow_redirects=True, timeout=SECONDS
+        ) as response:
             response.raise_for_status()
-            for part in response.iter_bytes(1 << 20):
+            if (coding := response.headers.get("Content-Encoding", "identity")) != "identity":
+                raise ImageError(f"{label}: sent compressed ({coding}), though not asked to: {url}")
+            for part in response.iter_raw():
                 data += part
                 if len(data) > MAX_BYTES:
                     raise ImageError(f"{label}: more than {MAX_BYTES} bytes at {url}")

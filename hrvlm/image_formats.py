@@ -99,7 +99,10 @@ def read_header(stream: IO[bytes], label: str, max_pixels: int) -> Still:
     except ImageError:
         raise
     except LimitError as error:
-        raise ImageError(f"{label} is over the limits of a {format.name} file: {error}") from error
+        raise ImageError(
+            f"{label} is over the limits of a {format.name} file: {error}; a file that you trust: "
+            "open it yourself and pass the Pillow image"
+        ) from error
     except Exception as error:
         raise ImageError(
             f"{label} has a {format.name} header that cannot be read: {error}"

@@ -14,6 +14,7 @@ from .image_stills import (
     MAX_METADATA,
     MAX_SEGMENTS,
     LimitError,
+    Orientation,
     Piece,
     Reader,
     Still,
@@ -23,11 +24,15 @@ from .image_stills import (
 
 # Pillow decodes some files in Python: run-length BMP, plain PPM, PPM of another depth than 8 or 16.
 PYTHON_SAMPLES, PYTHON_BYTES = 1 << 21, 1 << 22
+MAX_BLOCKS = 1 << 16  # of GIF's metadata, 255 bytes each
 
-_MARKER = re.compile(rb"\xff+([^\x00\xff])")
-_NEXT_SEGMENT = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # past entropy-coded data
+# Not \xff+, which would try a run of fill bytes again from each of them.
+_MARKER = re.compile(rb"\xff([^\x00\xff])")
+_NEXT_SEGMENT = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # past entropy-coded data
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _TOKEN = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*([^\s#]+)")
+# Texts that tools hide an orientation in.
+_PNG_TEXTS = {b"Raw profile type exif": "profile", b"XML:com.adobe.xmp": "XMP"}
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 
 
@@ -35,7 +40,7 @@ def jpeg(file: Reader) -> Still:
     """Tables and scans; of the application segments only those that say how colours are meant."""
     pieces: list[Piece] = [b"\xff\xd8"]
     frame: tuple[int, bytes] | None = None
-    exif = xmp = None
+    turn = Orientation()
     position = 2
     for _ in range(MAX_SEGMENTS):
         marker, position = _marker(file, position)
@@ -45,10 +50,10 @@ def jpeg(file: Reader) -> Still:
         body = file.upto(start + 2, min(position - start - 2, MAX_METADATA))
         if marker == 0xDA:
             break
-        if marker == 0xE1 and body.startswith(b"Exif\0\0") and exif is None:
-            exif = exif_orientation(body, file.label)
+        if marker == 0xE1 and body.startswith(b"Exif\0\0"):
+            turn.look("EXIF", exif_orientation, body, file.label)
         elif marker == 0xE1 and body.startswith(_XMP):
-            xmp = xmp_orientation(body)
+            turn.look("XMP", xmp_orientation, body)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if frame or marker > 0xC2:
                 raise ValueError(f"a frame of kind SOF{marker - 0xC0}, or a second one")
@@ -63,7 +68,7 @@ def jpeg(file: Reader) -> Still:
         raise ValueError("a scan without a frame")
     pieces += [b"\xff\xda", (start, file.size)]
     width, height, memory, nanoseconds = _jpeg_cost(file, *frame, body[0], position)
-    return Still("JPEG", width, height, pieces, memory, nanoseconds, xmp if exif is None else exif)
+    return Still("JPEG", width, height, pieces, memory, nanoseconds, turn.value)
 
 
 def _marker(file: Reader, position: int) -> tuple[int, int]:
@@ -121,7 +126,7 @@ def png(file: Reader) -> Still:
     if file.at(8, 8) != b"\0\0\0\rIHDR" or color not in _PNG_CHANNELS:
         raise ValueError("no IHDR chunk at its beginning")
     pieces: list[Piece] = [(0, 33)]
-    exif = other = None
+    turn = Orientation()
     position, others, data = 33, 0, 0
     while others <= MAX_SEGMENTS and data <= MAX_SEGMENTS + file.size // 1024:
         head = file.upto(position, 8)
@@ -133,10 +138,12 @@ def png(file: Reader) -> Still:
         if kind in (b"IDAT", b"IEND", b"PLTE", b"tRNS"):
             pieces.append((position, end))
         elif kind == b"eXIf":
-            exif = exif_orientation(file.upto(position + 8, min(length, MAX_METADATA)), file.label)
+            body = file.upto(position + 8, min(length, MAX_METADATA))
+            turn.look("EXIF", exif_orientation, body, file.label)
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
-            text = file.upto(position + 8, min(length, MAX_METADATA))
-            other = _png_text_orientation(kind, text, file.label) or other
+            body = file.upto(position + 8, min(length, MAX_METADATA))
+            if means := _PNG_TEXTS.get(body[:32].partition(b"\0")[0]):
+                turn.look(means, _png_text_orientation, kind, body, file.label)
         if kind == b"IEND":
             break
         position = end
@@ -145,14 +152,11 @@ def png(file: Reader) -> Still:
     pixels, raw = width * height, _PNG_CHANNELS[color] * depth / 8
     memory = (1 if raw <= 1 else 2 if color == 0 else 4) * pixels + 4 * (width * raw)
     nanoseconds = (8 + 14 * raw) * pixels
-    return Still("PNG", width, height, pieces, memory, nanoseconds, other if exif is None else exif)
+    return Still("PNG", width, height, pieces, memory, nanoseconds, turn.value)
 
 
 def _png_text_orientation(kind: bytes, chunk: bytes, label: str) -> int | None:
-    """From the two texts that tools hide an orientation in."""
     key, _, text = chunk.partition(b"\0")
-    if key not in (b"Raw profile type exif", b"XML:com.adobe.xmp"):
-        return None
     packed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
     text = text[1:] if kind == b"zTXt" else text
     if kind == b"iTXt":
@@ -160,9 +164,11 @@ def _png_text_orientation(kind: bytes, chunk: bytes, label: str) -> int | None:
     try:
         if packed:
             text = zlib.decompressobj().decompress(text, MAX_METADATA)
-        if key == b"XML:com.adobe.xmp":
+        if _PNG_TEXTS[key] == "XMP":
             return xmp_orientation(text)
-        return exif_orientation(bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode()), label)
+        # A line break, its name, its length, and then lines of hexadecimal digits.
+        digits = b"".join(text.split(b"\n", 3)[3:])
+        return exif_orientation(bytes.fromhex(digits.decode()), label)
     except (zlib.error, ValueError):  # as if it were not there, as Pillow takes it
         return None
 
@@ -173,12 +179,14 @@ def gif(file: Reader) -> Still:
     position = 13 + (3 << (flags & 7) + 1 if flags & 128 else 0)
     pieces: list[Piece] = [(0, position)]
     control: tuple[int, int] | None = None
+    blocks = MAX_BLOCKS
     for _ in range(MAX_SEGMENTS):
         kind = file.at(position, 1)
         if kind == b",":
             break
         if kind == b"!":
-            start, position = position, _after_blocks(file, position + 2)
+            start = position
+            position, blocks = _after_blocks(file, position + 2, blocks)
             if file.at(start + 1, 1) == b"\xf9":
                 control = (start, position)
         elif kind == b";":
@@ -194,13 +202,15 @@ def gif(file: Reader) -> Still:
     return Still("GIF", width, height, pieces, 2 * width * height, 32 * width * height)
 
 
-def _after_blocks(file: Reader, position: int) -> int:
-    for _ in range(MAX_SEGMENTS):
+def _after_blocks(file: Reader, position: int, left: int) -> tuple[int, int]:
+    """The position after blocks of metadata, and how many more there may be of `left`."""
+    while left:
+        left -= 1
         length = file.at(position, 1)[0]
         position += 1 + length
         if not length:
-            return position
-    raise LimitError(f"more than {MAX_SEGMENTS} blocks of metadata before its first picture")
+            return position, left
+    raise LimitError(f"more than {MAX_BLOCKS} blocks of metadata before its first picture")
 
 
 def webp(file: Reader) -> Still:
@@ -208,7 +218,7 @@ def webp(file: Reader) -> Still:
     kind = file.at(12, 4)
     first, animated, frame, body_start = file.at(20, 10), False, b"", 0
     body: list[Piece] = []
-    exif = xmp = None
+    turn = Orientation()
     position = 12
     for _ in range(MAX_SEGMENTS):
         head = file.upto(position, 8)
@@ -221,10 +231,11 @@ def webp(file: Reader) -> Still:
             flags = file.at(start, 1)[0] & ~0x2C  # no profile, EXIF nor XMP: they are left out
             animated = bool(flags & 2)
             body = [name, b"\n\0\0\0", bytes((flags,)), (start + 1, start + 10)]
-        elif name == b"EXIF" and exif is None:
-            exif = exif_orientation(file.upto(start, min(length, MAX_METADATA)), file.label)
+        elif name == b"EXIF":
+            data = file.upto(start, min(length, MAX_METADATA))
+            turn.look("EXIF", exif_orientation, data, file.label)
         elif name == b"XMP ":
-            xmp = xmp_orientation(file.upto(start, min(length, MAX_METADATA)))
+            turn.look("XMP", xmp_orientation, file.upto(start, min(length, MAX_METADATA)))
         elif (
             name in ((b"ANIM", b"ANMF") if animated else (b"ALPH", b"VP8 ", b"VP8L")) and not frame
         ):
@@ -245,8 +256,7 @@ def webp(file: Reader) -> Still:
     pieces = [b"RIFF", struct.pack("<I", size + 4), b"WEBP", *body]
     lossless = frame == b"VP8L" or (frame == b"ANMF" and file.upto(body_start + 16, 4) == b"VP8L")
     nanoseconds = 40 * pixels + (25 if lossless else 130) * size
-    orientation = xmp if exif is None else exif
-    return Still("WEBP", width, height, pieces, 13 * pixels + size, nanoseconds, orientation)
+    return Still("WEBP", width, height, pieces, 13 * pixels + size, nanoseconds, turn.value)
 
 
 def bmp(file: Reader) -> Still:

@@ -48,19 +48,32 @@ def avif(file: Reader) -> Still:
                     ]
     for name, start, end in children:
         if name == b"iloc":
-            items += _items(file, start, end, local)
+            items += _items(file, start, end, local, _Budget("items and slices of them"))
     if not sizes:
         raise ValueError("no size in it")
     width, height = max(sizes, key=lambda size: size[0] * size[1])
     pixels, planes, area = width * height, 0.0, 0
+    units = _Budget("units in its coded pictures")
     for extents in items:
-        for w, h, sample in _av1_sequences(file, extents):
+        for w, h, sample in _av1_frames(file, extents, units):
             planes, area = planes + w * h * sample, area + w * h
     if area > 4 * pixels + (1 << 20):
         raise LimitError(f"coded pictures of {area} pixels for one of {height} x {width}")
     memory = 10 * pixels + 1.5 * planes + file.size
     nanoseconds = 15 * pixels + 20 * area + 150 * file.size
     return Still("AVIF", width, height, _edited(file, edits), memory, nanoseconds)
+
+
+class _Budget:
+    """How many parts of a kind there may be in a file, which can refer to one of them often."""
+
+    def __init__(self, what: str):
+        self.what, self.left = what, MAX_SEGMENTS
+
+    def spend(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise LimitError(f"more than {MAX_SEGMENTS} {self.what}")
 
 
 def _boxes(file: Reader, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
@@ -94,7 +107,9 @@ def _hide_exif(file: Reader, start: int, end: int, edits: dict[int, bytes]) -> N
                 edits[kind] = b"none"
 
 
-def _items(file: Reader, start: int, end: int, local: int) -> Iterator[list[tuple[int, int]]]:
+def _items(
+    file: Reader, start: int, end: int, local: int, budget: _Budget
+) -> Iterator[list[tuple[int, int]]]:
     """The extents of each item, as slices of the file."""
     data = file.at(start, end - start)
     version, sizes, index = data[0], data[4:6], 6
@@ -109,11 +124,13 @@ def _items(file: Reader, start: int, end: int, local: int) -> Iterator[list[tupl
         return int.from_bytes(data[index - size : index], "big")
 
     for _ in range(number(4 if version == 2 else 2)):
+        budget.spend()
         number(4 if version == 2 else 2)
         method = number(2) & 15 if version else 0
         number(2)
         base, extents = number(base_size), []
         for _ in range(number(2)):
+            budget.spend()  # one may be written in no bytes at all
             number(index_size)
             first, length = base + number(offset_size), number(length_size)
             first += local if method == 1 else 0
@@ -121,24 +138,21 @@ def _items(file: Reader, start: int, end: int, local: int) -> Iterator[list[tupl
         yield extents
 
 
-def _av1_sequences(
-    file: Reader, extents: list[tuple[int, int]]
+def _av1_frames(
+    file: Reader, extents: list[tuple[int, int]], units: _Budget
 ) -> Iterator[tuple[int, int, float]]:
-    """(width, height, bytes of a pixel's planes) of each sequence header in an item."""
+    """(width, height, bytes of a pixel's planes) of each frame in an item: all are decoded."""
     item = Reader(Pieces(file.stream, [e for e in extents if e[1] > e[0]]), file.label)  # type: ignore[arg-type]
-    position = 0
-    for _ in range(MAX_SEGMENTS):
-        head = item.upto(position, 10)
-        if not head or head[0] & 0x80:
-            return
+    shape, position = None, 0
+    while head := item.upto(position, 10):
+        units.spend()
         kind, start = head[0] >> 3 & 15, 2 if head[0] & 4 else 1
         size, used = _leb128(head[start:]) if head[0] & 2 else (item.size, 0)
         if kind == 1:
-            yield _sequence_header(item.upto(position + start + used, min(size, 256)))
-        elif kind == 0 or (kind > 8 and kind != 15):
-            return
+            shape = _sequence_header(item.upto(position + start + used, min(size, 256)))
+        elif kind in (3, 6) and shape:
+            yield shape
         position += start + used + size
-    raise LimitError(f"more than {MAX_SEGMENTS} units in a coded picture")
 
 
 def _leb128(data: bytes) -> tuple[int, int]:

@@ -16,9 +16,10 @@ from .image_stills import LimitError, Piece, Reader, Still
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _ORIENTATION = 256, 257, 258, 259, 274
 _STRIP_OFFSETS, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR = 273, 277, 278, 279, 284
 _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_BYTES = 322, 323, 324, 325
+_STRIPS = (_STRIP_OFFSETS, _ROWS, _STRIP_BYTES)
+_TILES = (_TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_BYTES)
 _KEPT = {
-    *(_WIDTH, _LENGTH, _BITS, _COMPRESSION, _STRIP_OFFSETS, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR),
-    *(_TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_BYTES),
+    *(_WIDTH, _LENGTH, _BITS, _COMPRESSION, _SAMPLES, _PLANAR, *_STRIPS, *_TILES),
     262,  # photometric interpretation
     *(266, 292, 293),  # order of bits, options of the fax codings
     *(317, 320, 332, 338, 339),  # predictor, palette, inks, extra samples, kind of number
@@ -28,7 +29,7 @@ _COMPRESSIONS = {
     **{1: "none", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 7: "JPEG"},
     **{8: "deflate", 32946: "deflate", 32773: "PackBits", 50000: "zstd"},
 }
-_JPEG = 7
+_JPEG, _JPEG_SCANS = 7, 100  # libtiff gives up a part that has more scans
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 7: 1, 16: 8}
 _MAX_ENTRIES, _MAX_VALUES = 4096, 1 << 17  # of a directory, of a tag
 
@@ -74,14 +75,32 @@ def tiff(file: Reader) -> Still:
     memory = 4 * pixels + part_bytes + _longest_gap(tags, order)
     nanoseconds = 14 * pixels + 0.2 * bits * area
     if compression != 1:  # libtiff: the whole file in memory, and a part's coded bytes
+        coded = _coded_bytes(file, tags, order, _TILE_BYTES if tiled else _STRIP_BYTES)
         memory += 2 * file.size + part_bytes
-        nanoseconds += (0.5 * bits + 20) * area + 20 * file.size
-    if compression == _JPEG:
-        memory, nanoseconds = memory + 8 * part[0] * part[1], nanoseconds + 60 * area
+        nanoseconds += (0.5 * bits + 20) * area + 20 * coded
+        if compression == _JPEG:
+            memory += 8 * part[0] * part[1]
+            nanoseconds += 60 * area + 30 * coded
+            if _has_progressive(file):
+                nanoseconds += (4 + 0.5 * _JPEG_SCANS) * samples * area
     orientation = value(_ORIENTATION, 0) or None
-    tags.pop(_ORIENTATION, None)
+    # Else libtiff would read tiles where Pillow reads strips.
+    for other in (_ORIENTATION, *(_STRIPS if tiled else _TILES)):
+        tags.pop(other, None)
     pieces = _with_directory(file, order, tags)
     return Still("TIFF", width, height, pieces, memory, nanoseconds, orientation)
+
+
+def _coded_bytes(file: Reader, tags: dict[int, _Tag], order: str, tag: int) -> int:
+    """Of all parts: more than the file has where they overlap."""
+    counts = _numbers(tags[tag], order) if tag in tags else ()
+    return max(file.size, sum(min(count, file.size) for count in counts))
+
+
+def _has_progressive(file: Reader) -> bool:
+    return any(
+        b"\xff\xc2" in file.upto(start, (1 << 20) + 1) for start in range(0, file.size, 1 << 20)
+    )
 
 
 def _longest_gap(tags: dict[int, _Tag], order: str) -> int:
@@ -110,8 +129,8 @@ def _directory(file: Reader, order: str) -> dict[int, _Tag]:
     for tag, kind, number, inline in struct.iter_unpack(
         layout, entries[: len(entries) // size * size]
     ):
-        if tag not in _KEPT | {_ORIENTATION} or kind not in _TYPE_BYTES:
-            continue
+        if tag not in _KEPT | {_ORIENTATION} or kind not in _TYPE_BYTES or tag in tags:
+            continue  # of a tag that is there again, libtiff takes the first
         length = number * _TYPE_BYTES[kind]
         if number > _MAX_VALUES:
             raise LimitError(f"tag {tag} has {number} values")

@@ -12,7 +12,7 @@ import io
 import re
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any, NamedTuple, TypeAlias
 
 # A slice (start, stop) of the file, or bytes that take the place of some.
@@ -135,6 +135,24 @@ def _read_fully(stream: IO[bytes], count: int) -> bytes:
     while len(data) < count and (more := stream.read(count - len(data))):  # unbuffered files
         data += more
     return data
+
+
+class Orientation:
+    """What a file says about how to turn it: its first metadata of each kind, whatever follows."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, int | None] = {}
+
+    def look(self, kind: str, read: Callable[..., int | None], *arguments: Any) -> None:
+        """Read metadata of this kind ("EXIF", "profile", "XMP"), if they are the first of it."""
+        if kind not in self._found:
+            self._found[kind] = read(*arguments)
+
+    @property
+    def value(self) -> int | None:
+        """EXIF's, else that of an EXIF profile in a text, else XMP's."""
+        found = (self._found.get(kind) for kind in ("EXIF", "profile", "XMP"))
+        return next((turn for turn in found if turn is not None), None)
 
 
 def exif_orientation(blob: bytes, label: str) -> int | None:

@@ -82,6 +82,73 @@ def avif_of_another_size(side):
     return data.replace(says, struct.pack(">II", 16, 16))
 
 
+def box(name, data):
+    return struct.pack(">I4s", len(data) + 8, name) + data
+
+
+def avif_of_items(items, mdat=b""):
+    """A picture that is 16 x 16 by its property, with this list of items."""
+    size = box(b"iprp", box(b"ipco", box(b"ispe", struct.pack(">III", 0, 16, 16))))
+    meta = box(b"meta", bytes(4) + size + box(b"iloc", bytes(4) + items))
+    return box(b"ftyp", b"avif\0\0\0\0avifmif1") + meta + box(b"mdat", mdat)
+
+
+def avif_of_slices_without_bytes(count):
+    item = struct.pack(">HHH", 1, 0, 65_535)
+    return avif_of_items(bytes(2) + struct.pack(">H", count) + item * count)
+
+
+def avif_of_one_place(count, units):
+    """Items that all lie in the same place."""
+    head = b"\x44\0" + struct.pack(">H", count)
+    item = struct.pack(">HHHII", 1, 0, 1, 0, 2 * units)
+    start = len(avif_of_items(head + item * count))
+    item = struct.pack(">HHHII", 1, 0, 1, start, 2 * units)
+    return avif_of_items(head + item * count, b"\x12\0" * units)
+
+
+def avif_whose_picture_is_a_film(side, frames):
+    data = animated("AVIF", side, side, frames)
+    length, mdat = data.index(b"iloc") + 22, data.rindex(b"mdat") + 4
+    (start,) = struct.unpack_from(">I", data, length - 4)
+    end = mdat - 8 + struct.unpack_from(">I", data, mdat - 8)[0]
+    return data[:length] + struct.pack(">I", end - start) + data[length + 4 :]
+
+
+def tiff_of_one_strip(count):
+    """A progressive JPEG strip that is in the file once and in its list many times."""
+    strip = encode(Image.effect_noise((1000, 16), 99), "JPEG", progressive=True)
+    lists = [struct.pack(f"<{count}I", *[value] * count) for value in (8, len(strip))]
+    start = 8 + len(strip)
+    rows = [
+        *((256, 4, 1, 1000), (257, 4, 1, 16 * count), (258, 3, 1, 8), (259, 3, 1, 7)),
+        *((262, 3, 1, 1), (273, 4, count, start), (277, 3, 1, 1), (278, 4, 1, 16)),
+        (279, 4, count, start + 4 * count),
+    ]
+    directory = struct.pack("<H", len(rows)) + b"".join(struct.pack("<HHII", *r) for r in rows)
+    body = strip + b"".join(lists)
+    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory + bytes(4)
+
+
+def tiff_of_one_tag(count, values):
+    """A list of offsets of 8 bytes each, that many times."""
+    entry = struct.pack("<HHQQ", 273, 16, values, 16)
+    data = bytes(8 * values)
+    head = b"II+\0" + struct.pack("<HHQ", 8, 0, 16 + len(data))
+    return head + data + struct.pack("<Q", count) + entry * count + bytes(8)
+
+
+def jpeg_of_fill_bytes(segments):
+    data = encode(SMALL, "JPEG")
+    return data[:2] + (b"\xff" * 60_000 + b"\xfe\0\2") * segments + data[2:]
+
+
+def jpeg_of_fill_bytes_after_a_scan():
+    data = encode(SMALL, "JPEG", progressive=True)
+    start = data.rindex(b"\xff\xda")
+    return data[:start] + b"\xff" * 60_000 + b"\0" + data[start:]
+
+
 SMALL = Image.new("RGB", (8, 8), (9, 99, 200))
 TEXT = zlib.compress(bytes(1 << 20))
 
@@ -92,6 +159,11 @@ DISARMED = {
     "PNG, EXIF of overlapping tags": png_with(
         chunk(b"eXIf", exif_of_overlapping_tags(4000, 900_000))
     ),
+    "PNG, EXIF in two hundred texts": png_with(
+        *[chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\n" * (1 << 20)))] * 200
+    ),
+    "JPEG, fill bytes": jpeg_of_fill_bytes(4),
+    "JPEG, fill bytes after a scan": jpeg_of_fill_bytes_after_a_scan(),
     "JPEG, EXIF of overlapping tags": jpeg_with(
         (0xE1, b"Exif\0\0" + exif_of_overlapping_tags(2500, 30_000))
     ),
@@ -113,6 +185,10 @@ DISARMED = {
 # What is refused by its header, and what the error says.
 REFUSED = {
     "GIF, 500 000 comments": (gif_of_comments(500_000), "GIF file: more than 4096 blocks"),
+    "GIF, a million parts of comments": (
+        b"GIF89a\1\0\1\0\0\0\0" + (b"!\xfe" + b"\1c" * 4000 + b"\0") * 250,
+        "GIF file: more than 65536 blocks of metadata",
+    ),
     "PNG, a million chunks": (png_with(chunk(b"teSt", b"") * 1_000_000), "PNG file: 4097 chunks"),
     "PNG, pixels in a million chunks": (
         png_with(chunk(b"IDAT", b"") * 1_000_000),
@@ -135,6 +211,12 @@ REFUSED = {
         tiff(60_000, 2_900, compression=8, tags=[(258, 3, 1, 8), (277, 3, 1, 8)]),
         "TIFF file: .* MB, more than",
     ),
+    "TIFF, strips and a tile of gigabytes": (
+        tiff(8, 8, compression=8, tags=[(322, 4, 1, 40_000), (323, 4, 1, 40_000)]),
+        "truncated or corrupt",
+    ),
+    "TIFF, a list many times": (tiff_of_one_tag(2000, 100_000), "TIFF header .*height 0, width 0"),
+    "TIFF, one strip many times": (tiff_of_one_strip(1200), "TIFF file: .* takes up to .* s, more"),
     "TIFF, LZMA": (tiff(8, 8, compression=34925), "TIFF header .*compression 34925 is not read"),
     "BMP, run-length": (
         run_length_bmp(13_000),
@@ -153,6 +235,18 @@ REFUSED = {
     "AVIF larger than it says": (
         avif_of_another_size(2400),
         "AVIF file: coded pictures of 5760000 pixels",
+    ),
+    "AVIF, slices without bytes": (
+        avif_of_slices_without_bytes(300),
+        "AVIF file: more than 4096 items and slices",
+    ),
+    "AVIF, one item many times": (
+        avif_of_one_place(1000, 4000),
+        "AVIF file: more than 4096 units in its coded pictures",
+    ),
+    "AVIF, a picture of a hundred frames": (
+        avif_whose_picture_is_a_film(512, 100),
+        "AVIF file: coded pictures of [0-9]+ pixels for one of 512 x 512",
     ),
     "one row": (
         b"\x89PNG\r\n\x1a\n"

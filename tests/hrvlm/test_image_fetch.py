@@ -3,6 +3,7 @@
 import base64
 import io
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -32,8 +33,13 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(200)
+        if self.path == "/packed.png":
+            self.send_header("Content-Encoding", "gzip")
         self.end_headers()
         try:
+            while self.path == "/slow.png":
+                self.wfile.write(b"\0")
+                time.sleep(0.1)
             if self.path == "/a.png":
                 self.wfile.write(png())
             while self.path == "/endless.png":  # no length is told
@@ -66,6 +72,17 @@ def test_an_endless_file_is_given_up(server, monkeypatch):
     monkeypatch.setattr(image_fetch, "MAX_BYTES", 10_000_000)
     with pytest.raises(ImageError, match=r"^image 4: more than 10000000 bytes at http"):
         fetch_image(f"{server}/endless.png", "image 4")
+
+
+def test_a_file_of_a_byte_now_and_then_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(image_fetch, "SECONDS", 1)
+    with pytest.raises(ImageError, match=r"^image 4: not here after 1 s: http"):
+        fetch_image(f"{server}/slow.png", "image 4")
+
+
+def test_what_comes_compressed_is_not_unpacked(server):
+    with pytest.raises(ImageError, match=r"^image 4: sent compressed \(gzip\)"):
+        fetch_image(f"{server}/packed.png", "image 4")
 
 
 @pytest.mark.parametrize("path", ["/absent.png", ":x/", "\0"])

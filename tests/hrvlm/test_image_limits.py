@@ -37,6 +37,13 @@ def test_what_costs_too_much_is_refused_by_its_header(name):
     assert found["seconds"] < 1 and found["peak"] < 30e6, found
 
 
+def test_a_large_file_can_be_passed_as_a_pillow_image():
+    data, _ = REFUSED["WebP of a few kilobytes"]
+    with pytest.raises(ImageError, match=r"that you trust: open it yourself and pass the Pillow"):
+        load_image(data)
+    assert load_image(Image.open(io.BytesIO(data))).size == (7000, 7000)
+
+
 @pytest.mark.parametrize("name", ["PNG", "GIF", "WEBP", "AVIF", "TIFF"])
 def test_the_first_frame_is_that_of_pillow(name):
     frames = [Image.effect_noise((70, 50), sigma).convert("RGB") for sigma in (9, 60, 120)]
