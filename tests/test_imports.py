@@ -198,6 +198,19 @@ def test_the_model_package_imports_neither_tests_nor_benchmarks(path):
         assert level or module.partition(".")[0] not in ("tests", "benchmarks", "kernels")
 
 
+@each((ROOT / "kernels" / "ptx_machine").rglob("*.py"))
+def test_the_ptx_machine_knows_none_of_what_it_runs(path):
+    allowed = {"numpy", "torch", "triton", "ptx_machine"} | sys.stdlib_module_names
+    for level, module, _, _ in imports(path):
+        assert level or module.partition(".")[0] in allowed, f"import {module}"
+
+
+@each((ROOT / "kernels" / "pretended_gpu").rglob("*.py"))
+def test_the_pretended_gpu_imports_neither_tests_nor_benchmarks(path):
+    for level, module, _, _ in imports(path):
+        assert level or module.partition(".")[0] not in ("tests", "benchmarks", "ptx_machine")
+
+
 def test_every_kernel_has_its_op_and_its_test_under_one_name():
     """Kernels of <op> are in <op>_triton.py, or in <op>_<which>_triton.py if they are several."""
     kernels = sorted(path.stem.removesuffix("_triton") for path in KERNELS.glob("*_triton.py"))

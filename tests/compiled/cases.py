@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest import mock
 
 import torch
@@ -124,10 +125,12 @@ def _projection(label: str, dtype: torch.dtype) -> Iterator[Case]:
             sizes = f"{factor}x{factor}x{channels} to {features}, {tiles} tiles"
             core = BOTH if (dtype, tiles, channels) == (BF16, "first", 64) else ()
             yield Case("pixel_shuffle_linear", label, sizes, run, core)
+    for parts in (2, 5):  # tiles of their own on sm_90
+        name = f"sums cut into {parts} parts"
+        core = (90,) if (dtype, parts) == (BF16, 2) else ()
+        run = partial(check_parts, parts, dtype)
+        yield Case("pixel_shuffle_linear", label, name, run, core)
     if dtype == FP32:
-        for parts in (2, 5):
-            name = f"sums cut into {parts} parts"
-            yield Case("pixel_shuffle_linear", label, name, lambda n=parts: shuffle.check_parts(n))
         yield Case("pixel_shuffle_linear", "tf32", "2x2x64 to 72", check_tf32)
 
 
@@ -189,11 +192,12 @@ HEAD_DIMS = (32, 64, 72, 80, 96, 128)
 WAYS = {
     BF16: [
         *(Attention(d, r, t) for d in HEAD_DIMS for r in (False, True) for t in TILES),
+        *(Attention(d, r, "second") for d in (96, 128) for r in (False, True)),  # of three
         *(Attention(d, r, t, False) for d in (32, 64) for r in (False, True) for t in TILES),
     ],
     FP16: [
         *(Attention(d, r) for d in HEAD_DIMS for r in (False, True)),
-        *(Attention(64, r, "fallback") for r in (False, True)),
+        *(Attention(d, r, "fallback") for d in (32, 64, 128) for r in (False, True)),
         *(Attention(d, True, "first", False) for d in (32, 64)),
     ],
     FP32: [Attention(d, r) for d in HEAD_DIMS for r in (False, True)],
@@ -271,20 +275,29 @@ def _layouts() -> Iterator[Case]:
 
 @contextmanager
 def attention_tiles(which: str) -> Iterator[None]:
-    """The first row of the tables, or the one for chips that refuse the first."""
+    """The first tiles of the tables, or those for chips that refuse the first: the last of a row.
+
+    "second" are the ones between, where the forward has three.
+    """
     if which == "first":
         yield
         return
-    first, second = forward.select_tilings, backward.select_tilings
+    of_forward, of_backward = forward.select_tilings, backward.select_tilings
+    kept = slice(-1, None) if which == "fallback" else slice(1, 2)
 
-    def smallest(*args):
-        chosen = second(*args)
+    def forward_tiles(*args):
+        chosen = of_forward(*args)
+        assert which == "fallback" or len(chosen) == 3, f"{len(chosen)} tiles in the row, not 3"
+        return chosen[kept]
+
+    def backward_tiles(*args):
+        chosen = of_backward(*args)
         return backward.BackwardTilings(chosen.dq[-1:], chosen.dkdv[-1:], chosen.atomic[-1:])
 
     with ExitStack() as stack:
         patch = mock.patch.object
-        stack.enter_context(patch(forward, "select_tilings", lambda *a: first(*a)[-1:]))
-        stack.enter_context(patch(backward, "select_tilings", smallest))
+        stack.enter_context(patch(forward, "select_tilings", forward_tiles))
+        stack.enter_context(patch(backward, "select_tilings", backward_tiles))
         yield
 
 
@@ -316,6 +329,13 @@ def few_multiprocessors(run: Callable[[], object]) -> Callable[[], None]:
             launch.multiprocessors.cache_clear()
 
     return with_few
+
+
+def check_parts(parts: int, dtype: torch.dtype) -> None:
+    """The output and dweight, both as sums of parts: 141 rows make three steps of 64."""
+    shuffle.check_parts(parts, dtype, grids=[(9, 15), (2, 3)])
+    launches = [name for name, _ in triton.runtime.driver.active.launches]
+    assert launches.count("add_parts_kernel") == 2, launches
 
 
 def check_tf32() -> None:

@@ -14,12 +14,9 @@ if CHIP:
     import ptx_machine
 
     MACHINE = ptx_machine.install(int(CHIP.removeprefix("sm_")))
+    from tests.compiled.judge import findings_of
 
 from tests.kernels import helpers  # noqa: E402  (asks whether there is a machine)
-
-# In place, warps that hold copies of the elements of others read what those may have overwritten,
-# and drop it. That it is dropped is tested with warps in random order: tests/compiled.
-HARMLESS = {"global write after read"}
 
 
 @pytest.fixture(autouse=True)
@@ -36,4 +33,4 @@ def no_findings(request):
     MACHINE.report.clear()
     yield
     if "mutations" not in request.node.nodeid and "seeded" not in request.node.name:
-        assert not set(MACHINE.report.kinds()) - HARMLESS, MACHINE.report
+        assert not findings_of(MACHINE.report), MACHINE.report

@@ -100,11 +100,11 @@ def check_order():
         assert torch.equal(out, reference.pixel_shuffle(x, packed, factor))
 
 
-def check_parts(parts=3):
+def check_parts(parts=3, dtype=torch.float32, *, grids=TOKEN_GRIDS):
     """Sums cut into parts, with a bias."""
     rng = torch.Generator().manual_seed(2)
-    packed = pack(2)
-    x, weight, bias, dy = make_inputs(packed, 2, 40, 33, torch.float32, rng)
+    packed = pack(2, grids)
+    x, weight, bias, dy = make_inputs(packed, 2, 40, 33, dtype, rng)
     index = packed.shuffle_index(2)
     out, dw = torch.empty_like(dy), torch.empty_like(weight)
     kernels.forward(x, index, weight, bias, out, parts=parts)
@@ -132,9 +132,10 @@ def test_order_of_patches_and_channels():
     check_order()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", [1, 2, 5, 100])
-def test_sums_cut_into_parts(parts):
-    first, second = check_parts(parts), check_parts(parts)
+def test_sums_cut_into_parts(parts, dtype):
+    first, second = check_parts(parts, dtype), check_parts(parts, dtype)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
