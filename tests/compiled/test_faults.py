@@ -1,9 +1,12 @@
 """Faults seeded in the PTX of every kernel: noticed, or known to do nothing, for a reason."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
+import hrvlm_kernels
 from tests.compiled.faults import PLACES, Subject, faults_of, noticed_by, ptx_of, subjects
 from tests.compiled.harmless import reason_for
 
@@ -15,6 +18,22 @@ CORE = {("attention forward, ahead", 90), ("pixel_shuffle_linear forward", 80)}
 def tried() -> list[tuple[Subject, int]]:
     pairs = [(subject, chip) for subject in subjects() for chip in subject.chips]
     return [(s, chip) for s, chip in pairs if EVERYTHING or (s.name, chip) in CORE]
+
+
+def test_every_kernel_has_faults_on_every_chip_it_is_shipped_for():
+    missing, kernels = [], 0
+    for path in Path(hrvlm_kernels.__file__).parent.glob("*_triton.py"):
+        for name in re.findall(r"@triton\.jit.*\ndef (\w+_kernel)\(", path.read_text()):
+            kernels += 1
+            own = [s for s in subjects() if s.kernel == name and _op(s) in path.stem]
+            chips = {chip for s in own for chip in s.chips}
+            if chips != ({90} if name == "short_kernel" else {80, 90}):  # SHORT has no sm_80
+                missing.append((path.stem, name, chips))
+    assert kernels and not missing, missing
+
+
+def _op(subject: Subject) -> str:
+    return re.match(r"\w+", subject.name)[0]
 
 
 @pytest.mark.parametrize(
