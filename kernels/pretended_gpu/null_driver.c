@@ -57,6 +57,15 @@ EXPORT CUresult cuCtxGetCurrent(CUcontext *context) {
   *context = (CUcontext)1;
   return CUDA_SUCCESS;
 }
+EXPORT CUresult cuCtxGetDevice(CUdevice *device) {
+  *device = 0;
+  return CUDA_SUCCESS;
+}
+EXPORT CUresult cuDriverGetVersion(int *version) {
+  *version = CUDA_VERSION;
+  return CUDA_SUCCESS;
+}
+EXPORT CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 EXPORT CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   *module = (CUmodule)1;
   return CUDA_SUCCESS;

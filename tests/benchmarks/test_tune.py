@@ -46,7 +46,7 @@ def test_a_dry_run_compiles_every_candidate(capsys, monkeypatch):
 def test_what_does_not_compile_clean_is_told():
     op = tune_ops.OPS["forward"]
     verdict, _ = tune.compiled(op, KEY, Tiling(128, 128, 4, 2), "sm_90")
-    assert "C75" in verdict  # ptxas' advisory
+    assert "C75" in verdict or "spills" in verdict  # ptxas' advisory; what 3.8 says before it
     verdict, resources = tune.compiled(op, KEY, Tiling(128, 64, 8, 2), "sm_90")
     assert verdict == "clean" and "0 spilled" in resources
 

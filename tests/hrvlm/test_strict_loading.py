@@ -3,11 +3,14 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, DINOv3ViTConfig, DINOv3ViTModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hrvlm import DINOv3Encoder, VisionLanguageModel
 from hrvlm.backbones import load_vision
@@ -233,6 +236,10 @@ def test_a_stock_checkpoint_in_shards_loads(tmp_path):
     assert_same(ours.state_dict(), reference.state_dict())
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers wants PEFT {MIN_PEFT_VERSION}, here is {peft.__version__}",
+)
 def test_an_adapter_is_judged_and_so_is_the_model_below_it(saved, tmp_path):
     base = shutil.copytree(saved / "vlm", tmp_path / "base")
     adapted = get_peft_model(
