@@ -27,10 +27,17 @@ class NullDriver:
     """Triton's NVIDIA driver over the null library."""
 
     def __init__(self, library: ctypes.CDLL, folder: tempfile.TemporaryDirectory[str]) -> None:
+        import triton
         from triton.backends.nvidia import driver as nvidia
 
         self.library, self.folder = library, folder
-        self.utils = nvidia.CudaUtils()
+        try:
+            self.utils = nvidia.CudaUtils()
+        except ImportError as error:
+            raise RuntimeError(
+                f"Triton {triton.__version__} asks libcuda for what the null driver does not have: "
+                f"{error}"
+            ) from error
         self.launcher_cls = nvidia.CudaLauncher
 
     @staticmethod
@@ -82,7 +89,8 @@ def install() -> NullDriver:
     """Build the library, load it, and make this Triton's driver in this process.
 
     Raises:
-        RuntimeError: there is no C compiler, or it refuses the source.
+        RuntimeError: there is no C compiler, or it refuses the source; or this release of Triton
+            asks libcuda for more than is there.
     """
     import triton
     from triton import knobs
