@@ -2,13 +2,9 @@
 
 import pytest
 import torch
-import triton
 
 from pretended_gpu import null_driver
 
-# The launcher of Triton is private, and other releases ask libcuda for other functions.
-if not triton.__version__.startswith("3.6."):
-    pytest.skip(f"not understood yet: Triton {triton.__version__}", allow_module_level=True)
 DRIVER = null_driver.install()
 
 from hrvlm_kernels import PackedGrids, varlen_attention
