@@ -59,6 +59,8 @@ nothing. `tests/compiled/test_faults.py` holds the reasons and proves a sample a
 - *operands exchanged*: two registers of A, or the descriptors of A and B, of a tensor-core product
 - *vector shifted*: a load, store or copy of global memory, by its own size; *store dropped*: to
   global or shared memory
+- *at every place*: all barriers, waits or fences of the kernel at once. Where dropping one of
+  several does nothing, this shows that the check is not blind
 """
 
 

@@ -30,9 +30,21 @@ WHY = {
     ),
     "fence dropped": "another fence lies between the same writes and reads",
 }
-# Rows past the end of a segment that are loaded: attention's masks are many, all by one function.
-UNSTORED = "a row past the end of the segment: read, but nothing that it gives is stored"
-LOADED_ROWS = "return tl.load(p_rows, mask=(rows < n)"
+# Masks that let one element more in: (kernel, what the line of source contains, why).
+EMPTY_TURN = "one more turn of a loop, in which everything is masked"
+FIRST_ROW = "the first row of a program: there is no program without rows"
+MASKS = (
+    # Attention's are many, all by one function.
+    (
+        "attention",
+        "return tl.load(p_rows, mask=(rows < n)",
+        "a row past the end of the segment: read, but nothing that it gives is stored",
+    ),
+    ("pixel_shuffle_linear, prefix rows", "for c in range(0, C, BLOCK)", EMPTY_TURN),
+    ("pixel_shuffle_linear dweight", "for step in range(begin,", EMPTY_TURN),
+    ("residual_layer_norm forward", "mask = (i_t < T)", FIRST_ROW),
+    ("layer_norm_pixel_shuffle forward", "m_r, m_c = i_r < rows", FIRST_ROW),
+)
 
 RELEASE = "3.6."  # of Triton, that the list is for
 LOOP = "for s in range(0, last,"
@@ -98,8 +110,8 @@ SILENT: Mapping[tuple[str, str], Places] = {
 def reason_for(subject: str, fault: Fault) -> str:
     """Why the fault does nothing; "" if that is not known."""
     if fault.kind == "mask off by one":
-        rows = subject.startswith("attention") and LOADED_ROWS in fault.place
-        return UNSTORED if rows else ""
+        whys = (w for name, line, w in MASKS if subject.startswith(name) and line in fault.place)
+        return next(whys, "")
     if not triton.__version__.startswith(RELEASE):
         return WHY.get(fault.kind, "")
     chip = re.search(r"^\.target (sm_\d+)", fault.ptx, re.M)
