@@ -27,8 +27,8 @@ from benchmarks.bench_encoder import FORWARD, TRAINING
 from benchmarks.case import OURS, Case, Outputs, Prepared, Rival, Run, Settings
 from benchmarks.encoder_peers import Encode, Grids, MakeEncode, Models
 from benchmarks.mixed_sizes import MIXED_GRIDS, PATCH_SIZE
-from hrvlm.image_processing import IMAGENET
-from hrvlm.patches import pack_images, patchify
+from hrvlm.images.patches import pack_images, patchify
+from hrvlm.images.processor import IMAGENET
 from hrvlm_kernels import normalize_patchify, reference
 from hrvlm_kernels.residual_layer_norm import residual_layer_norm
 from hrvlm_kernels.swiglu import swiglu

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks import pixel_shuffle_peers
 from benchmarks.case import OURS, Case, Outputs, Prepared, Rival, Run, Settings
 from benchmarks.mixed_sizes import MIXED_SIZES, PREFIX_TOKENS
-from hrvlm.geometry import token_grid
+from hrvlm.images.geometry import token_grid
 from hrvlm_kernels import (
     PackedGrids,
     layer_norm_pixel_shuffle_linear,

@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks import processing_peers as peers
 from benchmarks.case import OURS, Case, Prepared, Rival, Run, Settings
 from benchmarks.mixed_sizes import MIXED_SIZES
-from hrvlm.geometry import token_grid
+from hrvlm.images.geometry import token_grid
 
 SUITE, DEVICE, BUDGET_S = "processing", "cpu", 10
 

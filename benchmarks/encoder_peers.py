@@ -24,7 +24,7 @@ from benchmarks.case import Outputs, Run, Unavailable
 from hrvlm import DINOv3Encoder, encoder_layers
 from hrvlm.bench import random_images, random_pair, restore_frequencies
 from hrvlm.checkpoints import load_into
-from hrvlm.patches import pack_images, patchify
+from hrvlm.images.patches import pack_images, patchify
 from hrvlm_kernels import PackedGrids, reference, rope_2d, varlen_attention
 
 Grids = Sequence[tuple[int, int]]

@@ -36,8 +36,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, features
 
-from hrvlm.image_formats import ImageError, read_header
-from hrvlm.image_intake import MAX_PIXELS, load_image
+from hrvlm.images.formats import ImageError, read_header
+from hrvlm.images.intake import MAX_PIXELS, load_image
 
 ROOT = Path(__file__).parents[1]
 BYTES_PER_PIXEL, SPARE_BYTES, CPU_SECONDS, WALL_SECONDS = 8, 100e6, 3, 60

@@ -1,6 +1,6 @@
 """The largest image files that are read, and what they cost: memory and CPU time at the limits.
 
-For each kind of file below, the largest square one that `hrvlm/image_formats.py` accepts is made
+For each kind of file below, the largest square one that `hrvlm/images/formats.py` accepts is made
 (sides go down by a tenth from the pixel limit), and read in a process of its own. The files are
 made to be slow or large: noise, many scans, many samples, interlacing.
 """
@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from benchmarks.image_fuzz import ROOT, broken_rule, environment, measure
-from hrvlm.image_formats import ImageError, read_header
-from hrvlm.image_intake import MAX_PIXELS
+from hrvlm.images.formats import ImageError, read_header
+from hrvlm.images.intake import MAX_PIXELS
 
 
 def noise(side: int, channels: int, bits: int = 8) -> np.ndarray:

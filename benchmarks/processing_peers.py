@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hrvlm.image_processing import IMAGENET
-from hrvlm.patches import patchify
+from hrvlm.images.patches import patchify
+from hrvlm.images.processor import IMAGENET
 
 PATCH_SIZE = 16
 Sizes = Sequence[tuple[int, int]]  # height, width
@@ -25,14 +25,14 @@ Process = Callable[[], Tensor]
 
 def hrvlm_pil(files: Sequence[bytes], max_img_size: int) -> Process:
     """Ours with Pillow's resizing."""
-    from hrvlm.image_processing_vlm import VLMImageProcessorPil
+    from hrvlm.images.transformers_processor import VLMImageProcessorPil
 
     return _ours(VLMImageProcessorPil, files, max_img_size)
 
 
 def hrvlm_torchvision(files: Sequence[bytes], max_img_size: int) -> Process:
     """Ours with torchvision's resizing."""
-    from hrvlm.image_processing_vlm import VLMImageProcessor
+    from hrvlm.images.transformers_processor import VLMImageProcessor
 
     return _ours(VLMImageProcessor, files, max_img_size)
 

@@ -34,7 +34,7 @@ from hrvlm.answer_doubts import doubts
 from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
 from hrvlm.generate import GenerateOptions, chat_inputs, decoding, load_vlm, user_message
-from hrvlm.image_intake import load_image
+from hrvlm.images.intake import load_image
 from hrvlm.reading_score import HELD_OUT
 from hrvlm.shipped_reader import DOUBT_BELOW, PROMPT, reader_path
 from hrvlm.synthetic import NEW_FONT, TextImage, render

@@ -26,7 +26,7 @@ from benchmarks.tune_row import (
     reason,
     row,
 )
-from hrvlm.image_processing import IMAGENET
+from hrvlm.images.processor import IMAGENET
 from hrvlm.timing import synchronize
 from hrvlm_kernels import (
     PackedGrids,

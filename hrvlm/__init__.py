@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from .collators import BaseCollator, VQACollator
     from .config import VLMConfig
     from .encoder_output import EncoderOutput, PackedEncoderOutput
-    from .geometry import Geometry, TileGeometry, tile_grid, token_grid
-    from .image_intake import ImageError, load_image
-    from .image_processing import (
+    from .images.geometry import Geometry, TileGeometry, tile_grid, token_grid
+    from .images.intake import ImageError, load_image
+    from .images.patches import pack_images, patchify, unpatchify
+    from .images.processor import (
         IMAGENET_MEAN,
         IMAGENET_STD,
         ImageProcessor,
         get_image_processor,
         normalization_for,
     )
-    from .image_processing_vlm import VLMImageProcessor, VLMImageProcessorPil
+    from .images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
     from .modality_projector import (
         ModalityProjector,
         image_token_count,
         pixel_shuffle,
         pixel_unshuffle,
     )
-    from .patches import pack_images, patchify, unpatchify
     from .plan import make_plan
     from .processors import VLMProcessor, get_image_string, get_tokenizer
     from .sequence_packing import PackedSequenceCollator, pack_sequences
@@ -46,19 +46,19 @@ _HOME = {
     "BaseCollator": "collators",
     "DINOv3Encoder": "vision_transformer",
     "EncoderOutput": "encoder_output",
-    "Geometry": "geometry",
-    "IMAGENET_MEAN": "image_processing",
-    "IMAGENET_STD": "image_processing",
-    "ImageError": "image_intake",
-    "ImageProcessor": "image_processing",
+    "Geometry": "images.geometry",
+    "IMAGENET_MEAN": "images.processor",
+    "IMAGENET_STD": "images.processor",
+    "ImageError": "images.intake",
+    "ImageProcessor": "images.processor",
     "ModalityProjector": "modality_projector",
     "PackedEncoderOutput": "encoder_output",
     "PackedSequenceCollator": "sequence_packing",
-    "TileGeometry": "geometry",
+    "TileGeometry": "images.geometry",
     "TrainingConfig": "training_config",
     "VLMConfig": "config",
-    "VLMImageProcessor": "image_processing_vlm",
-    "VLMImageProcessorPil": "image_processing_vlm",
+    "VLMImageProcessor": "images.transformers_processor",
+    "VLMImageProcessorPil": "images.transformers_processor",
     "VLMOutput": "vlm_output",
     "VLMProcessor": "processors",
     "VLMTrainer": "trainer",
@@ -67,24 +67,24 @@ _HOME = {
     "VisionLanguageModel": "vision_language_model",
     "accelerate": "acceleration",
     "convert": "checkpoints",
-    "get_image_processor": "image_processing",
+    "get_image_processor": "images.processor",
     "get_image_string": "processors",
     "get_tokenizer": "processors",
     "image_token_count": "modality_projector",
     "load_checkpoint": "checkpoints",
-    "load_image": "image_intake",
+    "load_image": "images.intake",
     "load_into": "checkpoints",
     "make_plan": "plan",
-    "normalization_for": "image_processing",
-    "pack_images": "patches",
+    "normalization_for": "images.processor",
+    "pack_images": "images.patches",
     "pack_sequences": "sequence_packing",
-    "patchify": "patches",
+    "patchify": "images.patches",
     "pixel_shuffle": "modality_projector",
     "pixel_unshuffle": "modality_projector",
     "restore": "acceleration",
-    "tile_grid": "geometry",
-    "token_grid": "geometry",
-    "unpatchify": "patches",
+    "tile_grid": "images.geometry",
+    "token_grid": "images.geometry",
+    "unpatchify": "images.patches",
 }
 
 __all__ = [

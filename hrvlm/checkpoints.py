@@ -54,7 +54,7 @@ from .checkpoint_tensors import (
     write,
 )
 from .family import CONFIGS, check_overrides, config_of, get_config, make_config, periods_of
-from .image_processing import IMAGENET, SAT493M
+from .images.processor import IMAGENET, SAT493M
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .geometry import positive_int
+from .images.geometry import positive_int
 from .registration import register_models
 from .yaml_files import read_mapping
 

@@ -21,9 +21,9 @@ from hrvlm_kernels.backends import resolve
 
 from .encode_files import ResultWriter
 from .encoder_loading import LoadedEncoder
-from .geometry import Geometry
-from .image_intake import load_image
-from .image_processing import get_image_processor
+from .images.geometry import Geometry
+from .images.intake import load_image
+from .images.processor import get_image_processor
 from .plan import Architecture, forward_cost
 from .timing import synchronize
 

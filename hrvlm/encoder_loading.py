@@ -13,7 +13,7 @@ import torch
 
 from .checkpoint_damage import naming_damaged_files
 from .checkpoint_files import read_json
-from .image_processing import Normalization, check_normalization, normalization_for
+from .images.processor import Normalization, check_normalization, normalization_for
 
 if TYPE_CHECKING:
     from .vision_transformer import DINOv3Encoder

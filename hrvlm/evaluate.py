@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from .evaluation_data import DataSource, Question
 from .files import write_text
 from .generate import GenerateOptions, answer_batch, load_vlm
-from .image_intake import ImageError, load_image
+from .images.intake import ImageError, load_image
 from .text_metrics import (
     MIN_VQA_ANSWERS,
     edit_distance,

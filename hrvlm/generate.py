@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, TextStreamer
 from .answer_doubts import UNKNOWN_BOUND, TokenProbabilities, doubts
 from .config import VLMConfig
 from .encoder_loading import check_model_type, pick_device, quiet_loading
-from .image_intake import load_image
+from .images.intake import load_image
 from .processors import VLMProcessor
 from .vision_language_model import VisionLanguageModel
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .geometry import Geometry, positive_int, token_grid
+from .images.geometry import Geometry, positive_int, token_grid
 
 if TYPE_CHECKING:
     from transformers import DINOv3ViTConfig
@@ -260,7 +260,7 @@ def size_of(text: str) -> tuple[int, int]:
         return height, width
     if not Path(text).exists():
         raise ValueError(f"{text!r} is neither HEIGHTxWIDTH (such as 1080x1920) nor a file")
-    from .image_intake import load_image
+    from .images.intake import load_image
 
     image = load_image(text)
     return image.height, image.width

@@ -19,10 +19,10 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from .checkpoint_damage import naming_damaged_files
 from .config import VLMConfig
-from .image_fetch import fetch_image, is_text_image
-from .image_intake import load_image
-from .image_processing import normalization_for, resize
-from .image_processing_vlm import VLMImageProcessor, VLMImageProcessorPil
+from .images.fetch import fetch_image, is_text_image
+from .images.intake import load_image
+from .images.processor import normalization_for, resize
+from .images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
 from .modality_projector import image_token_count
 from .registration import register_image_processors
 
@@ -148,10 +148,10 @@ class VLMProcessor(ProcessorMixin):
 
     A call gives ``input_ids``, ``attention_mask``, ``pixel_values`` ``[N, 3*p*p]`` and
     ``image_grid_hw`` ``[images, 2]`` (patch grids). Images are whatever
-    :func:`hrvlm.image_intake.load_image` takes, and URLs and base64 strings.
+    :func:`hrvlm.images.intake.load_image` takes, and URLs and base64 strings.
 
     Args:
-        image_processor: :class:`~hrvlm.image_processing_vlm.VLMImageProcessor` or its Pillow twin.
+        image_processor: :class:`~hrvlm.images.transformers_processor.VLMImageProcessor` or its Pillow twin.
         tokenizer: With an ``image_token``, as :func:`get_tokenizer` makes it.
         chat_template: Default: the tokenizer's, else `CHAT_TEMPLATE`. One that does not mention
             images is preceded by `IMAGE_PRELUDE`.

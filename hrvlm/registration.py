@@ -42,7 +42,7 @@ def register_image_processors() -> None:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from .config import VLMConfig
-    from .image_processing_vlm import VLMImageProcessor, VLMImageProcessorPil
+    from .images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
 
     AutoImageProcessor.register(
         VLMConfig,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def register_for_serving() -> None:
     """Let the server of transformers load a VisionLanguageModel, in this process.
 
-    Images that a client sends are decoded in workers (`image_worker.py`); files of the server's own
+    Images that a client sends are decoded in workers (`worker.py`); files of the server's own
     are not read for a client.
 
     The name goes into the server's table of models that take images. Auto classes that walk through
@@ -40,10 +40,10 @@ def _fetched_for_a_client(processor: VLMProcessor, index: int, image: Any) -> An
     """A stranger's image: by URL or base64 only, decoded in a worker, and HTTP 400 if it is bad."""
     from fastapi import HTTPException
 
-    from .image_fetch import fetch_image, is_text_image
-    from .image_formats import ImageError
-    from .image_processing import resize
-    from .image_worker import load_image_in_worker
+    from .images.fetch import fetch_image, is_text_image
+    from .images.formats import ImageError
+    from .images.processor import resize
+    from .images.worker import load_image_in_worker
 
     try:
         if not isinstance(image, str) or not is_text_image(image):

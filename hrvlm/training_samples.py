@@ -17,7 +17,7 @@ from torch import Tensor
 from .collators import IGNORE_INDEX
 from .data_rows import images_of, messages_of, text_of, turns_of
 from .files import write_text
-from .image_intake import load_image
+from .images.intake import load_image
 
 SKIPS_FILE, REPORT_FILE = "skipped.jsonl", "data_report.json"
 _BAD_IMAGE, _BAD_ROW, _TOO_LONG, _NO_ANSWER = "bad image", "bad row", "too long", "no answer"

@@ -27,7 +27,7 @@ from hrvlm_kernels.residual_layer_norm import residual_layer_norm
 from hrvlm_kernels.swiglu import swiglu
 
 from . import numeric_rules as rules
-from .image_processing import IMAGENET
+from .images.processor import IMAGENET
 from .numeric_rules import Finding
 
 _GRIDS = ((4, 4), (8, 12), (4, 20), (16, 4), (12, 8))  # patches, each divisible by 4

@@ -30,8 +30,8 @@ from transformers.utils.generic import can_return_tuple
 from hrvlm_kernels import PackedGrids
 
 from .config import ARCHITECTURES, VLMConfig
+from .images.patches import unpatchify
 from .modality_projector import ModalityProjector
-from .patches import unpatchify
 from .placeholders import (
     Grid,
     as_grids,

@@ -33,7 +33,7 @@ from .encoder_layers import (
     patch_size_of,
 )
 from .encoder_output import EncoderOutput, PackedEncoderOutput
-from .patches import pack_images, patchify
+from .images.patches import pack_images, patchify
 from .strict_loading import StrictModel
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class DINOv3Encoder(StrictModel):
 
         Args:
             pixel_values: A batch ``[B, 3, H, W]``, a list of ``[3, Hi, Wi]``, or packed patches
-                ``[N, 3*p*p]`` in the order of :func:`hrvlm.patches.patchify`, with `grids`.
+                ``[N, 3*p*p]`` in the order of :func:`hrvlm.images.patches.patchify`, with `grids`.
             bool_masked_pos: True where the mask token replaces a patch: ``[B, hp*wp]`` for a batch,
                 a list of ``[hp*wp]`` or ``[hp, wp]`` for a list, ``[N]`` for packed patches.
             grids: Patch grids (hp, wp) of packed patches: a PackedGrids (reads nothing from the

@@ -63,7 +63,7 @@ def normalize_patchify(
 ) -> tuple[Tensor, list[tuple[int, int]]]:
     """Normalise the bytes of images and cut them into patches, one row of pixels each.
 
-    The rows are those of hrvlm's image processors and of ``hrvlm.patches.pack_images``, computed in
+    The rows are those of hrvlm's image processors and of ``hrvlm.images.patches.pack_images``, computed in
     float32 and rounded once, to `dtype`.
 
     Args:

@@ -17,7 +17,7 @@ from hrvlm import DINOv3Encoder
 from hrvlm.cli import app
 from hrvlm.encode import EncodeOptions, encode, find_images
 from hrvlm.encoder_loading import LoadedEncoder, load_encoder
-from hrvlm.image_processing import IMAGENET, SAT493M, get_image_processor
+from hrvlm.images.processor import IMAGENET, SAT493M, get_image_processor
 from hrvlm_kernels.backends import OPS
 from tests.hrvlm.encoders import config_of, pair_of
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hrvlm.collators import BaseCollator, VQACollator
-from hrvlm.image_processing import get_image_processor
-from hrvlm.patches import pack_images
+from hrvlm.images.patches import pack_images
+from hrvlm.images.processor import get_image_processor
 from tests.hrvlm.tiny import PATCH, model_of, picture, processor_of, tokenizer_of
 
 WIDTH = 3 * PATCH**2

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
-from hrvlm.image_processing import IMAGENET, SAT493M, SIGLIP
+from hrvlm.images.processor import IMAGENET, SAT493M, SIGLIP
 from hrvlm.processors import (
     CHAT_TEMPLATE,
     IMAGE_TOKEN,

@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import DINOv3ViTConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
 from hrvlm.config import VLMConfig
-from hrvlm.image_processing_vlm import VLMImageProcessorPil
+from hrvlm.images.transformers_processor import VLMImageProcessorPil
 from hrvlm.processors import IMAGE_TOKEN, VLMProcessor
 from hrvlm.reader_model import byte_backend
 from hrvlm.vision_language_model import VisionLanguageModel

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hrvlm.image_processing import IMAGENET, SAT493M, normalize
-from hrvlm.patches import pack_images
+from hrvlm.images.patches import pack_images
+from hrvlm.images.processor import IMAGENET, SAT493M, normalize
 from hrvlm_kernels import normalize_patchify, reference
 from tests.kernels.compile_checks import TARGETS, assert_clean, submit_compile
 from tests.kernels.helpers import DTYPES, interpreter_only

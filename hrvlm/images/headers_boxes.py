@@ -1,4 +1,4 @@
-"""The headers of AVIF and JPEG 2000 files, which are made of boxes; see `image_stills.py`."""
+"""The headers of AVIF and JPEG 2000 files, which are made of boxes; see `stills.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator
 from math import ceil
 
-from .image_stills import MAX_METADATA, MAX_SEGMENTS, LimitError, Piece, Pieces, Reader, Still
+from .stills import MAX_METADATA, MAX_SEGMENTS, LimitError, Piece, Pieces, Reader, Still
 
 _JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
 _CODESTREAM = b"\xff\x4f\xff\x51"

@@ -1,4 +1,4 @@
-"""The first directory of a TIFF file; see `image_stills.py`.
+"""The first directory of a TIFF file; see `stills.py`.
 
 Pillow and libtiff get a directory written anew, of the tags that say how the pixels are stored:
 a directory may list tens of thousands of tags that all point at the same megabytes.
@@ -11,7 +11,7 @@ from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
-from .image_stills import LimitError, Piece, Reader, Still
+from .stills import LimitError, Piece, Reader, Still
 
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _ORIENTATION = 256, 257, 258, 259, 274
 _STRIP_OFFSETS, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR = 273, 277, 278, 279, 284

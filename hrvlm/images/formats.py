@@ -19,8 +19,16 @@ from typing import IO, Any, NamedTuple
 
 from PIL import ExifTags, Image
 
-from . import image_headers, image_headers_boxes, image_headers_tiff
-from .image_stills import LimitError, Pieces, Reader, Still
+from . import (
+    headers as image_headers,
+)
+from . import (
+    headers_boxes as image_headers_boxes,
+)
+from . import (
+    headers_tiff as image_headers_tiff,
+)
+from .stills import LimitError, Pieces, Reader, Still
 
 BYTES_PER_PIXEL, SPARE_BYTES = 8, 80_000_000
 MAX_SECONDS = 2.5

@@ -11,17 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from hrvlm.geometry import tile_grid, token_grid
-from hrvlm.image_intake import ImageError
-from hrvlm.image_processing import (
-    IMAGENET,
-    SAT493M,
-    SIGLIP,
-    get_image_processor,
-    normalization_for,
-)
-from hrvlm.image_processing_vlm import VLMImageProcessor, VLMImageProcessorPil
-from hrvlm.patches import unpatchify
+from hrvlm.images.geometry import tile_grid, token_grid
+from hrvlm.images.intake import ImageError
+from hrvlm.images.patches import unpatchify
+from hrvlm.images.processor import IMAGENET, SAT493M, SIGLIP, get_image_processor, normalization_for
+from hrvlm.images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
 
 BACKENDS = [VLMImageProcessor, VLMImageProcessorPil]
 
@@ -484,8 +478,8 @@ WITHOUT_TORCHVISION = """if True:
     import sys, tempfile
     sys.modules["torchvision"] = None  # importing it raises, and finding it finds nothing
     import numpy as np
-    import hrvlm, hrvlm.geometry, hrvlm.image_intake
-    from hrvlm.image_processing import get_image_processor
+    import hrvlm, hrvlm.images.geometry, hrvlm.images.intake
+    from hrvlm.images.processor import get_image_processor
 
     assert "transformers" not in sys.modules, "the function does not need transformers"
     image = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
@@ -494,8 +488,8 @@ WITHOUT_TORCHVISION = """if True:
     # `from transformers import AutoImageProcessor` asks for torchvision, the class itself does not.
     from transformers import PreTrainedConfig
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
-    from hrvlm.image_processing_vlm import VLMImageProcessor, VLMImageProcessorPil
-    from hrvlm.patches import patchify
+    from hrvlm.images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
+    from hrvlm.images.patches import patchify
 
     class Config(PreTrainedConfig):
         model_type = "has_no_torchvision"

@@ -1,6 +1,6 @@
 """One image file, decoded in a process of its own under limits of memory and time: for servers.
 
-`image_formats.py` refuses what its header shows to be too costly. A server that reads files of
+`formats.py` refuses what its header shows to be too costly. A server that reads files of
 strangers has this besides, against what a header does not show and faults in decoders: whatever
 the file does, it does to a process that ends.
 """
@@ -19,8 +19,8 @@ from typing import Any
 
 from PIL import Image
 
-from .image_formats import BYTES_PER_PIXEL, ImageError, read_header
-from .image_intake import MAX_PIXELS, WHITE, load_image
+from .formats import BYTES_PER_PIXEL, ImageError, read_header
+from .intake import MAX_PIXELS, WHITE, load_image
 
 CPU_SECONDS, WALL_SECONDS = 10, 30
 SPARE_BYTES = 300_000_000  # address space beside the pixels: more than what is used

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
-from hrvlm import image_fetch
-from hrvlm.image_fetch import fetch_image, is_text_image
-from hrvlm.image_formats import ImageError
+from hrvlm.images import fetch as image_fetch
+from hrvlm.images.fetch import fetch_image, is_text_image
+from hrvlm.images.formats import ImageError
 from tests.hrvlm.tiny import processor_of
 
 

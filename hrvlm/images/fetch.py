@@ -6,7 +6,7 @@ import base64
 import binascii
 import time
 
-from .image_formats import ImageError
+from .formats import ImageError
 
 MAX_BYTES = 64_000_000  # of a file that is fetched or written as text
 SECONDS = 60  # to fetch one

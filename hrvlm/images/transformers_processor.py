@@ -31,7 +31,7 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils.import_utils import is_torchvision_available
 
 from .geometry import Geometry, positive_int, token_grid
-from .image_intake import (
+from .intake import (
     MAX_PIXELS,
     WHITE,
     Channels,
@@ -41,7 +41,8 @@ from .image_intake import (
     load_image,
     rgb_color,
 )
-from .image_processing import (
+from .patches import patchify
+from .processor import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     check_normalization,
@@ -49,7 +50,6 @@ from .image_processing import (
     resize,
     to_tensor,
 )
-from .patches import patchify
 
 ImageSources: TypeAlias = "ImageSource | list[ImageSources] | tuple[ImageSources, ...]"
 

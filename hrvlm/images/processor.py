@@ -2,7 +2,7 @@
 
 `get_image_processor` keeps nanoVLM's name and its two modes (`data/processors.py`); what it returns
 is normalised in both. The processors for transformers, with the same geometry and numbers, are in
-`image_processing_vlm.py`.
+`transformers_processor.py`.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from .geometry import Geometry, TileGeometry, positive_int, tile_grid, token_grid
-from .image_intake import (
+from .intake import (
     MAX_PIXELS,
     WHITE,
     Channels,

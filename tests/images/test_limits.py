@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from benchmarks.image_fuzz import broken_rule, measure, supervise
-from hrvlm import image_worker
-from hrvlm.image_intake import ImageError, load_image
-from hrvlm.image_worker import load_image_in_worker
-from tests.hrvlm.image_bombs import DISARMED, REFUSED, encode, run_length_bmp
+from hrvlm.images import worker as image_worker
+from hrvlm.images.intake import ImageError, load_image
+from hrvlm.images.worker import load_image_in_worker
+from tests.images.bombs import DISARMED, REFUSED, encode, run_length_bmp
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/image_fuzz.json"
 
@@ -79,7 +79,7 @@ def test_large_images_are_brought_to_rgb_in_stripes_exactly(mode, monkeypatch):
     if mode == "P":
         image.info["transparency"] = 3
     whole = load_image(image)
-    monkeypatch.setattr("hrvlm.image_intake._STRIPE_PIXELS", 200)
+    monkeypatch.setattr("hrvlm.images.intake._STRIPE_PIXELS", 200)
     np.testing.assert_array_equal(load_image(image), whole)
 
 
@@ -141,7 +141,7 @@ def test_a_decoder_that_does_not_end_well_ends_its_process_only(fault, monkeypat
     """The worker's own code, with a decoder that misbehaves in the place of load_image."""
     code, message = LOADERS[fault]
     body = (
-        "import sys, hrvlm.image_worker as w\n"
+        "import sys, hrvlm.images.worker as w\n"
         "w.CPU_SECONDS = 1\n"
         f"def load_image(*a, **k):\n    {code}\n"
         "w.load_image = load_image\n"

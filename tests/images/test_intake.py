@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hrvlm.image_intake import MAX_PIXELS, ImageError, load_image
+from hrvlm.images.intake import MAX_PIXELS, ImageError, load_image
 
 R, G, B = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 W, K, Y = (255, 255, 255), (0, 0, 0), (255, 255, 0)
@@ -699,7 +699,7 @@ def test_importing_changes_nothing_of_pillow():
         import sys
         from PIL import Image, ImageFile
         before = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
-        import hrvlm.image_intake
+        import hrvlm.images.intake
         assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
         assert not {"torchvision", "triton", "transformers"} & set(sys.modules)
     """

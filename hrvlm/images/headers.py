@@ -1,4 +1,4 @@
-"""The headers of JPEG, PNG, GIF, WebP, BMP and PPM files; see `image_stills.py`.
+"""The headers of JPEG, PNG, GIF, WebP, BMP and PPM files; see `stills.py`.
 
 The estimates of time are slopes measured on one core of a server (about 2.5 GHz) with files made to
 be slow, rounded up; `benchmarks/image_fuzz.py` measures them again.
@@ -10,7 +10,7 @@ import re
 import struct
 import zlib
 
-from .image_stills import (
+from .stills import (
     MAX_METADATA,
     MAX_SEGMENTS,
     LimitError,

@@ -15,7 +15,7 @@ What a picture means is decided here, once, for every way into the package:
   Pillow image, the one it stands at
 - colour profiles are not applied, as in the other libraries that feed such models
 
-Which files are opened, and within which limits: `image_formats.py`. A Pillow image was opened by
+Which files are opened, and within which limits: `formats.py`. A Pillow image was opened by
 the caller, and only its size is judged here.
 """
 
@@ -33,9 +33,9 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 from PIL import ExifTags, Image
 
-from .image_formats import ImageError as ImageError  # part of this module's interface, too
-from .image_formats import check_size, decode_first_frame
-from .image_stills import Pieces
+from .formats import ImageError as ImageError  # part of this module's interface, too
+from .formats import check_size, decode_first_frame
+from .stills import Pieces
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrvlm.geometry import Geometry, TileGeometry, tile_grid, token_grid
+from hrvlm.images.geometry import Geometry, TileGeometry, tile_grid, token_grid
 
 SIDES = range(1, 513)
 COARSE = [*range(1, 40), *range(60, 70), *range(127, 131), *range(190, 513, 17), 511, 512]

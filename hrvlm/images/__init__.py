@@ -1,0 +1,1 @@
+"""Any image in: headers, upright RGB, sizes, patches; and every count of tokens."""
