@@ -30,7 +30,7 @@ from benchmarks import encoder_peers
 from benchmarks.case import OURS, Case, Prepared, Rival, Run, Settings
 from benchmarks.encoder_peers import Grids, MakeEncode, Models
 from benchmarks.mixed_sizes import MIXED_GRIDS
-from hrvlm.checkpoints import CONFIGS, get_config
+from hrvlm.checkpoints.convert import CONFIGS, get_config
 from hrvlm.plan import Architecture, forward_cost
 
 SUITE, DEVICE, BUDGET_S = "encoder", "cuda", 170

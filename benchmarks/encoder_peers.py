@@ -23,7 +23,7 @@ from benchmarks.attention_peers import installed
 from benchmarks.case import Outputs, Run, Unavailable
 from hrvlm import DINOv3Encoder, encoder_layers
 from hrvlm.bench import random_images, random_pair, restore_frequencies
-from hrvlm.checkpoints import load_into
+from hrvlm.checkpoints.convert import load_into
 from hrvlm.images.patches import pack_images, patchify
 from hrvlm_kernels import PackedGrids, reference, rope_2d, varlen_attention
 
@@ -45,7 +45,7 @@ class Models:
     """One set of weights in the classes of everyone, each made when it is first asked for.
 
     Attributes:
-        name: Key of :data:`hrvlm.checkpoints.CONFIGS`.
+        name: Key of :data:`hrvlm.checkpoints.convert.CONFIGS`.
         config: Its configuration, or a shallower one.
         device: Where.
         dtype: Of weights and activations.

@@ -12,7 +12,7 @@ from . import registration
 
 if TYPE_CHECKING:
     from .acceleration import accelerate, restore
-    from .checkpoints import convert, load_checkpoint, load_into
+    from .checkpoints.convert import convert, load_checkpoint, load_into
     from .collators import BaseCollator, VQACollator
     from .config import VLMConfig
     from .encoder_output import EncoderOutput, PackedEncoderOutput
@@ -66,14 +66,14 @@ _HOME = {
     "VQACollator": "collators",
     "VisionLanguageModel": "vision_language_model",
     "accelerate": "acceleration",
-    "convert": "checkpoints",
+    "convert": "checkpoints.convert",
     "get_image_processor": "images.processor",
     "get_image_string": "processors",
     "get_tokenizer": "processors",
     "image_token_count": "modality_projector",
-    "load_checkpoint": "checkpoints",
+    "load_checkpoint": "checkpoints.convert",
     "load_image": "images.intake",
-    "load_into": "checkpoints",
+    "load_into": "checkpoints.convert",
     "make_plan": "plan",
     "normalization_for": "images.processor",
     "pack_images": "images.patches",

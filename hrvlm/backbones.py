@@ -16,12 +16,12 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from .checkpoint_damage import naming_damaged_files
-from .checkpoints import is_foreign
+from .checkpoints.convert import is_foreign
+from .checkpoints.damage import naming_damaged_files
+from .checkpoints.strict import load_strictly
 from .config import VLMConfig
 from .plain_modules import is_float
 from .processors import get_tokenizer
-from .strict_loading import load_strictly
 from .vision_language_model import VisionLanguageModel, without_mask_token
 from .vision_transformer import DINOv3Encoder
 

@@ -37,7 +37,7 @@ class BenchOptions:
     """What to run.
 
     Attributes:
-        model: Key of :data:`hrvlm.checkpoints.CONFIGS`.
+        model: Key of :data:`hrvlm.checkpoints.convert.CONFIGS`.
         sizes: Side of the square images of each uniform batch, in pixels.
         tokens: About how many tokens make a batch.
         mixed: Number of images of mixed sizes, whose longer sides go from the smallest to the
@@ -146,7 +146,7 @@ def bench(
         ValueError: an unknown model or dtype, or a size that is no multiple of the patch size.
         RuntimeError: the results of two rivals differ: there are no times then.
     """
-    from .checkpoints import get_config
+    from .checkpoints.convert import get_config
     from .encoder_layers import patch_size_of
 
     if options is None:

@@ -191,7 +191,7 @@ def convert(
     with json_only(as_json):
         import torch
 
-        from .checkpoints import convert as run
+        from .checkpoints.convert import convert as run
 
         dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if dtype is not None and dtype not in dtypes:

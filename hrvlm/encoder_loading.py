@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoint_damage import naming_damaged_files
-from .checkpoint_files import read_json
+from .checkpoints.damage import naming_damaged_files
+from .checkpoints.files import read_json
 from .images.processor import Normalization, check_normalization, normalization_for
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def check_backend_runs(backend: str, device: torch.device, dtype: torch.dtype) -
 
 
 def _random_encoder() -> DINOv3Encoder:
-    from .checkpoints import get_config
+    from .checkpoints.convert import get_config
     from .vision_transformer import DINOv3Encoder
 
     with torch.random.fork_rng(devices=[]):
@@ -113,7 +113,7 @@ def _random_encoder() -> DINOv3Encoder:
 
 def _pretrained_encoder(model: str) -> tuple[DINOv3Encoder, Normalization | None]:
     """The encoder, and mean and std of its own image processor if it has one."""
-    from .checkpoints import is_foreign, open_checkpoint
+    from .checkpoints.convert import is_foreign, open_checkpoint
     from .vision_transformer import DINOv3Encoder
 
     if is_foreign(model):

@@ -17,7 +17,7 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedT
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
-from .checkpoint_damage import naming_damaged_files
+from .checkpoints.damage import naming_damaged_files
 from .config import VLMConfig
 from .images.fetch import fetch_image, is_text_image
 from .images.intake import load_image

@@ -12,7 +12,7 @@ from .console import console, note, printable
 if TYPE_CHECKING:
     from .bench import BenchReport
     from .bench_generate import BenchResult
-    from .checkpoints import CheckpointInfo
+    from .checkpoints.convert import CheckpointInfo
     from .encode import EncodeResult
     from .evaluate import Scores
     from .generate import Generated

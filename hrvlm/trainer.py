@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from .checkpoint_report import KeyDifferences
+from .checkpoints.differences import KeyDifferences
 from .encoder_layers import without_fused_keys
 from .optimizers import CombinedOptimizer
 from .training_data import SampleStream

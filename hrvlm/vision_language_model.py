@@ -29,6 +29,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hrvlm_kernels import PackedGrids
 
+from .checkpoints.strict import StrictModel
 from .config import ARCHITECTURES, VLMConfig
 from .images.patches import unpatchify
 from .modality_projector import ModalityProjector
@@ -41,7 +42,6 @@ from .placeholders import (
     count_tokens,
     images_per_sample,
 )
-from .strict_loading import StrictModel
 from .vlm_output import CACHE_NAME, ImageFeatures, VLMOutput, name_cache
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from transformers import initialization as init
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import check_backend
 
-from . import checkpoint_mapping
-from .checkpoints import foreign_base, is_foreign, load_foreign
+from .checkpoints import mapping as checkpoint_mapping
+from .checkpoints.convert import foreign_base, is_foreign, load_foreign
+from .checkpoints.strict import StrictModel
 from .encoder_layers import (
     FUSED_OPS,
     DINOv3Embeddings,
@@ -34,7 +35,6 @@ from .encoder_layers import (
 )
 from .encoder_output import EncoderOutput, PackedEncoderOutput
 from .images.patches import pack_images, patchify
-from .strict_loading import StrictModel
 
 if TYPE_CHECKING:
     from .cuda_graphs import GraphedEncoder
@@ -103,13 +103,13 @@ class DINOv3Encoder(StrictModel):
         """As in transformers, for checkpoints of every layout; what does not fit raises.
 
         A file, or a directory without transformers' config, is read as
-        :func:`hrvlm.checkpoints.convert` reads it.
+        :func:`hrvlm.checkpoints.convert.convert` reads it.
 
         Args:
             pretrained_model_name_or_path: Hub id, directory or weight file.
             *model_args: Of the model.
             **kwargs: Of transformers' ``from_pretrained``, and ``strict``; see
-                :meth:`~hrvlm.strict_loading.StrictModel.from_pretrained`. Of a file also fields of
+                :meth:`~hrvlm.checkpoints.strict.StrictModel.from_pretrained`. Of a file also fields of
                 the config.
 
         Raises:

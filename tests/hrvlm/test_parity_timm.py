@@ -1,4 +1,4 @@
-"""DINOv3Encoder against timm's port of DINOv3, weights moved by checkpoints.py."""
+"""DINOv3Encoder against timm's port of DINOv3, weights moved by convert.py."""
 
 import pytest
 import timm
@@ -6,7 +6,7 @@ import torch
 from transformers import DINOv3ViTModel
 
 from hrvlm import DINOv3Encoder
-from hrvlm.checkpoints import (
+from hrvlm.checkpoints.convert import (
     CONFIGS,
     from_transformers,
     get_config,

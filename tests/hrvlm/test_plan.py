@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hrvlm import DINOv3Encoder
-from hrvlm.checkpoints import CONFIGS, get_config
+from hrvlm.checkpoints.convert import CONFIGS, get_config
 from hrvlm.plan import Architecture, forward_cost, make_plan, named_architecture, size_of
 from tests.hrvlm.encoders import config_of
 

@@ -1,4 +1,4 @@
-"""Moves the tensors of a checkpoint to canonical keys and back; see :mod:`hrvlm.checkpoints`.
+"""Moves the tensors of a checkpoint to canonical keys and back; see :mod:`hrvlm.checkpoints.convert`.
 
 Canonical keys are those of transformers' files.
 """
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint_files import flatten_tensors
-from .checkpoint_keys import (
+from .differences import Shape, compare, group_keys
+from .files import flatten_tensors
+from .keys import (
     LAYOUTS,
     Layout,
     canonical_name,
@@ -24,7 +25,6 @@ from .checkpoint_keys import (
     split_layer,
     unwrapped,
 )
-from .checkpoint_report import Shape, compare, group_keys
 
 # Recomputed (RoPE), used in training alone, or a head on top of the encoder.
 _LEFT_OUT = re.compile(r"(rope_embed|rope_embeddings|rope|local_cls_norm|projectors|head)\.")

@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .checkpoint_damage import check_generation_config, naming_damaged_files
-from .checkpoint_mapping import ABSENT_PARTS
-from .checkpoint_report import KeyDifferences, group_keys, natural_order
+from .damage import check_generation_config, naming_damaged_files
+from .differences import KeyDifferences, group_keys, natural_order
+from .mapping import ABSENT_PARTS
 
 _TRANSFORMERS = logging.getLogger("transformers.modeling_utils")
 

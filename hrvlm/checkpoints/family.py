@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint_tensors import Reading, architecture
+from .tensors import Reading, architecture
 
 if TYPE_CHECKING:
     from transformers import DINOv3ViTConfig
@@ -68,7 +68,7 @@ def make_config(known: Mapping[str, Any], overrides: Mapping[str, Any]) -> DINOv
 
 
 def config_of(reading: Reading, overrides: Mapping[str, Any]) -> DINOv3ViTConfig:
-    """The config that fits the weights; see :func:`hrvlm.checkpoints.infer_config`."""
+    """The config that fits the weights; see :func:`hrvlm.checkpoints.convert.infer_config`."""
     found = architecture(reading.tensors)
     size = found["hidden_size"]
     if reading.periods is not None:

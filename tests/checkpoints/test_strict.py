@@ -14,11 +14,11 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hrvlm import DINOv3Encoder, VisionLanguageModel
 from hrvlm.backbones import load_vision
-from hrvlm.checkpoints import convert, from_transformers
+from hrvlm.checkpoints.convert import convert, from_transformers
 from hrvlm.encoder_loading import load_encoder
 from hrvlm.images.processor import IMAGENET
 from hrvlm.trainer import VLMTrainer, VLMTrainingArguments
-from tests.hrvlm.checkpoint_states import assert_same, canonical_of
+from tests.checkpoints.states import assert_same, canonical_of
 from tests.hrvlm.encoders import config_of, pair_of
 from tests.hrvlm.tiny import model_of, vision_config_of
 

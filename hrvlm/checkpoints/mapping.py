@@ -22,7 +22,7 @@ class LoadOnlyRenaming(WeightRenaming):
 class FuseAll(Concatenate):
     """Concatenates its sources if all are there; else the model's key is missing.
 
-    Those that are absent are noted at the model, for :mod:`hrvlm.strict_loading` to name.
+    Those that are absent are noted at the model, for :mod:`hrvlm.checkpoints.strict` to name.
     """
 
     def convert(  # type: ignore[override]

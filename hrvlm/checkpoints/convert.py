@@ -35,16 +35,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint_files import (
-    WEIGHT_SUFFIXES,
-    load_checkpoint,
-    read_json,
-    summary,
-    write_checkpoint,
-)
-from .checkpoint_keys import Layout, find_prefix, layout_of, unwrapped
-from .checkpoint_report import KeyDifferences, compare
-from .checkpoint_tensors import (
+from ..images.processor import IMAGENET, SAT493M
+from .differences import KeyDifferences, compare
+from .family import CONFIGS, check_overrides, config_of, get_config, make_config, periods_of
+from .files import WEIGHT_SUFFIXES, load_checkpoint, read_json, summary, write_checkpoint
+from .keys import Layout, find_prefix, layout_of, unwrapped
+from .tensors import (
     CheckpointInfo,
     Reading,
     architecture,
@@ -53,8 +49,6 @@ from .checkpoint_tensors import (
     read,
     write,
 )
-from .family import CONFIGS, check_overrides, config_of, get_config, make_config, periods_of
-from .images.processor import IMAGENET, SAT493M
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hrvlm import DINOv3Encoder, VisionLanguageModel, VLMProcessor
-from hrvlm.checkpoints import convert, load_checkpoint, load_into, open_checkpoint
+from hrvlm.checkpoints.convert import convert, load_checkpoint, load_into, open_checkpoint
 from hrvlm.encoder_loading import load_encoder
 from hrvlm.generate import load_vlm
-from tests.hrvlm.checkpoint_states import meta_state, periods_of
-from tests.hrvlm.damage import mutate, mutate_json, mutate_pickle_in_zip
+from tests.checkpoints.damage import mutate, mutate_json, mutate_pickle_in_zip
+from tests.checkpoints.states import meta_state, periods_of
 from tests.hrvlm.encoders import config_of
 from tests.hrvlm.tiny import model_of, processor_of
 

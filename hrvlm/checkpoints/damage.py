@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint_files import check_file, read_json, summary
+from .files import check_file, read_json, summary
 
 # What transformers reads of a directory; other files in it may be of any kind.
 _DOCUMENTS = (

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, DINOv3ViTConfig, DINOv3ViTModel
 
 from hrvlm import DINOv3Encoder
-from hrvlm.checkpoints import (
+from hrvlm.checkpoints.convert import (
     convert,
     from_transformers,
     get_config,
@@ -18,7 +18,7 @@ from hrvlm.checkpoints import (
     load_into,
     to_transformers,
 )
-from tests.hrvlm.checkpoint_states import assert_same, canonical_of, meta_state, periods_of
+from tests.checkpoints.states import assert_same, canonical_of, meta_state, periods_of
 from tests.hrvlm.encoders import config_of
 
 

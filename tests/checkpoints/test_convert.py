@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DINOv3ViTBackbone, DINOv3ViTModel
 
 from hrvlm import DINOv3Encoder
-from hrvlm.checkpoints import (
+from hrvlm.checkpoints.convert import (
     CONFIGS,
     detect_layout,
     from_transformers,
@@ -17,7 +17,7 @@ from hrvlm.checkpoints import (
     load_into,
     to_transformers,
 )
-from tests.hrvlm.checkpoint_states import (
+from tests.checkpoints.states import (
     assert_same,
     canonical_of,
     meta_features,

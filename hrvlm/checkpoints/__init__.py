@@ -1,0 +1,1 @@
+"""Weights from Meta, timm and transformers, and back; what is wrong with a file."""
