@@ -14,7 +14,7 @@ for the two largest models), 16k in a forward and backward; 64k are 326, 28 or 1
                                          and the time of attention and of the matrix products
     max-autotune, ...                    against torch.compile at its most thorough
 
-Useful FLOPs are those of the matrix products and of attention (hrvlm.plan), three times that with a
+Useful FLOPs are those of the matrix products and of attention (hrvlm.encoder.cost), three times that with a
 backward. Memory is the peak beside weights and inputs, gradients included; a rival that works in
 the memory of CUDA graphs has none.
 """
@@ -31,7 +31,7 @@ from benchmarks.case import OURS, Case, Prepared, Rival, Run, Settings
 from benchmarks.encoder_peers import Grids, MakeEncode, Models
 from benchmarks.mixed_sizes import MIXED_GRIDS
 from hrvlm.checkpoints.convert import CONFIGS, get_config
-from hrvlm.plan import Architecture, forward_cost
+from hrvlm.encoder.cost import Architecture, forward_cost
 
 SUITE, DEVICE, BUDGET_S = "encoder", "cuda", 170
 

@@ -1,6 +1,6 @@
 """How the encoder's work grows with the image: matrix products with tokens, attention with squares.
 
-Counted (hrvlm.plan), so that no GPU is needed, and measured where a result file has the parts.
+Counted (hrvlm.encoder.cost), so that no GPU is needed, and measured where a result file has the parts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hrvlm.plan import Architecture, Cost, forward_cost, named_architecture
+from hrvlm.encoder.cost import Architecture, Cost, forward_cost, named_architecture
 
 SIZES = (224, 768, 1024)
 NAMES = ("vits16", "vitb16", "vitl16", "vith16plus", "vit7b16")

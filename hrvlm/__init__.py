@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from . import registration
 
 if TYPE_CHECKING:
-    from .acceleration import accelerate, restore
     from .checkpoints.convert import convert, load_checkpoint, load_into
     from .collators import BaseCollator, VQACollator
     from .config import VLMConfig
-    from .encoder_output import EncoderOutput, PackedEncoderOutput
+    from .encoder.acceleration import accelerate, restore
+    from .encoder.cost import make_plan
+    from .encoder.output import EncoderOutput, PackedEncoderOutput
+    from .encoder.vision_transformer import DINOv3Encoder
     from .images.geometry import Geometry, TileGeometry, tile_grid, token_grid
     from .images.intake import ImageError, load_image
     from .images.patches import pack_images, patchify, unpatchify
@@ -33,26 +35,24 @@ if TYPE_CHECKING:
         pixel_shuffle,
         pixel_unshuffle,
     )
-    from .plan import make_plan
     from .processors import VLMProcessor, get_image_string, get_tokenizer
     from .sequence_packing import PackedSequenceCollator, pack_sequences
     from .trainer import VLMTrainer, VLMTrainingArguments
     from .training_config import TrainingConfig
     from .vision_language_model import VisionLanguageModel
-    from .vision_transformer import DINOv3Encoder
     from .vlm_output import VLMOutput
 
 _HOME = {
     "BaseCollator": "collators",
-    "DINOv3Encoder": "vision_transformer",
-    "EncoderOutput": "encoder_output",
+    "DINOv3Encoder": "encoder.vision_transformer",
+    "EncoderOutput": "encoder.output",
     "Geometry": "images.geometry",
     "IMAGENET_MEAN": "images.processor",
     "IMAGENET_STD": "images.processor",
     "ImageError": "images.intake",
     "ImageProcessor": "images.processor",
     "ModalityProjector": "modality_projector",
-    "PackedEncoderOutput": "encoder_output",
+    "PackedEncoderOutput": "encoder.output",
     "PackedSequenceCollator": "sequence_packing",
     "TileGeometry": "images.geometry",
     "TrainingConfig": "training_config",
@@ -65,7 +65,7 @@ _HOME = {
     "VLMTrainingArguments": "trainer",
     "VQACollator": "collators",
     "VisionLanguageModel": "vision_language_model",
-    "accelerate": "acceleration",
+    "accelerate": "encoder.acceleration",
     "convert": "checkpoints.convert",
     "get_image_processor": "images.processor",
     "get_image_string": "processors",
@@ -74,14 +74,14 @@ _HOME = {
     "load_checkpoint": "checkpoints.convert",
     "load_image": "images.intake",
     "load_into": "checkpoints.convert",
-    "make_plan": "plan",
+    "make_plan": "encoder.cost",
     "normalization_for": "images.processor",
     "pack_images": "images.patches",
     "pack_sequences": "sequence_packing",
     "patchify": "images.patches",
     "pixel_shuffle": "modality_projector",
     "pixel_unshuffle": "modality_projector",
-    "restore": "acceleration",
+    "restore": "encoder.acceleration",
     "tile_grid": "images.geometry",
     "token_grid": "images.geometry",
     "unpatchify": "images.patches",

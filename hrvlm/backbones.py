@@ -20,10 +20,10 @@ from .checkpoints.convert import is_foreign
 from .checkpoints.damage import naming_damaged_files
 from .checkpoints.strict import load_strictly
 from .config import VLMConfig
-from .plain_modules import is_float
+from .encoder.plain_modules import is_float
+from .encoder.vision_transformer import DINOv3Encoder
 from .processors import get_tokenizer
 from .vision_language_model import VisionLanguageModel, without_mask_token
-from .vision_transformer import DINOv3Encoder
 
 # What a checkpoint of SigLIP has besides the vision tower without its pooling head.
 _OF_SIGLIP = ("text_model.", "logit_scale", "logit_bias", "vision_model.head.", "head.")

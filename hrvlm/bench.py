@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from hrvlm_kernels.backends import resolve
 
-from .plan import Architecture, forward_cost
+from .encoder.cost import Architecture, forward_cost
 from .timing import Timing, describe_device, median_ratio, peak_memory, take_turns
 
 if TYPE_CHECKING:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-    from .vision_transformer import DINOv3Encoder
+    from .encoder.vision_transformer import DINOv3Encoder
 
 OURS, PEER, COMPILED = "hrvlm", "transformers", "transformers, compiled"
 # The largest relative difference of two correct encoders: rounding differs, and in bfloat16 it adds
@@ -91,7 +91,7 @@ class BenchCase:
         name: "224x224" or "mixed".
         images: How many.
         tokens: Prefix tokens included.
-        flops: Of the matrix products and attention in one forward (:mod:`hrvlm.plan`).
+        flops: Of the matrix products and attention in one forward (:mod:`hrvlm.encoder.cost`).
         difference: Relative difference of the results.
         rivals: Who ran, hrvlm last.
     """
@@ -147,7 +147,7 @@ def bench(
         RuntimeError: the results of two rivals differ: there are no times then.
     """
     from .checkpoints.convert import get_config
-    from .encoder_layers import patch_size_of
+    from .encoder.layers import patch_size_of
 
     if options is None:
         options = ON_CPU if device.type == "cpu" else BenchOptions()
@@ -234,7 +234,7 @@ def random_pair(
     """
     from transformers import DINOv3ViTModel
 
-    from .vision_transformer import DINOv3Encoder
+    from .encoder.vision_transformer import DINOv3Encoder
 
     with torch.device("meta"):
         theirs = DINOv3ViTModel._from_config(config, attn_implementation="sdpa", dtype=dtype)

@@ -145,7 +145,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Grids, tokens, memory and FLOPs of images, without any weights."""
-    from .plan import make_plan, named_architecture
+    from .encoder.cost import make_plan, named_architecture
 
     planned = make_plan(
         images,

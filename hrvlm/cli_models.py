@@ -192,7 +192,7 @@ def bench_generate(
     with json_only(as_json):
         from .bench_generate import SIZES, BenchOptions
         from .bench_generate import bench_generate as run
-        from .plan import size_of
+        from .encoder.cost import size_of
 
         sizes = tuple(map(size_of, size)) if size else SIZES
         options = BenchOptions(sizes, new_tokens, repeats)

@@ -20,15 +20,15 @@ from torch import Tensor
 from hrvlm_kernels.backends import resolve
 
 from .encode_files import ResultWriter
+from .encoder.cost import Architecture, forward_cost
 from .encoder_loading import LoadedEncoder
 from .images.geometry import Geometry
 from .images.intake import load_image
 from .images.processor import get_image_processor
-from .plan import Architecture, forward_cost
 from .timing import synchronize
 
 if TYPE_CHECKING:
-    from .encoder_output import PackedEncoderOutput
+    from .encoder.output import PackedEncoderOutput
 
 DEFAULT_MAX_TOKENS = 32768
 _PANEL = 720  # longest side of a picture's panels in pixels

@@ -20,8 +20,8 @@ from .visualize import pca_colors, sheet
 
 if TYPE_CHECKING:
     from .encode import EncodedImage
-    from .encoder_layers import DINOv3Layer
-    from .encoder_output import PackedEncoderOutput
+    from .encoder.layers import DINOv3Layer
+    from .encoder.output import PackedEncoderOutput
 
 FEATURES_SUFFIX, PICTURE_SUFFIX = ".features.safetensors", ".features.png"
 

@@ -16,7 +16,7 @@ from .checkpoints.files import read_json
 from .images.processor import Normalization, check_normalization, normalization_for
 
 if TYPE_CHECKING:
-    from .vision_transformer import DINOv3Encoder
+    from .encoder.vision_transformer import DINOv3Encoder
 
 RANDOM_MODEL, RANDOM_SEED = "vits16", 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -104,7 +104,7 @@ def check_backend_runs(backend: str, device: torch.device, dtype: torch.dtype) -
 
 def _random_encoder() -> DINOv3Encoder:
     from .checkpoints.convert import get_config
-    from .vision_transformer import DINOv3Encoder
+    from .encoder.vision_transformer import DINOv3Encoder
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
@@ -114,7 +114,7 @@ def _random_encoder() -> DINOv3Encoder:
 def _pretrained_encoder(model: str) -> tuple[DINOv3Encoder, Normalization | None]:
     """The encoder, and mean and std of its own image processor if it has one."""
     from .checkpoints.convert import is_foreign, open_checkpoint
-    from .vision_transformer import DINOv3Encoder
+    from .encoder.vision_transformer import DINOv3Encoder
 
     if is_foreign(model):
         with quiet_loading(model):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hrvlm_kernels import PackedGrids, pixel_shuffle_linear
 
-from .plain_modules import input_dtype, is_plain
+from .encoder.plain_modules import input_dtype, is_plain
 
 
 def image_token_count(patch_grid: tuple[int, int], factor: int, append_cls: bool = False) -> int:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from .bench_generate import BenchResult
     from .checkpoints.convert import CheckpointInfo
     from .encode import EncodeResult
+    from .encoder.cost import Plan
     from .evaluate import Scores
     from .generate import Generated
-    from .plan import Plan
     from .train_demo import DemoResult
     from .verify import Report
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from .checkpoints.differences import KeyDifferences
-from .encoder_layers import without_fused_keys
+from .encoder.layers import without_fused_keys
 from .optimizers import CombinedOptimizer
 from .training_data import SampleStream
 

@@ -257,7 +257,7 @@ def _patchify_case(random: Random) -> Iterator[Direction]:
 
 
 def _encoder_case(random: Random) -> Iterator[Direction]:
-    from .vision_transformer import DINOv3Encoder
+    from .encoder.vision_transformer import DINOv3Encoder
 
     encoder = _small_encoder(random)
     patches = random(sum(hp * wp for hp, wp in _ODD_GRIDS), 3 * encoder.patch_size**2)
@@ -291,7 +291,7 @@ def _encoder_case(random: Random) -> Iterator[Direction]:
 def _small_encoder(random: Random) -> Any:
     from transformers import DINOv3ViTConfig
 
-    from .vision_transformer import DINOv3Encoder
+    from .encoder.vision_transformer import DINOv3Encoder
 
     config = DINOv3ViTConfig(
         patch_size=4,

@@ -47,7 +47,7 @@ from .vlm_output import CACHE_NAME, ImageFeatures, VLMOutput, name_cache
 if TYPE_CHECKING:
     from transformers import SiglipVisionModel
 
-    from .vision_transformer import DINOv3Encoder
+    from .encoder.vision_transformer import DINOv3Encoder
 
 Encoder = TypeVar("Encoder", bound=PreTrainedModel)
 Grids = Tensor | Sequence[Sequence[int]]
@@ -381,7 +381,7 @@ def _new_encoder(config: VLMConfig) -> DINOv3Encoder | SiglipVisionModel:
 
         config.vision_config.vision_use_head = False  # its pooling would be left without gradients
         return SiglipVisionModel(config.vision_config)
-    from .vision_transformer import DINOv3Encoder
+    from .encoder.vision_transformer import DINOv3Encoder
 
     config.vision_config._attn_implementation = "sdpa"  # the encoder has its own backends
     return without_mask_token(DINOv3Encoder(config.vision_config))

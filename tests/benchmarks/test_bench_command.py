@@ -42,7 +42,7 @@ def test_rivals_get_the_same_images_and_take_turns(capsys):
 
 
 def test_results_that_differ_give_no_times(monkeypatch):
-    from hrvlm import encoder_layers
+    from hrvlm.encoder import layers as encoder_layers
 
     def unrotated(*inputs, rope, **options):
         return attention(*inputs, **options)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import bench_encoder, plots, report, scaling, tables
 from benchmarks.case import OURS
 from benchmarks.suite import SuiteRun
-from hrvlm.plan import named_architecture
+from hrvlm.encoder.cost import named_architecture
 from hrvlm.svg import Axis, Series, bar_chart, line_chart
 from tests.benchmarks.test_suites import settings
 

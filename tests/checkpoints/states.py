@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tests.hrvlm.encoders import pair_of
+from tests.encoder.encoders import pair_of
 
 
 def canonical_of(name="vit", **changes):

@@ -24,7 +24,7 @@ from tests.checkpoints.states import (
     meta_state,
     periods_of,
 )
-from tests.hrvlm.encoders import FAMILY, config_of, pair_of
+from tests.encoder.encoders import FAMILY, config_of, pair_of
 from tests.numerics import relative_error
 
 LAYOUTS = ("transformers", "transformers_memory", "fused", "meta", "timm")

@@ -19,7 +19,7 @@ from hrvlm.checkpoints.convert import (
     to_transformers,
 )
 from tests.checkpoints.states import assert_same, canonical_of, meta_state, periods_of
-from tests.hrvlm.encoders import config_of
+from tests.encoder.encoders import config_of
 
 
 def test_files_of_every_kind_load(tmp_path):

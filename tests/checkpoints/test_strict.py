@@ -19,7 +19,7 @@ from hrvlm.encoder_loading import load_encoder
 from hrvlm.images.processor import IMAGENET
 from hrvlm.trainer import VLMTrainer, VLMTrainingArguments
 from tests.checkpoints.states import assert_same, canonical_of
-from tests.hrvlm.encoders import config_of, pair_of
+from tests.encoder.encoders import config_of, pair_of
 from tests.hrvlm.tiny import model_of, vision_config_of
 
 WEIGHTS = "model.safetensors"

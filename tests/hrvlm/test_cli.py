@@ -19,7 +19,7 @@ from hrvlm.encode import EncodeOptions, encode, find_images
 from hrvlm.encoder_loading import LoadedEncoder, load_encoder
 from hrvlm.images.processor import IMAGENET, SAT493M, get_image_processor
 from hrvlm_kernels.backends import OPS
-from tests.hrvlm.encoders import config_of, pair_of
+from tests.encoder.encoders import config_of, pair_of
 
 COMMANDS = [
     "encode",
@@ -203,7 +203,7 @@ def test_a_bug_is_exit_code_1_and_says_how_to_see_more(monkeypatch):
     def broken(*args, **kwargs):
         raise KeyError("surprise")
 
-    monkeypatch.setattr("hrvlm.plan.make_plan", broken)
+    monkeypatch.setattr("hrvlm.encoder.cost.make_plan", broken)
     assert error_of(run("plan", "8x8"), 1) == "KeyError: 'surprise' (--debug shows where)"
 
 
@@ -211,7 +211,7 @@ def test_an_interrupt_is_one_line(monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hrvlm.plan.make_plan", interrupted)
+    monkeypatch.setattr("hrvlm.encoder.cost.make_plan", interrupted)
     result = run("plan", "8x8")
     assert result.exit_code == 130 and "Traceback" not in result.stderr
 

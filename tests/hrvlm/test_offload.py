@@ -8,8 +8,8 @@ import torch
 
 import hrvlm
 from hrvlm import VisionLanguageModel
-from hrvlm.encoder_layers import FUSED_OPS
-from tests.hrvlm.encoders import FAMILY, pair_of
+from hrvlm.encoder.layers import FUSED_OPS
+from tests.encoder.encoders import FAMILY, pair_of
 from tests.hrvlm.tiny import config_of, model_of, picture, processor_of
 
 CPU = torch.device("cpu")

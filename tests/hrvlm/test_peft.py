@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hrvlm import VisionLanguageModel
-from tests.hrvlm.encoders import pair_of
+from tests.encoder.encoders import pair_of
 from tests.hrvlm.tiny import config_of, model_of, picture, processor_of, text_config_of
 
 peft = pytest.importorskip("peft")

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DINOv3ViTModel, TorchAoConfig
 
 from hrvlm import DINOv3Encoder, VisionLanguageModel
-from tests.hrvlm.encoders import pair_of
+from tests.encoder.encoders import pair_of
 from tests.hrvlm.tiny import (
     config_of,
     model_of,

@@ -144,7 +144,7 @@ def test_a_broken_layer_is_found_by_the_encoder_check(monkeypatch):
         out = varlen_attention(q, k, v, packed, scale, rope=rope, backend=backend)
         return out * 1.0001 if backend == "sdpa" else out
 
-    monkeypatch.setattr("hrvlm.encoder_layers.varlen_attention", one_backend_wrong)
+    monkeypatch.setattr("hrvlm.encoder.layers.varlen_attention", one_backend_wrong)
     report = verify("cpu", dtypes=["float32"], backends=["eager", "sdpa"], ops=["encoder"])
     found = {(check.backend, check.what) for check in report.checks if not check.passed}
     assert found == {("sdpa", "forward"), ("sdpa", "backward")}

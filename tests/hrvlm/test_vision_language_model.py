@@ -20,8 +20,8 @@ from transformers import (
 
 from hrvlm.collators import VQACollator
 from hrvlm.config import VLMConfig
+from hrvlm.encoder.vision_transformer import DINOv3Encoder
 from hrvlm.vision_language_model import VisionLanguageModel
-from hrvlm.vision_transformer import DINOv3Encoder
 from tests.hrvlm.tiny import (
     FACTOR,
     PATCH,

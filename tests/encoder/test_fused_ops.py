@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from hrvlm import encoder_layers
-from hrvlm.encoder_layers import FUSED_OPS
+from hrvlm.encoder import layers as encoder_layers
+from hrvlm.encoder.layers import FUSED_OPS
 from hrvlm_kernels import PackedGrids
-from tests.hrvlm.encoders import pair_of
+from tests.encoder.encoders import pair_of
 from tests.kernels.helpers import CountingBackend, interpreter_only
 from tests.numerics import assert_contraction
 

@@ -14,7 +14,7 @@ from transformers import DINOv3ViTModel
 from hrvlm import DINOv3Encoder, EncoderOutput, PackedEncoderOutput, pack_images
 from hrvlm.checkpoints.convert import CONFIGS, get_config
 from hrvlm_kernels import PackedGrids
-from tests.hrvlm.encoders import FAMILY, config_of, pair_of
+from tests.encoder.encoders import FAMILY, config_of, pair_of
 from tests.numerics import relative_error
 
 SHAPES = [(32, 48), (64, 16), (16, 16), (48, 80)]

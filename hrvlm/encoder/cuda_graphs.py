@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hrvlm_kernels import PackedGrids
 
-from .encoder_output import EncoderOutput, PackedEncoderOutput
+from .output import EncoderOutput, PackedEncoderOutput
 
 if TYPE_CHECKING:
     from .vision_transformer import DINOv3Encoder, Grids

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hrvlm.cuda_graphs import _select
+from hrvlm.encoder.cuda_graphs import _select
 from hrvlm_kernels import PackedGrids
-from tests.hrvlm.encoders import pair_of
+from tests.encoder.encoders import pair_of
 
 SIZES = [[(32, 48), (16, 16)], [(64, 64)] * 3, [(16, 16), (32, 48)]]
 

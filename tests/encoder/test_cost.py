@@ -10,8 +10,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hrvlm import DINOv3Encoder
 from hrvlm.checkpoints.convert import CONFIGS, get_config
-from hrvlm.plan import Architecture, forward_cost, make_plan, named_architecture, size_of
-from tests.hrvlm.encoders import config_of
+from hrvlm.encoder.cost import Architecture, forward_cost, make_plan, named_architecture, size_of
+from tests.encoder.encoders import config_of
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_gated", "no_registers_no_biases"])

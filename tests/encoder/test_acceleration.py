@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.models.dinov3_vit import modeling_dinov3_vit as stock
 
-from hrvlm.acceleration import AcceleratedAttention, RotaryPositions, accelerate, restore
-from tests.hrvlm.encoders import FAMILY, config_of, pair_of
+from hrvlm.encoder.acceleration import AcceleratedAttention, RotaryPositions, accelerate, restore
+from tests.encoder.encoders import FAMILY, config_of, pair_of
 from tests.numerics import relative_error
 
 

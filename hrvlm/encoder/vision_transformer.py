@@ -22,19 +22,12 @@ from transformers import initialization as init
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import check_backend
 
-from .checkpoints import mapping as checkpoint_mapping
-from .checkpoints.convert import foreign_base, is_foreign, load_foreign
-from .checkpoints.strict import StrictModel
-from .encoder_layers import (
-    FUSED_OPS,
-    DINOv3Embeddings,
-    DINOv3Layer,
-    LayerScale,
-    QKVBias,
-    patch_size_of,
-)
-from .encoder_output import EncoderOutput, PackedEncoderOutput
-from .images.patches import pack_images, patchify
+from ..checkpoints import mapping as checkpoint_mapping
+from ..checkpoints.convert import foreign_base, is_foreign, load_foreign
+from ..checkpoints.strict import StrictModel
+from ..images.patches import pack_images, patchify
+from .layers import FUSED_OPS, DINOv3Embeddings, DINOv3Layer, LayerScale, QKVBias, patch_size_of
+from .output import EncoderOutput, PackedEncoderOutput
 
 if TYPE_CHECKING:
     from .cuda_graphs import GraphedEncoder
@@ -174,7 +167,7 @@ class DINOv3Encoder(StrictModel):
         """This encoder replayed from CUDA graphs, for inference on a fixed set of sizes.
 
         ``encoder.graphed([[(224, 224)] * 32, [(768, 512), (512, 768)]])``: heights and widths in
-        pixels of the images of each packing; see :class:`~hrvlm.cuda_graphs.GraphedEncoder`.
+        pixels of the images of each packing; see :class:`~hrvlm.encoder.cuda_graphs.GraphedEncoder`.
         """
         from .cuda_graphs import GraphedEncoder
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .images.geometry import Geometry, positive_int, token_grid
+from ..images.geometry import Geometry, positive_int, token_grid
 
 if TYPE_CHECKING:
     from transformers import DINOv3ViTConfig
@@ -54,7 +54,7 @@ class Architecture:
     @classmethod
     def from_config(cls, config: DINOv3ViTConfig, name: str = "") -> Architecture:
         """The sizes of a DINOv3 configuration."""
-        from .encoder_layers import patch_size_of
+        from .layers import patch_size_of
 
         return cls(
             name=name or config.model_type,
@@ -260,7 +260,7 @@ def size_of(text: str) -> tuple[int, int]:
         return height, width
     if not Path(text).exists():
         raise ValueError(f"{text!r} is neither HEIGHTxWIDTH (such as 1080x1920) nor a file")
-    from .images.intake import load_image
+    from ..images.intake import load_image
 
     image = load_image(text)
     return image.height, image.width
@@ -276,7 +276,7 @@ def named_architecture(name: str, patch_size: int | None = None) -> Architecture
     Raises:
         ValueError: no such model, or a patch size below 1.
     """
-    from .checkpoints.convert import CONFIGS
+    from ..checkpoints.convert import CONFIGS
 
     if name not in CONFIGS:
         raise ValueError(f"model must be one of {', '.join(CONFIGS)}; got {name!r}")

@@ -10,10 +10,10 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrizations, prune
 
-from hrvlm.encoder_layers import FUSED_OPS, QKVLinear
+from hrvlm.encoder.layers import FUSED_OPS, QKVLinear
+from hrvlm.encoder.plain_modules import input_dtype, is_plain
 from hrvlm.modality_projector import ModalityProjector
-from hrvlm.plain_modules import input_dtype, is_plain
-from tests.hrvlm.encoders import FAMILY, pair_of
+from tests.encoder.encoders import FAMILY, pair_of
 from tests.hrvlm.tiny import config_of, model_of, picture, processor_of, siglip_config_of
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ from hrvlm_kernels import PackedGrids, rope_2d, varlen_attention
 from hrvlm_kernels.residual_layer_norm import residual_layer_norm
 from hrvlm_kernels.swiglu import swiglu
 
-from .checkpoints.differences import natural_order
+from ..checkpoints.differences import natural_order
 from .plain_modules import input_dtype, is_plain
 
 # What a block can run in fewer passes over memory: its first residual connection with the norm
