@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.case import OURS, Case, Prepared, Rival
 from hrvlm.bench import mixed_grids
-from hrvlm.config import VLMConfig
-from hrvlm.placeholders import count_tokens
-from hrvlm.vision_language_model import VisionLanguageModel
+from hrvlm.vlm.config import VLMConfig
+from hrvlm.vlm.placeholders import count_tokens
+from hrvlm.vlm.vision_language_model import VisionLanguageModel
 
 SUITE = "training"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

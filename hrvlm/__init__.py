@@ -13,7 +13,6 @@ from . import registration
 if TYPE_CHECKING:
     from .checkpoints.convert import convert, load_checkpoint, load_into
     from .collators import BaseCollator, VQACollator
-    from .config import VLMConfig
     from .encoder.acceleration import accelerate, restore
     from .encoder.cost import make_plan
     from .encoder.output import EncoderOutput, PackedEncoderOutput
@@ -29,18 +28,19 @@ if TYPE_CHECKING:
         normalization_for,
     )
     from .images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
-    from .modality_projector import (
+    from .sequence_packing import PackedSequenceCollator, pack_sequences
+    from .trainer import VLMTrainer, VLMTrainingArguments
+    from .training_config import TrainingConfig
+    from .vlm.config import VLMConfig
+    from .vlm.modality_projector import (
         ModalityProjector,
         image_token_count,
         pixel_shuffle,
         pixel_unshuffle,
     )
-    from .processors import VLMProcessor, get_image_string, get_tokenizer
-    from .sequence_packing import PackedSequenceCollator, pack_sequences
-    from .trainer import VLMTrainer, VLMTrainingArguments
-    from .training_config import TrainingConfig
-    from .vision_language_model import VisionLanguageModel
-    from .vlm_output import VLMOutput
+    from .vlm.output import VLMOutput
+    from .vlm.processors import VLMProcessor, get_image_string, get_tokenizer
+    from .vlm.vision_language_model import VisionLanguageModel
 
 _HOME = {
     "BaseCollator": "collators",
@@ -51,26 +51,26 @@ _HOME = {
     "IMAGENET_STD": "images.processor",
     "ImageError": "images.intake",
     "ImageProcessor": "images.processor",
-    "ModalityProjector": "modality_projector",
+    "ModalityProjector": "vlm.modality_projector",
     "PackedEncoderOutput": "encoder.output",
     "PackedSequenceCollator": "sequence_packing",
     "TileGeometry": "images.geometry",
     "TrainingConfig": "training_config",
-    "VLMConfig": "config",
+    "VLMConfig": "vlm.config",
     "VLMImageProcessor": "images.transformers_processor",
     "VLMImageProcessorPil": "images.transformers_processor",
-    "VLMOutput": "vlm_output",
-    "VLMProcessor": "processors",
+    "VLMOutput": "vlm.output",
+    "VLMProcessor": "vlm.processors",
     "VLMTrainer": "trainer",
     "VLMTrainingArguments": "trainer",
     "VQACollator": "collators",
-    "VisionLanguageModel": "vision_language_model",
+    "VisionLanguageModel": "vlm.vision_language_model",
     "accelerate": "encoder.acceleration",
     "convert": "checkpoints.convert",
     "get_image_processor": "images.processor",
-    "get_image_string": "processors",
-    "get_tokenizer": "processors",
-    "image_token_count": "modality_projector",
+    "get_image_string": "vlm.processors",
+    "get_tokenizer": "vlm.processors",
+    "image_token_count": "vlm.modality_projector",
     "load_checkpoint": "checkpoints.convert",
     "load_image": "images.intake",
     "load_into": "checkpoints.convert",
@@ -79,8 +79,8 @@ _HOME = {
     "pack_images": "images.patches",
     "pack_sequences": "sequence_packing",
     "patchify": "images.patches",
-    "pixel_shuffle": "modality_projector",
-    "pixel_unshuffle": "modality_projector",
+    "pixel_shuffle": "vlm.modality_projector",
+    "pixel_unshuffle": "vlm.modality_projector",
     "restore": "encoder.acceleration",
     "tile_grid": "images.geometry",
     "token_grid": "images.geometry",

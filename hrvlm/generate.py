@@ -12,11 +12,11 @@ import torch
 from transformers import LogitsProcessorList, TextStreamer
 
 from .answer_doubts import UNKNOWN_BOUND, TokenProbabilities, doubts
-from .config import VLMConfig
 from .encoder_loading import check_model_type, pick_device, quiet_loading
 from .images.intake import load_image
-from .processors import VLMProcessor
-from .vision_language_model import VisionLanguageModel
+from .vlm.config import VLMConfig
+from .vlm.processors import VLMProcessor
+from .vlm.vision_language_model import VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Chat:
     turns but the text.
 
     Args:
-        processor: The model's :class:`~hrvlm.processors.VLMProcessor`.
+        processor: The model's :class:`~hrvlm.vlm.processors.VLMProcessor`.
         vlm: A VisionLanguageModel, on its device.
         images: What the processor takes as images; they stand before the first question.
         options: Decoding.
@@ -238,7 +238,7 @@ def answer_batch(
     """Answer several conversations in one batch, padded on the left.
 
     Args:
-        processor: The model's :class:`~hrvlm.processors.VLMProcessor`.
+        processor: The model's :class:`~hrvlm.vlm.processors.VLMProcessor`.
         vlm: A VisionLanguageModel, on its device.
         conversations: Messages (see :func:`user_message`), the last of each a user's.
         options: Decoding.

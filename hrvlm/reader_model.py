@@ -11,9 +11,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .config import VLMConfig
-from .processors import IMAGE_TOKEN, VLMProcessor
-from .vision_language_model import VisionLanguageModel
+from .vlm.config import VLMConfig
+from .vlm.processors import IMAGE_TOKEN, VLMProcessor
+from .vlm.vision_language_model import VisionLanguageModel
 
 PAD, END, USER, ANSWER = "<|pad|>", "<|end|>", "<|user|>", "<|answer|>"
 CHAT_TEMPLATE = (
@@ -59,7 +59,7 @@ def new_reader(
     Args:
         vision_config: Fields of a ``DINOv3ViTConfig``.
         text_config: Fields of a ``LlamaConfig``; the vocabulary is the tokenizer's.
-        **options: Fields of :class:`~hrvlm.config.VLMConfig`, as ``mp_pixel_shuffle_factor``.
+        **options: Fields of :class:`~hrvlm.vlm.config.VLMConfig`, as ``mp_pixel_shuffle_factor``.
     """
     tokenizer = byte_tokenizer()
     text = {

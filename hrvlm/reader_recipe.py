@@ -12,7 +12,6 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from .optimizers import CombinedOptimizer
-from .processors import VLMProcessor
 from .reader_model import new_reader
 from .reading import (
     ReadingCollator,
@@ -26,7 +25,8 @@ from .reading_score import score
 from .shipped_reader import reader_path
 from .synthetic import RenderOptions
 from .train import checkpoint_to_resume
-from .vision_language_model import VisionLanguageModel
+from .vlm.processors import VLMProcessor
+from .vlm.vision_language_model import VisionLanguageModel
 from .yaml_files import read_mapping
 
 SECTIONS = ("seed", "model", "reading", "optimizer", "training")

@@ -26,10 +26,10 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
 from .collators import VQACollator
-from .placeholders import as_grids
 from .reader_model import ANSWER, END, USER
 from .synthetic import RenderOptions, TextImage, prompt_of, render
 from .synthetic_text import CHARACTERS
+from .vlm.placeholders import as_grids
 
 BLANK = len(CHARACTERS)
 _CHARACTER_IDS = {character: i for i, character in enumerate(CHARACTERS)}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .processors import VLMProcessor
+    from .vlm.processors import VLMProcessor
 
 
 def register_for_serving() -> None:
@@ -25,9 +25,9 @@ def register_for_serving() -> None:
     from transformers import AutoModelForMultimodalLM
     from transformers.models.auto import modeling_auto
 
-    from .config import VLMConfig
-    from .processors import VLMProcessor
-    from .vision_language_model import VisionLanguageModel
+    from .vlm.config import VLMConfig
+    from .vlm.processors import VLMProcessor
+    from .vlm.vision_language_model import VisionLanguageModel
 
     modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[VLMConfig.model_type] = (
         VisionLanguageModel.__name__

@@ -17,14 +17,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .collators import VQACollator
 from .encoder_loading import check_model_type, quiet_loading
 from .files import write_text
-from .processors import VLMProcessor, get_tokenizer
 from .sequence_packing import PackedSequenceCollator
 from .trainer import VLMTrainer, VLMTrainingArguments
 from .training_config import DataConfig, ModelConfig, TrainingConfig
 from .training_data import RowDataset, SampleStream
 from .training_samples import REPORT_FILE, SKIPS_FILE, SampleMaker, write_report
 from .training_sources import RowSource, open_source
-from .vision_language_model import VisionLanguageModel
+from .vlm.processors import VLMProcessor, get_tokenizer
+from .vlm.vision_language_model import VisionLanguageModel
 
 CONFIG_FILE = "train.yaml"
 _STATE_FILE = "trainer_state.json"  # the last that Trainer writes into a checkpoint
@@ -241,7 +241,7 @@ class _PackedOrNot:
 def _random_model(
     names: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[VisionLanguageModel, VLMProcessor]:
-    from .config import VLMConfig
+    from .vlm.config import VLMConfig
 
     tokenizer = get_tokenizer(
         names["lm_tokenizer"], names.get("vlm_extra_tokens"), names.get("lm_chat_template")

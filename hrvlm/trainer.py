@@ -87,7 +87,7 @@ class VLMTrainingArguments(TrainingArguments):
 
 
 class VLMTrainer(Trainer):
-    """Trainer for a :class:`~hrvlm.vision_language_model.VisionLanguageModel`.
+    """Trainer for a :class:`~hrvlm.vlm.vision_language_model.VisionLanguageModel`.
 
     Args:
         model: The model; its parts named in ``args.freeze`` are frozen.

@@ -36,7 +36,7 @@ class SampleMaker:
     """Turns rows into samples; the rows that can't be used are written to a file and left out.
 
     Args:
-        processor: The model's :class:`~hrvlm.processors.VLMProcessor`, with a fast tokenizer.
+        processor: The model's :class:`~hrvlm.vlm.processors.VLMProcessor`, with a fast tokenizer.
         max_length: Longest sample, in tokens; None for any.
         report: Directory for the list of what was left out; None for no list.
 

@@ -16,7 +16,7 @@ from hrvlm.generate import load_vlm
 from tests.checkpoints.damage import mutate, mutate_json, mutate_pickle_in_zip
 from tests.checkpoints.states import meta_state, periods_of
 from tests.encoder.encoders import config_of
-from tests.hrvlm.tiny import model_of, processor_of
+from tests.tiny import model_of, processor_of
 
 ENCODER = {
     "hidden_size": 16,

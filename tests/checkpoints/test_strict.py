@@ -13,14 +13,14 @@ from transformers import AutoModel, AutoModelForImageTextToText, DINOv3ViTConfig
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hrvlm import DINOv3Encoder, VisionLanguageModel
-from hrvlm.backbones import load_vision
 from hrvlm.checkpoints.convert import convert, from_transformers
 from hrvlm.encoder_loading import load_encoder
 from hrvlm.images.processor import IMAGENET
 from hrvlm.trainer import VLMTrainer, VLMTrainingArguments
+from hrvlm.vlm.backbones import load_vision
 from tests.checkpoints.states import assert_same, canonical_of
 from tests.encoder.encoders import config_of, pair_of
-from tests.hrvlm.tiny import model_of, vision_config_of
+from tests.tiny import model_of, vision_config_of
 
 WEIGHTS = "model.safetensors"
 FEWER_LAYERS = {

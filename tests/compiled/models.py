@@ -11,10 +11,10 @@ import torch
 from transformers import DINOv3ViTConfig
 
 from hrvlm import DINOv3Encoder
-from hrvlm.vision_language_model import VisionLanguageModel
+from hrvlm.vlm.vision_language_model import VisionLanguageModel
 from hrvlm_kernels import PackedGrids
+from tests import tiny
 from tests.compiled.cases import BOTH, Case
-from tests.hrvlm import tiny
 from tests.numerics import assert_contraction
 
 # A page, a strip, a square, one patch: 365, 53, 69 and 6 tokens, short images and long ones.

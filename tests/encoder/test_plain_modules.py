@@ -12,9 +12,9 @@ from torch.nn.utils import parametrizations, prune
 
 from hrvlm.encoder.layers import FUSED_OPS, QKVLinear
 from hrvlm.encoder.plain_modules import input_dtype, is_plain
-from hrvlm.modality_projector import ModalityProjector
+from hrvlm.vlm.modality_projector import ModalityProjector
 from tests.encoder.encoders import FAMILY, pair_of
-from tests.hrvlm.tiny import config_of, model_of, picture, processor_of, siglip_config_of
+from tests.tiny import config_of, model_of, picture, processor_of, siglip_config_of
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 

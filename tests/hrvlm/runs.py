@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from hrvlm import train as train_module
 from hrvlm.training_config import TrainingConfig
-from tests.hrvlm.tiny import model_of, picture, processor_of
+from tests.tiny import model_of, picture, processor_of
 
 
 def save_model(directory: Path, config=None) -> Path:

@@ -80,9 +80,9 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory):
     """A tiny vision-language model with random weights and its processor."""
-    from hrvlm.config import VLMConfig
-    from hrvlm.processors import VLMProcessor, get_tokenizer
-    from hrvlm.vision_language_model import VisionLanguageModel
+    from hrvlm.vlm.config import VLMConfig
+    from hrvlm.vlm.processors import VLMProcessor, get_tokenizer
+    from hrvlm.vlm.vision_language_model import VisionLanguageModel
 
     folder = tmp_path_factory.mktemp("vlm")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

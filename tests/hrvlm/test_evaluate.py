@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from hrvlm import evaluate as module
 from hrvlm.cli import app
 from hrvlm.evaluation_data import DataSource, questions_of
-from tests.hrvlm.tiny import model_of, picture, processor_of
+from tests.tiny import model_of, picture, processor_of
 
 OPTIONS = ("--max-new-tokens", "4", "--batch-size", "2", "--device", "cpu")
 PEOPLE = ["two", "2", "3", "two", "2", "2", "2", "2", "2", "2"]

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hrvlm.answer_doubts import Repetition, doubts, repetition
 from hrvlm.cli import app
 from hrvlm.generate import Chat, GenerateOptions, answer_batch, chat_inputs, user_message
-from tests.hrvlm.tiny import model_of, picture, processor_of
+from tests.tiny import model_of, picture, processor_of
 
 
 @pytest.fixture(scope="module")

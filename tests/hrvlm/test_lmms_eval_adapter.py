@@ -14,7 +14,7 @@ import pytest
 
 from hrvlm.generate import GenerateOptions, answer_batch, user_message
 from hrvlm.lmms_eval_adapter import HighResolutionVLM, cut_at
-from tests.hrvlm.tiny import model_of, picture, processor_of
+from tests.tiny import model_of, picture, processor_of
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 

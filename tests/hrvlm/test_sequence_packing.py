@@ -3,7 +3,7 @@ import torch
 
 from hrvlm.collators import VQACollator
 from hrvlm.sequence_packing import PackedSequenceCollator, pack_sequences
-from tests.hrvlm.tiny import BYTES, SPECIAL, images_of, model_of, tokenizer_of
+from tests.tiny import BYTES, SPECIAL, images_of, model_of, tokenizer_of
 
 IMAGE = len(SPECIAL) + BYTES
 

@@ -15,8 +15,8 @@ import pytest
 from transformers.utils.import_utils import is_serve_available
 
 from hrvlm.generate import GenerateOptions, start_chat
-from tests.hrvlm.tiny import model_of, picture, processor_of
 from tests.images.bombs import run_length_bmp
+from tests.tiny import model_of, picture, processor_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ from hrvlm.trainer import VLMTrainer, VLMTrainingArguments, freeze_parts, parame
 from hrvlm.training_config import TrainingConfig, read_yaml
 from hrvlm.training_samples import SampleMaker
 from tests.hrvlm import runs
-from tests.hrvlm.tiny import (
+from tests.tiny import (
     BYTES,
     SPECIAL,
     config_of,

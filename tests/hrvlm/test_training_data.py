@@ -9,7 +9,7 @@ from hrvlm.training_config import FineVision, JsonL, Parquet, Synthetic
 from hrvlm.training_data import RowDataset, SampleStream
 from hrvlm.training_samples import SampleMaker, write_report
 from hrvlm.training_sources import RowSource, open_source
-from tests.hrvlm.tiny import picture, processor_of
+from tests.tiny import picture, processor_of
 
 TEMPLATES = {
     "chatml": None,

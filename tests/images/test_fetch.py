@@ -13,7 +13,7 @@ from PIL import Image
 from hrvlm.images import fetch as image_fetch
 from hrvlm.images.fetch import fetch_image, is_text_image
 from hrvlm.images.formats import ImageError
-from tests.hrvlm.tiny import processor_of
+from tests.tiny import processor_of
 
 
 def png():

@@ -10,7 +10,7 @@ import hrvlm
 from hrvlm import VisionLanguageModel
 from hrvlm.encoder.layers import FUSED_OPS
 from tests.encoder.encoders import FAMILY, pair_of
-from tests.hrvlm.tiny import config_of, model_of, picture, processor_of
+from tests.tiny import config_of, model_of, picture, processor_of
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache
 
-from hrvlm.vlm_output import CACHE_NAME, VLMOutput, name_cache
-from tests.hrvlm.tiny import model_of
+from hrvlm.vlm.output import CACHE_NAME, VLMOutput, name_cache
+from tests.tiny import model_of
 
 NAMES = ("cache", "past_key_values")
 TEXT = torch.arange(1, 9)[None]

@@ -3,15 +3,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hrvlm.modality_projector import (
+from hrvlm.vlm.modality_projector import (
     ModalityProjector,
     image_token_count,
     pixel_shuffle,
     pixel_unshuffle,
 )
 from hrvlm_kernels import PackedGrids
-from tests.hrvlm.tiny import config_of, vision_config_of
 from tests.numerics import relative_error
+from tests.tiny import config_of, vision_config_of
 
 GRIDS = [(2, 2), (4, 6), (6, 4), (2, 14)]
 

@@ -5,11 +5,11 @@ import torch
 from PIL import Image
 from transformers import DINOv3ViTConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
-from hrvlm.config import VLMConfig
 from hrvlm.images.transformers_processor import VLMImageProcessorPil
-from hrvlm.processors import IMAGE_TOKEN, VLMProcessor
 from hrvlm.reader_model import byte_backend
-from hrvlm.vision_language_model import VisionLanguageModel
+from hrvlm.vlm.config import VLMConfig
+from hrvlm.vlm.processors import IMAGE_TOKEN, VLMProcessor
+from hrvlm.vlm.vision_language_model import VisionLanguageModel
 
 PATCH, FACTOR = 8, 2
 BYTES = 256

@@ -19,10 +19,11 @@ from transformers import (
 )
 
 from hrvlm.collators import VQACollator
-from hrvlm.config import VLMConfig
 from hrvlm.encoder.vision_transformer import DINOv3Encoder
-from hrvlm.vision_language_model import VisionLanguageModel
-from tests.hrvlm.tiny import (
+from hrvlm.vlm.config import VLMConfig
+from hrvlm.vlm.vision_language_model import VisionLanguageModel
+from tests.numerics import relative_error
+from tests.tiny import (
     FACTOR,
     PATCH,
     config_of,
@@ -36,7 +37,6 @@ from tests.hrvlm.tiny import (
     tokenizer_of,
     vision_config_of,
 )
-from tests.numerics import relative_error
 
 IMAGE = 260
 # Two images, none, one: of unlike shapes, in texts of unlike lengths.

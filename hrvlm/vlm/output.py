@@ -49,7 +49,7 @@ def _key(key: Any) -> Any:
 
 @dataclass
 class VLMOutput(ModelOutput):
-    """Output of :class:`~hrvlm.vision_language_model.VisionLanguageModel`.
+    """Output of :class:`~hrvlm.vlm.vision_language_model.VisionLanguageModel`.
 
     Attributes:
         loss: With labels: next-token cross entropy, as the language model computes it.

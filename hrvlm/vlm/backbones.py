@@ -16,12 +16,12 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from .checkpoints.convert import is_foreign
-from .checkpoints.damage import naming_damaged_files
-from .checkpoints.strict import load_strictly
+from ..checkpoints.convert import is_foreign
+from ..checkpoints.damage import naming_damaged_files
+from ..checkpoints.strict import load_strictly
+from ..encoder.plain_modules import is_float
+from ..encoder.vision_transformer import DINOv3Encoder
 from .config import VLMConfig
-from .encoder.plain_modules import is_float
-from .encoder.vision_transformer import DINOv3Encoder
 from .processors import get_tokenizer
 from .vision_language_model import VisionLanguageModel, without_mask_token
 

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from transformers import AutoConfig, LlamaConfig, SiglipConfig
 
-from hrvlm.config import VLMConfig
-from tests.hrvlm.tiny import (
+from hrvlm.vlm.config import VLMConfig
+from tests.tiny import (
     config_of,
     model_of,
     processor_of,
@@ -228,17 +228,17 @@ def test_saving_and_loading_keeps_everything(tmp_path):
 
 ORDERS = [
     ("from transformers import pipeline, AutoImageProcessor", False),
-    ("import hrvlm.processors", False),
-    ("import hrvlm.backbones", False),
+    ("import hrvlm.vlm.processors", False),
+    ("import hrvlm.vlm.backbones", False),
     ("import transformers.modeling_layers", False),
     ("from transformers import pipeline", True),
 ]
 SCRIPT = """
 import sys
-import hrvlm.registration
+import hrvlm.auto_classes
 if {late}:
     {first}
-hrvlm.registration.install()
+hrvlm.auto_classes.install()
 heavy = {{"torch", "torchvision", "triton", "flash_attn", "transformers"}} & sys.modules.keys()
 assert {late} or not heavy, heavy
 if not {late}:

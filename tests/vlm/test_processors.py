@@ -9,14 +9,14 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
 from hrvlm.images.processor import IMAGENET, SAT493M, SIGLIP
-from hrvlm.processors import (
+from hrvlm.vlm.processors import (
     CHAT_TEMPLATE,
     IMAGE_TOKEN,
     VLMProcessor,
     get_image_string,
     get_tokenizer,
 )
-from tests.hrvlm.tiny import (
+from tests.tiny import (
     FACTOR,
     PATCH,
     config_of,

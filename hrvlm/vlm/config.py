@@ -12,9 +12,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .images.geometry import positive_int
-from .registration import register_models
-from .yaml_files import read_mapping
+from ..auto_classes import register_models
+from ..images.geometry import positive_int
+from ..yaml_files import read_mapping
 
 ARCHITECTURES = {"dinov3": "dinov3_vit", "siglip": "siglip_vision_model"}
 
@@ -125,7 +125,7 @@ _NAMES = (
 
 @strict
 class VLMConfig(PreTrainedConfig):
-    """Sizes and options of a :class:`~hrvlm.vision_language_model.VisionLanguageModel`.
+    """Sizes and options of a :class:`~hrvlm.vlm.vision_language_model.VisionLanguageModel`.
 
     Attributes:
         vision_config: Of the encoder: a ``DINOv3ViTConfig`` (whose ``use_rope=False`` switches the

@@ -17,14 +17,14 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedT
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
-from .checkpoints.damage import naming_damaged_files
+from ..auto_classes import register_image_processors
+from ..checkpoints.damage import naming_damaged_files
+from ..images.fetch import fetch_image, is_text_image
+from ..images.intake import load_image
+from ..images.processor import normalization_for, resize
+from ..images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
 from .config import VLMConfig
-from .images.fetch import fetch_image, is_text_image
-from .images.intake import load_image
-from .images.processor import normalization_for, resize
-from .images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
 from .modality_projector import image_token_count
-from .registration import register_image_processors
 
 IMAGE_TOKEN = "<|image|>"  # nanoVLM's
 
@@ -144,7 +144,7 @@ class VLMProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class VLMProcessor(ProcessorMixin):
-    """Images and text to the inputs of :class:`~hrvlm.vision_language_model.VisionLanguageModel`.
+    """Images and text to the inputs of :class:`~hrvlm.vlm.vision_language_model.VisionLanguageModel`.
 
     A call gives ``input_ids``, ``attention_mask``, ``pixel_values`` ``[N, 3*p*p]`` and
     ``image_grid_hw`` ``[images, 2]`` (patch grids). Images are whatever

@@ -29,20 +29,20 @@ def install() -> None:
 
 def register_models() -> None:
     """AutoModel and AutoModelForImageTextToText."""
-    import_module("hrvlm.vision_language_model")  # registers itself at its end
+    import_module("hrvlm.vlm.vision_language_model")  # registers itself at its end
 
 
 def register_config() -> None:
     """AutoConfig."""
-    import_module("hrvlm.config")  # registers itself at its end
+    import_module("hrvlm.vlm.config")  # registers itself at its end
 
 
 def register_image_processors() -> None:
     """AutoImageProcessor, for both backends."""
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    from .config import VLMConfig
     from .images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
+    from .vlm.config import VLMConfig
 
     AutoImageProcessor.register(
         VLMConfig,
@@ -53,7 +53,7 @@ def register_image_processors() -> None:
 
 def register_processor() -> None:
     """AutoProcessor."""
-    import_module("hrvlm.processors")  # registers itself at its end
+    import_module("hrvlm.vlm.processors")  # registers itself at its end
 
 
 _AUTO = "transformers.models.auto"

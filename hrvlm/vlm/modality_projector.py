@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hrvlm_kernels import PackedGrids, pixel_shuffle_linear
 
-from .encoder.plain_modules import input_dtype, is_plain
+from ..encoder.plain_modules import input_dtype, is_plain
 
 
 def image_token_count(patch_grid: tuple[int, int], factor: int, append_cls: bool = False) -> int:
@@ -80,7 +80,7 @@ class ModalityProjector(nn.Module):
 
     Args:
         config: Whose vit_hidden_dim, lm_hidden_dim, num_prefix_tokens and mp_* options are taken: a
-            :class:`~hrvlm.config.VLMConfig`, or anything with these attributes. Give this, or
+            :class:`~hrvlm.vlm.config.VLMConfig`, or anything with these attributes. Give this, or
             the sizes below.
         vit_hidden_dim: C, channels of the encoder's tokens.
         lm_hidden_dim: Channels of the output.

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DINOv3ViTMode
 
 from hrvlm import DINOv3Encoder, VisionLanguageModel
 from tests.encoder.encoders import pair_of
-from tests.hrvlm.tiny import (
+from tests.tiny import (
     config_of,
     model_of,
     picture,

@@ -29,10 +29,11 @@ from transformers.utils.generic import can_return_tuple
 
 from hrvlm_kernels import PackedGrids
 
-from .checkpoints.strict import StrictModel
+from ..checkpoints.strict import StrictModel
+from ..images.patches import unpatchify
 from .config import ARCHITECTURES, VLMConfig
-from .images.patches import unpatchify
 from .modality_projector import ModalityProjector
+from .output import CACHE_NAME, ImageFeatures, VLMOutput, name_cache
 from .placeholders import (
     Grid,
     as_grids,
@@ -42,12 +43,11 @@ from .placeholders import (
     count_tokens,
     images_per_sample,
 )
-from .vlm_output import CACHE_NAME, ImageFeatures, VLMOutput, name_cache
 
 if TYPE_CHECKING:
     from transformers import SiglipVisionModel
 
-    from .encoder.vision_transformer import DINOv3Encoder
+    from ..encoder.vision_transformer import DINOv3Encoder
 
 Encoder = TypeVar("Encoder", bound=PreTrainedModel)
 Grids = Tensor | Sequence[Sequence[int]]
@@ -102,10 +102,10 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
                 DINOv3ViTModel or SiglipVisionModel.
             language: Hub id or directory of a causal LM, or a loaded one. Loaded parts become parts
                 of the new model; they are not copied.
-            tokenizer: Hub id or directory, read by :func:`hrvlm.processors.get_tokenizer`, or a
+            tokenizer: Hub id or directory, read by :func:`hrvlm.vlm.processors.get_tokenizer`, or a
                 tokenizer with an ``image_token``. The vocabulary grows to hold its tokens.
             dtype: Of all parts; default: the language model's.
-            **options: Attributes of :class:`~hrvlm.config.VLMConfig`, as ``max_img_size``.
+            **options: Attributes of :class:`~hrvlm.vlm.config.VLMConfig`, as ``max_img_size``.
 
         Raises:
             TypeError: a loaded model is of another kind.
@@ -381,7 +381,7 @@ def _new_encoder(config: VLMConfig) -> DINOv3Encoder | SiglipVisionModel:
 
         config.vision_config.vision_use_head = False  # its pooling would be left without gradients
         return SiglipVisionModel(config.vision_config)
-    from .encoder.vision_transformer import DINOv3Encoder
+    from ..encoder.vision_transformer import DINOv3Encoder
 
     config.vision_config._attn_implementation = "sdpa"  # the encoder has its own backends
     return without_mask_token(DINOv3Encoder(config.vision_config))

@@ -8,7 +8,7 @@ from torch import nn
 
 from hrvlm import VisionLanguageModel
 from tests.encoder.encoders import pair_of
-from tests.hrvlm.tiny import config_of, model_of, picture, processor_of, text_config_of
+from tests.tiny import config_of, model_of, picture, processor_of, text_config_of
 
 peft = pytest.importorskip("peft")
 

@@ -1,0 +1,1 @@
+"""From visual tokens to a language model: config, projector, processor, model."""
