@@ -12,7 +12,6 @@ from . import registration
 
 if TYPE_CHECKING:
     from .checkpoints.convert import convert, load_checkpoint, load_into
-    from .collators import BaseCollator, VQACollator
     from .encoder.acceleration import accelerate, restore
     from .encoder.cost import make_plan
     from .encoder.output import EncoderOutput, PackedEncoderOutput
@@ -28,9 +27,10 @@ if TYPE_CHECKING:
         normalization_for,
     )
     from .images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
-    from .sequence_packing import PackedSequenceCollator, pack_sequences
-    from .trainer import VLMTrainer, VLMTrainingArguments
-    from .training_config import TrainingConfig
+    from .training.collators import BaseCollator, VQACollator
+    from .training.config import TrainingConfig
+    from .training.sequence_packing import PackedSequenceCollator, pack_sequences
+    from .training.trainer import VLMTrainer, VLMTrainingArguments
     from .vlm.config import VLMConfig
     from .vlm.modality_projector import (
         ModalityProjector,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .vlm.vision_language_model import VisionLanguageModel
 
 _HOME = {
-    "BaseCollator": "collators",
+    "BaseCollator": "training.collators",
     "DINOv3Encoder": "encoder.vision_transformer",
     "EncoderOutput": "encoder.output",
     "Geometry": "images.geometry",
@@ -53,17 +53,17 @@ _HOME = {
     "ImageProcessor": "images.processor",
     "ModalityProjector": "vlm.modality_projector",
     "PackedEncoderOutput": "encoder.output",
-    "PackedSequenceCollator": "sequence_packing",
+    "PackedSequenceCollator": "training.sequence_packing",
     "TileGeometry": "images.geometry",
-    "TrainingConfig": "training_config",
+    "TrainingConfig": "training.config",
     "VLMConfig": "vlm.config",
     "VLMImageProcessor": "images.transformers_processor",
     "VLMImageProcessorPil": "images.transformers_processor",
     "VLMOutput": "vlm.output",
     "VLMProcessor": "vlm.processors",
-    "VLMTrainer": "trainer",
-    "VLMTrainingArguments": "trainer",
-    "VQACollator": "collators",
+    "VLMTrainer": "training.trainer",
+    "VLMTrainingArguments": "training.trainer",
+    "VQACollator": "training.collators",
     "VisionLanguageModel": "vlm.vision_language_model",
     "accelerate": "encoder.acceleration",
     "convert": "checkpoints.convert",
@@ -77,7 +77,7 @@ _HOME = {
     "make_plan": "encoder.cost",
     "normalization_for": "images.processor",
     "pack_images": "images.patches",
-    "pack_sequences": "sequence_packing",
+    "pack_sequences": "training.sequence_packing",
     "patchify": "images.patches",
     "pixel_shuffle": "vlm.modality_projector",
     "pixel_unshuffle": "vlm.modality_projector",

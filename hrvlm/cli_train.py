@@ -45,7 +45,7 @@ def train(
         _demo(out, as_json)
         return
     with json_only(as_json):
-        from .training_config import TrainingConfig, read_yaml
+        from .training.config import TrainingConfig, read_yaml
 
         sections = read_yaml(config, override or ())
         if "reading" in sections:
@@ -55,7 +55,7 @@ def train(
             # A recipe has one process.
             shown, is_main = {"metrics": train_reader(sections, resume=resume)}, True
         else:
-            from .train import train as run
+            from .training.run import train as run
 
             result = run(TrainingConfig.from_dict(sections), resume=resume)
             shown, is_main = result.to_json(), result.is_main

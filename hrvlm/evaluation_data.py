@@ -1,6 +1,6 @@
 """Questions with reference answers, from the same rows that training takes.
 
-The forms of a row are in :mod:`hrvlm.data_rows`. Each turn is a question that is asked with the
+The forms of a row are in :mod:`hrvlm.data.rows`. Each turn is a question that is asked with the
 turns before it (and their reference answers) in the conversation. In place of "assistant" or
 "answer" there may be "answers", a list: those of several people.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .data_rows import (
+from .data.rows import (
     IMAGE_MARKER,
     check_markers,
     images_of,
@@ -21,8 +21,8 @@ from .data_rows import (
     text_of,
     turns_of,
 )
-from .training_config import FineVision, JsonL, Parquet, SourceConfig
-from .training_sources import open_source
+from .data.sources import open_source
+from .training.config import FineVision, JsonL, Parquet, SourceConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from .optimizers import CombinedOptimizer
 from .reader_model import new_reader
 from .reading import (
     ReadingCollator,
@@ -24,7 +23,8 @@ from .reading import (
 from .reading_score import score
 from .shipped_reader import reader_path
 from .synthetic import RenderOptions
-from .train import checkpoint_to_resume
+from .training.optimizers import CombinedOptimizer
+from .training.run import checkpoint_to_resume
 from .vlm.processors import VLMProcessor
 from .vlm.vision_language_model import VisionLanguageModel
 from .yaml_files import read_mapping

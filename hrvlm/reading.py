@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
-from .collators import VQACollator
 from .reader_model import ANSWER, END, USER
 from .synthetic import RenderOptions, TextImage, prompt_of, render
 from .synthetic_text import CHARACTERS
+from .training.collators import VQACollator
 from .vlm.placeholders import as_grids
 
 BLANK = len(CHARACTERS)
@@ -157,7 +157,7 @@ class ReadingData(Dataset):
 
 
 class ReadingCollator(VQACollator):
-    """:class:`~hrvlm.collators.VQACollator` that carries the two targets along."""
+    """:class:`~hrvlm.training.collators.VQACollator` that carries the two targets along."""
 
     def __call__(self, samples: Sequence[Mapping[str, Any] | None]) -> dict[str, Tensor]:
         """Collate; positions of `pointer` are those of the padded row."""

@@ -75,8 +75,8 @@ def train_demo(out: Path, *, held_out: int = 64, epochs: int = EPOCHS) -> DemoRe
     Raises:
         ValueError: `out` is not empty.
     """
-    from .train import load_model, make_trainer, training_arguments
-    from .training_config import TrainingConfig
+    from .training.config import TrainingConfig
+    from .training.run import load_model, make_trainer, training_arguments
 
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"out={out}: expected a directory that is empty or not there yet")

@@ -23,8 +23,8 @@ from PIL import ExifTags, Image, ImageChops, ImageOps, ImageStat
 from typer.testing import CliRunner
 
 from hrvlm.cli import app
-from hrvlm.trainer import VLMTrainingArguments
-from hrvlm.training_config import TrainingConfig, read_yaml
+from hrvlm.training.config import TrainingConfig, read_yaml
+from hrvlm.training.trainer import VLMTrainingArguments
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -16,7 +16,7 @@ from hrvlm import DINOv3Encoder, VisionLanguageModel
 from hrvlm.checkpoints.convert import convert, from_transformers
 from hrvlm.encoder_loading import load_encoder
 from hrvlm.images.processor import IMAGENET
-from hrvlm.trainer import VLMTrainer, VLMTrainingArguments
+from hrvlm.training.trainer import VLMTrainer, VLMTrainingArguments
 from hrvlm.vlm.backbones import load_vision
 from tests.checkpoints.states import assert_same, canonical_of
 from tests.encoder.encoders import config_of, pair_of

@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
-from hrvlm import train as train_module
-from hrvlm.training_config import TrainingConfig
+from hrvlm.training import run as train_module
+from hrvlm.training.config import TrainingConfig
 from tests.tiny import model_of, picture, processor_of
 
 

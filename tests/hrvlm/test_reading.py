@@ -5,7 +5,6 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from hrvlm.optimizers import CombinedOptimizer
 from hrvlm.reader_model import byte_tokenizer, new_reader
 from hrvlm.reader_recipe import (
     SECTIONS,
@@ -19,6 +18,7 @@ from hrvlm.reading import BLANK, ReadingCollator, ReadingData, ReadingOptions, S
 from hrvlm.reading_score import score
 from hrvlm.synthetic import RenderOptions, render
 from hrvlm.synthetic_text import CHARACTERS
+from hrvlm.training.optimizers import CombinedOptimizer
 
 VISION = {
     "patch_size": 8,

@@ -18,8 +18,8 @@ from transformers import (
     pipeline,
 )
 
-from hrvlm.collators import VQACollator
 from hrvlm.encoder.vision_transformer import DINOv3Encoder
+from hrvlm.training.collators import VQACollator
 from hrvlm.vlm.config import VLMConfig
 from hrvlm.vlm.vision_language_model import VisionLanguageModel
 from tests.numerics import relative_error

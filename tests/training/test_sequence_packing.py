@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hrvlm.collators import VQACollator
-from hrvlm.sequence_packing import PackedSequenceCollator, pack_sequences
+from hrvlm.training.collators import VQACollator
+from hrvlm.training.sequence_packing import PackedSequenceCollator, pack_sequences
 from tests.tiny import BYTES, SPECIAL, images_of, model_of, tokenizer_of
 
 IMAGE = len(SPECIAL) + BYTES

@@ -3,9 +3,9 @@ import logging
 import pytest
 import torch
 
-from hrvlm.collators import BaseCollator, VQACollator
 from hrvlm.images.patches import pack_images
 from hrvlm.images.processor import get_image_processor
+from hrvlm.training.collators import BaseCollator, VQACollator
 from tests.tiny import PATCH, model_of, picture, processor_of, tokenizer_of
 
 WIDTH = 3 * PATCH**2

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .training_config import FineVision, JsonL, Parquet, SourceConfig, Synthetic
-from .training_data import Row
+from ..training.config import FineVision, JsonL, Parquet, SourceConfig, Synthetic
+from ..training.stream import Row
 
 
 def open_source(config: SourceConfig, *, indexed: bool = False) -> Any:
@@ -189,7 +189,7 @@ class SyntheticSource:
         count: int | None = None,
         **options: Any,
     ):
-        from .synthetic import RenderOptions
+        from ..synthetic import RenderOptions
 
         try:
             RenderOptions(**options)  # refuses wrong ones now
@@ -210,7 +210,7 @@ class SyntheticSource:
 
     def __getitem__(self, index: int) -> tuple[str, Row]:
         """Name of the row, and the row."""
-        from .synthetic import text_images
+        from ..synthetic import text_images
 
         start = self.start + index
         row = next(text_images(self.seed, start, 1, **self.options))

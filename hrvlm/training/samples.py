@@ -1,6 +1,6 @@
 """From a row of a data set to a sample to train on: images opened, chat rendered, answers labelled.
 
-The forms of a row are in :mod:`hrvlm.data_rows`.
+The forms of a row are in :mod:`hrvlm.data.rows`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.rows import images_of, messages_of, text_of, turns_of
+from ..files import write_text
+from ..images.intake import load_image
 from .collators import IGNORE_INDEX
-from .data_rows import images_of, messages_of, text_of, turns_of
-from .files import write_text
-from .images.intake import load_image
 
 SKIPS_FILE, REPORT_FILE = "skipped.jsonl", "data_report.json"
 _BAD_IMAGE, _BAD_ROW, _TOO_LONG, _NO_ANSWER = "bad image", "bad row", "too long", "no answer"
@@ -61,7 +61,7 @@ class SampleMaker:
         """``input_ids`` and ``labels`` [L], with ``pixel_values`` and ``image_grid_hw`` if any.
 
         Args:
-            row: In a form of :mod:`hrvlm.data_rows`.
+            row: In a form of :mod:`hrvlm.data.rows`.
             where: The row's name in the report.
 
         Returns:

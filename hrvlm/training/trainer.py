@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from .checkpoints.differences import KeyDifferences
-from .encoder.layers import without_fused_keys
+from ..checkpoints.differences import KeyDifferences
+from ..encoder.layers import without_fused_keys
 from .optimizers import CombinedOptimizer
-from .training_data import SampleStream
+from .stream import SampleStream
 
 PARTS = ("vision", "projector", "language")
 OPTIMIZERS = ("adamw", "muon")
@@ -93,7 +93,7 @@ class VLMTrainer(Trainer):
         model: The model; its parts named in ``args.freeze`` are frozen.
         args: :class:`VLMTrainingArguments`.
         **kwargs: Of Trainer. A `train_dataset` that is a
-            :class:`~hrvlm.training_data.SampleStream` divides itself among the processes.
+            :class:`~hrvlm.training.stream.SampleStream` divides itself among the processes.
 
     Attributes:
         has_learned: Whether a step of any process had an answer to learn; None before the first.

@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from os import PathLike
 from typing import Any
 
-from .yaml_files import parse_yaml, read_mapping
+from ..yaml_files import parse_yaml, read_mapping
 
 _PARTS = ("vision", "language", "tokenizer")
 
@@ -164,7 +164,7 @@ class TrainingConfig:
     Attributes:
         model: What is trained.
         data: On what.
-        training: Fields of :class:`~hrvlm.trainer.VLMTrainingArguments`.
+        training: Fields of :class:`~hrvlm.training.trainer.VLMTrainingArguments`.
         sections: What all this was read from.
     """
 
@@ -284,7 +284,7 @@ def _model_config(section: Any) -> ModelConfig:
 
 def _check_random(names: Mapping[str, Any]) -> None:
     """NanoVLM's names, from which the parts are new."""
-    from .vlm.config import VLMConfig
+    from ..vlm.config import VLMConfig
 
     for name in ("vit_model_type", "lm_model_type"):
         if name in names:
@@ -298,7 +298,7 @@ def _check_random(names: Mapping[str, Any]) -> None:
 
 
 def _vlm_options() -> list[str]:
-    from .vlm.config import VLMConfig
+    from ..vlm.config import VLMConfig
 
     skip = ("vision_config", "text_config", "image_token_id")
     return [name for name in inspect.get_annotations(VLMConfig) if name not in skip]

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from transformers import DINOv3ViTModel, LlamaForCausalLM, TrainerCallback
 from typer.testing import CliRunner
 
-from hrvlm import train as train_module
 from hrvlm.cli import app
-from hrvlm.collators import VQACollator
-from hrvlm.train import last_checkpoint, make_trainer, train, training_arguments
-from hrvlm.trainer import VLMTrainer, VLMTrainingArguments, freeze_parts, parameter_groups
-from hrvlm.training_config import TrainingConfig, read_yaml
-from hrvlm.training_samples import SampleMaker
+from hrvlm.training import run as train_module
+from hrvlm.training.collators import VQACollator
+from hrvlm.training.config import TrainingConfig, read_yaml
+from hrvlm.training.run import last_checkpoint, make_trainer, train, training_arguments
+from hrvlm.training.samples import SampleMaker
+from hrvlm.training.trainer import VLMTrainer, VLMTrainingArguments, freeze_parts, parameter_groups
 from tests.hrvlm import runs
 from tests.tiny import (
     BYTES,

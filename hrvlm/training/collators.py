@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .images.patches import pack_images
+from ..images.patches import pack_images
 
 IGNORE_INDEX = -100
 

@@ -87,7 +87,7 @@ class PackedSequenceCollator(VQACollator):
     Args:
         tokenizer: A tokenizer, or a processor that has one.
         length: Of a row, in tokens.
-        **options: Of :class:`~hrvlm.collators.BaseCollator`.
+        **options: Of :class:`~hrvlm.training.collators.BaseCollator`.
     """
 
     def __init__(self, tokenizer: Any, length: int, **options: Any):
@@ -98,7 +98,7 @@ class PackedSequenceCollator(VQACollator):
         """Collate rows.
 
         Raises:
-            ValueError: as :class:`~hrvlm.collators.BaseCollator`, or a row has no position_ids.
+            ValueError: as :class:`~hrvlm.training.collators.BaseCollator`, or a row has no position_ids.
         """
         rows = [row for row in samples if row is not None]
         for i, row in enumerate(rows):

@@ -14,17 +14,17 @@ import yaml
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..data.sources import RowSource, open_source
+from ..encoder_loading import check_model_type, quiet_loading
+from ..files import write_text
+from ..vlm.processors import VLMProcessor, get_tokenizer
+from ..vlm.vision_language_model import VisionLanguageModel
 from .collators import VQACollator
-from .encoder_loading import check_model_type, quiet_loading
-from .files import write_text
+from .config import DataConfig, ModelConfig, TrainingConfig
+from .samples import REPORT_FILE, SKIPS_FILE, SampleMaker, write_report
 from .sequence_packing import PackedSequenceCollator
+from .stream import RowDataset, SampleStream
 from .trainer import VLMTrainer, VLMTrainingArguments
-from .training_config import DataConfig, ModelConfig, TrainingConfig
-from .training_data import RowDataset, SampleStream
-from .training_samples import REPORT_FILE, SKIPS_FILE, SampleMaker, write_report
-from .training_sources import RowSource, open_source
-from .vlm.processors import VLMProcessor, get_tokenizer
-from .vlm.vision_language_model import VisionLanguageModel
 
 CONFIG_FILE = "train.yaml"
 _STATE_FILE = "trainer_state.json"  # the last that Trainer writes into a checkpoint
@@ -100,7 +100,7 @@ def training_arguments(config: TrainingConfig) -> VLMTrainingArguments:
     """The section `training`, with what it leaves open.
 
     Raises:
-        ValueError: as :class:`~hrvlm.trainer.VLMTrainingArguments`; a value is of a wrong type.
+        ValueError: as :class:`~hrvlm.training.trainer.VLMTrainingArguments`; a value is of a wrong type.
     """
     given = {name: _as_meant(name, value) for name, value in config.training.items()}
     loggers = [name for name in ("tensorboard", "wandb") if find_spec(name) is not None]
@@ -241,7 +241,7 @@ class _PackedOrNot:
 def _random_model(
     names: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[VisionLanguageModel, VLMProcessor]:
-    from .vlm.config import VLMConfig
+    from ..vlm.config import VLMConfig
 
     tokenizer = get_tokenizer(
         names["lm_tokenizer"], names.get("vlm_extra_tokens"), names.get("lm_chat_template")

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hrvlm.training_config import FineVision, JsonL, Parquet, Synthetic
-from hrvlm.training_data import RowDataset, SampleStream
-from hrvlm.training_samples import SampleMaker, write_report
-from hrvlm.training_sources import RowSource, open_source
+from hrvlm.data.sources import RowSource, open_source
+from hrvlm.training.config import FineVision, JsonL, Parquet, Synthetic
+from hrvlm.training.samples import SampleMaker, write_report
+from hrvlm.training.stream import RowDataset, SampleStream
 from tests.tiny import picture, processor_of
 
 TEMPLATES = {

@@ -1,0 +1,1 @@
+"""Rows of images and messages, and the files they come from."""
