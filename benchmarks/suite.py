@@ -51,7 +51,7 @@ from hrvlm.timing import (
     synchronize,
     take_turns,
 )
-from hrvlm.verify import verify
+from hrvlm.verification.verify import verify
 
 SCHEMA = 1
 # Compiling takes most of the time; the cases at the end of a suite should have some of it left.

@@ -240,8 +240,8 @@ def verify(
     """
     with json_only(as_json):
         from .encoder_loading import pick_device
-        from .verify import DEFAULT_DTYPES
-        from .verify import verify as run
+        from .verification.verify import DEFAULT_DTYPES
+        from .verification.verify import verify as run
 
         with console.progress("checks") as advance:
             report = run(

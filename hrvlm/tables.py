@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .evaluate import Scores
     from .generate import Generated
     from .train_demo import DemoResult
-    from .verify import Report
+    from .verification.verify import Report
 
 
 _ORDER = "sizes and grids are height x width"

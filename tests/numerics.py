@@ -1,4 +1,4 @@
-"""The rules of the numerics (hrvlm/numeric_rules.py) as assertions."""
+"""The rules of the numerics (hrvlm/verification/rules.py) as assertions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hrvlm import numeric_rules
-from hrvlm.numeric_rules import Finding, relative_error
+from hrvlm.verification import rules as numeric_rules
+from hrvlm.verification.rules import Finding, relative_error
 from hrvlm_kernels import PackedGrids
 
 __all__ = ["assert_contraction", "assert_elements", "assert_rope", "recorded", "relative_error"]

@@ -34,7 +34,7 @@ shared and global memory, asynchronous copies and products touched before their 
 the async proxy, deadlock. A finding fails a case.
 
 *Share of the allowed error* is the largest of error / limit over outputs and gradients, over the
-whole tensor, every segment and the worst row (the rules of `hrvlm/numeric_rules.py`, as in all
+whole tensor, every segment and the worst row (the rules of `hrvlm/verification/rules.py`, as in all
 tests); above 1 fails. For elementwise rules a share near 1 is half a rounding: as good as it gets.
 *Instructions* are those executed by all threads of all launches of the case.
 """

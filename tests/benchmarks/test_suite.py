@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.case import OURS, Case, Prepared, Rival, Unavailable
 from benchmarks.suite import SuiteRun, finite, slug, worst_difference
-from hrvlm import verify_cases
 from hrvlm.timing import Timing, median_ratio, take_turns
+from hrvlm.verification import cases as verify_cases
 from tests.benchmarks.test_suites import settings
 from tests.kernels.helpers import CountingBackend
 

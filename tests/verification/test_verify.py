@@ -4,9 +4,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hrvlm import numeric_rules as rules
 from hrvlm.cli import app
-from hrvlm.verify import verify
+from hrvlm.verification import rules
+from hrvlm.verification.verify import verify
 from hrvlm_kernels import PackedGrids, pixel_shuffle_linear, reference, rope_2d, varlen_attention
 
 DIRECTIONS = {
@@ -123,7 +123,7 @@ def raising(q, k, v, packed, scale=None, *, backend):
     ],
 )
 def test_a_broken_op_is_found(op, broken, expected, monkeypatch):
-    monkeypatch.setattr(f"hrvlm.verify_cases.{op}", broken)
+    monkeypatch.setattr(f"hrvlm.verification.cases.{op}", broken)
     report = verify("cpu", dtypes=["float32"], backends=["eager"], ops=[op])
     assert not report.passed and failures(report) == expected
     if broken is raising:
@@ -134,7 +134,7 @@ def test_a_broken_op_is_found(op, broken, expected, monkeypatch):
 
 
 def test_a_broken_rope_is_found_in_bfloat16(monkeypatch):
-    monkeypatch.setattr("hrvlm.verify_cases.rope_2d", unrotated)
+    monkeypatch.setattr("hrvlm.verification.cases.rope_2d", unrotated)
     report = verify("cpu", dtypes=["bfloat16"], backends=["eager"], ops=["rope_2d"])
     assert failures(report) == {"forward", "backward"}
 
@@ -155,7 +155,7 @@ def test_command_exits_1_on_a_failure_and_0_without(monkeypatch):
     arguments += ["--op", "varlen_attention"]
     good = CliRunner().invoke(app, arguments)
     assert good.exit_code == 0 and "all checks passed" in good.stdout
-    monkeypatch.setattr("hrvlm.verify_cases.varlen_attention", across_images)
+    monkeypatch.setattr("hrvlm.verification.cases.varlen_attention", across_images)
     bad = CliRunner().invoke(app, arguments)
     assert bad.exit_code == 1 and "3 of 3 checks FAILED" in bad.stdout
     as_json = CliRunner().invoke(app, [*arguments, "--json"])

@@ -26,9 +26,9 @@ from hrvlm_kernels import (
 from hrvlm_kernels.residual_layer_norm import residual_layer_norm
 from hrvlm_kernels.swiglu import swiglu
 
-from . import numeric_rules as rules
-from .images.processor import IMAGENET
-from .numeric_rules import Finding
+from ..images.processor import IMAGENET
+from . import rules
+from .rules import Finding
 
 _GRIDS = ((4, 4), (8, 12), (4, 20), (16, 4), (12, 8))  # patches, each divisible by 4
 _ODD_GRIDS = ((1, 1), (7, 13), (1, 31), (16, 4), (5, 2))
@@ -257,7 +257,7 @@ def _patchify_case(random: Random) -> Iterator[Direction]:
 
 
 def _encoder_case(random: Random) -> Iterator[Direction]:
-    from .encoder.vision_transformer import DINOv3Encoder
+    from ..encoder.vision_transformer import DINOv3Encoder
 
     encoder = _small_encoder(random)
     patches = random(sum(hp * wp for hp, wp in _ODD_GRIDS), 3 * encoder.patch_size**2)
@@ -291,7 +291,7 @@ def _encoder_case(random: Random) -> Iterator[Direction]:
 def _small_encoder(random: Random) -> Any:
     from transformers import DINOv3ViTConfig
 
-    from .encoder.vision_transformer import DINOv3Encoder
+    from ..encoder.vision_transformer import DINOv3Encoder
 
     config = DINOv3ViTConfig(
         patch_size=4,

@@ -1,7 +1,7 @@
 """Do the ops compute the right thing on this machine? Every backend against float64, with limits.
 
 Each op runs forward and backward on packs of unlike images, per backend and dtype, with random
-cotangents; :mod:`hrvlm.numeric_rules` has the rules. The oracle is the plain torch reference in
+cotangents; :mod:`hrvlm.verification.rules` has the rules. The oracle is the plain torch reference in
 float64 on the same (already rounded) inputs, the baseline the same reference in the dtype itself.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from hrvlm_kernels.backends import flash_attn_obstacle, triton_obstacle
 
-from .verify_cases import CASES, Measured, Random
+from .cases import CASES, Measured, Random
 
 BACKENDS = ("eager", "sdpa", "flash_attn", "triton")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,7 +40,7 @@ class Check:
     """Outcome of one direction of one op on one backend.
 
     Attributes:
-        op: Key of :data:`~hrvlm.verify_cases.CASES`.
+        op: Key of :data:`~hrvlm.verification.cases.CASES`.
         backend: What ran.
         dtype: Of inputs and outputs.
         what: forward, backward, gather (data movement) or isolation (of the images of a pack).
@@ -113,7 +113,7 @@ def verify(
         dtypes: Keys of :data:`DTYPES`. The encoder leaves out float16, which it refuses.
         backends: Some of :data:`BACKENDS`; default: all that can run, the others are reported as
             skipped.
-        ops: Some of the keys of :data:`~hrvlm.verify_cases.CASES`; default: all.
+        ops: Some of the keys of :data:`~hrvlm.verification.cases.CASES`; default: all.
         on_check: Called after each check.
         seed: Of all random numbers.
 
