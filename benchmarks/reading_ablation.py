@@ -20,8 +20,8 @@ import torch
 from benchmarks.report import fill
 from benchmarks.suite import commit_here
 from benchmarks.tables import seed_table
-from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
+from hrvlm.inference.loading import pick_device
 from hrvlm.reader_recipe import make_trainer, read_recipe
 from hrvlm.reading import BLANK, ReadingCollator, ReadingData
 from hrvlm.reading_score import HELD_OUT_SEED

@@ -5,7 +5,7 @@
 Asks, as `hrvlm generate` does but in float32 and for several pictures at once, about drawn text
 that the reader has not seen, and about pictures that it can't read: crops of a photograph, noise,
 smooth and plain colours, text on its side, upside down and blurred, whole pages. For each answer it
-keeps the mean log-probability by token and whether it repeats itself (`hrvlm.answer_doubts`).
+keeps the mean log-probability by token and whether it repeats itself (`hrvlm.inference.doubts`).
 Writes benchmarks/results/reading_doubts.json, and from it the table in the reader's card.
 
 `DOUBT_BELOW` was chosen on another draw (seed 2 000 000): of 255 answers with at most a tenth of
@@ -30,15 +30,15 @@ from PIL import Image, ImageFilter
 from benchmarks.reading_score import CARD
 from benchmarks.report import fill
 from benchmarks.suite import commit_here
-from hrvlm.answer_doubts import doubts
-from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
-from hrvlm.generate import GenerateOptions, chat_inputs, decoding, load_vlm, user_message
 from hrvlm.images.intake import load_image
+from hrvlm.inference.chat import GenerateOptions, chat_inputs, decoding, load_vlm, user_message
+from hrvlm.inference.doubts import doubts
+from hrvlm.inference.loading import pick_device
+from hrvlm.inference.text_metrics import edit_distance
 from hrvlm.reading_score import HELD_OUT
 from hrvlm.shipped_reader import DOUBT_BELOW, PROMPT, reader_path
 from hrvlm.synthetic import NEW_FONT, TextImage, render
-from hrvlm.text_metrics import edit_distance
 from hrvlm.timing import describe_device
 
 ROOT = Path(__file__).parents[1]

@@ -25,13 +25,13 @@ import torch
 from benchmarks.report import fill
 from benchmarks.suite import commit_here
 from benchmarks.tables import seed_table
-from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
+from hrvlm.inference.loading import pick_device
+from hrvlm.inference.text_metrics import edit_distance
 from hrvlm.reader_recipe import make_trainer, read_recipe
 from hrvlm.reading_score import HELD_OUT_SEED, score
 from hrvlm.svg import Axis, Series, line_chart
 from hrvlm.synthetic import RenderOptions, render
-from hrvlm.text_metrics import edit_distance
 from hrvlm.timing import describe_device
 
 ROOT = Path(__file__).parents[1]

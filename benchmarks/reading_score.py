@@ -20,8 +20,8 @@ import torch
 from benchmarks.report import fill
 from benchmarks.suite import commit_here
 from hrvlm import VisionLanguageModel, VLMProcessor
-from hrvlm.encoder_loading import pick_device
 from hrvlm.files import write_text
+from hrvlm.inference.loading import pick_device
 from hrvlm.reading_score import HELD_OUT, score
 from hrvlm.shipped_reader import reader_path
 from hrvlm.synthetic import NEW_FONT

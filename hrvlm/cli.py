@@ -91,9 +91,9 @@ def encode(
     and the CLS token's attention, per image.
     """
     with json_only(as_json):
-        from .encode import EncodeOptions, find_images
-        from .encode import encode as run
-        from .encoder_loading import load_encoder
+        from .inference.encode import EncodeOptions, find_images
+        from .inference.encode import encode as run
+        from .inference.loading import load_encoder
 
         paths = find_images(images)
         if out is not None and any(p.is_dir() and p.resolve() == out.resolve() for p in images):
@@ -239,7 +239,7 @@ def verify(
     Forward and backward, on this machine; exit code 1 if an error is above its limit.
     """
     with json_only(as_json):
-        from .encoder_loading import pick_device
+        from .inference.loading import pick_device
         from .verification.verify import DEFAULT_DTYPES
         from .verification.verify import verify as run
 

@@ -43,7 +43,7 @@ def bench(
 
         from .bench import ON_CPU, BenchOptions
         from .bench import bench as run
-        from .encoder_loading import DTYPES, pick_device
+        from .inference.loading import DTYPES, pick_device
 
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")

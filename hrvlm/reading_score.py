@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from .inference.text_metrics import edit_distance
 from .synthetic import RenderOptions, TextImage, render
-from .text_metrics import edit_distance
 
 HELD_OUT_SEED = 1_000_000  # training takes seeds below
 HELD_OUT = {

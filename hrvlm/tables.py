@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from .bench import BenchReport
     from .bench_generate import BenchResult
     from .checkpoints.convert import CheckpointInfo
-    from .encode import EncodeResult
     from .encoder.cost import Plan
-    from .evaluate import Scores
-    from .generate import Generated
+    from .inference.chat import Generated
+    from .inference.encode import EncodeResult
+    from .inference.evaluate import Scores
     from .train_demo import DemoResult
     from .verification.verify import Report
 

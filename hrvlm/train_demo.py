@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .encoder_loading import quiet_loading
 from .files import write_text
+from .inference.loading import quiet_loading
 from .reading_score import score
 from .shipped_reader import reader_path
 from .svg import Axis, Series, line_chart

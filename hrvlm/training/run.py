@@ -15,8 +15,8 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.sources import RowSource, open_source
-from ..encoder_loading import check_model_type, quiet_loading
 from ..files import write_text
+from ..inference.loading import check_model_type, quiet_loading
 from ..vlm.processors import VLMProcessor, get_tokenizer
 from ..vlm.vision_language_model import VisionLanguageModel
 from .collators import VQACollator

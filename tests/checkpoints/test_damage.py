@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from hrvlm import DINOv3Encoder, VisionLanguageModel, VLMProcessor
 from hrvlm.checkpoints.convert import convert, load_checkpoint, load_into, open_checkpoint
-from hrvlm.encoder_loading import load_encoder
-from hrvlm.generate import load_vlm
+from hrvlm.inference.chat import load_vlm
+from hrvlm.inference.loading import load_encoder
 from tests.checkpoints.damage import mutate, mutate_json, mutate_pickle_in_zip
 from tests.checkpoints.states import meta_state, periods_of
 from tests.encoder.encoders import config_of

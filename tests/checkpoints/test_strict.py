@@ -14,8 +14,8 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hrvlm import DINOv3Encoder, VisionLanguageModel
 from hrvlm.checkpoints.convert import convert, from_transformers
-from hrvlm.encoder_loading import load_encoder
 from hrvlm.images.processor import IMAGENET
+from hrvlm.inference.loading import load_encoder
 from hrvlm.training.trainer import VLMTrainer, VLMTrainingArguments
 from hrvlm.vlm.backbones import load_vision
 from tests.checkpoints.states import assert_same, canonical_of

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import hrvlm
 from hrvlm import DINOv3Encoder
 from hrvlm.cli import app
-from hrvlm.encode import EncodeOptions, encode, find_images
-from hrvlm.encoder_loading import LoadedEncoder, load_encoder
 from hrvlm.images.processor import IMAGENET, SAT493M, get_image_processor
+from hrvlm.inference.encode import EncodeOptions, encode, find_images
+from hrvlm.inference.loading import LoadedEncoder, load_encoder
 from hrvlm_kernels.backends import OPS
 from tests.encoder.encoders import config_of, pair_of
 

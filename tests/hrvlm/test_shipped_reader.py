@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from hrvlm import VisionLanguageModel, VLMProcessor
 from hrvlm.cli import app
-from hrvlm.generate import load_vlm
+from hrvlm.inference.chat import load_vlm
 from hrvlm.reading_score import score
 from hrvlm.shipped_reader import DOUBT_BELOW, reader_path
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers.utils.import_utils import is_serve_available
 
-from hrvlm.generate import GenerateOptions, start_chat
+from hrvlm.inference.chat import GenerateOptions, start_chat
 from tests.images.bombs import run_length_bmp
 from tests.tiny import model_of, picture, processor_of
 

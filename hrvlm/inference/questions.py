@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .data.rows import (
+from ..data.rows import (
     IMAGE_MARKER,
     check_markers,
     images_of,
@@ -21,8 +21,8 @@ from .data.rows import (
     text_of,
     turns_of,
 )
-from .data.sources import open_source
-from .training.config import FineVision, JsonL, Parquet, SourceConfig
+from ..data.sources import open_source
+from ..training.config import FineVision, JsonL, Parquet, SourceConfig
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from hrvlm import evaluate as module
 from hrvlm.cli import app
-from hrvlm.evaluation_data import DataSource, questions_of
+from hrvlm.inference import evaluate as module
+from hrvlm.inference.questions import DataSource, questions_of
 from tests.tiny import model_of, picture, processor_of
 
 OPTIONS = ("--max-new-tokens", "4", "--batch-size", "2", "--device", "cpu")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .vlm.processors import VLMProcessor
+    from ..vlm.processors import VLMProcessor
 
 
 def register_for_serving() -> None:
@@ -25,9 +25,9 @@ def register_for_serving() -> None:
     from transformers import AutoModelForMultimodalLM
     from transformers.models.auto import modeling_auto
 
-    from .vlm.config import VLMConfig
-    from .vlm.processors import VLMProcessor
-    from .vlm.vision_language_model import VisionLanguageModel
+    from ..vlm.config import VLMConfig
+    from ..vlm.processors import VLMProcessor
+    from ..vlm.vision_language_model import VisionLanguageModel
 
     modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[VLMConfig.model_type] = (
         VisionLanguageModel.__name__
@@ -40,10 +40,10 @@ def _fetched_for_a_client(processor: VLMProcessor, index: int, image: Any) -> An
     """A stranger's image: by URL or base64 only, decoded in a worker, and HTTP 400 if it is bad."""
     from fastapi import HTTPException
 
-    from .images.fetch import fetch_image, is_text_image
-    from .images.formats import ImageError
-    from .images.processor import resize
-    from .images.worker import load_image_in_worker
+    from ..images.fetch import fetch_image, is_text_image
+    from ..images.formats import ImageError
+    from ..images.processor import resize
+    from ..images.worker import load_image_in_worker
 
     try:
         if not isinstance(image, str) or not is_text_image(image):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hrvlm.answer_doubts import Repetition, doubts, repetition
 from hrvlm.cli import app
-from hrvlm.generate import Chat, GenerateOptions, answer_batch, chat_inputs, user_message
+from hrvlm.inference.chat import Chat, GenerateOptions, answer_batch, chat_inputs, user_message
+from hrvlm.inference.doubts import Repetition, doubts, repetition
 from tests.tiny import model_of, picture, processor_of
 
 

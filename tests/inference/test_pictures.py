@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hrvlm.visualize import (
+from hrvlm.inference.pictures import (
     attention_picture,
     heat_colors,
     pca_colors,

@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import __version__
-from .encoder_loading import LoadedEncoder
-from .files import replacing
-from .visualize import pca_colors, sheet
+from .. import __version__
+from ..files import replacing
+from .loading import LoadedEncoder
+from .pictures import pca_colors, sheet
 
 if TYPE_CHECKING:
+    from ..encoder.layers import DINOv3Layer
+    from ..encoder.output import PackedEncoderOutput
     from .encode import EncodedImage
-    from .encoder.layers import DINOv3Layer
-    from .encoder.output import PackedEncoderOutput
 
 FEATURES_SUFFIX, PICTURE_SUFFIX = ".features.safetensors", ".features.png"
 

@@ -14,10 +14,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from .evaluation_data import DataSource, Question
-from .files import write_text
-from .generate import GenerateOptions, answer_batch, load_vlm
-from .images.intake import ImageError, load_image
+from ..files import write_text
+from ..images.intake import ImageError, load_image
+from .chat import GenerateOptions, answer_batch, load_vlm
+from .questions import DataSource, Question
 from .text_metrics import (
     MIN_VQA_ANSWERS,
     edit_distance,

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrvlm.text_metrics import (
+from hrvlm.inference.text_metrics import (
     character_error_rate,
     edit_distance,
     exact_match,

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoints.damage import naming_damaged_files
-from .checkpoints.files import read_json
-from .images.processor import Normalization, check_normalization, normalization_for
+from ..checkpoints.damage import naming_damaged_files
+from ..checkpoints.files import read_json
+from ..images.processor import Normalization, check_normalization, normalization_for
 
 if TYPE_CHECKING:
-    from .encoder.vision_transformer import DINOv3Encoder
+    from ..encoder.vision_transformer import DINOv3Encoder
 
 RANDOM_MODEL, RANDOM_SEED = "vits16", 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,8 +103,8 @@ def check_backend_runs(backend: str, device: torch.device, dtype: torch.dtype) -
 
 
 def _random_encoder() -> DINOv3Encoder:
-    from .checkpoints.convert import get_config
-    from .encoder.vision_transformer import DINOv3Encoder
+    from ..checkpoints.convert import get_config
+    from ..encoder.vision_transformer import DINOv3Encoder
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
@@ -113,8 +113,8 @@ def _random_encoder() -> DINOv3Encoder:
 
 def _pretrained_encoder(model: str) -> tuple[DINOv3Encoder, Normalization | None]:
     """The encoder, and mean and std of its own image processor if it has one."""
-    from .checkpoints.convert import is_foreign, open_checkpoint
-    from .encoder.vision_transformer import DINOv3Encoder
+    from ..checkpoints.convert import is_foreign, open_checkpoint
+    from ..encoder.vision_transformer import DINOv3Encoder
 
     if is_foreign(model):
         with quiet_loading(model):

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from hrvlm_kernels.backends import resolve
 
+from ..encoder.cost import Architecture, forward_cost
+from ..images.geometry import Geometry
+from ..images.intake import load_image
+from ..images.processor import get_image_processor
+from ..timing import synchronize
 from .encode_files import ResultWriter
-from .encoder.cost import Architecture, forward_cost
-from .encoder_loading import LoadedEncoder
-from .images.geometry import Geometry
-from .images.intake import load_image
-from .images.processor import get_image_processor
-from .timing import synchronize
+from .loading import LoadedEncoder
 
 if TYPE_CHECKING:
-    from .encoder.output import PackedEncoderOutput
+    from ..encoder.output import PackedEncoderOutput
 
 DEFAULT_MAX_TOKENS = 32768
 _PANEL = 720  # longest side of a picture's panels in pixels
@@ -166,7 +166,7 @@ def encode(
 
     Per image and if there is a directory to write to: features as safetensors (``cls`` ``[C]``,
     ``registers`` ``[R, C]``, ``patches`` ``[hp, wp, C]``, in the model's dtype; names, sizes and
-    grids in the metadata) and a picture (:mod:`hrvlm.visualize`).
+    grids in the metadata) and a picture (:mod:`hrvlm.inference.pictures`).
 
     Args:
         paths: Image files.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .generate import GenerateOptions, answer_batch, load_vlm
+from .chat import GenerateOptions, answer_batch, load_vlm
 
 if TYPE_CHECKING:
     _Model = Any

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hrvlm.generate import GenerateOptions, answer_batch, user_message
-from hrvlm.lmms_eval_adapter import HighResolutionVLM, cut_at
+from hrvlm.inference.chat import GenerateOptions, answer_batch, user_message
+from hrvlm.inference.lmms_eval_adapter import HighResolutionVLM, cut_at
 from tests.tiny import model_of, picture, processor_of
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None

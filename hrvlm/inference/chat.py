@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, TextStreamer
 
-from .answer_doubts import UNKNOWN_BOUND, TokenProbabilities, doubts
-from .encoder_loading import check_model_type, pick_device, quiet_loading
-from .images.intake import load_image
-from .vlm.config import VLMConfig
-from .vlm.processors import VLMProcessor
-from .vlm.vision_language_model import VisionLanguageModel
+from ..images.intake import load_image
+from ..vlm.config import VLMConfig
+from ..vlm.processors import VLMProcessor
+from ..vlm.vision_language_model import VisionLanguageModel
+from .doubts import UNKNOWN_BOUND, TokenProbabilities, doubts
+from .loading import check_model_type, pick_device, quiet_loading
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Generated:
     seconds: float  # of everything after the model was loaded, images included
     first_token_seconds: float | None  # None with beams, which have no first token until the end
     mean_log_probability: float  # of the new tokens, under the model
-    doubts: dict[str, str]  # why not to believe it; see hrvlm.answer_doubts
+    doubts: dict[str, str]  # why not to believe it; see hrvlm.inference.doubts
 
     @property
     def tokens_per_second(self) -> float:
