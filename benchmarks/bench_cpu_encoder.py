@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from benchmarks import encoder_peers
 from benchmarks.bench_encoder import FORWARD, TRAINING, Job, make_case
 from benchmarks.case import Case, Settings
-from hrvlm.bench import mixed_grids
+from hrvlm.measuring.encoder import mixed_grids
 
 SUITE, DEVICE, BUDGET_S = "cpu_encoder", "cpu", 12
 

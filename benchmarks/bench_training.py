@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.case import OURS, Case, Prepared, Rival
-from hrvlm.bench import mixed_grids
+from hrvlm.measuring.encoder import mixed_grids
 from hrvlm.vlm.config import VLMConfig
 from hrvlm.vlm.placeholders import count_tokens
 from hrvlm.vlm.vision_language_model import VisionLanguageModel

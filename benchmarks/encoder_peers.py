@@ -22,10 +22,10 @@ from benchmarks import attention_peers
 from benchmarks.attention_peers import installed
 from benchmarks.case import Outputs, Run, Unavailable
 from hrvlm import DINOv3Encoder
-from hrvlm.bench import random_images, random_pair, restore_frequencies
 from hrvlm.checkpoints.convert import load_into
 from hrvlm.encoder import layers as encoder_layers
 from hrvlm.images.patches import pack_images, patchify
+from hrvlm.measuring.encoder import random_images, random_pair, restore_frequencies
 from hrvlm_kernels import PackedGrids, reference, rope_2d, varlen_attention
 
 Grids = Sequence[tuple[int, int]]

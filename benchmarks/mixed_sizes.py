@@ -11,7 +11,7 @@ never less than a quarter.
 
 from __future__ import annotations
 
-from hrvlm.bench import mixed_grids
+from hrvlm.measuring.encoder import mixed_grids
 
 PATCH_SIZE = 16
 PREFIX_TOKENS = 5

@@ -36,10 +36,10 @@ from hrvlm.inference.chat import GenerateOptions, chat_inputs, decoding, load_vl
 from hrvlm.inference.doubts import doubts
 from hrvlm.inference.loading import pick_device
 from hrvlm.inference.text_metrics import edit_distance
+from hrvlm.measuring.timing import describe_device
 from hrvlm.reading_score import HELD_OUT
 from hrvlm.shipped_reader import DOUBT_BELOW, PROMPT, reader_path
 from hrvlm.synthetic import NEW_FONT, TextImage, render
-from hrvlm.timing import describe_device
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "reading_doubts.json"

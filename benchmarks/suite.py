@@ -8,7 +8,7 @@ means, in this order:
 2. every rival is made, warmed up and compared with the case's reference on the very inputs that are
    timed. Ours off by more than the tolerance is a red gate too; a peer that is gets no number, and
    one that can't run is recorded with the reason;
-3. the rivals take turns (:mod:`hrvlm.timing`).
+3. the rivals take turns (:mod:`hrvlm.measuring.timing`).
 
 The file is written after each case, so that a run that is cut short leaves what it has.
 """
@@ -41,7 +41,7 @@ from benchmarks.case import (
     Unavailable,
 )
 from hrvlm.files import write_text
-from hrvlm.timing import (
+from hrvlm.measuring.timing import (
     Ceilings,
     Timing,
     describe_device,

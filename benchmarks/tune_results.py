@@ -14,7 +14,7 @@ from benchmarks import tile_table_file
 from benchmarks.case import CaseResult, RivalResult
 from benchmarks.suite import now
 from benchmarks.tune_row import Call, Key, dtype_of
-from hrvlm.timing import Ceilings, Timing, median_ratio
+from hrvlm.measuring.timing import Ceilings, Timing, median_ratio
 
 MISSING = object()  # None is a candidate
 

@@ -41,9 +41,9 @@ def bench(
     with json_only(as_json):
         from dataclasses import replace
 
-        from .bench import ON_CPU, BenchOptions
-        from .bench import bench as run
         from .inference.loading import DTYPES, pick_device
+        from .measuring.encoder import ON_CPU, BenchOptions
+        from .measuring.encoder import bench as run
 
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")

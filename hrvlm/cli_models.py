@@ -190,9 +190,9 @@ def bench_generate(
 ) -> None:
     """Time to the first token, tokens per second and memory, by image size (medians)."""
     with json_only(as_json):
-        from .bench_generate import SIZES, BenchOptions
-        from .bench_generate import bench_generate as run
         from .encoder.cost import size_of
+        from .measuring.generation import SIZES, BenchOptions
+        from .measuring.generation import bench_generate as run
 
         sizes = tuple(map(size_of, size)) if size else SIZES
         options = BenchOptions(sizes, new_tokens, repeats)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from .console import console, note, printable
 
 if TYPE_CHECKING:
-    from .bench import BenchReport
-    from .bench_generate import BenchResult
     from .checkpoints.convert import CheckpointInfo
     from .encoder.cost import Plan
     from .inference.chat import Generated
     from .inference.encode import EncodeResult
     from .inference.evaluate import Scores
+    from .measuring.encoder import BenchReport
+    from .measuring.generation import BenchResult
     from .train_demo import DemoResult
     from .verification.verify import Report
 

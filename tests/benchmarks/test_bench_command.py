@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from benchmarks.mixed_sizes import MIXED_GRIDS, MIXED_LENGTHS, MIXED_SIZES
 from hrvlm import tables
-from hrvlm.bench import OURS, PEER, BenchOptions, bench, image_sets, mixed_grids
 from hrvlm.cli import app
+from hrvlm.measuring.encoder import OURS, PEER, BenchOptions, bench, image_sets, mixed_grids
 
 TINY = BenchOptions("vits16", sizes=(32, 48), tokens=30, mixed=3, seconds=0.0, layers=1)
 

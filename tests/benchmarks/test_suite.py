@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.case import OURS, Case, Prepared, Rival, Unavailable
 from benchmarks.suite import SuiteRun, finite, slug, worst_difference
-from hrvlm.timing import Timing, median_ratio, take_turns
+from hrvlm.measuring.timing import Timing, median_ratio, take_turns
 from hrvlm.verification import cases as verify_cases
 from tests.benchmarks.test_suites import settings
 from tests.kernels.helpers import CountingBackend

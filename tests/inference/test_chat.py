@@ -136,7 +136,7 @@ def test_bench_generate_measures_every_size(place):
 
 
 def test_the_peak_of_one_size_is_not_that_of_the_one_before():
-    from hrvlm.bench_generate import _peak, _reset_peak
+    from hrvlm.measuring.generation import _peak, _reset_peak
 
     device = torch.device("cpu")
     if _peak(device) is None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .inference.chat import GenerateOptions, chat_inputs, decoding, load_vlm, user_message
+from ..inference.chat import GenerateOptions, chat_inputs, decoding, load_vlm, user_message
 
 SIZES = ((224, 224), (448, 448), (896, 896))
 PROMPT = "What does the image show?"

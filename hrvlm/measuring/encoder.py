@@ -1,7 +1,7 @@
 """``hrvlm bench``: the encoder against transformers' DINOv3ViTModel, on the machine at hand.
 
 Both have the same random weights, get the same random pixels and have to agree before any time is
-taken. They take turns in one process (:mod:`hrvlm.timing`). Images of one size are a batch for
+taken. They take turns in one process (:mod:`hrvlm.measuring.timing`). Images of one size are a batch for
 both; images of mixed sizes go through the encoder as one pack, and through transformers one by one,
 its only exact way. The benchmarks of the repository have the other peers.
 """
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from hrvlm_kernels.backends import resolve
 
-from .encoder.cost import Architecture, forward_cost
+from ..encoder.cost import Architecture, forward_cost
 from .timing import Timing, describe_device, median_ratio, peak_memory, take_turns
 
 if TYPE_CHECKING:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-    from .encoder.vision_transformer import DINOv3Encoder
+    from ..encoder.vision_transformer import DINOv3Encoder
 
 OURS, PEER, COMPILED = "hrvlm", "transformers", "transformers, compiled"
 # The largest relative difference of two correct encoders: rounding differs, and in bfloat16 it adds
@@ -112,7 +112,7 @@ class BenchReport:
         model: What was run.
         dtype: Of weights and activations.
         backend: What ran the attention.
-        machine: Device and versions (:func:`hrvlm.timing.describe_device`).
+        machine: Device and versions (:func:`hrvlm.measuring.timing.describe_device`).
         cases: In order.
     """
 
@@ -146,8 +146,8 @@ def bench(
         ValueError: an unknown model or dtype, or a size that is no multiple of the patch size.
         RuntimeError: the results of two rivals differ: there are no times then.
     """
-    from .checkpoints.convert import get_config
-    from .encoder.layers import patch_size_of
+    from ..checkpoints.convert import get_config
+    from ..encoder.layers import patch_size_of
 
     if options is None:
         options = ON_CPU if device.type == "cpu" else BenchOptions()
@@ -234,7 +234,7 @@ def random_pair(
     """
     from transformers import DINOv3ViTModel
 
-    from .encoder.vision_transformer import DINOv3Encoder
+    from ..encoder.vision_transformer import DINOv3Encoder
 
     with torch.device("meta"):
         theirs = DINOv3ViTModel._from_config(config, attn_implementation="sdpa", dtype=dtype)
