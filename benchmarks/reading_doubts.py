@@ -30,6 +30,7 @@ from PIL import Image, ImageFilter
 from benchmarks.reading_score import CARD
 from benchmarks.report import fill
 from benchmarks.suite import commit_here
+from hrvlm.drawn_text.drawing import NEW_FONT, TextImage, render
 from hrvlm.files import write_text
 from hrvlm.images.intake import load_image
 from hrvlm.inference.chat import GenerateOptions, chat_inputs, decoding, load_vlm, user_message
@@ -39,7 +40,6 @@ from hrvlm.inference.text_metrics import edit_distance
 from hrvlm.measuring.timing import describe_device
 from hrvlm.reading_score import HELD_OUT
 from hrvlm.shipped_reader import DOUBT_BELOW, PROMPT, reader_path
-from hrvlm.synthetic import NEW_FONT, TextImage, render
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "reading_doubts.json"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from .drawn_text.drawing import RenderOptions
 from .reader_model import new_reader
 from .reading import (
     ReadingCollator,
@@ -22,7 +23,6 @@ from .reading import (
 )
 from .reading_score import score
 from .shipped_reader import reader_path
-from .synthetic import RenderOptions
 from .training.optimizers import CombinedOptimizer
 from .training.run import checkpoint_to_resume
 from .vlm.processors import VLMProcessor

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
+from .drawn_text.drawing import RenderOptions, TextImage, prompt_of, render
+from .drawn_text.words import CHARACTERS
 from .reader_model import ANSWER, END, USER
-from .synthetic import RenderOptions, TextImage, prompt_of, render
-from .synthetic_text import CHARACTERS
 from .training.collators import VQACollator
 from .vlm.placeholders import as_grids
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from .drawn_text.drawing import NEW_FONT, RenderOptions
 from .files import write_text
 from .inference.loading import quiet_loading
 from .reading_score import score
 from .shipped_reader import reader_path
 from .svg import Axis, Series, line_chart
-from .synthetic import NEW_FONT, RenderOptions
 
 IMAGES, EPOCHS, BATCH_SIZE = 200, 6, 8
 _DRAW: dict[str, Any] = {"fonts": [NEW_FONT], "font_sizes": [16, 30]}

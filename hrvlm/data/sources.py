@@ -168,14 +168,14 @@ class StreamSource:
 
 
 class SyntheticSource:
-    """Pictures of text, drawn as they are asked for: see :mod:`hrvlm.synthetic`.
+    """Pictures of text, drawn as they are asked for: see :mod:`hrvlm.drawn_text.drawing`.
 
     Args:
         name: For the report.
         seed: Of the supply.
         start: Index of the first picture.
         count: Pictures in a pass; None for no end.
-        **options: Of :class:`~hrvlm.synthetic.RenderOptions`.
+        **options: Of :class:`~hrvlm.drawn_text.drawing.RenderOptions`.
 
     Raises:
         ValueError: an option is unknown or wrong.
@@ -189,7 +189,7 @@ class SyntheticSource:
         count: int | None = None,
         **options: Any,
     ):
-        from ..synthetic import RenderOptions
+        from ..drawn_text.drawing import RenderOptions
 
         try:
             RenderOptions(**options)  # refuses wrong ones now
@@ -210,7 +210,7 @@ class SyntheticSource:
 
     def __getitem__(self, index: int) -> tuple[str, Row]:
         """Name of the row, and the row."""
-        from ..synthetic import text_images
+        from ..drawn_text.drawing import text_images
 
         start = self.start + index
         row = next(text_images(self.seed, start, 1, **self.options))

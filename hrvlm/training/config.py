@@ -94,7 +94,7 @@ class Synthetic:
         start: Index of the first picture.
         limit: Pictures in all; None for no end.
         weight: As of :class:`FineVision`.
-        options: Of :class:`hrvlm.synthetic.RenderOptions`.
+        options: Of :class:`hrvlm.drawn_text.drawing.RenderOptions`.
     """
 
     seed: int = 0

@@ -5,6 +5,8 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+from hrvlm.drawn_text.drawing import RenderOptions, render
+from hrvlm.drawn_text.words import CHARACTERS
 from hrvlm.reader_model import byte_tokenizer, new_reader
 from hrvlm.reader_recipe import (
     SECTIONS,
@@ -16,8 +18,6 @@ from hrvlm.reader_recipe import (
 )
 from hrvlm.reading import BLANK, ReadingCollator, ReadingData, ReadingOptions, Stage, without_head
 from hrvlm.reading_score import score
-from hrvlm.synthetic import RenderOptions, render
-from hrvlm.synthetic_text import CHARACTERS
 from hrvlm.training.optimizers import CombinedOptimizer
 
 VISION = {

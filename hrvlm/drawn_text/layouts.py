@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import ImageDraw
 
-from .synthetic_text import label, phrase, price, value
+from .words import label, phrase, price, value
 
 Colour = tuple[int, ...]
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from hrvlm.drawn_text.drawing import FONTS, NEW_FONT, PROMPTS, RenderOptions, render, text_images
+from hrvlm.drawn_text.layouts import LAYOUTS
+from hrvlm.drawn_text.words import CHARACTERS, words
 from hrvlm.reading_score import HELD_OUT, HELD_OUT_SEED
-from hrvlm.synthetic import FONTS, NEW_FONT, PROMPTS, RenderOptions, render, text_images
-from hrvlm.synthetic_layouts import LAYOUTS
-from hrvlm.synthetic_text import CHARACTERS, words
 
 PLAIN = {"max_rotation": 0.0, "max_noise": 0.0}
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from .synthetic_layouts import LAYOUTS, Ink, Run, advances
-from .synthetic_text import phrase
+from .layouts import LAYOUTS, Ink, Run, advances
+from .words import phrase
 
 FONTS = (
     "Aileron",  # Pillow's own

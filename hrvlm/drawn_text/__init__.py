@@ -1,0 +1,1 @@
+"""Pictures of text, with what they say."""
