@@ -23,9 +23,9 @@ from benchmarks.tables import seed_table
 from hrvlm.files import write_text
 from hrvlm.inference.loading import pick_device
 from hrvlm.measuring.timing import describe_device
-from hrvlm.reader_recipe import make_trainer, read_recipe
-from hrvlm.reading import BLANK, ReadingCollator, ReadingData
-from hrvlm.reading_score import HELD_OUT_SEED
+from hrvlm.reader.losses import BLANK, ReadingCollator, ReadingData
+from hrvlm.reader.recipe import make_trainer, read_recipe
+from hrvlm.reader.score import HELD_OUT_SEED
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "rope_ablation.json"

@@ -38,8 +38,8 @@ from hrvlm.inference.doubts import doubts
 from hrvlm.inference.loading import pick_device
 from hrvlm.inference.text_metrics import edit_distance
 from hrvlm.measuring.timing import describe_device
-from hrvlm.reading_score import HELD_OUT
-from hrvlm.shipped_reader import DOUBT_BELOW, PROMPT, reader_path
+from hrvlm.reader.score import HELD_OUT
+from hrvlm.reader.shipped import DOUBT_BELOW, PROMPT, reader_path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "reading_doubts.json"

@@ -30,8 +30,8 @@ from hrvlm.files import write_text
 from hrvlm.inference.loading import pick_device
 from hrvlm.inference.text_metrics import edit_distance
 from hrvlm.measuring.timing import describe_device
-from hrvlm.reader_recipe import make_trainer, read_recipe
-from hrvlm.reading_score import HELD_OUT_SEED, score
+from hrvlm.reader.recipe import make_trainer, read_recipe
+from hrvlm.reader.score import HELD_OUT_SEED, score
 from hrvlm.svg import Axis, Series, line_chart
 
 ROOT = Path(__file__).parents[1]

@@ -24,8 +24,8 @@ from hrvlm.drawn_text.drawing import NEW_FONT
 from hrvlm.files import write_text
 from hrvlm.inference.loading import pick_device
 from hrvlm.measuring.timing import describe_device
-from hrvlm.reading_score import HELD_OUT, score
-from hrvlm.shipped_reader import reader_path
+from hrvlm.reader.score import HELD_OUT, score
+from hrvlm.reader.shipped import reader_path
 
 RESULTS = Path(__file__).parent / "results" / "reader.json"
 CARD = Path(__file__).parents[1] / "hrvlm" / "assets" / "reader" / "README.md"

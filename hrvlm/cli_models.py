@@ -12,7 +12,7 @@ import typer
 from . import console, tables
 from .cli_options import Debug, Device, Json, StoredDtype
 from .console import json_only, note, print_json
-from .shipped_reader import DOUBT_BELOW, PROMPT, WHAT_IT_READS, reader_path
+from .reader.shipped import DOUBT_BELOW, PROMPT, WHAT_IT_READS, reader_path
 
 if TYPE_CHECKING:
     from .inference.chat import Chat

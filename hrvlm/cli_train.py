@@ -49,7 +49,7 @@ def train(
 
         sections = read_yaml(config, override or ())
         if "reading" in sections:
-            from .reader_recipe import check_sections, train_reader
+            from .reader.recipe import check_sections, train_reader
 
             check_sections(sections, str(config))
             # A recipe has one process.
@@ -69,7 +69,7 @@ def train(
 
 def _demo(out: Path, as_json: bool) -> None:
     with json_only(as_json):
-        from .train_demo import train_demo
+        from .reader.demo import train_demo
 
         result = train_demo(out)
     if as_json:

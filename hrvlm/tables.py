@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .inference.evaluate import Scores
     from .measuring.encoder import BenchReport
     from .measuring.generation import BenchResult
-    from .train_demo import DemoResult
+    from .reader.demo import DemoResult
     from .verification.verify import Report
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import DINOv3ViTConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
 from hrvlm.images.transformers_processor import VLMImageProcessorPil
-from hrvlm.reader_model import byte_backend
+from hrvlm.reader.model import byte_backend
 from hrvlm.vlm.config import VLMConfig
 from hrvlm.vlm.processors import IMAGE_TOKEN, VLMProcessor
 from hrvlm.vlm.vision_language_model import VisionLanguageModel

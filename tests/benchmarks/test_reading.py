@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import reading_ablation, reading_resolution
-from hrvlm.train_demo import train_demo
+from hrvlm.reader.demo import train_demo
 
 
 def run_main(module, monkeypatch, *arguments):

@@ -6,7 +6,7 @@ import pytest
 from hrvlm.drawn_text.drawing import FONTS, NEW_FONT, PROMPTS, RenderOptions, render, text_images
 from hrvlm.drawn_text.layouts import LAYOUTS
 from hrvlm.drawn_text.words import CHARACTERS, words
-from hrvlm.reading_score import HELD_OUT, HELD_OUT_SEED
+from hrvlm.reader.score import HELD_OUT, HELD_OUT_SEED
 
 PLAIN = {"max_rotation": 0.0, "max_noise": 0.0}
 

@@ -11,9 +11,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .vlm.config import VLMConfig
-from .vlm.processors import IMAGE_TOKEN, VLMProcessor
-from .vlm.vision_language_model import VisionLanguageModel
+from ..vlm.config import VLMConfig
+from ..vlm.processors import IMAGE_TOKEN, VLMProcessor
+from ..vlm.vision_language_model import VisionLanguageModel
 
 PAD, END, USER, ANSWER = "<|pad|>", "<|end|>", "<|user|>", "<|answer|>"
 CHAT_TEMPLATE = (

@@ -7,8 +7,16 @@ from transformers import TrainingArguments
 
 from hrvlm.drawn_text.drawing import RenderOptions, render
 from hrvlm.drawn_text.words import CHARACTERS
-from hrvlm.reader_model import byte_tokenizer, new_reader
-from hrvlm.reader_recipe import (
+from hrvlm.reader.losses import (
+    BLANK,
+    ReadingCollator,
+    ReadingData,
+    ReadingOptions,
+    Stage,
+    without_head,
+)
+from hrvlm.reader.model import byte_tokenizer, new_reader
+from hrvlm.reader.recipe import (
     SECTIONS,
     make_optimizer,
     make_trainer,
@@ -16,8 +24,7 @@ from hrvlm.reader_recipe import (
     reading_options,
     train_reader,
 )
-from hrvlm.reading import BLANK, ReadingCollator, ReadingData, ReadingOptions, Stage, without_head
-from hrvlm.reading_score import score
+from hrvlm.reader.score import score
 from hrvlm.training.optimizers import CombinedOptimizer
 
 VISION = {

@@ -11,9 +11,13 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from .drawn_text.drawing import RenderOptions
-from .reader_model import new_reader
-from .reading import (
+from ..drawn_text.drawing import RenderOptions
+from ..training.optimizers import CombinedOptimizer
+from ..training.run import checkpoint_to_resume
+from ..vlm.processors import VLMProcessor
+from ..vlm.vision_language_model import VisionLanguageModel
+from ..yaml_files import read_mapping
+from .losses import (
     ReadingCollator,
     ReadingData,
     ReadingOptions,
@@ -21,13 +25,9 @@ from .reading import (
     Stage,
     without_head,
 )
-from .reading_score import score
-from .shipped_reader import reader_path
-from .training.optimizers import CombinedOptimizer
-from .training.run import checkpoint_to_resume
-from .vlm.processors import VLMProcessor
-from .vlm.vision_language_model import VisionLanguageModel
-from .yaml_files import read_mapping
+from .model import new_reader
+from .score import score
+from .shipped import reader_path
 
 SECTIONS = ("seed", "model", "reading", "optimizer", "training")
 

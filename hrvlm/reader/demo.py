@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .drawn_text.drawing import NEW_FONT, RenderOptions
-from .files import write_text
-from .inference.loading import quiet_loading
-from .reading_score import score
-from .shipped_reader import reader_path
-from .svg import Axis, Series, line_chart
+from ..drawn_text.drawing import NEW_FONT, RenderOptions
+from ..files import write_text
+from ..inference.loading import quiet_loading
+from ..svg import Axis, Series, line_chart
+from .score import score
+from .shipped import reader_path
 
 IMAGES, EPOCHS, BATCH_SIZE = 200, 6, 8
 _DRAW: dict[str, Any] = {"fonts": [NEW_FONT], "font_sizes": [16, 30]}
@@ -75,8 +75,8 @@ def train_demo(out: Path, *, held_out: int = 64, epochs: int = EPOCHS) -> DemoRe
     Raises:
         ValueError: `out` is not empty.
     """
-    from .training.config import TrainingConfig
-    from .training.run import load_model, make_trainer, training_arguments
+    from ..training.config import TrainingConfig
+    from ..training.run import load_model, make_trainer, training_arguments
 
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"out={out}: expected a directory that is empty or not there yet")

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .drawn_text.drawing import RenderOptions, TextImage, render
-from .inference.text_metrics import edit_distance
+from ..drawn_text.drawing import RenderOptions, TextImage, render
+from ..inference.text_metrics import edit_distance
 
 HELD_OUT_SEED = 1_000_000  # training takes seeds below
 HELD_OUT = {

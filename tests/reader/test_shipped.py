@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from hrvlm import VisionLanguageModel, VLMProcessor
 from hrvlm.cli import app
 from hrvlm.inference.chat import load_vlm
-from hrvlm.reading_score import score
-from hrvlm.shipped_reader import DOUBT_BELOW, reader_path
+from hrvlm.reader.score import score
+from hrvlm.reader.shipped import DOUBT_BELOW, reader_path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SAYS = {

@@ -25,11 +25,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
-from .drawn_text.drawing import RenderOptions, TextImage, prompt_of, render
-from .drawn_text.words import CHARACTERS
-from .reader_model import ANSWER, END, USER
-from .training.collators import VQACollator
-from .vlm.placeholders import as_grids
+from ..drawn_text.drawing import RenderOptions, TextImage, prompt_of, render
+from ..drawn_text.words import CHARACTERS
+from ..training.collators import VQACollator
+from ..vlm.placeholders import as_grids
+from .model import ANSWER, END, USER
 
 BLANK = len(CHARACTERS)
 _CHARACTER_IDS = {character: i for i, character in enumerate(CHARACTERS)}

@@ -1,0 +1,1 @@
+"""The small model in the wheel that reads drawn text."""
