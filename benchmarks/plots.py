@@ -8,8 +8,8 @@ from typing import Any
 from benchmarks import scaling
 from benchmarks.case import OURS
 from benchmarks.tables import images_of, key_of, memory_points, times_of_parts
+from hrvlm.charts import Axis, Series, bar_chart, line_chart
 from hrvlm.encoder.cost import named_architecture
-from hrvlm.svg import Axis, Series, bar_chart, line_chart
 
 Result = dict[str, Any]
 PIXELS = (224, 320, 448, 640, 768, 1024, 1536, 2048)

@@ -25,6 +25,7 @@ import torch
 from benchmarks.report import fill
 from benchmarks.suite import commit_here
 from benchmarks.tables import seed_table
+from hrvlm.charts import Axis, Series, line_chart
 from hrvlm.drawn_text.drawing import RenderOptions, render
 from hrvlm.files import write_text
 from hrvlm.inference.loading import pick_device
@@ -32,7 +33,6 @@ from hrvlm.inference.text_metrics import edit_distance
 from hrvlm.measuring.timing import describe_device
 from hrvlm.reader.recipe import make_trainer, read_recipe
 from hrvlm.reader.score import HELD_OUT_SEED, score
-from hrvlm.svg import Axis, Series, line_chart
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "reading_resolution.json"

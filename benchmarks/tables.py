@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import scaling
 from benchmarks.case import OURS
 from benchmarks.suite import slug
-from hrvlm.tables import quantity
+from hrvlm.commands.tables import quantity
 
 Result = dict[str, Any]
 NOT_YET = "not yet measured on a GPU"

@@ -13,9 +13,13 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, cli_bench, cli_models, cli_train, console, tables
-from .cli_options import Debug, Device, Json
-from .console import CommandGroup, json_only, note, print_json
+from . import __version__
+from .commands import bench as cli_bench
+from .commands import console, tables
+from .commands import models as cli_models
+from .commands import train as cli_train
+from .commands.console import CommandGroup, json_only, note, print_json
+from .commands.options import Debug, Device, Json
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -263,7 +267,7 @@ def verify(
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Versions, hardware, and which backend runs each op and why."""
     with json_only(as_json):
-        from .doctor import diagnose
+        from .commands.doctor import diagnose
 
         found = diagnose()
     if as_json:

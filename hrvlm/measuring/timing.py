@@ -187,7 +187,7 @@ def device_name(device: torch.device) -> str:
 
 def describe_device(device: torch.device) -> dict[str, Any]:
     """The device and the versions that a time depends on, as plain data."""
-    from ..doctor import installed_version, nvidia_driver
+    from ..commands.doctor import installed_version, nvidia_driver
 
     packages = ("torch", "triton", "transformers", "torchvision", "timm", "Pillow", "flash-attn")
     gpu = device.type == "cuda"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..charts import Axis, Series, line_chart
 from ..drawn_text.drawing import NEW_FONT, RenderOptions
 from ..files import write_text
 from ..inference.loading import quiet_loading
-from ..svg import Axis, Series, line_chart
 from .score import score
 from .shipped import reader_path
 

@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.mixed_sizes import MIXED_GRIDS, MIXED_LENGTHS, MIXED_SIZES
-from hrvlm import tables
 from hrvlm.cli import app
+from hrvlm.commands import tables
 from hrvlm.measuring.encoder import OURS, PEER, BenchOptions, bench, image_sets, mixed_grids
 
 TINY = BenchOptions("vits16", sizes=(32, 48), tokens=30, mixed=3, seconds=0.0, layers=1)

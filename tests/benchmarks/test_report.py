@@ -10,8 +10,8 @@ import pytest
 from benchmarks import bench_encoder, plots, report, scaling, tables
 from benchmarks.case import OURS
 from benchmarks.suite import SuiteRun
+from hrvlm.charts import Axis, Series, bar_chart, line_chart
 from hrvlm.encoder.cost import named_architecture
-from hrvlm.svg import Axis, Series, bar_chart, line_chart
 from tests.benchmarks.test_suites import settings
 
 MARKED = f"before\n{report.START}\nold\n{report.END}\nafter\n"

@@ -1,4 +1,4 @@
-"""Chats and the speed of answers; `hrvlm generate` for one question is in test_cli.py."""
+"""Chats and the speed of answers; `hrvlm generate` for one question is in test_commands.py."""
 
 import json
 import math

@@ -18,7 +18,7 @@ from hrvlm.training.config import TrainingConfig, read_yaml
 from hrvlm.training.run import last_checkpoint, make_trainer, train, training_arguments
 from hrvlm.training.samples import SampleMaker
 from hrvlm.training.trainer import VLMTrainer, VLMTrainingArguments, freeze_parts, parameter_groups
-from tests.hrvlm import runs
+from tests.commands import runs
 from tests.tiny import (
     BYTES,
     SPECIAL,

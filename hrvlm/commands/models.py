@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..reader.shipped import DOUBT_BELOW, PROMPT, WHAT_IT_READS, reader_path
 from . import console, tables
-from .cli_options import Debug, Device, Json, StoredDtype
 from .console import json_only, note, print_json
-from .reader.shipped import DOUBT_BELOW, PROMPT, WHAT_IT_READS, reader_path
+from .options import Debug, Device, Json, StoredDtype
 
 if TYPE_CHECKING:
-    from .inference.chat import Chat
+    from ..inference.chat import Chat
 
 # Arguments of another program's are passed on, --help included.
 PASS_ON: dict[str, Any] = {
@@ -65,7 +65,7 @@ def generate(
     if bound:
         note(f"no --model, so this answers: {WHAT_IT_READS}")
     with json_only(as_json):
-        from .inference.chat import GenerateOptions, start_chats
+        from ..inference.chat import GenerateOptions, start_chats
 
         options = GenerateOptions(max_new_tokens, temperature, num_beams, **bound)
         groups = [[path] for path in images] if each else [images]
@@ -148,9 +148,9 @@ def evaluate(
     A run that was interrupted goes on where it was; images that can't be read are counted.
     """
     with json_only(as_json):
-        from .inference.evaluate import EvaluateOptions
-        from .inference.evaluate import evaluate as run
-        from .inference.questions import DataSource
+        from ..inference.evaluate import EvaluateOptions
+        from ..inference.evaluate import evaluate as run
+        from ..inference.questions import DataSource
 
         source = DataSource(data, image_root, name, split)
         options = EvaluateOptions(batch_size, max_new_tokens, num_beams, limit)
@@ -190,9 +190,9 @@ def bench_generate(
 ) -> None:
     """Time to the first token, tokens per second and memory, by image size (medians)."""
     with json_only(as_json):
-        from .encoder.cost import size_of
-        from .measuring.generation import SIZES, BenchOptions
-        from .measuring.generation import bench_generate as run
+        from ..encoder.cost import size_of
+        from ..measuring.generation import SIZES, BenchOptions
+        from ..measuring.generation import bench_generate as run
 
         sizes = tuple(map(size_of, size)) if size else SIZES
         options = BenchOptions(sizes, new_tokens, repeats)
@@ -209,6 +209,6 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """An OpenAI-compatible server: `transformers serve`, and all its arguments, with our models."""
-    from .inference.serve import serve as run
+    from ..inference.serve import serve as run
 
     run(context.args)

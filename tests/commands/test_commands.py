@@ -529,7 +529,7 @@ def test_doctor_reports_versions_and_backends():
 
 
 def test_doctor_finds_a_package_that_does_not_import(monkeypatch):
-    from hrvlm import doctor
+    from hrvlm.commands import doctor
 
     def import_module(name):
         if name == "torchvision":

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from .console import console, note, printable
 
 if TYPE_CHECKING:
-    from .checkpoints.convert import CheckpointInfo
-    from .encoder.cost import Plan
-    from .inference.chat import Generated
-    from .inference.encode import EncodeResult
-    from .inference.evaluate import Scores
-    from .measuring.encoder import BenchReport
-    from .measuring.generation import BenchResult
-    from .reader.demo import DemoResult
-    from .verification.verify import Report
+    from ..checkpoints.convert import CheckpointInfo
+    from ..encoder.cost import Plan
+    from ..inference.chat import Generated
+    from ..inference.encode import EncodeResult
+    from ..inference.evaluate import Scores
+    from ..measuring.encoder import BenchReport
+    from ..measuring.generation import BenchResult
+    from ..reader.demo import DemoResult
+    from ..verification.verify import Report
 
 
 _ORDER = "sizes and grids are height x width"

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from . import tables
-from .cli_options import Debug, Json
 from .console import json_only, print_json
+from .options import Debug, Json
 
 
 def train(
@@ -45,17 +45,17 @@ def train(
         _demo(out, as_json)
         return
     with json_only(as_json):
-        from .training.config import TrainingConfig, read_yaml
+        from ..training.config import TrainingConfig, read_yaml
 
         sections = read_yaml(config, override or ())
         if "reading" in sections:
-            from .reader.recipe import check_sections, train_reader
+            from ..reader.recipe import check_sections, train_reader
 
             check_sections(sections, str(config))
             # A recipe has one process.
             shown, is_main = {"metrics": train_reader(sections, resume=resume)}, True
         else:
-            from .training.run import train as run
+            from ..training.run import train as run
 
             result = run(TrainingConfig.from_dict(sections), resume=resume)
             shown, is_main = result.to_json(), result.is_main
@@ -69,7 +69,7 @@ def train(
 
 def _demo(out: Path, as_json: bool) -> None:
     with json_only(as_json):
-        from .reader.demo import train_demo
+        from ..reader.demo import train_demo
 
         result = train_demo(out)
     if as_json:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from . import tables
-from .cli_options import Debug, Device, Json
 from .console import json_only, note, print_json
+from .options import Debug, Device, Json
 
 
 def bench(
@@ -41,9 +41,9 @@ def bench(
     with json_only(as_json):
         from dataclasses import replace
 
-        from .inference.loading import DTYPES, pick_device
-        from .measuring.encoder import ON_CPU, BenchOptions
-        from .measuring.encoder import bench as run
+        from ..inference.loading import DTYPES, pick_device
+        from ..measuring.encoder import ON_CPU, BenchOptions
+        from ..measuring.encoder import bench as run
 
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")

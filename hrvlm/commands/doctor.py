@@ -15,7 +15,7 @@ import torch
 from hrvlm_kernels import explain_backend
 from hrvlm_kernels.backends import BACKENDS, interpreted
 
-from . import __version__
+from .. import __version__
 
 CORE = (
     "torch",
