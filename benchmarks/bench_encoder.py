@@ -14,9 +14,9 @@ for the two largest models), 16k in a forward and backward; 64k are 326, 28 or 1
                                          and the time of attention and of the matrix products
     max-autotune, ...                    against torch.compile at its most thorough
 
-Useful FLOPs are those of the matrix products and of attention (hrvlm.encoder.cost), three times that with a
-backward. Memory is the peak beside weights and inputs, gradients included; a rival that works in
-the memory of CUDA graphs has none.
+Useful FLOPs are those of the matrix products and of attention (hrvlm.encoder.cost), three times
+that with a backward. Memory is the peak beside weights and inputs, gradients included; a rival that
+works in the memory of CUDA graphs has none.
 """
 
 from __future__ import annotations

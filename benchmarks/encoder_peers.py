@@ -23,7 +23,7 @@ from benchmarks.attention_peers import installed
 from benchmarks.case import Outputs, Run, Unavailable
 from hrvlm import DINOv3Encoder
 from hrvlm.checkpoints.convert import load_into
-from hrvlm.encoder import layers as encoder_layers
+from hrvlm.encoder import layers
 from hrvlm.images.patches import pack_images, patchify
 from hrvlm.measuring.encoder import random_images, random_pair, restore_frequencies
 from hrvlm_kernels import PackedGrids, reference, rope_2d, varlen_attention
@@ -297,11 +297,11 @@ def with_attention(make: Callable[[PackedGrids], attention_peers.Attention]) -> 
             return attend(*rope_2d(q, k, *rope), v)
 
         def forward() -> Tensor:
-            encoder_layers.varlen_attention = attention  # type: ignore[assignment]
+            layers.varlen_attention = attention  # type: ignore[assignment]
             try:
                 return ours(images).packed_last_hidden_state
             finally:
-                encoder_layers.varlen_attention = varlen_attention
+                layers.varlen_attention = varlen_attention
 
         return Encode(ours, forward)
 

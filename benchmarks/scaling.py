@@ -1,6 +1,7 @@
 """How the encoder's work grows with the image: matrix products with tokens, attention with squares.
 
-Counted (hrvlm.encoder.cost), so that no GPU is needed, and measured where a result file has the parts.
+Counted (hrvlm.encoder.cost), so that no GPU is needed, and measured where a result file has the
+parts.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hrvlm.verification import rules as numeric_rules
+from hrvlm.verification import rules
 from hrvlm.verification.rules import Finding, relative_error
 from hrvlm_kernels import PackedGrids
 
@@ -37,13 +37,13 @@ def assert_contraction(
 ) -> None:
     """`out` errs at most `factor` times as much as `baseline`, against the float64 `oracle`."""
     assert oracle.isfinite().all(), "the oracle is not finite"
-    findings = numeric_rules.contraction(out, oracle, baseline, packed, factor=factor, terms=terms)
+    findings = rules.contraction(out, oracle, baseline, packed, factor=factor, terms=terms)
     _assert_passed(findings)
 
 
 def assert_rope(out: Tensor, a: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
     """`out` is `a` ``[T, H, D]`` rotated, within the elementwise bound."""
-    _assert_passed(numeric_rules.rope(out, a, coords, inv_freq))
+    _assert_passed(rules.rope(out, a, coords, inv_freq))
 
 
 def assert_elements(out: Tensor, exact: Tensor, bound: Tensor) -> None:

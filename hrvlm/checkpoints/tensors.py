@@ -1,4 +1,4 @@
-"""Moves the tensors of a checkpoint to canonical keys and back; see :mod:`hrvlm.checkpoints.convert`.
+"""Moves the tensors of a checkpoint to canonical keys and back; see `convert.py`.
 
 Canonical keys are those of transformers' files.
 """

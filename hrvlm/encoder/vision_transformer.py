@@ -22,7 +22,7 @@ from transformers import initialization as init
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import check_backend
 
-from ..checkpoints import mapping as checkpoint_mapping
+from ..checkpoints import mapping
 from ..checkpoints.convert import foreign_base, is_foreign, load_foreign
 from ..checkpoints.strict import StrictModel
 from ..images.patches import pack_images, patchify
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Grids: TypeAlias = PackedGrids | Sequence[Sequence[int]] | Tensor
 
 
-checkpoint_mapping.register()
+mapping.register()
 
 
 class DINOv3Encoder(StrictModel):
@@ -102,8 +102,8 @@ class DINOv3Encoder(StrictModel):
             pretrained_model_name_or_path: Hub id, directory or weight file.
             *model_args: Of the model.
             **kwargs: Of transformers' ``from_pretrained``, and ``strict``; see
-                :meth:`~hrvlm.checkpoints.strict.StrictModel.from_pretrained`. Of a file also fields of
-                the config.
+                :meth:`~hrvlm.checkpoints.strict.StrictModel.from_pretrained`. Of a file also
+                fields of the config.
 
         Raises:
             ValueError: keys are missing, left over or of another shape (a grouped list), or a file
@@ -167,7 +167,8 @@ class DINOv3Encoder(StrictModel):
         """This encoder replayed from CUDA graphs, for inference on a fixed set of sizes.
 
         ``encoder.graphed([[(224, 224)] * 32, [(768, 512), (512, 768)]])``: heights and widths in
-        pixels of the images of each packing; see :class:`~hrvlm.encoder.cuda_graphs.GraphedEncoder`.
+        pixels of the images of each packing; see
+        :class:`~hrvlm.encoder.cuda_graphs.GraphedEncoder`.
         """
         from .cuda_graphs import GraphedEncoder
 

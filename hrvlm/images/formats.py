@@ -19,15 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from PIL import ExifTags, Image
 
-from . import (
-    headers as image_headers,
-)
-from . import (
-    headers_boxes as image_headers_boxes,
-)
-from . import (
-    headers_tiff as image_headers_tiff,
-)
+from . import headers, headers_boxes, headers_tiff
 from .stills import LimitError, Pieces, Reader, Still
 
 BYTES_PER_PIXEL, SPARE_BYTES = 8, 80_000_000
@@ -71,19 +63,19 @@ def _begins(*signatures: bytes) -> Callable[[bytes], bool]:
 
 
 FORMATS = (
-    _Format("AVIF", _is_avif, image_headers_boxes.avif),
-    _Format("BMP", _begins(b"BM"), image_headers.bmp),
-    _Format("GIF", _begins(b"GIF87a", b"GIF89a"), image_headers.gif),
-    _Format("JPEG", _begins(b"\xff\xd8\xff"), image_headers.jpeg),
+    _Format("AVIF", _is_avif, headers_boxes.avif),
+    _Format("BMP", _begins(b"BM"), headers.bmp),
+    _Format("GIF", _begins(b"GIF87a", b"GIF89a"), headers.gif),
+    _Format("JPEG", _begins(b"\xff\xd8\xff"), headers.jpeg),
     _Format(
         "JPEG 2000",
         _begins(b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n"),
-        image_headers_boxes.jpeg2000,
+        headers_boxes.jpeg2000,
     ),
-    _Format("PNG", _begins(b"\x89PNG\r\n\x1a\n"), image_headers.png),
-    _Format("PPM", _begins(*(b"P" + kind for kind in b"1 2 3 4 5 6 f".split())), image_headers.ppm),
-    _Format("TIFF", _begins(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), image_headers_tiff.tiff),
-    _Format("WebP", lambda p: p[:4] == b"RIFF" and p[8:12] == b"WEBP", image_headers.webp),
+    _Format("PNG", _begins(b"\x89PNG\r\n\x1a\n"), headers.png),
+    _Format("PPM", _begins(*(b"P" + kind for kind in b"1 2 3 4 5 6 f".split())), headers.ppm),
+    _Format("TIFF", _begins(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), headers_tiff.tiff),
+    _Format("WebP", lambda p: p[:4] == b"RIFF" and p[8:12] == b"WEBP", headers.webp),
 )
 
 

@@ -75,7 +75,7 @@ def load_image(
 ) -> Image.Image:
     """The image as a new, upright, 8-bit RGB Pillow image without metadata (rules: top of file).
 
-    `max_pixels` and the limits of `image_formats` decide about a file by its header, before a pixel
+    `max_pixels` and the limits of `formats.py` decide about a file by its header, before a pixel
     is decoded. Pillow's global `MAX_IMAGE_PIXELS` is not changed, and neither warns nor raises
     here; only the decoders of TIFF and WebP look at it again by themselves, so that pictures of
     these formats which are larger than twice that global are refused until the caller raises it.

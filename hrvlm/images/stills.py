@@ -1,6 +1,6 @@
 """What the readers of image headers share.
 
-Every reader (`image_headers*.py`) turns a file into a `Still`: format, size, an upper estimate of
+Every reader (`headers*.py`) turns a file into a `Still`: format, size, an upper estimate of
 what decoding costs, and the pieces of the file that the first frame needs. Pillow is given those
 pieces and nothing else, so that metadata, later frames and thumbnails cost nothing, however many
 there are.

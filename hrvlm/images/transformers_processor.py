@@ -283,7 +283,7 @@ class VLMImageProcessor(_PackedImageProcessor, TorchvisionBackend):
     def _resized(
         self, image: Image.Image, height: int, width: int, options: dict[str, Any]
     ) -> torch.Tensor:
-        """As `image_processing.resize`: across, then down, each rounded to 8 bits.
+        """As `processor.resize`: across, then down, each rounded to 8 bits.
 
         In one call torchvision is off by up to 30 steps of 255 where bicubic overshoots (float), or
         by 2 (its 8-bit kernel, which only some CPUs have).

@@ -1,9 +1,9 @@
 """``hrvlm bench``: the encoder against transformers' DINOv3ViTModel, on the machine at hand.
 
 Both have the same random weights, get the same random pixels and have to agree before any time is
-taken. They take turns in one process (:mod:`hrvlm.measuring.timing`). Images of one size are a batch for
-both; images of mixed sizes go through the encoder as one pack, and through transformers one by one,
-its only exact way. The benchmarks of the repository have the other peers.
+taken. They take turns in one process (:mod:`hrvlm.measuring.timing`). Images of one size are a
+batch for both; images of mixed sizes go through the encoder as one pack, and through transformers
+one by one, its only exact way. The benchmarks of the repository have the other peers.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ def training_arguments(config: TrainingConfig) -> VLMTrainingArguments:
     """The section `training`, with what it leaves open.
 
     Raises:
-        ValueError: as :class:`~hrvlm.training.trainer.VLMTrainingArguments`; a value is of a wrong type.
+        ValueError: as :class:`~hrvlm.training.trainer.VLMTrainingArguments`; a value is of a wrong
+            type.
     """
     given = {name: _as_meant(name, value) for name, value in config.training.items()}
     loggers = [name for name in ("tensorboard", "wandb") if find_spec(name) is not None]

@@ -98,7 +98,8 @@ class PackedSequenceCollator(VQACollator):
         """Collate rows.
 
         Raises:
-            ValueError: as :class:`~hrvlm.training.collators.BaseCollator`, or a row has no position_ids.
+            ValueError: as :class:`~hrvlm.training.collators.BaseCollator`, or a row has no
+                position_ids.
         """
         rows = [row for row in samples if row is not None]
         for i, row in enumerate(rows):

@@ -1,8 +1,9 @@
 """Do the ops compute the right thing on this machine? Every backend against float64, with limits.
 
 Each op runs forward and backward on packs of unlike images, per backend and dtype, with random
-cotangents; :mod:`hrvlm.verification.rules` has the rules. The oracle is the plain torch reference in
-float64 on the same (already rounded) inputs, the baseline the same reference in the dtype itself.
+cotangents; :mod:`hrvlm.verification.rules` has the rules. The oracle is the plain torch reference
+in float64 on the same (already rounded) inputs, the baseline the same reference in the dtype
+itself.
 """
 
 from __future__ import annotations

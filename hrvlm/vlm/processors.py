@@ -144,14 +144,14 @@ class VLMProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class VLMProcessor(ProcessorMixin):
-    """Images and text to the inputs of :class:`~hrvlm.vlm.vision_language_model.VisionLanguageModel`.
+    """Images and text to the inputs of :class:`~hrvlm.VisionLanguageModel`.
 
     A call gives ``input_ids``, ``attention_mask``, ``pixel_values`` ``[N, 3*p*p]`` and
     ``image_grid_hw`` ``[images, 2]`` (patch grids). Images are whatever
     :func:`hrvlm.images.intake.load_image` takes, and URLs and base64 strings.
 
     Args:
-        image_processor: :class:`~hrvlm.images.transformers_processor.VLMImageProcessor` or its Pillow twin.
+        image_processor: :class:`~hrvlm.VLMImageProcessor` or its Pillow twin.
         tokenizer: With an ``image_token``, as :func:`get_tokenizer` makes it.
         chat_template: Default: the tokenizer's, else `CHAT_TEMPLATE`. One that does not mention
             images is preceded by `IMAGE_PRELUDE`.

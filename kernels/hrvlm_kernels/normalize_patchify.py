@@ -63,8 +63,8 @@ def normalize_patchify(
 ) -> tuple[Tensor, list[tuple[int, int]]]:
     """Normalise the bytes of images and cut them into patches, one row of pixels each.
 
-    The rows are those of hrvlm's image processors and of ``hrvlm.images.patches.pack_images``, computed in
-    float32 and rounded once, to `dtype`.
+    The rows are those of hrvlm's image processors and of ``hrvlm.pack_images``, computed in float32
+    and rounded once, to `dtype`.
 
     Args:
         images: A batch ``[B, 3, H, W]`` or a list of ``[3, Hi, Wi]``, uint8; any strides. A batch

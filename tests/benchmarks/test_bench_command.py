@@ -42,13 +42,13 @@ def test_rivals_get_the_same_images_and_take_turns(capsys):
 
 
 def test_results_that_differ_give_no_times(monkeypatch):
-    from hrvlm.encoder import layers as encoder_layers
+    from hrvlm.encoder import layers
 
     def unrotated(*inputs, rope, **options):
         return attention(*inputs, **options)
 
-    attention = encoder_layers.varlen_attention
-    monkeypatch.setattr(encoder_layers, "varlen_attention", unrotated)
+    attention = layers.varlen_attention
+    monkeypatch.setattr(layers, "varlen_attention", unrotated)
     with pytest.raises(RuntimeError, match="32x32: hrvlm and transformers differ by"):
         bench(torch.device("cpu"), TINY)
 

@@ -9,7 +9,7 @@ import torch
 from benchmarks.case import OURS, Case, Prepared, Rival, Unavailable
 from benchmarks.suite import SuiteRun, finite, slug, worst_difference
 from hrvlm.measuring.timing import Timing, median_ratio, take_turns
-from hrvlm.verification import cases as verify_cases
+from hrvlm.verification import cases
 from tests.benchmarks.test_suites import settings
 from tests.kernels.helpers import CountingBackend
 
@@ -36,7 +36,7 @@ def no_numbers(result):
 
 
 def test_a_red_gate_prints_no_number(run, monkeypatch):
-    monkeypatch.setattr(verify_cases, "rope_2d", lambda q, k, *_, **__: (q + 0, k + 0))
+    monkeypatch.setattr(cases, "rope_2d", lambda q, k, *_, **__: (q + 0, k + 0))
     result = run.measure(case_of(rival(OURS, role="ours"), rival("peer"), op="rope_2d"))
     assert result.status == "gate failed" and "rope_2d forward" in result.reason
     assert no_numbers(result)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hrvlm.encoder import layers as encoder_layers
+from hrvlm.encoder import layers
 from hrvlm.encoder.layers import FUSED_OPS
 from hrvlm_kernels import PackedGrids
 from tests.encoder.encoders import pair_of
@@ -56,7 +56,7 @@ def calls(monkeypatch):
         return lambda *args, **options: (seen.append(name), op(*args, **options))[1]
 
     for name in FUSED_OPS:
-        monkeypatch.setattr(encoder_layers, name, counted(name, getattr(encoder_layers, name)))
+        monkeypatch.setattr(layers, name, counted(name, getattr(layers, name)))
     return seen
 
 

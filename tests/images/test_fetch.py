@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
-from hrvlm.images import fetch as image_fetch
+from hrvlm.images import fetch
 from hrvlm.images.fetch import fetch_image, is_text_image
 from hrvlm.images.formats import ImageError
 from tests.tiny import processor_of
@@ -69,13 +69,13 @@ def test_a_url_gives_the_file(server):
 
 
 def test_an_endless_file_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(image_fetch, "MAX_BYTES", 10_000_000)
+    monkeypatch.setattr(fetch, "MAX_BYTES", 10_000_000)
     with pytest.raises(ImageError, match=r"^image 4: more than 10000000 bytes at http"):
         fetch_image(f"{server}/endless.png", "image 4")
 
 
 def test_a_file_of_a_byte_now_and_then_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(image_fetch, "SECONDS", 1)
+    monkeypatch.setattr(fetch, "SECONDS", 1)
     with pytest.raises(ImageError, match=r"^image 4: not here after 1 s: http"):
         fetch_image(f"{server}/slow.png", "image 4")
 
@@ -98,6 +98,6 @@ def test_text(monkeypatch):
     for form in (text, f"data:image/png;base64,{text}", "data:," + "\n".join(text)):
         assert is_text_image(form) and fetch_image(form, "image 0") == png()
     assert not is_text_image("a.png")
-    monkeypatch.setattr(image_fetch, "MAX_BYTES", 50)
+    monkeypatch.setattr(fetch, "MAX_BYTES", 50)
     with pytest.raises(ImageError, match=r"^image 2: more than 50 bytes in base64"):
         fetch_image(text, "image 2")

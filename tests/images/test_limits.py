@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.image_fuzz import broken_rule, measure, supervise
-from hrvlm.images import worker as image_worker
+from hrvlm.images import worker
 from hrvlm.images.intake import ImageError, load_image
 from hrvlm.images.worker import load_image_in_worker
 from tests.images.bombs import DISARMED, REFUSED, encode, run_length_bmp
@@ -152,9 +152,9 @@ def test_a_decoder_that_does_not_end_well_ends_its_process_only(fault, monkeypat
     def misbehaving(command, **options):
         return run([sys.executable, "-c", body, command[-1]], **options)
 
-    monkeypatch.setattr(image_worker.subprocess, "run", misbehaving)
-    monkeypatch.setattr(image_worker, "CPU_SECONDS", 1)
-    monkeypatch.setattr(image_worker, "WALL_SECONDS", 4 if fault == "sleep" else 60)
+    monkeypatch.setattr(worker.subprocess, "run", misbehaving)
+    monkeypatch.setattr(worker, "CPU_SECONDS", 1)
+    monkeypatch.setattr(worker, "WALL_SECONDS", 4 if fault == "sleep" else 60)
     started = time.monotonic()
     with pytest.raises(ImageError, match=message):
         load_image_in_worker(encode(Image.new("L", (9, 9)), "PNG"), name=5)
