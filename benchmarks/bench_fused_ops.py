@@ -30,8 +30,8 @@ from benchmarks.mixed_sizes import MIXED_GRIDS, PATCH_SIZE
 from hrvlm.images.patches import pack_images, patchify
 from hrvlm.images.processor import IMAGENET
 from hrvlm_kernels import normalize_patchify, reference
-from hrvlm_kernels.residual_layer_norm import residual_layer_norm
-from hrvlm_kernels.swiglu import swiglu
+from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
+from hrvlm_kernels.ops.swiglu import swiglu
 
 SUITE, DEVICE, BUDGET_S = "fused_ops", "cuda", 45
 

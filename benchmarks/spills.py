@@ -3,7 +3,7 @@
     python -m benchmarks.spills [--target sm_90 ...] [--out FILE]
 
 Compiles the kernels with the tiles of every row, as they are shipped, for chips that need not be
-there, and writes this Triton's entry of SPILLS in kernels/hrvlm_kernels/tile_tables.py: there the
+there, and writes this Triton's entry of SPILLS in triton_kernels/tile_tables.py: there the
 next tiles of those rows are used. Other reasons not to ship a kernel (it does not fit the chip,
 the tensor cores are held up) count as spilling.
 
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tile_table_file
-from hrvlm_kernels import tile_tables
-from hrvlm_kernels.launch import triton_release
+from hrvlm_kernels.triton_kernels import tile_tables
+from hrvlm_kernels.triton_kernels.launch import triton_release
 from tests.kernels import shipped, shipped_attention
 from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
 

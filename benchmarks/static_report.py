@@ -20,7 +20,7 @@ import torch
 import triton
 
 from hrvlm.files import write_text
-from hrvlm_kernels.tilings import Tiling
+from hrvlm_kernels.triton_kernels.tilings import Tiling
 from tests.kernels import shipped, shipped_attention
 from tests.kernels.compile_checks import (
     TARGETS,

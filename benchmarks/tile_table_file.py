@@ -1,4 +1,4 @@
-"""kernels/hrvlm_kernels/tile_tables.py as a file that a program writes: read, render, replace."""
+"""triton_kernels/tile_tables.py as a file that a program writes: read, render, replace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hrvlm.files import write_text
-from hrvlm_kernels import tile_tables
+from hrvlm_kernels.triton_kernels import tile_tables
 
 PATH = Path(tile_tables.__file__)
 Table = dict[tuple[Any, ...], tuple[Any, ...]]
@@ -33,9 +33,9 @@ _COMMENTS = {
         "Its kernel for short images with RoPE: rows of queries and of the image.\n"
         "# Chips and heads without a row rotate k in a pass of its own."
     ),
-    "DQ": "The rows of its backward: those of dq_kernel are queries, those of dkdv_kernel keys.",
+    "DQ": "Its backward: a tile of varlen_attention_dq has queries, one of varlen_attention_dkdv keys.",
     "DKDV": None,
-    "ATOMIC": "dkdv_kernel with ATOMIC; heads without a row always take the two kernels.",
+    "ATOMIC": "varlen_attention_dkdv with ATOMIC; heads without a row always take the two kernels.",
     "GEMM": "pixel_shuffle_linear, forward, dx and dweight: (chip, bytes of an element).",
     "GEMM_PARTS": (
         "For parts of a sum, where the float32 store makes ptxas hold up\n"

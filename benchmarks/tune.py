@@ -3,7 +3,7 @@
     python -m benchmarks.tune [--op forward ...] [--head-dim 64 ...] [--bytes 2]
     python -m benchmarks.tune --dry-run [--chip sm_90] ...
 
-For every row of kernels/hrvlm_kernels/tile_tables.py that belongs to this chip, each candidate has
+For every row of triton_kernels/tile_tables.py that belongs to this chip, each candidate has
 to pass the op's test against float64 first, in a process of its own: one that hangs or breaks the
 device costs itself alone. Those that pass take turns on images of 201, 2309 and 4101 tokens (256,
 768 and 1024 px for the ops on grids), and the one with the smallest geometric mean of its times
@@ -44,7 +44,7 @@ from benchmarks.tune_ops import OPS, trouble
 from benchmarks.tune_results import MISSING, RowResult, earlier, replaced, short
 from benchmarks.tune_row import Call, Key, TunedOp, candidates_of, reason, row
 from hrvlm.measuring.timing import Timing, device_name, take_turns
-from hrvlm_kernels.launch import architecture, triton_release
+from hrvlm_kernels.triton_kernels.launch import architecture, triton_release
 from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
 
 TIMEOUT_S = 180  # for a candidate: compiled, tested, and run once as it will be timed

@@ -20,7 +20,7 @@ from benchmarks.tune_row import (
 )
 from hrvlm_kernels import varlen_attention
 from hrvlm_kernels.packed_grids import SHORT_SEQLEN
-from hrvlm_kernels.tilings import Tiling
+from hrvlm_kernels.triton_kernels.tilings import Tiling
 from tests.kernels import shipped_attention
 from tests.kernels.attention_cases import check_kernel, make_case
 

@@ -34,11 +34,11 @@ from hrvlm_kernels import (
     normalize_patchify,
     pixel_shuffle_linear,
     rope_2d,
-    tile_tables,
 )
-from hrvlm_kernels.launch import multiprocessors
-from hrvlm_kernels.swiglu import swiglu
-from hrvlm_kernels.tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig
+from hrvlm_kernels.ops.swiglu import swiglu
+from hrvlm_kernels.triton_kernels import tile_tables
+from hrvlm_kernels.triton_kernels.launch import multiprocessors
+from hrvlm_kernels.triton_kernels.tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig
 from tests.kernels import shipped
 
 CHANNELS = 1024

@@ -11,7 +11,7 @@ import torch
 from triton import CompilationError
 
 from benchmarks.tile_table_file import Table
-from hrvlm_kernels import tile_tables
+from hrvlm_kernels.triton_kernels import tile_tables
 from tests.kernels import shipped
 
 HEADS, TOKENS = 16, 16_384  # of what is timed

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "kernels" / "hrvlm_kernels"
+KERNEL_MODULES = set((KERNELS / "triton_kernels").glob("*.py"))  # all that may need Triton
+OTHER_MODULES = set(KERNELS.rglob("*.py")) - KERNEL_MODULES
 OPTIONAL = ("triton", "flash_attn", "torchvision")
 
 # Hidden packages look as if they were not installed: nothing finds them, and they have no metadata.
@@ -106,7 +109,7 @@ def modules():
     for package in (ROOT / "hrvlm", KERNELS):
         for path in sorted(package.rglob("*.py")):
             parts = path.relative_to(package.parent).with_suffix("").parts
-            if path.stem != "__main__" and not path.stem.endswith("_triton"):
+            if path.stem != "__main__" and path not in KERNEL_MODULES:
                 names.append(".".join(parts).removesuffix(".__init__"))
     return names
 
@@ -157,10 +160,6 @@ def each(paths):
     return pytest.mark.parametrize("path", sorted(paths), ids=lambda p: p.stem)
 
 
-KERNEL_MODULES = set(KERNELS.rglob("*_triton.py"))
-OTHER_MODULES = set(KERNELS.rglob("*.py")) - KERNEL_MODULES
-
-
 def test_no_package_of_ours_is_called_kernels():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
@@ -182,7 +181,7 @@ def test_optional_packages_and_kernels_are_imported_only_when_used(path):
         if level == 0:
             assert in_function or module.partition(".")[0] not in OPTIONAL
         else:
-            assert in_function or not any(n.endswith("_triton") for n in [module, *names])
+            assert in_function or "triton_kernels" not in [*module.split("."), *names]
 
 
 @each(KERNEL_MODULES)
@@ -211,12 +210,26 @@ def test_the_pretended_gpu_imports_neither_tests_nor_benchmarks(path):
         assert level or module.partition(".")[0] not in ("tests", "benchmarks", "ptx_machine")
 
 
-def test_every_kernel_has_its_op_and_its_test_under_one_name():
-    """Kernels of <op> are in <op>_triton.py, or in <op>_<which>_triton.py if they are several."""
-    kernels = sorted(path.stem.removesuffix("_triton") for path in KERNELS.glob("*_triton.py"))
-    ops = [op for op in kernels if (KERNELS / f"{op}.py").exists()]
-    assert ops, "no kernels found"
-    for kernel in kernels:
-        assert any(kernel == op or kernel.startswith(f"{op}_") for op in ops), kernel
+def test_every_op_has_its_kernels_and_its_test_under_one_name():
+    """Kernels of <op> are in triton_kernels/<op>.py, and in <op>_<which>.py if they are several."""
+    ops = {path.stem for path in (KERNELS / "ops").glob("*.py")} - {"__init__", "torch_op"}
+    with_kernels = {path.stem for path in KERNEL_MODULES if "\ndef forward(" in path.read_text()}
+    assert ops and ops <= {path.stem for path in KERNEL_MODULES}
+    assert all(any(name.startswith(op) for op in ops) for name in with_kernels)
     for op in ops:
         assert (ROOT / "tests" / "kernels" / f"test_{op}.py").exists(), op
+
+
+@each((KERNELS / "triton_kernels").glob("varlen_attention*.py"))
+def test_kernels_of_attention_share_tiles_and_none_of_each_other(path):
+    """The forward's launcher alone starts the kernel for short images, too."""
+    others = {module for level, module, _, _ in imports(path) if module.startswith("varlen_att")}
+    assert others <= ({"varlen_attention_short"} if path.stem == "varlen_attention" else set())
+
+
+@each(KERNEL_MODULES)
+def test_every_kernel_is_named_after_its_op(path):
+    """A profile shows the names of kernels alone."""
+    ops = {path.stem for path in (KERNELS / "ops").glob("*.py")}
+    for started in re.findall(r"\b(\w+)\[\(", path.read_text()):
+        assert any(started.startswith(op) for op in ops), started

@@ -30,8 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from benchmarks.attention_peers import Attention
 from benchmarks.case import Unavailable
 from hrvlm_kernels import PackedGrids
-from hrvlm_kernels.launch import device_guard
-from hrvlm_kernels.varlen_attention_triton import fits_descriptor
+from hrvlm_kernels.triton_kernels.launch import device_guard
+from hrvlm_kernels.triton_kernels.varlen_attention import fits_descriptor
 
 GROUPS = 2  # of four warps that compute, 64 rows each: a tile of the list of 128
 REGISTERS = 240  # of a thread that computes; one that loads has 24

@@ -19,8 +19,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hrvlm_kernels import PackedGrids, rope_2d, varlen_attention
-from hrvlm_kernels.residual_layer_norm import residual_layer_norm
-from hrvlm_kernels.swiglu import swiglu
+from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
+from hrvlm_kernels.ops.swiglu import swiglu
 
 from ..checkpoints.differences import natural_order
 from .plain_modules import input_dtype, is_plain

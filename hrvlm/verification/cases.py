@@ -23,8 +23,8 @@ from hrvlm_kernels import (
     rope_2d,
     varlen_attention,
 )
-from hrvlm_kernels.residual_layer_norm import residual_layer_norm
-from hrvlm_kernels.swiglu import swiglu
+from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
+from hrvlm_kernels.ops.swiglu import swiglu
 
 from ..images.processor import IMAGENET
 from . import rules

@@ -8,12 +8,12 @@ them.
 
 from .backends import explain_backend
 from .flash_attn_interface import flash_attn_varlen_func
-from .layer_norm_pixel_shuffle import layer_norm_pixel_shuffle, layer_norm_pixel_shuffle_linear
-from .normalize_patchify import normalize_patchify
+from .ops.layer_norm_pixel_shuffle import layer_norm_pixel_shuffle, layer_norm_pixel_shuffle_linear
+from .ops.normalize_patchify import normalize_patchify
+from .ops.pixel_shuffle_linear import pixel_shuffle_linear
+from .ops.rope_2d import rope_2d, rope_2d_
+from .ops.varlen_attention import varlen_attention
 from .packed_grids import PackedGrids
-from .pixel_shuffle_linear import pixel_shuffle_linear
-from .rope_2d import rope_2d, rope_2d_
-from .varlen_attention import varlen_attention
 
 __all__ = [
     "PackedGrids",

@@ -61,6 +61,24 @@ def resolve(op: str, backend: str, x: Tensor) -> str:
     return backend
 
 
+def choose_backend(op: str, backend: str, x: Tensor) -> str:
+    """:func:`resolve`, a constant to torch.compile.
+
+    Device and dtype of `x` decide, never its sizes, so that one graph serves them all.
+    """
+    if torch.compiler.is_compiling():
+        return _choose(op, backend, x.device, x.dtype)
+    return resolve(op, backend, x)
+
+
+def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    return resolve(op, backend, torch.empty(0, dtype=dtype, device=device))
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo.
+_choose.__dict__["_dynamo_marked_constant"] = True
+
+
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels can't take tensors of `dtype` on `device`; None when they can."""
     if not _installed("triton"):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .ops.varlen_attention import varlen_attention
 from .packed_grids import PackedGrids
-from .varlen_attention import varlen_attention
 
 # cu_seqlens -> (its version counter, its layout): the layers of a model share one tensor.
 _layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()

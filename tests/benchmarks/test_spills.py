@@ -5,9 +5,9 @@ from functools import partial
 import torch
 
 from benchmarks import spills, tile_table_file
-from hrvlm_kernels import tile_tables
-from hrvlm_kernels.launch import triton_release
-from hrvlm_kernels.tilings import Tiling
+from hrvlm_kernels.triton_kernels import tile_tables
+from hrvlm_kernels.triton_kernels.launch import triton_release
+from hrvlm_kernels.triton_kernels.tilings import Tiling
 from tests.kernels import shipped_attention
 from tests.kernels.shipped import of_row
 

@@ -15,9 +15,9 @@ from benchmarks import tile_table_file, tune, tune_attention, tune_ops, tune_res
 from benchmarks.case import Settings
 from benchmarks.isolation import Worker
 from benchmarks.tune_row import Call, candidates_of, row
-from hrvlm_kernels import tile_tables
-from hrvlm_kernels.launch import architecture
-from hrvlm_kernels.tilings import RopeConfig, Tiling
+from hrvlm_kernels.triton_kernels import tile_tables
+from hrvlm_kernels.triton_kernels.launch import architecture
+from hrvlm_kernels.triton_kernels.tilings import RopeConfig, Tiling
 from tests.kernels.helpers import interpreter_only
 from tests.kernels.mutations import plant
 
@@ -66,7 +66,7 @@ def test_the_gate_is_red_for_a_wrong_kernel(monkeypatch, tmp_path):
     monkeypatch.setitem(tune_ops.OPS, "forward", op)
     assert tune_ops.trouble("forward", key, Tiling(64, 64, 1, 1), "cpu") is None
     bug = ("peak + tl.log2(total)", "peak")
-    plant(monkeypatch, tmp_path, "varlen_attention_triton", *bug)
+    plant(monkeypatch, tmp_path, "varlen_attention", *bug)
     assert "AssertionError" in tune_ops.trouble("forward", key, Tiling(64, 64, 1, 1), "cpu")
 
 
@@ -160,7 +160,7 @@ def test_a_row_keeps_its_last_resort():
 
 
 def test_a_row_is_seen_by_the_kernels_and_restored():
-    from hrvlm_kernels.varlen_attention_triton import select_tilings
+    from hrvlm_kernels.triton_kernels.varlen_attention import select_tilings
 
     before, forced = dict(tile_tables.FORWARD), Tiling(64, 32, 4, 2)
     with row("FORWARD", KEY, forced):

@@ -15,12 +15,13 @@ import torch
 import triton
 
 import ptx_machine
-from hrvlm_kernels import PackedGrids, backends, launch, pixel_shuffle_linear, reference
-from hrvlm_kernels import pixel_shuffle_linear_backward_triton as shuffle_backward
-from hrvlm_kernels import pixel_shuffle_linear_triton as shuffle_forward
-from hrvlm_kernels import varlen_attention_backward_triton as backward
-from hrvlm_kernels import varlen_attention_triton as forward
-from hrvlm_kernels.rope_2d import rope_2d, rope_2d_
+from hrvlm_kernels import PackedGrids, backends, pixel_shuffle_linear, reference
+from hrvlm_kernels.ops.rope_2d import rope_2d, rope_2d_
+from hrvlm_kernels.triton_kernels import launch
+from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as shuffle_forward
+from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as shuffle_backward
+from hrvlm_kernels.triton_kernels import varlen_attention as forward
+from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
 from tests.kernels import attention_cases as attention
 from tests.kernels import test_layer_norm_pixel_shuffle as norm
 from tests.kernels import test_normalize_patchify as patchify
@@ -335,7 +336,7 @@ def check_parts(parts: int, dtype: torch.dtype) -> None:
     """The output and dweight, both as sums of parts: 141 rows make three steps of 64."""
     shuffle.check_parts(parts, dtype, grids=[(9, 15), (2, 3)])
     launches = [name for name, _ in triton.runtime.driver.active.launches]
-    assert launches.count("add_parts_kernel") == 2, launches
+    assert launches.count("pixel_shuffle_linear_add_parts") == 2, launches
 
 
 def check_tf32() -> None:

@@ -15,7 +15,7 @@ import triton
 
 import ptx_machine
 from benchmarks.compiled import results
-from hrvlm_kernels import launch
+from hrvlm_kernels.triton_kernels import launch
 from tests.compiled.judge import assert_clean, judge
 from tests.kernels import helpers
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-import hrvlm_kernels
 import ptx_machine
-from hrvlm_kernels import pixel_shuffle_linear_backward_triton as shuffle_backward
-from hrvlm_kernels import pixel_shuffle_linear_triton as shuffle_forward
+from hrvlm_kernels import triton_kernels
+from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as shuffle_forward
+from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as shuffle_backward
 from tests.compiled.cases import BF16, BOTH, Attention, attention_tiles, few_multiprocessors
 from tests.compiled.judge import Outcome, judge
 from tests.kernels import attention_cases as attention
@@ -163,7 +163,7 @@ def _source(lines: list[str], at: int) -> str:
 
 @cache
 def _file(name: str) -> list[str]:
-    path = Path(hrvlm_kernels.__file__).parent / name
+    path = Path(triton_kernels.__file__).parent / name
     return path.read_text().splitlines() if path.exists() else []
 
 
@@ -206,39 +206,46 @@ def subjects() -> list[Subject]:
         ),
     }
     return [
-        _attention("attention forward", "forward_kernel", chips=(80,), backward=False),
-        _attention("attention forward, ahead", "forward_kernel", chips=(90,), backward=False),
+        _attention("attention forward", "varlen_attention_forward", chips=(80,), backward=False),
         _attention(
-            "attention forward, plain", "forward_kernel", chips=(90,), backward=False,
+            "attention forward, ahead", "varlen_attention_forward", chips=(90,), backward=False
+        ),
+        _attention(
+            "attention forward, plain", "varlen_attention_forward", chips=(90,), backward=False,
             tiles="fallback",
         ),
         _attention(  # no table of sm_80 asks for it
-            "attention of short images", "short_kernel", chips=(90,), rope=True, backward=False
+            "attention of short images", "varlen_attention_short", chips=(90,), rope=True,
+            backward=False,
         ),
-        _attention("attention dq", "dq_kernel"),
-        _attention("attention dk, dv", "dkdv_kernel"),
-        _attention("attention dk, dv, dq by atomics", "dkdv_kernel", deterministic=False),
+        _attention("attention dq", "varlen_attention_dq"),
+        _attention("attention dk, dv", "varlen_attention_dkdv"),
+        _attention("attention dk, dv, dq by atomics", "varlen_attention_dkdv", deterministic=False),
         *(
             Subject(
-                f"pixel_shuffle_linear {part}", f"{part}_kernel",
+                f"pixel_shuffle_linear {part}", f"pixel_shuffle_linear_{part}",
                 # More than a tile of rows and of features, and a ragged end of both.
                 lambda: shuffle.check_all(2, 64, 133, BF16, grids=[(1, 1), (9, 15)]), _rows,
             )
             for part in ("forward", "dx", "dweight")
         ),
-        Subject("pixel_shuffle_linear, prefix rows", "zero_prefix_kernel", _prefix, _prefix),
-        Subject("pixel_shuffle_linear, adding parts", "add_parts_kernel", _parts, _parts),
         Subject(
-            "rope_2d", "rope_2d_kernel", lambda: rope.check_forward(80, BF16),
+            "pixel_shuffle_linear, prefix rows", "pixel_shuffle_linear_zero_prefix", _prefix, _prefix
+        ),
+        Subject(
+            "pixel_shuffle_linear, adding parts", "pixel_shuffle_linear_add_parts", _parts, _parts
+        ),
+        Subject(
+            "rope_2d", "rope_2d", lambda: rope.check_forward(80, BF16),
             lambda: [rope.check_forward(80, BF16, grids=[(1, n)], prefix=0) for n in range(1, 34)],
         ),
         *(
-            Subject(f"{op} {way}", f"{way}_kernel", run, ends)
+            Subject(f"{op} {way}", f"{op}_{way}", run, ends)
             for op, (run, ends) in elementwise.items()
             for way in ("forward", "backward")
         ),
         Subject(
-            "normalize_patchify", "forward_kernel", lambda: patchify.check(16, BF16),
+            "normalize_patchify", "normalize_patchify", lambda: patchify.check(16, BF16),
             lambda: patchify.check(
                 16, BF16, images=patchify.make_images(16, [(2, n) for n in range(1, 18)])
             ),
@@ -293,7 +300,7 @@ def _prefix() -> None:
     ends = torch.tensor([0, 7, 9], dtype=torch.int32)
     for channels in range(33, 48):
         dx = torch.full((9, channels), 3.0, dtype=BF16)
-        shuffle_backward.zero_prefix_kernel[(2,)](
+        shuffle_backward.pixel_shuffle_linear_zero_prefix[(2,)](
             dx, ends, channels, *dx.stride(), PREFIX=2, BLOCK=32
         )
         expected = torch.full_like(dx, 3.0)

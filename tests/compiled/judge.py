@@ -18,7 +18,7 @@ def findings_of(report: Report) -> dict[str, int]:
     """
     kinds: Counter[str] = Counter()
     for finding, count in report.findings.items():
-        if (finding.kernel, finding.kind) != ("rope_2d_kernel", "global write after read"):
+        if (finding.kernel, finding.kind) != ("rope_2d", "global write after read"):
             kinds[finding.kind] += count
     return dict(kinds)
 

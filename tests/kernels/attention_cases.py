@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hrvlm_kernels import PackedGrids, reference
-from hrvlm_kernels.varlen_attention import varlen_attention
+from hrvlm_kernels.ops.varlen_attention import varlen_attention
 from tests.kernels.helpers import gradients
 from tests.numerics import assert_contraction
 

@@ -17,8 +17,8 @@ from hrvlm_kernels import (
     rope_2d_,
     varlen_attention,
 )
-from hrvlm_kernels.residual_layer_norm import residual_layer_norm
-from hrvlm_kernels.swiglu import swiglu
+from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
+from hrvlm_kernels.ops.swiglu import swiglu
 from tests.kernels.attention_cases import kernel_results, make_case
 
 LENGTHS = (1, 65, 0, 129, 257)

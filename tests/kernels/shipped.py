@@ -9,14 +9,14 @@ from functools import partial
 import torch
 import triton
 
-from hrvlm_kernels import layer_norm_pixel_shuffle_triton as norm
-from hrvlm_kernels import normalize_patchify_triton as patchify
-from hrvlm_kernels import pixel_shuffle_linear_backward_triton as shuffle_backward
-from hrvlm_kernels import pixel_shuffle_linear_triton as shuffle
-from hrvlm_kernels import residual_layer_norm_triton as residual
-from hrvlm_kernels import rope_2d_triton as rope
-from hrvlm_kernels import swiglu_triton as gated
-from hrvlm_kernels.tilings import table_head_dim, table_width
+from hrvlm_kernels.triton_kernels import layer_norm_pixel_shuffle as norm
+from hrvlm_kernels.triton_kernels import normalize_patchify as patchify
+from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as shuffle
+from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as shuffle_backward
+from hrvlm_kernels.triton_kernels import residual_layer_norm as residual
+from hrvlm_kernels.triton_kernels import rope_2d as rope
+from hrvlm_kernels.triton_kernels import swiglu as gated
+from hrvlm_kernels.triton_kernels.tilings import table_head_dim, table_width
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -63,7 +63,7 @@ def rope_job(head_dim, dtype, config, *, heads=16):
     constants |= {"BD": triton.next_power_of_2(head_dim // 2)}
     options = {"num_warps": config.num_warps}
     name = f"rope_2d D={head_dim} {NAMES[dtype]}"
-    return Job(name, rope.rope_2d_kernel, signature, constants, options)
+    return Job(name, rope.rope_2d, signature, constants, options)
 
 
 def pixel_shuffle_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
@@ -89,7 +89,7 @@ def pixel_shuffle_job(
     constants = {"C": channels, "S": factor, "PRECISION": precision, **tiling}
     sizes = {"M": "i32", "N": "i32:16"}
     if part == "forward":
-        kernel = shuffle.forward_kernel
+        kernel = shuffle.pixel_shuffle_linear_forward
         signature = {"x": pointer, "weight": pointer, "bias": pointer, "out": out} | index | sizes
         strides = ("xt", "wn", "op", "om")
         constants |= {"stride_xc": 1, "stride_wk": 1, "stride_b": 1, "HAS_BIAS": not split}
@@ -98,12 +98,12 @@ def pixel_shuffle_job(
             del signature["bias"]
             constants["bias"] = None
     elif part == "dx":
-        kernel = shuffle_backward.dx_kernel
+        kernel = shuffle_backward.pixel_shuffle_linear_dx
         signature = {"dy": pointer, "weight": pointer, "dx": pointer} | index | sizes
         strides = ("ym", "wn", "xt")
         constants |= {"stride_yn": 1, "stride_wk": 1, "EVEN_N": True}
     else:
-        kernel = shuffle_backward.dweight_kernel
+        kernel = shuffle_backward.pixel_shuffle_linear_dweight
         signature = {"dy": pointer, "x": pointer, "dw": out} | index | sizes | {"steps": "i32"}
         strides = ("ym", "xt", "dp", "dn")
         constants |= {"stride_yn": 1, "stride_xc": 1}
@@ -135,9 +135,9 @@ def layer_norm_job(width, dtype, config, backward):
     signature["stride_xt"] = "i32:16"
     constants = {"stride_xc": 1, "C": width, "BR": config.rows}
     constants["BC"] = triton.next_power_of_2(width)
-    kernel = norm.forward_kernel
+    kernel = norm.layer_norm_pixel_shuffle_forward
     if backward:
-        kernel = norm.backward_kernel
+        kernel = norm.layer_norm_pixel_shuffle_backward
         signature |= {"dy": pointer, "dx": pointer, "blocks": "i32", "stride_ym": "i32:16"}
         signature |= {"dw_parts": "*fp32:16", "db_parts": "*fp32:16"}
         constants |= {"stride_yk": 1, "PATCHES": 16}
@@ -172,11 +172,11 @@ def residual_job(width, dtype, config, backward):
     signature |= {f"stride_{name}t": "i32:16" for name in strided}
     constants |= {f"stride_{name}c": 1 for name in strided}
     if backward:
-        kernel = residual.backward_kernel
+        kernel = residual.residual_layer_norm_backward
         signature |= dict.fromkeys(("ds_parts", "dw_parts", "db_parts"), "*fp32:16")
         signature["blocks"] = "i32"
     else:
-        kernel = residual.forward_kernel
+        kernel = residual.residual_layer_norm_forward
         signature |= {"bias": "*fp32:16", "out": pointer, "normed": pointer}
         constants["HAS_BIAS"] = True
     name = f"residual_layer_norm {'backward' if backward else 'forward'} C={width}"
@@ -198,7 +198,7 @@ def swiglu_job(dtype, config, backward):
     signature = dict.fromkeys(names, f"*{NAMES[dtype]}:16") | {"F": "i32:16"}
     signature |= {f"stride_{name}t": "i32:16" for name in strided}
     constants = {f"stride_{name}f": 1 for name in strided} | {"BLOCK": config.elements}
-    kernel = gated.backward_kernel if backward else gated.forward_kernel
+    kernel = gated.swiglu_backward if backward else gated.swiglu_forward
     name = f"swiglu {'backward' if backward else 'forward'} {NAMES[dtype]}"
     return Job(name, kernel, signature, constants, {"num_warps": config.num_warps})
 
@@ -222,7 +222,7 @@ def patchify_job(dtype, config, patch_size=16):
     constants["BN"] = config.elements // elements
     name = f"normalize_patchify p={patch_size} {NAMES[dtype]}"
     options = {"num_warps": config.num_warps}
-    return Job(name, patchify.forward_kernel, signature, constants, options)
+    return Job(name, patchify.normalize_patchify, signature, constants, options)
 
 
 def small_jobs(target):
@@ -230,10 +230,12 @@ def small_jobs(target):
     signature = {"parts": "*fp32:16", "bias": "*bf16:16", "out": "*bf16:16"}
     signature |= {"n_parts": "i32", "size": "i32", "N": "i32:16"}
     constants = {"stride_b": 1, "HAS_BIAS": True, "BLOCK": 1024}
-    yield Job("add_parts", shuffle.add_parts_kernel, signature, constants)
+    yield Job("add_parts", shuffle.pixel_shuffle_linear_add_parts, signature, constants)
     signature = {"dx": "*bf16:16", "cu_seqlens": "*i32:16", "C": "i32:16", "stride_xt": "i32:16"}
     constants = {"stride_xc": 1, "PREFIX": 5, "BLOCK": 1024}
-    yield Job("zero_prefix", shuffle_backward.zero_prefix_kernel, signature, constants)
+    yield Job(
+        "zero_prefix", shuffle_backward.pixel_shuffle_linear_zero_prefix, signature, constants
+    )
 
 
 def jobs(target):

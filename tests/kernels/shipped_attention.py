@@ -4,11 +4,11 @@ from functools import partial
 
 import torch
 
-from hrvlm_kernels import varlen_attention_backward_triton as backward
-from hrvlm_kernels import varlen_attention_short_triton as short
-from hrvlm_kernels import varlen_attention_triton as forward
 from hrvlm_kernels.packed_grids import SHORT_SEQLEN
-from hrvlm_kernels.tilings import Tiling, table_head_dim
+from hrvlm_kernels.triton_kernels import varlen_attention as forward
+from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
+from hrvlm_kernels.triton_kernels import varlen_attention_short as short
+from hrvlm_kernels.triton_kernels.tilings import Tiling, table_head_dim
 from tests.kernels.shipped import NAMES, Job, of_row
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -83,7 +83,9 @@ def forward_job(head_dim, dtype, tiling, rope=False, *, group=1, skip=0):
     else:
         constants |= {"k_blocks": None, "v_blocks": None}
     name = f"forward{' ahead' if ahead else ''}"
-    return _job(name, forward.forward_kernel, signature, constants, head_dim, dtype, tiling, rope)
+    return _job(
+        name, forward.varlen_attention_forward, signature, constants, head_dim, dtype, tiling, rope
+    )
 
 
 def gluon_job(head_dim, dtype, step, *, buffers=2, group=1):
@@ -110,7 +112,7 @@ def short_job(head_dim, dtype, tiling, *, group=1):
         del signature[name]
     for name in ("BD", "PARTS", "ROPE"):
         del constants[name]
-    kernel = short.short_kernel
+    kernel = short.varlen_attention_short
     return _job("forward short", kernel, signature, constants, head_dim, dtype, tiling, True)
 
 
@@ -120,7 +122,9 @@ def dq_job(head_dim, dtype, tiling, rope=False, *, group=1, delta_only=False):
     constants |= {"BM": tiling.rows, "BN": tiling.step, "DELTA_ONLY": delta_only}
     signature["delta"] = "*fp32:16"
     name = "delta" if delta_only else "dq"
-    return _job(name, backward.dq_kernel, signature, constants, head_dim, dtype, tiling, rope)
+    return _job(
+        name, backward.varlen_attention_dq, signature, constants, head_dim, dtype, tiling, rope
+    )
 
 
 def dkdv_job(head_dim, dtype, tiling, rope=False, *, group=1, atomic=False):
@@ -135,7 +139,9 @@ def dkdv_job(head_dim, dtype, tiling, rope=False, *, group=1, atomic=False):
     if group > 1:
         signature |= {"dk": "*fp32:16", "dv": "*fp32:16"}
     name = "dk, dv, dq" if atomic else "dk, dv"
-    return _job(name, backward.dkdv_kernel, signature, constants, head_dim, dtype, tiling, rope)
+    return _job(
+        name, backward.varlen_attention_dkdv, signature, constants, head_dim, dtype, tiling, rope
+    )
 
 
 def _common(names, head_dim, dtype, tiling, rope, group):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hrvlm_kernels import varlen_attention_backward_triton as backward
-from hrvlm_kernels import varlen_attention_triton as forward
+from hrvlm_kernels.triton_kernels import varlen_attention as forward
+from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
 from tests.kernels.compile_checks import (
     TARGETS,
     assert_clean,

@@ -7,7 +7,11 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from hrvlm_kernels import launch, pixel_shuffle_linear_triton, tile_tables
+from hrvlm_kernels.triton_kernels import (
+    launch,
+    pixel_shuffle_linear,
+    tile_tables,
+)
 from tests.kernels.compile_checks import TARGETS
 
 
@@ -85,6 +89,6 @@ def test_the_release_is_that_of_triton():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_smaller_tiles_come_second(dtype):
     for target in TARGETS:
-        configs = pixel_shuffle_linear_triton.select_configs(target, dtype)
+        configs = pixel_shuffle_linear.select_configs(target, dtype)
         sizes = [(c.block_m + c.block_n) * c.block_k * c.num_stages for c in configs]
         assert sizes == sorted(sizes, reverse=True)

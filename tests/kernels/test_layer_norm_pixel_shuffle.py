@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrvlm_kernels import PackedGrids
-from hrvlm_kernels import layer_norm_pixel_shuffle_triton as kernels
-from hrvlm_kernels.layer_norm_pixel_shuffle import (
+from hrvlm_kernels.ops.layer_norm_pixel_shuffle import (
     choose_route,
     layer_norm_pixel_shuffle,
     layer_norm_pixel_shuffle_linear,
 )
+from hrvlm_kernels.triton_kernels import layer_norm_pixel_shuffle as kernels
 from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
 from tests.kernels.helpers import (
     DTYPES,

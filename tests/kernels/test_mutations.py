@@ -76,7 +76,7 @@ NORM = {
 
 @pytest.mark.parametrize("bug", ROPE)
 def test_rope_2d(bug, monkeypatch, tmp_path):
-    plant(monkeypatch, tmp_path, "rope_2d_triton", *ROPE[bug])
+    plant(monkeypatch, tmp_path, "rope_2d", *ROPE[bug])
 
     def many_heads():
         rope.check_forward(8, grids=[(2, 2)], heads=6)
@@ -87,9 +87,9 @@ def test_rope_2d(bug, monkeypatch, tmp_path):
 @pytest.mark.parametrize("bug", [*SHUFFLE, *SHUFFLE_BACKWARD])
 def test_pixel_shuffle_linear(bug, monkeypatch, tmp_path):
     if bug in SHUFFLE:
-        name, change, user = "pixel_shuffle_linear_triton", SHUFFLE[bug], "kernels"
+        name, change, user = "pixel_shuffle_linear", SHUFFLE[bug], "kernels"
     else:
-        name, change = "pixel_shuffle_linear_backward_triton", SHUFFLE_BACKWARD[bug]
+        name, change = "pixel_shuffle_linear_backward", SHUFFLE_BACKWARD[bug]
         user = "backward_kernels"
     plant(monkeypatch, tmp_path, name, *change, users=[(shuffle, user)])
 
@@ -101,7 +101,7 @@ def test_pixel_shuffle_linear(bug, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("bug", NORM)
 def test_layer_norm_pixel_shuffle(bug, monkeypatch, tmp_path):
-    plant(monkeypatch, tmp_path, "layer_norm_pixel_shuffle_triton", *NORM[bug])
+    plant(monkeypatch, tmp_path, "layer_norm_pixel_shuffle", *NORM[bug])
     assert caught(norm.check_all, norm.test_rows_that_are_nearly_constant)
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from hrvlm_kernels.tilings import Tiling
+from hrvlm_kernels.triton_kernels.tilings import Tiling
 from tests.kernels import test_varlen_attention as forward
 from tests.kernels import test_varlen_attention_backward as backward
 from tests.kernels.attention_cases import check, check_kernel, make_case
 from tests.kernels.helpers import interpreter_only
-from tests.kernels.mutations import caught, plant
+from tests.kernels.mutations import caught, plant, source_of
 
 pytestmark = interpreter_only
 
@@ -122,42 +122,51 @@ def check_atomic_far_below_zero():
     backward.test_scores_far_below_zero(False)
 
 
+def plant_in_tiles(monkeypatch, tmp_path, bug, user, *, users=()):
+    """A bug in what the kernels share, and a kernel imported again over it."""
+    plant(monkeypatch, tmp_path, "attention_tiles", *bug)
+    unchanged = ("from __future__", "from __future__")
+    plant(monkeypatch, tmp_path, user, *unchanged, users=users)
+
+
 @pytest.mark.parametrize("bug", FORWARD)
 def test_forward(bug, monkeypatch, tmp_path):
     users = [(forward, "kernels")]
-    plant(monkeypatch, tmp_path, "varlen_attention_triton", *FORWARD[bug], users=users)
+    if FORWARD[bug][0] in source_of("attention_tiles"):
+        plant_in_tiles(monkeypatch, tmp_path, FORWARD[bug], "varlen_attention", users=users)
+    else:
+        plant(monkeypatch, tmp_path, "varlen_attention", *FORWARD[bug], users=users)
     assert caught(check_forward)
 
 
 @pytest.mark.parametrize("bug", AHEAD)
 def test_ahead(bug, monkeypatch, tmp_path):
     users = [(forward, "kernels")]
-    plant(monkeypatch, tmp_path, "varlen_attention_triton", *AHEAD[bug], users=users)
+    plant(monkeypatch, tmp_path, "varlen_attention", *AHEAD[bug], users=users)
     assert caught(check_ahead)
 
 
 @pytest.mark.parametrize("bug", SHORT)
 def test_short_images(bug, monkeypatch, tmp_path):
-    plant(monkeypatch, tmp_path, "varlen_attention_short_triton", *SHORT[bug])
+    plant(monkeypatch, tmp_path, "varlen_attention_short", *SHORT[bug])
     assert caught(check_short)
 
 
 @pytest.mark.parametrize("bug", BACKWARD)
 def test_backward(bug, monkeypatch, tmp_path):
-    plant(monkeypatch, tmp_path, "varlen_attention_backward_triton", *BACKWARD[bug])
+    plant(monkeypatch, tmp_path, "varlen_attention_backward", *BACKWARD[bug])
     assert caught(check_one_head, check_backward, check_far_below_zero)
 
 
 @pytest.mark.parametrize("bug", ATOMIC)
 def test_atomic(bug, monkeypatch, tmp_path):
-    plant(monkeypatch, tmp_path, "varlen_attention_backward_triton", *ATOMIC[bug])
+    plant(monkeypatch, tmp_path, "varlen_attention_backward", *ATOMIC[bug])
     assert caught(check_atomic, check_atomic_far_below_zero)
 
 
 def test_a_rotation_that_is_never_inverse(monkeypatch, tmp_path):
-    plant(monkeypatch, tmp_path, "varlen_attention_triton", "sin = -sin", "sin = sin")
-    unchanged = ("acc *= scale", "acc *= scale")  # imported again, over the module with the bug
-    plant(monkeypatch, tmp_path, "varlen_attention_backward_triton", *unchanged)
+    bug = ("sin = -sin", "sin = sin")
+    plant_in_tiles(monkeypatch, tmp_path, bug, "varlen_attention_backward")
     assert caught(check_backward)
 
 

@@ -56,7 +56,7 @@ def test_other_statistics_and_patches_wider_than_a_program():
 
 @interpreter_only
 def test_a_batch_is_its_images_and_one_launch(monkeypatch):
-    from hrvlm_kernels import normalize_patchify_triton as module
+    from hrvlm_kernels.triton_kernels import normalize_patchify as module
 
     images = make_images(sizes=[(2, 3)] * 3)
     expected = check(images=images)
@@ -142,7 +142,7 @@ def check_batch():
 @interpreter_only
 @pytest.mark.parametrize("bug", BUGS)
 def test_seeded_bugs_are_caught(bug, monkeypatch, tmp_path):
-    plant(monkeypatch, tmp_path, "normalize_patchify_triton", *BUGS[bug])
+    plant(monkeypatch, tmp_path, "normalize_patchify", *BUGS[bug])
     assert caught(check, check_batch)
 
 

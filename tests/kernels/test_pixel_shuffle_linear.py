@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from hrvlm_kernels import PackedGrids, reference
-from hrvlm_kernels import pixel_shuffle_linear_backward_triton as backward_kernels
-from hrvlm_kernels import pixel_shuffle_linear_triton as kernels
-from hrvlm_kernels.pixel_shuffle_linear import pixel_shuffle_linear
+from hrvlm_kernels.ops.pixel_shuffle_linear import pixel_shuffle_linear
+from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as kernels
+from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as backward_kernels
 from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
 from tests.kernels.helpers import (
     DTYPES,

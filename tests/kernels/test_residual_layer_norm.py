@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrvlm_kernels import reference
-from hrvlm_kernels.residual_layer_norm import residual_layer_norm
+from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
 from tests.kernels.compile_checks import TARGETS, assert_clean, submit_compile
 from tests.kernels.helpers import (
     DTYPES,
@@ -170,7 +170,7 @@ BUGS = {
 @interpreter_only
 @pytest.mark.parametrize("bug", BUGS)
 def test_seeded_bugs_are_caught(bug, monkeypatch, tmp_path):
-    module = plant(monkeypatch, tmp_path, "residual_layer_norm_triton", *BUGS[bug])
+    module = plant(monkeypatch, tmp_path, "residual_layer_norm", *BUGS[bug])
     # Several blocks for a program, as in the interpreter.
     monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
     assert caught(check, lambda: check(tokens=100, channels=8))

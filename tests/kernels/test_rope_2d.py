@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from hrvlm_kernels import PackedGrids
-from hrvlm_kernels.rope_2d import rope_2d, rope_2d_
+from hrvlm_kernels.ops.rope_2d import rope_2d, rope_2d_
 from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
 from tests.kernels.helpers import (
     COMPILED,

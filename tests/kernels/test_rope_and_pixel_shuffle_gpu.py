@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hrvlm_kernels import PackedGrids
-from hrvlm_kernels.layer_norm_pixel_shuffle import layer_norm_pixel_shuffle
-from hrvlm_kernels.pixel_shuffle_linear import pixel_shuffle_linear
-from hrvlm_kernels.rope_2d import rope_2d, rope_2d_
+from hrvlm_kernels.ops.layer_norm_pixel_shuffle import layer_norm_pixel_shuffle
+from hrvlm_kernels.ops.pixel_shuffle_linear import pixel_shuffle_linear
+from hrvlm_kernels.ops.rope_2d import rope_2d, rope_2d_
 from tests.kernels import test_layer_norm_pixel_shuffle as norm
 from tests.kernels import test_pixel_shuffle_linear as shuffle
 from tests.kernels import test_rope_2d as rope
@@ -49,8 +49,8 @@ def rope_inputs(dtype=torch.bfloat16):
 def test_rope_2d_is_one_kernel(monkeypatch):
     monkeypatch.undo()  # filling what is empty with NaN launches kernels too
     qkv, *positions = rope_inputs()
-    assert launches(lambda: rope_2d(qkv[:, 0], qkv[:, 1], *positions)) == ["rope_2d_kernel"]
-    assert launches(lambda: rope_2d_(qkv[:, 0], qkv[:, 1], *positions)) == ["rope_2d_kernel"]
+    assert launches(lambda: rope_2d(qkv[:, 0], qkv[:, 1], *positions)) == ["rope_2d"]
+    assert launches(lambda: rope_2d_(qkv[:, 0], qkv[:, 1], *positions)) == ["rope_2d"]
 
 
 def test_rope_2d_repeats_bit_for_bit_in_and_out_of_place():
@@ -101,8 +101,8 @@ def test_pixel_shuffle_linear_copies_nothing(monkeypatch):
     packed, x, weight, bias, _ = shuffle_inputs("mixed", channels=384, features=4096)
     with torch.no_grad():
         names = launches(lambda: pixel_shuffle_linear(x, packed, 4, weight, bias))
-    assert set(names) <= {"forward_kernel", "add_parts_kernel"}
-    assert names.count("forward_kernel") == 1
+    assert set(names) <= {"pixel_shuffle_linear_forward", "pixel_shuffle_linear_add_parts"}
+    assert names.count("pixel_shuffle_linear_forward") == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

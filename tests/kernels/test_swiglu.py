@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrvlm_kernels import reference
-from hrvlm_kernels.swiglu import swiglu
+from hrvlm_kernels.ops.swiglu import swiglu
 from tests.kernels.compile_checks import TARGETS, assert_clean, submit_compile
 from tests.kernels.helpers import (
     DTYPES,
@@ -152,7 +152,7 @@ BUGS = {
 @interpreter_only
 @pytest.mark.parametrize("bug", BUGS)
 def test_seeded_bugs_are_caught(bug, monkeypatch, tmp_path):
-    plant(monkeypatch, tmp_path, "swiglu_triton", *BUGS[bug])
+    plant(monkeypatch, tmp_path, "swiglu", *BUGS[bug])
     assert caught(check)
 
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrvlm_kernels import PackedGrids, reference
-from hrvlm_kernels import varlen_attention_short_triton as short_kernels
-from hrvlm_kernels import varlen_attention_triton as kernels
-from hrvlm_kernels.rope_2d import rope_2d
-from hrvlm_kernels.tile_tables import FORWARD, SHORT
-from hrvlm_kernels.tilings import Tiling
-from hrvlm_kernels.varlen_attention import varlen_attention
+from hrvlm_kernels.ops.rope_2d import rope_2d
+from hrvlm_kernels.ops.varlen_attention import varlen_attention
+from hrvlm_kernels.triton_kernels import varlen_attention as kernels
+from hrvlm_kernels.triton_kernels import varlen_attention_short as short_kernels
+from hrvlm_kernels.triton_kernels.tile_tables import FORWARD, SHORT
+from hrvlm_kernels.triton_kernels.tilings import Tiling
 from tests.kernels.attention_cases import (
     ENDS,
     below_zero,

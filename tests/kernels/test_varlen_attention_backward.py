@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from hrvlm_kernels import PackedGrids, backends
-from hrvlm_kernels import varlen_attention_backward_triton as kernels
-from hrvlm_kernels.rope_2d import rope_2d
-from hrvlm_kernels.tile_tables import ATOMIC, DKDV, DQ
-from hrvlm_kernels.tilings import Tiling
-from hrvlm_kernels.varlen_attention import _flash_attn_installed, varlen_attention
-from hrvlm_kernels.varlen_attention_backward_triton import BackwardTilings
+from hrvlm_kernels.ops.rope_2d import rope_2d
+from hrvlm_kernels.ops.varlen_attention import _flash_attn_installed, varlen_attention
+from hrvlm_kernels.triton_kernels import varlen_attention_backward as kernels
+from hrvlm_kernels.triton_kernels.tile_tables import ATOMIC, DKDV, DQ
+from hrvlm_kernels.triton_kernels.tilings import Tiling
+from hrvlm_kernels.triton_kernels.varlen_attention_backward import BackwardTilings
 from tests.kernels.attention_cases import (
     ENDS,
     below_zero,

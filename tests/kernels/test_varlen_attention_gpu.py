@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from hrvlm_kernels import PackedGrids
-from hrvlm_kernels import varlen_attention_backward_triton as backward
-from hrvlm_kernels import varlen_attention_triton as forward
 from hrvlm_kernels.backends import flash_attn_obstacle
 from hrvlm_kernels.flash_attn_interface import flash_attn_varlen_func
-from hrvlm_kernels.tilings import Tiling
-from hrvlm_kernels.varlen_attention import varlen_attention
+from hrvlm_kernels.ops.varlen_attention import varlen_attention
+from hrvlm_kernels.triton_kernels import varlen_attention as forward
+from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
+from hrvlm_kernels.triton_kernels.tilings import Tiling
 from tests.kernels.attention_cases import check, check_kernel, kernel_results, make_case
 from tests.kernels.helpers import gradients
 
@@ -128,7 +128,7 @@ def test_one_kernel_forward_and_two_backward(monkeypatch):
         kernel_results(case)
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
-    assert names == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
+    assert names == [f"varlen_attention_{part}" for part in ("forward", "dq", "dkdv")]
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])

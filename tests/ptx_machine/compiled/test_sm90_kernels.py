@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import ptx_machine
-from hrvlm_kernels.launch import triton_release
+from hrvlm_kernels.triton_kernels.launch import triton_release
 from ptx_machine import ExecutionError, UnknownInstructionError
 from ptx_machine.proxies import CP_ASYNC_NOTE
 from tests.ptx_machine.handmade import dump, registers_in, registers_out, run

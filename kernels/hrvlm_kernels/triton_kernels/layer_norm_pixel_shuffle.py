@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import architecture, device_guard, multiprocessors, tile_choices
-from .pixel_shuffle_linear_backward_triton import zero_prefix_rows
+from .pixel_shuffle_linear_backward import zero_prefix_rows
 from .tilings import NormConfig, table_width
 
 
@@ -30,7 +30,7 @@ def normalise(b_x, m_c, eps, C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def forward_kernel(
+def layer_norm_pixel_shuffle_forward(
     x, index, weight, bias, out, rows, stride_xt, stride_xc, eps,
     C: tl.constexpr, HAS_BIAS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
-def backward_kernel(
+def layer_norm_pixel_shuffle_backward(
     dy, x, index, weight, dx, dw_parts, db_parts, rows, blocks,
     stride_ym, stride_yk, stride_xt, stride_xc, eps,
     C: tl.constexpr, PATCHES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -106,7 +106,7 @@ def forward(
         return
     config = select_config(architecture(x.device), width, backward=False)
     with device_guard(x):
-        forward_kernel[(triton.cdiv(rows, config.rows),)](
+        layer_norm_pixel_shuffle_forward[(triton.cdiv(rows, config.rows),)](
             x, index.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(),
             out, rows, *x.stride(), eps, C=width, HAS_BIAS=bias is not None,
             BR=config.rows, BC=triton.next_power_of_2(width), num_warps=config.num_warps,
@@ -137,7 +137,7 @@ def backward(
     parts = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
     with device_guard(x):
         if parts.numel():
-            backward_kernel[(programs,)](
+            layer_norm_pixel_shuffle_backward[(programs,)](
                 dy, x, index.contiguous(), weight.contiguous(), dx, parts[0], parts[1],
                 rows, each, *dy.stride(), *x.stride(), eps,
                 C=width, PATCHES=index.shape[1], BR=config.rows,

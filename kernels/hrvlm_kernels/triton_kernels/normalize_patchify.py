@@ -19,7 +19,7 @@ from .tilings import BlockConfig
 
 
 @triton.jit(do_not_specialize=["hp", "wp"])
-def forward_kernel(
+def normalize_patchify(
     image, out, hp, wp,
     scale_0, scale_1, scale_2, shift_0, shift_1, shift_2,
     stride_b, stride_c, stride_y, stride_x,
@@ -65,7 +65,7 @@ def forward(
     scales = [1 / (255 * s) for s in std]
     shifts = [-m / s for m, s in zip(mean, std, strict=True)]
     with device_guard(image):
-        forward_kernel[(batch * hp * triton.cdiv(wp, patches), channels)](
+        normalize_patchify[(batch * hp * triton.cdiv(wp, patches), channels)](
             image, out, hp, wp, *scales, *shifts, *image.stride(),
             P=patch_size, BN=patches, BE=elements, num_warps=config.num_warps,
         )  # fmt: skip

@@ -6,10 +6,10 @@ With p = softmax(scale q k^T), recomputed as 2^(s - lse) in base 2, and g the gr
     ds_ij   = p_ij (g_i . v_j - delta_i)    dk_j = scale sum_i ds_ij q_i
                                             dq_i = scale sum_j ds_ij k_j
 
-dq_kernel owns a tile of queries and walks over keys; it also writes delta. dkdv_kernel, which runs
-after it, owns a tile of keys and walks over queries. Every output is added up by one program in a
-fixed order: equal inputs give equal bits. With ATOMIC dkdv_kernel computes dq as well, by float32
-atomics: five products instead of seven, in an order that the hardware chooses.
+The kernel of dq owns a tile of queries and walks over keys; it also writes delta. That of dk and
+dv, which runs after it, owns a tile of keys and walks over queries. Every output is added up by one
+program in a fixed order: equal inputs give equal bits. With ATOMIC the second computes dq as well,
+by float32 atomics: five products instead of seven, in an order that the hardware chooses.
 
 As in the forward, the block with masked rows comes before the loop (with the block last, ptxas
 serializes all wgmma), and rows of the next segment are never loaded. Where several heads of q share
@@ -27,10 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, launch, tile_choices
-from .rope_2d_triton import rope_2d as rotate_heads
-from .tilings import Tiling, table_head_dim
-from .varlen_attention_triton import (
+from .attention_tiles import (
     LOG2_E,
     PRECISION,
     load_rows,
@@ -44,6 +41,9 @@ from .varlen_attention_triton import (
     tile_list,
     unit_stride,
 )
+from .launch import architecture, device_guard, launch, tile_choices
+from .rope_2d import rotate_heads
+from .tilings import Tiling, table_head_dim
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _dq_step(
 
 
 @triton.jit(do_not_specialize=["T"])
-def dq_kernel(
+def varlen_attention_dq(
     q, k, v, out, g, dq, lse, delta, cu_seqlens, tiles, coords, inv_freq, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_gt, stride_gh, stride_dqt, stride_dqh,
@@ -134,7 +134,7 @@ def _dkdv_step(
 
 
 @triton.jit(do_not_specialize=["T"])
-def dkdv_kernel(
+def varlen_attention_dkdv(
     q, k, v, g, dq, dk, dv, lse, delta, cu_seqlens, tiles, coords, inv_freq, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
     stride_dqt, stride_dqh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
@@ -187,7 +187,7 @@ class BackwardTilings:
 
     dq: tuple[Tiling, ...]
     dkdv: tuple[Tiling, ...]
-    atomic: tuple[Tiling, ...]  # of dkdv_kernel with ATOMIC; empty where that is never used
+    atomic: tuple[Tiling, ...]  # with ATOMIC; empty where that is never used
 
 
 def select_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> BackwardTilings:
@@ -231,7 +231,7 @@ class _Inputs:
 def _start_dq(x: _Inputs, dq: Tensor, delta_only: bool, tiling: Tiling) -> None:
     tiles, parts = tile_list(x.tiles_64, x.tiles_128, tiling)
     strides = [n for a in (x.q, x.k, x.v, x.out, x.g, dq) for n in a.stride()[:2]]
-    dq_kernel[(tiles.shape[0] * parts * x.q.shape[1],)](
+    varlen_attention_dq[(tiles.shape[0] * parts * x.q.shape[1],)](
         x.q, x.k, x.v, x.out, x.g, dq, x.lse, x.delta, x.cu_seqlens, tiles,
         *(x.rope or (None, None)), x.q.shape[0], x.scale, *strides,
         BM=tiling.rows, BN=tiling.step, PARTS=parts, DELTA_ONLY=delta_only, **x.constants(tiling),
@@ -242,7 +242,7 @@ def _start_dkdv(x: _Inputs, dq_sum: Tensor | None, dk: Tensor, dv: Tensor, tilin
     tiles, parts = tile_list(x.tiles_64, x.tiles_128, tiling)
     dq_strides = (0, 0) if dq_sum is None else dq_sum.stride()[:2]
     strides = [n for a in (x.q, x.k, x.v, x.g) for n in a.stride()[:2]]
-    dkdv_kernel[(tiles.shape[0] * parts * x.q.shape[1],)](
+    varlen_attention_dkdv[(tiles.shape[0] * parts * x.q.shape[1],)](
         x.q, x.k, x.v, x.g, dq_sum, dk, dv, x.lse, x.delta, x.cu_seqlens, tiles,
         *(x.rope or (None, None)), x.q.shape[0], x.scale,
         *strides, *dq_strides, *dk.stride()[:2], *dv.stride()[:2],

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import choose_backend
-from .ops_namespace import ops, register, register_backward
-from .packed_grids import PackedGrids
+from ..backends import choose_backend
+from ..packed_grids import PackedGrids
 from .pixel_shuffle_linear import check_pixel_shuffle_inputs, compute_dtype, pixel_shuffle_linear
+from .torch_op import ops, register, register_backward
 
 ROUTES = ("auto", "fused", "layernorm_gemm")
 
@@ -42,7 +42,7 @@ def _forward(
     num_prefix_tokens: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    from .layer_norm_pixel_shuffle_triton import forward
+    from ..triton_kernels.layer_norm_pixel_shuffle import forward
 
     out = _forward_fake(x, index, cu_seqlens, weight, bias, eps, num_prefix_tokens, dtype)
     forward(x, index, weight, bias, eps, out)
@@ -71,7 +71,7 @@ def _backward(
     eps: float,
     num_prefix_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .layer_norm_pixel_shuffle_triton import backward
+    from ..triton_kernels.layer_norm_pixel_shuffle import backward
 
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dw, db = backward(dy, x, index, cu_seqlens, weight, eps, num_prefix_tokens, dx).sum(1).unbind()
@@ -170,7 +170,7 @@ def layer_norm_pixel_shuffle(
             packed.num_prefix_tokens,
             dtype,
         )
-    from . import reference
+    from .. import reference
 
     return reference.pixel_shuffle(
         _layer_norm(x, norm_weight, norm_bias, eps).to(dtype), packed, factor

@@ -1,8 +1,8 @@
 """The forward Triton kernel of varlen_attention and its launcher.
 
-The formula stands in varlen_attention.py. One program takes one head of one tile of queries (a row
-of the tile list) and walks over the keys of its segment in blocks, with FlashAttention-2's online
-softmax in base 2. For a block of scores s_j = scale * log2(e) * q.k_j:
+The formula stands in ops/varlen_attention.py. One program takes one head of one tile of queries (a
+row of the tile list) and walks over the keys of its segment in blocks, with FlashAttention-2's
+online softmax in base 2. For a block of scores s_j = scale * log2(e) * q.k_j:
 
     peak'  = max(peak, max_j s_j)               p_j    = 2^(s_j - peak')
     total' = total 2^(peak - peak') + sum p_j   acc'   = acc 2^(peak - peak') + sum p_j v_j
@@ -36,89 +36,28 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .attention_tiles import (
+    LOG2_E,
+    PRECISION,
+    load_rows,
+    locate,
+    padded_head_dim,
+    rope_tensors,
+    rotate,
+    rotated,
+    rotates_in_kernel,
+    softmax_step,
+    store_rows,
+    tile_list,
+    unit_stride,
+)
 from .launch import architecture, device_guard, launch, tile_choices
-from .rope_2d_triton import TWO_PI, _cos_sin
-from .rope_2d_triton import rope_2d as rotate_heads
 from .tilings import Tiling, table_head_dim
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-PRECISION = tl.constexpr("ieee")  # of float32 products; those of 16-bit tensors are exact anyway
-
-
-@triton.jit
-def locate(cu_seqlens, tiles, H, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """This program's head, its segment's first row and length, and its rows [BLOCK] in there."""
-    i_h, first, n, start = locate_start(cu_seqlens, tiles, H, BLOCK, PARTS)
-    return i_h, first, n, start + tl.arange(0, BLOCK)
-
-
-@triton.jit
-def locate_start(cu_seqlens, tiles, H, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """This program's head, its segment's first row and length, and its first row in there.
-
-    The tiles of the list have PARTS * BLOCK rows.
-    """
-    i_h = (tl.program_id(0) % H).to(tl.int64)
-    i_t = tl.program_id(0) // H
-    p_tile = tiles + 2 * (i_t // PARTS)
-    p_ends = cu_seqlens + tl.load(p_tile)
-    first = tl.load(p_ends)
-    n = tl.load(p_ends + 1) - first
-    block = tl.load(p_tile + 1) * PARTS + i_t % PARTS
-    return i_h, first.to(tl.int64), n, block * BLOCK
-
-
-@triton.jit
-def load_rows(p_head, rows, n, stride, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
-    """Rows [B, BD] of one head, zero from row n and column D on; not MASKED: all are below n."""
-    i_d = tl.arange(0, BD)
-    p_rows = p_head + rows.to(tl.int64)[:, None] * stride + i_d[None, :]
-    if MASKED:
-        return tl.load(p_rows, mask=(rows < n)[:, None] & (i_d < D)[None, :], other=0.0)
-    if BD > D:
-        return tl.load(p_rows, mask=(i_d < D)[None, :], other=0.0)
-    return tl.load(p_rows)
-
-
-@triton.jit
-def store_rows(p_head, rows, n, stride, x, D: tl.constexpr, BD: tl.constexpr):
-    """Store x [B, BD] where rows are below n and columns below D."""
-    i_d = tl.arange(0, BD)
-    p_rows = p_head + rows.to(tl.int64)[:, None] * stride + i_d[None, :]
-    tl.store(p_rows, x.to(p_head.dtype.element_ty), mask=(rows < n)[:, None] & (i_d < D)[None, :])
-
-
-@triton.jit
-def rotate(a, coords, inv_freq, first, rows, n, INVERSE: tl.constexpr):
-    """Rotate a [B, D] as rope_2d does, in float32; D is a power of two."""
-    HALF: tl.constexpr = a.shape[1] // 2
-    QUARTER: tl.constexpr = a.shape[1] // 4
-    p_yx = coords + 2 * (first + rows)
-    y = tl.load(p_yx, mask=rows < n, other=0.0)
-    x = tl.load(p_yx + 1, mask=rows < n, other=0.0)
-    i_d = tl.arange(0, HALF)
-    freq = tl.load(inv_freq + i_d % QUARTER)
-    coord = tl.where((i_d < QUARTER)[None, :], y[:, None], x[:, None])  # [B, HALF]
-    cos, sin = _cos_sin((coord * TWO_PI) * freq[None, :])
-    if INVERSE:
-        sin = -sin
-    halves = a.to(tl.float32).reshape(a.shape[0], 2, HALF).permute(0, 2, 1)
-    left, right = tl.split(halves)
-    out = tl.join(left * cos - right * sin, right * cos + left * sin)  # [B, HALF, 2]
-    return out.permute(0, 2, 1).reshape(a.shape)
-
-
-@triton.jit
-def softmax_step(qk, peak, total, acc, qk_scale):
-    """One block of the online softmax: p, and peak, total and acc after it."""
-    peak_new = tl.maximum(peak, tl.max(qk, 1) * qk_scale)
-    p = tl.exp2(qk * qk_scale - peak_new[:, None])
-    fade = tl.exp2(peak - peak_new)
-    return p, peak_new, total * fade + tl.sum(p, 1), acc * fade[:, None]
+from .varlen_attention_short import forward_short, select_short_tilings
 
 
 @triton.jit(do_not_specialize=["T"])
-def forward_kernel(
+def varlen_attention_forward(
     q, k, v, k_blocks, v_blocks, out, lse, cu_seqlens, tiles, coords, inv_freq, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
@@ -127,7 +66,7 @@ def forward_kernel(
 ):  # fmt: skip
     """A tile of out [T, H, D] and lse [H, T]; AHEAD takes k and v as descriptors too.
 
-    Segments of up to SKIP tokens are left to varlen_attention_short_triton.py.
+    Segments of up to SKIP tokens are left to varlen_attention_short.py.
     """
     i_h, first, n, i_m = locate(cu_seqlens, tiles, H, BM, PARTS)
     if SKIP:  # noqa: SIM102  (decided when compiling, the inner one when running)
@@ -190,48 +129,6 @@ def select_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> tuple[Tiling
     return tile_choices("FORWARD", arch, table_head_dim(head_dim), dtype.itemsize)
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """Columns of a tile in the kernels: a power of two, and the 16 of a tensor core at least."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def rotates_in_kernel(x: Tensor) -> bool:
-    """Whether RoPE is folded into the kernels for tensors like `x`; else it is a pass of its own.
-
-    The halves of a head change places in registers, which takes heads that fill the tile; in
-    float32 there are too few registers.
-    """
-    return x.dtype.itemsize == 2 and x.shape[2] == padded_head_dim(x.shape[2])
-
-
-def rope_tensors(coords: Tensor | None, inv_freq: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Both as the kernels read them, without strides; None where there is no RoPE."""
-    if coords is None or inv_freq is None:
-        return None
-    return coords.contiguous(), inv_freq.contiguous()
-
-
-def rotated(a: Tensor, b: Tensor, coords: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """`a` and `b` rotated, in new contiguous tensors; their device is the current one."""
-    a_out, b_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a, b))
-    rotate_heads(a, b, a_out, b_out, coords, inv_freq, False)
-    return a_out, b_out
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """`x`, copied only if its last dimension is not dense: the kernels load heads as a whole."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def tile_list(tiles_64: Tensor, tiles_128: Tensor, tiling: Tiling) -> tuple[Tensor, int]:
-    """The tile list that a kernel walks over, and how many of its own tiles make one of the list.
-
-    Tiles below 64 rows share the list of 64: a few of them may lie past the end of their segment,
-    where they load and store nothing.
-    """
-    return (tiles_128, 1) if tiling.rows == 128 else (tiles_64, 64 // tiling.rows)
-
-
 def fits_descriptor(x: Tensor) -> bool:
     """Whether TMA can load `x`: everything aligned to 16 bytes, heads inside rows."""
     row, head, column = x.stride()
@@ -266,8 +163,6 @@ def forward(
     `tilings` forces the tile sizes; `short_tilings` those of the kernel for short images, which an
     empty list keeps from running.
     """
-    from .varlen_attention_short_triton import forward_short, select_short_tilings
-
     tokens, heads, head_dim = q.shape
     width = padded_head_dim(head_dim)
     if out.numel() == 0:
@@ -298,7 +193,7 @@ def forward(
             if tiling.order == "ahead":
                 block = [tiling.step, 1, width]
                 k_blocks, v_blocks = (TensorDescriptor.from_tensor(x, block) for x in (k, v))
-            forward_kernel[(tiles.shape[0] * parts * heads,)](
+            varlen_attention_forward[(tiles.shape[0] * parts * heads,)](
                 q, k, v, k_blocks, v_blocks, out, lse, cu_seqlens, tiles, *(folded or (None, None)),
                 tokens, scale,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],

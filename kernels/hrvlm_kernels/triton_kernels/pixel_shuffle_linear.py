@@ -38,7 +38,7 @@ def locate_tile(pid, n_m, n_n, GROUP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
-def forward_kernel(
+def pixel_shuffle_linear_forward(
     x, index, weight, bias, out, M, N, steps,
     stride_xt, stride_xc, stride_wn, stride_wk, stride_b, stride_op, stride_om,
     C: tl.constexpr, S: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -83,7 +83,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["n_parts", "size"])
-def add_parts_kernel(
+def pixel_shuffle_linear_add_parts(
     parts, bias, out, n_parts, size, N, stride_b, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Flat element i: the sum of its parts, first to last, plus bias[i % N]."""
@@ -166,7 +166,7 @@ def plan_product(
 def add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Write the sum of `parts` ``[P, M, N]``, plus `bias`, into the contiguous `out`."""
     block = 1024
-    add_parts_kernel[(triton.cdiv(out.numel(), block),)](
+    pixel_shuffle_linear_add_parts[(triton.cdiv(out.numel(), block),)](
         parts, bias, out, parts.shape[0], out.numel(), out.shape[1], _step(bias),
         HAS_BIAS=bias is not None, BLOCK=block,
     )  # fmt: skip
@@ -196,7 +196,7 @@ def forward(
         plan = plan_product(config, count, x, parts)
         target = out if plan.parts == 1 else parts_like(out, plan.parts)
         own_bias = bias if plan.parts == 1 else None
-        forward_kernel[(plan.tiles, plan.parts)](
+        pixel_shuffle_linear_forward[(plan.tiles, plan.parts)](
             x, index.contiguous(), weight, own_bias, target, rows, width_out, plan.steps,
             *x.stride(), *weight.stride(), _step(own_bias), out.numel(), out.stride(0),
             C=width, S=factor, HAS_BIAS=own_bias is not None, PRECISION=dot_precision(x.dtype),

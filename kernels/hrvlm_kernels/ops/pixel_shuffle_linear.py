@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import choose_backend
-from .ops_namespace import ops, register, register_backward
-from .packed_grids import PackedGrids
+from ..backends import choose_backend
+from ..packed_grids import PackedGrids
+from .torch_op import ops, register, register_backward
 
 
 def _forward(
@@ -34,7 +34,7 @@ def _forward(
     bias: Tensor | None,
     num_prefix_tokens: int,
 ) -> Tensor:
-    from .pixel_shuffle_linear_triton import forward
+    from ..triton_kernels.pixel_shuffle_linear import forward
 
     out = _forward_fake(x, index, cu_seqlens, weight, bias, num_prefix_tokens)
     forward(x, index, weight, bias, out)
@@ -60,7 +60,7 @@ def _dx(
     num_prefix_tokens: int,
     total_tokens: int,
 ) -> Tensor:
-    from .pixel_shuffle_linear_backward_triton import backward_dx
+    from ..triton_kernels.pixel_shuffle_linear_backward import backward_dx
 
     dx = _dx_fake(dy, weight, index, cu_seqlens, num_prefix_tokens, total_tokens)
     backward_dx(dy, weight, index, cu_seqlens, num_prefix_tokens, dx)
@@ -81,7 +81,7 @@ def _dx_fake(
 
 
 def _dweight(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    from .pixel_shuffle_linear_backward_triton import backward_dweight
+    from ..triton_kernels.pixel_shuffle_linear_backward import backward_dweight
 
     dw = _dweight_fake(dy, x, index)
     backward_dweight(dy, x, index, dw)
@@ -179,7 +179,7 @@ def pixel_shuffle_linear(
     if choose_backend("pixel_shuffle_linear", backend, x) == "triton":
         index, prefix = packed.shuffle_index(factor), packed.num_prefix_tokens
         return ops.pixel_shuffle_linear(x, index, packed.cu_seqlens, weight, bias, prefix)
-    from . import reference
+    from .. import reference
 
     return reference.pixel_shuffle_linear(x, packed, factor, weight, bias)
 

@@ -7,8 +7,8 @@ FlashAttention-2 (Dao 2023) over a list of tiles made on the host: no padding, n
 between segments. Windows (Qwen2.5-VL's tower, say) are just more, shorter segments:
 ``PackedGrids.from_cu_seqlens(cu_window_seqlens)``.
 
-The kernels are in varlen_attention_triton.py and varlen_attention_backward_triton.py. Only tensors
-and numbers cross the border of the torch ops, so that one graph of torch.compile serves all packs.
+The kernels are in triton_kernels/varlen_attention*.py. Only tensors and numbers cross the border of
+the torch ops, so that one graph of torch.compile serves all packs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import choose_backend
-from .ops_namespace import ops, register, register_backward
-from .packed_grids import PackedGrids
+from ..backends import choose_backend
+from ..packed_grids import PackedGrids
 from .rope_2d import check_rope_inputs, rope_2d
+from .torch_op import ops, register, register_backward
 
 MAX_HEAD_DIM = 128
 
@@ -46,7 +46,7 @@ def _forward(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    from .varlen_attention_triton import forward
+    from ..triton_kernels.varlen_attention import forward
 
     out, lse = _empty_outputs(q)
     forward(
@@ -89,7 +89,7 @@ def _backward(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .varlen_attention_backward_triton import backward
+    from ..triton_kernels.varlen_attention_backward import backward
 
     grads = _empty_grads(g, q, k, v)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -187,7 +187,7 @@ def varlen_attention(
         return _flash_attn(q, k, v, packed, scale, deterministic)
     if chosen == "sdpa":
         return _sdpa(q, k, v, packed, scale)
-    from . import reference
+    from .. import reference
 
     return reference.varlen_attention(q, k, v, packed, scale)[0]
 

@@ -1,6 +1,6 @@
 """The backward Triton kernels of pixel_shuffle_linear and their launchers.
 
-With the rows of pixel_shuffle_linear_triton.py:
+With the rows of pixel_shuffle_linear.py:
 
     dx         dx[row, c]         = sum over n of  dy[m, n] * weight[n, (dy, dx, c)]
     dweight    dw[n, (dy, dx, c)] = sum over m of  dy[m, n] * x[row, c]
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import architecture, device_guard, launch
-from .pixel_shuffle_linear_triton import (
+from .pixel_shuffle_linear import (
     add_parts,
     dot_precision,
     factor_of,
@@ -29,7 +29,7 @@ from .tilings import GemmConfig
 
 
 @triton.jit(do_not_specialize=["M"])
-def dx_kernel(
+def pixel_shuffle_linear_dx(
     dy, index, weight, dx, M, N,
     stride_ym, stride_yn, stride_wn, stride_wk, stride_xt,
     C: tl.constexpr, S: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -64,7 +64,7 @@ def dx_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
-def dweight_kernel(
+def pixel_shuffle_linear_dweight(
     dy, x, index, dw, M, N, steps,
     stride_ym, stride_yn, stride_xt, stride_xc, stride_dp, stride_dn,
     C: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,7 +99,7 @@ def dweight_kernel(
 
 
 @triton.jit
-def zero_prefix_kernel(
+def pixel_shuffle_linear_zero_prefix(
     dx, cu_seqlens, C, stride_xt, stride_xc, PREFIX: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Zero the prefix rows of segment program_id(0)."""
@@ -127,7 +127,7 @@ def backward_dx(
 
     def start(config: GemmConfig) -> None:
         tiles = triton.cdiv(rows, config.block_m) * factor**2 * triton.cdiv(width, config.block_n)
-        dx_kernel[(tiles,)](
+        pixel_shuffle_linear_dx[(tiles,)](
             dy, index.contiguous(), weight, dx, rows, width_out,
             *dy.stride(), *weight.stride(), dx.stride(0),
             C=width, S=factor, EVEN_N=width_out % config.block_k == 0,
@@ -156,7 +156,7 @@ def backward_dweight(
     def start(config: GemmConfig) -> None:
         plan = plan_product(config, count, x, parts)
         target = dw if plan.parts == 1 else parts_like(dw, plan.parts)
-        dweight_kernel[(plan.tiles, plan.parts)](
+        pixel_shuffle_linear_dweight[(plan.tiles, plan.parts)](
             dy, x, index.contiguous(), target, rows, width_out, plan.steps,
             *dy.stride(), *x.stride(), dw.numel(), dw.stride(0),
             C=width, S=factor, PRECISION=dot_precision(x.dtype), **tile_arguments(plan.config),
@@ -176,7 +176,7 @@ def zero_prefix_rows(dx: Tensor, cu_seqlens: Tensor, num_prefix_tokens: int) -> 
     """
     segments = cu_seqlens.shape[0] - 1
     if segments and num_prefix_tokens and dx.numel():
-        zero_prefix_kernel[(segments,)](
+        pixel_shuffle_linear_zero_prefix[(segments,)](
             dx, cu_seqlens.contiguous(), dx.shape[1], *dx.stride(), PREFIX=num_prefix_tokens,
             BLOCK=min(1024, triton.next_power_of_2(dx.shape[1])),
         )  # fmt: skip

@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import architecture, device_guard, multiprocessors
-from .layer_norm_pixel_shuffle_triton import normalise, select_config
+from .layer_norm_pixel_shuffle import normalise, select_config
 
 
 @triton.jit(do_not_specialize=["T"])
-def forward_kernel(
+def residual_layer_norm_forward(
     x, update, scale, weight, bias, out, normed, T,
     stride_xt, stride_xc, stride_ut, stride_uc, eps,
     C: tl.constexpr, HAS_BIAS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -44,7 +44,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "blocks"])
-def backward_kernel(
+def residual_layer_norm_backward(
     g, h, out, update, scale, weight, dx, dupdate, ds_parts, dw_parts, db_parts, T, blocks,
     stride_gt, stride_gc, stride_ht, stride_hc, stride_ut, stride_uc, eps,
     C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -101,7 +101,7 @@ def forward(
         return
     config = select_config(architecture(x.device), width, backward=False)
     with device_guard(x):
-        forward_kernel[(triton.cdiv(tokens, config.rows),)](
+        residual_layer_norm_forward[(triton.cdiv(tokens, config.rows),)](
             x, update, scale.contiguous(), weight.contiguous(),
             None if bias is None else bias.contiguous(), out, normed, tokens,
             *x.stride(), *update.stride(), eps, C=width, HAS_BIAS=bias is not None,
@@ -134,7 +134,7 @@ def backward(
     parts = torch.empty(3, programs, width, dtype=torch.float32, device=out.device)
     if programs:
         with device_guard(out):
-            backward_kernel[(programs,)](
+            residual_layer_norm_backward[(programs,)](
                 g, h, out, update, scale.contiguous(), weight.contiguous(), dx, dupdate, *parts,
                 tokens, each, *g.stride(), *h.stride(), *update.stride(), eps,
                 C=width, BR=config.rows, BC=triton.next_power_of_2(width),

@@ -16,7 +16,7 @@ from .tilings import BlockConfig
 
 
 @triton.jit
-def forward_kernel(
+def swiglu_forward(
     gate, up, out, F, stride_gt, stride_gf, stride_ut, stride_uf, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A block of a row of the contiguous out [T, F]."""
@@ -32,7 +32,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def swiglu_backward(
     g, gate, up, dgate, dup, F,
     stride_yt, stride_yf, stride_gt, stride_gf, stride_ut, stride_uf, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
         return
     config = select_config(architecture(gate.device), gate.dtype)
     with device_guard(gate):
-        forward_kernel[(tokens * triton.cdiv(width, config.elements),)](
+        swiglu_forward[(tokens * triton.cdiv(width, config.elements),)](
             gate, up, out, width, *gate.stride(), *up.stride(),
             BLOCK=config.elements, num_warps=config.num_warps,
         )  # fmt: skip
@@ -82,7 +82,7 @@ def backward(g: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) ->
         return
     config = select_config(architecture(gate.device), gate.dtype)
     with device_guard(gate):
-        backward_kernel[(tokens * triton.cdiv(width, config.elements),)](
+        swiglu_backward[(tokens * triton.cdiv(width, config.elements),)](
             g, gate, up, dgate, dup, width, *g.stride(), *gate.stride(), *up.stride(),
             BLOCK=config.elements, num_warps=config.num_warps,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Triton kernel of rope_2d and its launcher; the formula stands in rope_2d.py.
+"""The Triton kernel of rope_2d and its launcher; the formula stands in ops/rope_2d.py.
 
 One program takes a block of tokens: it computes their cos and sin once and rotates every head of
 q, then of k. The backward is the same kernel with the sign of sin turned.
@@ -36,7 +36,8 @@ C0, C1, C2 = tl.constexpr(0.041666646), tl.constexpr(-0.0013887313), tl.constexp
 # Constants stand right of their operators: with one on the left, the result is itself a constant to
 # Triton 3.8's interpreter.
 @triton.jit
-def _cos_sin(angle):
+def cos_sin(angle):
+    """Both in float32, by a polynomial each on an eighth of the circle."""
     k = tl.floor(angle * TWO_OVER_PI + 0.5)
     r = angle - k * HALF_PI_HIGH
     r = r - k * HALF_PI_MIDDLE
@@ -54,7 +55,7 @@ def _cos_sin(angle):
 
 
 @triton.jit
-def _rotate_heads(
+def _rotate_block(
     src, dst, i_t, m_t, m_keep, cos, sin,
     stride_st, stride_sh, stride_sd, stride_dt, stride_dh, stride_dd,
     H: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
@@ -81,7 +82,7 @@ def _rotate_heads(
 
 
 @triton.jit(do_not_specialize=["T"])
-def rope_2d_kernel(
+def rope_2d(
     q, k, q_out, k_out, coords, inv_freq, T,
     stride_qt, stride_qh, stride_qd,
     stride_kt, stride_kh, stride_kd,
@@ -102,17 +103,17 @@ def rope_2d_kernel(
     i_d = tl.arange(0, BD)
     freq = tl.load(inv_freq + (i_d % QUARTER) * stride_f, mask=i_d < 2 * QUARTER, other=0.0)
     coord = tl.where((i_d < QUARTER)[None, :], y[:, None], x[:, None])  # [BT, BD]
-    cos, sin = _cos_sin((coord * TWO_PI) * freq[None, :])
+    cos, sin = cos_sin((coord * TWO_PI) * freq[None, :])
     if INVERSE:
         sin = -sin
     cos, sin = cos[:, None, :], sin[:, None, :]
     m_keep = ((y == 0.0) & (x == 0.0))[:, None, None]
 
-    _rotate_heads(
+    _rotate_block(
         q, q_out, i_t, m_t, m_keep, cos, sin,
         stride_qt, stride_qh, stride_qd, stride_qot, stride_qoh, stride_qod, HQ, D, BH, BD,
     )  # fmt: skip
-    _rotate_heads(
+    _rotate_block(
         k, k_out, i_t, m_t, m_keep, cos, sin,
         stride_kt, stride_kh, stride_kd, stride_kot, stride_koh, stride_kod, HK, D, BH, BD,
     )  # fmt: skip
@@ -128,7 +129,7 @@ def select_config(arch: str, head_dim: int, dtype: torch.dtype) -> RopeConfig:
     return tile_choices("ROPE", arch, table_head_dim(head_dim), dtype.itemsize)[0]
 
 
-def rope_2d(
+def rotate_heads(
     q: Tensor,
     k: Tensor,
     q_out: Tensor,
@@ -144,7 +145,7 @@ def rope_2d(
         return
     config = select_config(architecture(q.device), head_dim, q.dtype)
     with device_guard(q):
-        rope_2d_kernel[(triton.cdiv(tokens, config.block_t),)](
+        rope_2d[(triton.cdiv(tokens, config.block_t),)](
             q, k, q_out, k_out, coords, inv_freq, tokens,
             *q.stride(), *k.stride(), *q_out.stride(), *k_out.stride(),
             *coords.stride(), *inv_freq.stride(),

@@ -66,7 +66,7 @@ SHORT: dict[tuple[str, int, int], tuple[Tiling, ...]] = {
     ("sm_100", 64, 2): (Tiling(64, 256, 8, 1),),
 }
 
-# The rows of its backward: those of dq_kernel are queries, those of dkdv_kernel keys.
+# Its backward: a tile of varlen_attention_dq has queries, one of varlen_attention_dkdv keys.
 DQ: dict[tuple[str, int, int], tuple[Tiling, ...]] = {
     ("sm_80", 32, 2): (Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
     ("sm_80", 32, 4): (Tiling(32, 32, 8, 2),),
@@ -121,7 +121,7 @@ DKDV: dict[tuple[str, int, int], tuple[Tiling, ...]] = {
     ("gfx942", 128, 4): (Tiling(32, 16, 4, 2),),
 }
 
-# dkdv_kernel with ATOMIC; heads without a row always take the two kernels.
+# varlen_attention_dkdv with ATOMIC; heads without a row always take the two kernels.
 ATOMIC: dict[tuple[str, int, int], tuple[Tiling, ...]] = {
     ("sm_80", 32, 2): (Tiling(128, 32, 8, 2), Tiling(64, 32, 4, 2)),
     ("sm_80", 64, 2): (Tiling(128, 32, 8, 2), Tiling(64, 32, 4, 2)),

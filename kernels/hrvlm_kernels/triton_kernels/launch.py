@@ -11,31 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..backends import cpu_driver
 from . import tile_tables
-from .backends import cpu_driver, resolve
 
 Config = TypeVar("Config")
 
 # (kernel, larger configuration) that a device refused: not tried again on every call.
 _refused: set[tuple[str, object]] = set()
-
-
-def choose_backend(op: str, backend: str, x: Tensor) -> str:
-    """:func:`hrvlm_kernels.backends.resolve`, a constant to torch.compile.
-
-    Device and dtype of `x` decide, never its sizes, so that one graph serves them all.
-    """
-    if torch.compiler.is_compiling():
-        return _choose(op, backend, x.device, x.dtype)
-    return resolve(op, backend, x)
-
-
-def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    return resolve(op, backend, torch.empty(0, dtype=dtype, device=device))
-
-
-# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo.
-_choose.__dict__["_dynamo_marked_constant"] = True
 
 
 @lru_cache

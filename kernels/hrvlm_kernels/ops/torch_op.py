@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-NAMESPACE = (__package__ or "hrvlm_kernels").replace(".", "_")  # torch takes no dots
+_package = __name__.rpartition(".ops.")[0] or "hrvlm_kernels"
+NAMESPACE = _package.replace(".", "_")  # torch takes no dots
 ops = getattr(torch.ops, NAMESPACE)
 _lib = torch.library.Library(NAMESPACE, "FRAGMENT")
 

@@ -19,15 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_tiles import LOG2_E, PRECISION, load_rows, rotate, store_rows
 from .launch import launch, tile_choices
 from .tilings import Tiling, table_head_dim
-from .varlen_attention_triton import LOG2_E, PRECISION, load_rows, rotate, store_rows
 
 _INTERPRETER = (Tiling(64, 256, 1, 1),)
 
 
 @triton.jit(do_not_specialize=["T"])
-def short_kernel(
+def varlen_attention_short(
     q, k, v, out, lse, segments, coords, inv_freq, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -86,7 +86,7 @@ def forward_short(
         return
 
     def start(tiling: Tiling) -> None:
-        short_kernel[(programs,)](
+        varlen_attention_short[(programs,)](
             q, k, v, out, lse, segments, coords, inv_freq, q.shape[0], scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
             H=heads, GROUP=heads // k.shape[1], D=head_dim, BM=tiling.rows, BN=tiling.step,

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import choose_backend
-from .ops_namespace import ops, register, register_backward
+from ..backends import choose_backend
+from .torch_op import ops, register, register_backward
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    from .swiglu_triton import forward
+    from ..triton_kernels.swiglu import forward
 
     out = _forward_fake(gate, up)
     forward(gate, up, out)
@@ -35,7 +35,7 @@ def _forward_fake(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    from .swiglu_triton import backward
+    from ..triton_kernels.swiglu import backward
 
     dgate, dup = _backward_fake(g, gate, up)
     backward(g, gate, up, dgate, dup)
@@ -98,6 +98,6 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         )
     if choose_backend("swiglu", backend, gate) == "triton":
         return ops.swiglu(gate, up)
-    from . import reference
+    from .. import reference
 
     return reference.swiglu(gate, up)

@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import choose_backend
-from .ops_namespace import add_op_namespace_prefix, ops, register
+from ..backends import choose_backend
+from .torch_op import add_op_namespace_prefix, ops, register
 
 
 def _rope_2d(
     q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    from .rope_2d_triton import rope_2d
+    from ..triton_kernels.rope_2d import rotate_heads
 
     q_out, k_out = _empty_outputs(q, k, coords, inv_freq, inverse)
-    rope_2d(q, k, q_out, k_out, coords, inv_freq, inverse)
+    rotate_heads(q, k, q_out, k_out, coords, inv_freq, inverse)
     return q_out, k_out
 
 
@@ -64,9 +64,9 @@ register(
 
 @torch.library.custom_op(add_op_namespace_prefix("rope_2d_"), mutates_args=("q", "k"))
 def _rope_2d_in_place(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
-    from .rope_2d_triton import rope_2d
+    from ..triton_kernels.rope_2d import rotate_heads
 
-    rope_2d(q, k, q, k, coords, inv_freq, False)
+    rotate_heads(q, k, q, k, coords, inv_freq, False)
 
 
 class _RotatedInPlace(torch.autograd.Function):
@@ -152,7 +152,7 @@ def rope_2d_(
 
 
 def _rope_2d_eager(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    from . import reference
+    from .. import reference
 
     upcast = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_out, k_out = reference.rope_2d(q, k, coords, inv_freq, upcast=upcast)

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import choose_backend
-from .ops_namespace import ops, register, register_backward
+from ..backends import choose_backend
+from .torch_op import ops, register, register_backward
 
 MAX_WIDTH = 4096  # the backward of wider rows spills
 
@@ -31,7 +31,7 @@ MAX_WIDTH = 4096  # the backward of wider rows spills
 def _forward(
     x: Tensor, update: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    from .residual_layer_norm_triton import forward
+    from ..triton_kernels.residual_layer_norm import forward
 
     out, normed = _forward_fake(x)
     forward(x, update, scale, weight, bias, eps, out, normed)
@@ -46,7 +46,7 @@ def _forward_fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def _backward(
     g: Tensor, h: Tensor, out: Tensor, update: Tensor, scale: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .residual_layer_norm_triton import backward
+    from ..triton_kernels.residual_layer_norm import backward
 
     dx, dupdate = _forward_fake(out)
     sums = backward(g, h, out, update, scale, weight, eps, dx, dupdate).sum(1)
@@ -124,7 +124,7 @@ def residual_layer_norm(
     update = update.to(x.dtype)
     if choose_backend("residual_layer_norm", backend, x) == "triton":
         return ops.residual_layer_norm(x, update, scale, weight, bias, eps)
-    from . import reference
+    from .. import reference
 
     return reference.residual_layer_norm(x, update, scale, weight, bias, eps)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# How the forward of varlen_attention walks over keys; see varlen_attention_triton.py.
+# How the forward of varlen_attention walks over keys; see varlen_attention.py.
 ORDERS = ("plain", "ahead")
 
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .launch import choose_backend
-from .ops_namespace import add_op_namespace_prefix, ops
+from ..backends import choose_backend
+from .torch_op import add_op_namespace_prefix, ops
 
 CHANNELS = 3
 
@@ -29,7 +29,7 @@ def _normalize_patchify(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    from .normalize_patchify_triton import forward
+    from ..triton_kernels.normalize_patchify import forward
 
     out = _empty_rows(images, patch_size, mean, std, dtype)
     start = 0
@@ -90,7 +90,7 @@ def normalize_patchify(
     like = torch.empty(0, dtype=dtype, device=batches[0].device)
     if choose_backend("normalize_patchify", backend, like) == "triton":
         return ops.normalize_patchify(batches, patch_size, list(mean), list(std), dtype), grids
-    from . import reference
+    from .. import reference
 
     upcast = torch.float64 if dtype == torch.float64 else torch.float32
     rows = reference.normalize_patchify(batches, patch_size, mean, std, upcast=upcast)

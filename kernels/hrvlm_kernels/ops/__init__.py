@@ -1,0 +1,1 @@
+"""The ops: formula, checks, shapes and gradient of each. They need torch alone."""

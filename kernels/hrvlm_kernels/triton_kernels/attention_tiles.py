@@ -1,0 +1,131 @@
+"""What the attention kernels and their launchers share: rows in and out, RoPE, the softmax.
+
+No attention kernel imports another one; what two of them need is here.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rope_2d import TWO_PI, cos_sin, rotate_heads
+from .tilings import Tiling
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+PRECISION = tl.constexpr("ieee")  # of float32 products; those of 16-bit tensors are exact anyway
+
+
+@triton.jit
+def locate(cu_seqlens, tiles, H, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """This program's head, its segment's first row and length, and its rows [BLOCK] in there."""
+    i_h, first, n, start = locate_start(cu_seqlens, tiles, H, BLOCK, PARTS)
+    return i_h, first, n, start + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def locate_start(cu_seqlens, tiles, H, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """This program's head, its segment's first row and length, and its first row in there.
+
+    The tiles of the list have PARTS * BLOCK rows.
+    """
+    i_h = (tl.program_id(0) % H).to(tl.int64)
+    i_t = tl.program_id(0) // H
+    p_tile = tiles + 2 * (i_t // PARTS)
+    p_ends = cu_seqlens + tl.load(p_tile)
+    first = tl.load(p_ends)
+    n = tl.load(p_ends + 1) - first
+    block = tl.load(p_tile + 1) * PARTS + i_t % PARTS
+    return i_h, first.to(tl.int64), n, block * BLOCK
+
+
+@triton.jit
+def load_rows(p_head, rows, n, stride, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
+    """Rows [B, BD] of one head, zero from row n and column D on; not MASKED: all are below n."""
+    i_d = tl.arange(0, BD)
+    p_rows = p_head + rows.to(tl.int64)[:, None] * stride + i_d[None, :]
+    if MASKED:
+        return tl.load(p_rows, mask=(rows < n)[:, None] & (i_d < D)[None, :], other=0.0)
+    if BD > D:
+        return tl.load(p_rows, mask=(i_d < D)[None, :], other=0.0)
+    return tl.load(p_rows)
+
+
+@triton.jit
+def store_rows(p_head, rows, n, stride, x, D: tl.constexpr, BD: tl.constexpr):
+    """Store x [B, BD] where rows are below n and columns below D."""
+    i_d = tl.arange(0, BD)
+    p_rows = p_head + rows.to(tl.int64)[:, None] * stride + i_d[None, :]
+    tl.store(p_rows, x.to(p_head.dtype.element_ty), mask=(rows < n)[:, None] & (i_d < D)[None, :])
+
+
+@triton.jit
+def rotate(a, coords, inv_freq, first, rows, n, INVERSE: tl.constexpr):
+    """Rotate a [B, D] as rope_2d does, in float32; D is a power of two."""
+    HALF: tl.constexpr = a.shape[1] // 2
+    QUARTER: tl.constexpr = a.shape[1] // 4
+    p_yx = coords + 2 * (first + rows)
+    y = tl.load(p_yx, mask=rows < n, other=0.0)
+    x = tl.load(p_yx + 1, mask=rows < n, other=0.0)
+    i_d = tl.arange(0, HALF)
+    freq = tl.load(inv_freq + i_d % QUARTER)
+    coord = tl.where((i_d < QUARTER)[None, :], y[:, None], x[:, None])  # [B, HALF]
+    cos, sin = cos_sin((coord * TWO_PI) * freq[None, :])
+    if INVERSE:
+        sin = -sin
+    halves = a.to(tl.float32).reshape(a.shape[0], 2, HALF).permute(0, 2, 1)
+    left, right = tl.split(halves)
+    out = tl.join(left * cos - right * sin, right * cos + left * sin)  # [B, HALF, 2]
+    return out.permute(0, 2, 1).reshape(a.shape)
+
+
+@triton.jit
+def softmax_step(qk, peak, total, acc, qk_scale):
+    """One block of the online softmax: p, and peak, total and acc after it."""
+    peak_new = tl.maximum(peak, tl.max(qk, 1) * qk_scale)
+    p = tl.exp2(qk * qk_scale - peak_new[:, None])
+    fade = tl.exp2(peak - peak_new)
+    return p, peak_new, total * fade + tl.sum(p, 1), acc * fade[:, None]
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of a tile in the kernels: a power of two, and the 16 of a tensor core at least."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def rotates_in_kernel(x: Tensor) -> bool:
+    """Whether RoPE is folded into the kernels for tensors like `x`; else it is a pass of its own.
+
+    The halves of a head change places in registers, which takes heads that fill the tile; in
+    float32 there are too few registers.
+    """
+    return x.dtype.itemsize == 2 and x.shape[2] == padded_head_dim(x.shape[2])
+
+
+def rope_tensors(coords: Tensor | None, inv_freq: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Both as the kernels read them, without strides; None where there is no RoPE."""
+    if coords is None or inv_freq is None:
+        return None
+    return coords.contiguous(), inv_freq.contiguous()
+
+
+def rotated(a: Tensor, b: Tensor, coords: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """`a` and `b` rotated, in new contiguous tensors; their device is the current one."""
+    a_out, b_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a, b))
+    rotate_heads(a, b, a_out, b_out, coords, inv_freq, False)
+    return a_out, b_out
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied only if its last dimension is not dense: the kernels load heads as a whole."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def tile_list(tiles_64: Tensor, tiles_128: Tensor, tiling: Tiling) -> tuple[Tensor, int]:
+    """The tile list that a kernel walks over, and how many of its own tiles make one of the list.
+
+    Tiles below 64 rows share the list of 64: a few of them may lie past the end of their segment,
+    where they load and store nothing.
+    """
+    return (tiles_128, 1) if tiling.rows == 128 else (tiles_64, 64 // tiling.rows)
