@@ -33,7 +33,7 @@ _COMMENTS = {
         "Its kernel for short images with RoPE: rows of queries and of the image.\n"
         "# Chips and heads without a row rotate k in a pass of its own."
     ),
-    "DQ": "Its backward: a tile of varlen_attention_dq has queries, one of varlen_attention_dkdv keys.",
+    "DQ": "Its backward: a tile of dq has queries, one of dkdv keys.",
     "DKDV": None,
     "ATOMIC": "varlen_attention_dkdv with ATOMIC; heads without a row always take the two kernels.",
     "GEMM": "pixel_shuffle_linear, forward, dx and dweight: (chip, bytes of an element).",

@@ -8,7 +8,7 @@ Names are imported when first used, so that importing the package stays cheap.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import registration
+from . import auto_classes
 
 if TYPE_CHECKING:
     from .checkpoints.convert import convert, load_checkpoint, load_into
@@ -146,4 +146,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
 
 
-registration.install()
+auto_classes.install()

@@ -171,7 +171,7 @@ def test_version_and_bare_call():
         (["plan", "8x8", "--model", "vit"], "model must be one of vits16"),
         (["plan", "8x8", "--max-img-size", "63"], "max_img_size=63"),
         (["encode", "missing.png"], "missing.png: no such file"),
-        (["encode", "tests/hrvlm"], "no images in this directory"),
+        (["encode", "tests/encoder"], "no images in this directory"),
         (["generate", "--prompt", "x"], "--image is needed"),
         (["generate", "--prompt", "x", "--model", "./no", "--num-beams", "0"], "num_beams"),
         (["convert", "missing.pth", "out"], "missing.pth"),

@@ -230,10 +230,12 @@ def subjects() -> list[Subject]:
             for part in ("forward", "dx", "dweight")
         ),
         Subject(
-            "pixel_shuffle_linear, prefix rows", "pixel_shuffle_linear_zero_prefix", _prefix, _prefix
+            "pixel_shuffle_linear, prefix rows", "pixel_shuffle_linear_zero_prefix",
+            _prefix, _prefix,
         ),
         Subject(
-            "pixel_shuffle_linear, adding parts", "pixel_shuffle_linear_add_parts", _parts, _parts
+            "pixel_shuffle_linear, adding parts", "pixel_shuffle_linear_add_parts",
+            _parts, _parts,
         ),
         Subject(
             "rope_2d", "rope_2d", lambda: rope.check_forward(80, BF16),

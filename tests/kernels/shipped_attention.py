@@ -122,9 +122,8 @@ def dq_job(head_dim, dtype, tiling, rope=False, *, group=1, delta_only=False):
     constants |= {"BM": tiling.rows, "BN": tiling.step, "DELTA_ONLY": delta_only}
     signature["delta"] = "*fp32:16"
     name = "delta" if delta_only else "dq"
-    return _job(
-        name, backward.varlen_attention_dq, signature, constants, head_dim, dtype, tiling, rope
-    )
+    kernel = backward.varlen_attention_dq
+    return _job(name, kernel, signature, constants, head_dim, dtype, tiling, rope)
 
 
 def dkdv_job(head_dim, dtype, tiling, rope=False, *, group=1, atomic=False):
@@ -139,9 +138,8 @@ def dkdv_job(head_dim, dtype, tiling, rope=False, *, group=1, atomic=False):
     if group > 1:
         signature |= {"dk": "*fp32:16", "dv": "*fp32:16"}
     name = "dk, dv, dq" if atomic else "dk, dv"
-    return _job(
-        name, backward.varlen_attention_dkdv, signature, constants, head_dim, dtype, tiling, rope
-    )
+    kernel = backward.varlen_attention_dkdv
+    return _job(name, kernel, signature, constants, head_dim, dtype, tiling, rope)
 
 
 def _common(names, head_dim, dtype, tiling, rope, group):

@@ -122,9 +122,9 @@ def check_atomic_far_below_zero():
     backward.test_scores_far_below_zero(False)
 
 
-def plant_in_tiles(monkeypatch, tmp_path, bug, user, *, users=()):
-    """A bug in what the kernels share, and a kernel imported again over it."""
-    plant(monkeypatch, tmp_path, "attention_tiles", *bug)
+def plant_below(monkeypatch, tmp_path, name, bug, user, *, users=()):
+    """A bug in a module, and the kernel that uses it imported again over it."""
+    plant(monkeypatch, tmp_path, name, *bug)
     unchanged = ("from __future__", "from __future__")
     plant(monkeypatch, tmp_path, user, *unchanged, users=users)
 
@@ -133,7 +133,9 @@ def plant_in_tiles(monkeypatch, tmp_path, bug, user, *, users=()):
 def test_forward(bug, monkeypatch, tmp_path):
     users = [(forward, "kernels")]
     if FORWARD[bug][0] in source_of("attention_tiles"):
-        plant_in_tiles(monkeypatch, tmp_path, FORWARD[bug], "varlen_attention", users=users)
+        plant_below(
+            monkeypatch, tmp_path, "attention_tiles", FORWARD[bug], "varlen_attention", users=users
+        )
     else:
         plant(monkeypatch, tmp_path, "varlen_attention", *FORWARD[bug], users=users)
     assert caught(check_forward)
@@ -148,7 +150,10 @@ def test_ahead(bug, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("bug", SHORT)
 def test_short_images(bug, monkeypatch, tmp_path):
-    plant(monkeypatch, tmp_path, "varlen_attention_short", *SHORT[bug])
+    users = [(forward, "kernels")]
+    plant_below(
+        monkeypatch, tmp_path, "varlen_attention_short", SHORT[bug], "varlen_attention", users=users
+    )
     assert caught(check_short)
 
 
@@ -166,7 +171,7 @@ def test_atomic(bug, monkeypatch, tmp_path):
 
 def test_a_rotation_that_is_never_inverse(monkeypatch, tmp_path):
     bug = ("sin = -sin", "sin = sin")
-    plant_in_tiles(monkeypatch, tmp_path, bug, "varlen_attention_backward")
+    plant_below(monkeypatch, tmp_path, "attention_tiles", bug, "varlen_attention_backward")
     assert caught(check_backward)
 
 

@@ -66,7 +66,7 @@ SHORT: dict[tuple[str, int, int], tuple[Tiling, ...]] = {
     ("sm_100", 64, 2): (Tiling(64, 256, 8, 1),),
 }
 
-# Its backward: a tile of varlen_attention_dq has queries, one of varlen_attention_dkdv keys.
+# Its backward: a tile of dq has queries, one of dkdv keys.
 DQ: dict[tuple[str, int, int], tuple[Tiling, ...]] = {
     ("sm_80", 32, 2): (Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
     ("sm_80", 32, 4): (Tiling(32, 32, 8, 2),),
