@@ -45,6 +45,15 @@ WIDTH, HEIGHT = 37, 29  # found again in the files, to be changed
 _UNREAD = ("TGA", "PCX", "SGI", "ICO", "DDS", "DIB", "QOI", "ICNS", "EPS", "IM", "SPIDER")
 _NUMBERS = (0, 1, 2, 7, 8, 15, 16, 127, 128, 255, 256, 999, 4096, 16383, 32767, 65500, 65535)
 _LONG_NUMBERS = (65536, 100_000, 1 << 20, 4_000_000, 1 << 24, 1 << 28, (1 << 31) - 1, (1 << 32) - 1)
+# What the parts of a file begin with, and the bytes of their length before it: JPEG and JPEG 2000,
+# GIF, WebP; PNG, AVIF.
+_BLOCKS = {
+    **dict.fromkeys((b"\xff\xda", b"\xff\xc4", b"\xff\xdb", b"\xff\xe1", b"\xff\xfe"), 0),
+    **dict.fromkeys((b"\xff\x90", b"\xff\x52", b"\x21\xf9", b"\x21\xfe", b"\x2c\0\0\0\0"), 0),
+    **dict.fromkeys((b"ANMF", b"VP8 ", b"ALPH", b"EXIF"), 0),
+    **dict.fromkeys((b"IDAT", b"fdAT", b"tEXt", b"iCCP", b"IEND"), 4),
+    **dict.fromkeys((b"moov", b"trak", b"ipma", b"iloc", b"iinf", b"mdat"), 4),
+}
 
 
 def seeds() -> dict[str, bytes]:
@@ -182,6 +191,18 @@ def _repeated(data: bytearray, dice: random.Random, files: dict[str, bytes]) -> 
     data[start:start] = piece * min(times, 1_000_000 // max(len(piece), 1))
 
 
+def _block_repeated(data: bytearray, dice: random.Random, files: dict[str, bytes]) -> None:
+    """A scan, chunk, frame or box over and over: what a decoder does once for each."""
+    starts = sorted({data.find(mark) - before for mark, before in _BLOCKS.items() if mark in data})
+    starts = [*(start for start in starts if start >= 0), len(data)]
+    if len(starts) == 1:
+        return
+    which = dice.randrange(len(starts) - 1)
+    start, end = starts[which : which + 2]
+    times = dice.choice((2, 10, 100, 1000))
+    data[end:end] = bytes(data[start:end]) * min(times, 1_000_000 // (end - start))
+
+
 def _spliced(data: bytearray, dice: random.Random, files: dict[str, bytes]) -> None:
     other = files[dice.choice(list(files))]
     start, length = dice.randrange(len(other)), dice.choice((4, 20, 200))
@@ -196,7 +217,7 @@ def _position(data: bytearray, dice: random.Random) -> int:
 
 _MUTATIONS: tuple[Callable[[bytearray, random.Random, dict[str, bytes]], None], ...] = (
     *(_bytes_changed, _bytes_changed, _number_changed, _number_changed, _size_changed),
-    *(_size_changed, _enlarged, _cut, _removed, _repeated, _spliced),
+    *(_size_changed, _enlarged, _cut, _removed, _repeated, _block_repeated, _spliced),
 )
 
 
