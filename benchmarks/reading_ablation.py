@@ -21,8 +21,7 @@ from benchmarks.report import fill
 from benchmarks.suite import commit_here
 from benchmarks.tables import seed_table
 from hrvlm.files import write_text
-from hrvlm.inference.loading import pick_device
-from hrvlm.measuring.timing import describe_device
+from hrvlm.machine import describe_device, pick_device
 from hrvlm.reader.losses import BLANK, ReadingCollator, ReadingData
 from hrvlm.reader.recipe import make_trainer, read_recipe
 from hrvlm.reader.score import HELD_OUT_SEED

@@ -35,9 +35,8 @@ from hrvlm.files import write_text
 from hrvlm.images.intake import load_image
 from hrvlm.inference.chat import GenerateOptions, chat_inputs, decoding, load_vlm, user_message
 from hrvlm.inference.doubts import doubts
-from hrvlm.inference.loading import pick_device
 from hrvlm.inference.text_metrics import edit_distance
-from hrvlm.measuring.timing import describe_device
+from hrvlm.machine import describe_device, pick_device
 from hrvlm.reader.score import HELD_OUT
 from hrvlm.reader.shipped import DOUBT_BELOW, PROMPT, reader_path
 

@@ -28,9 +28,8 @@ from benchmarks.tables import seed_table
 from hrvlm.charts import Axis, Series, line_chart
 from hrvlm.drawn_text.drawing import RenderOptions, render
 from hrvlm.files import write_text
-from hrvlm.inference.loading import pick_device
 from hrvlm.inference.text_metrics import edit_distance
-from hrvlm.measuring.timing import describe_device
+from hrvlm.machine import describe_device, pick_device
 from hrvlm.reader.recipe import make_trainer, read_recipe
 from hrvlm.reader.score import HELD_OUT_SEED, score
 

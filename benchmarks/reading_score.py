@@ -22,8 +22,7 @@ from benchmarks.suite import commit_here
 from hrvlm import VisionLanguageModel, VLMProcessor
 from hrvlm.drawn_text.drawing import NEW_FONT
 from hrvlm.files import write_text
-from hrvlm.inference.loading import pick_device
-from hrvlm.measuring.timing import describe_device
+from hrvlm.machine import describe_device, pick_device
 from hrvlm.reader.score import HELD_OUT, score
 from hrvlm.reader.shipped import reader_path
 

@@ -41,14 +41,13 @@ from benchmarks.case import (
     Unavailable,
 )
 from hrvlm.files import write_text
+from hrvlm.machine import describe_device, synchronize
 from hrvlm.measuring.timing import (
     Ceilings,
     Timing,
-    describe_device,
     measure_ceilings,
     median_ratio,
     peak_memory,
-    synchronize,
     take_turns,
 )
 from hrvlm.verification.verify import verify

@@ -43,7 +43,8 @@ from benchmarks.tile_table_file import Table
 from benchmarks.tune_ops import OPS, trouble
 from benchmarks.tune_results import MISSING, RowResult, earlier, replaced, short
 from benchmarks.tune_row import Call, Key, TunedOp, candidates_of, reason, row
-from hrvlm.measuring.timing import Timing, device_name, take_turns
+from hrvlm.machine import device_name
+from hrvlm.measuring.timing import Timing, take_turns
 from hrvlm_kernels.triton_kernels.launch import architecture, triton_release
 from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
 

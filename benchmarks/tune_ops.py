@@ -27,7 +27,7 @@ from benchmarks.tune_row import (
     row,
 )
 from hrvlm.images.processor import IMAGENET
-from hrvlm.measuring.timing import synchronize
+from hrvlm.machine import synchronize
 from hrvlm_kernels import (
     PackedGrids,
     layer_norm_pixel_shuffle,

@@ -193,18 +193,15 @@ def convert(
     transformers.
     """
     with json_only(as_json):
-        import torch
-
         from .checkpoints.convert import convert as run
+        from .machine import torch_dtype
 
-        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if dtype is not None and dtype not in dtypes:
-            raise ValueError(f"dtype must be one of {', '.join(dtypes)}; got {dtype!r}")
+        stored = None if dtype is None else torch_dtype(dtype)
         try:
             info = run(
                 source,
                 directory,
-                dtype=None if dtype is None else dtypes[dtype],
+                dtype=stored,
                 pixel_statistics=pixel_statistics,
                 overwrite=overwrite,
             )
@@ -243,14 +240,13 @@ def verify(
     Forward and backward, on this machine; exit code 1 if an error is above its limit.
     """
     with json_only(as_json):
-        from .inference.loading import pick_device
-        from .verification.verify import DEFAULT_DTYPES
+        from .machine import MODEL_DTYPES, pick_device
         from .verification.verify import verify as run
 
         with console.progress("checks") as advance:
             report = run(
                 pick_device(device),
-                dtypes=dtype or DEFAULT_DTYPES,
+                dtypes=dtype or MODEL_DTYPES,
                 backends=backend,
                 ops=op,
                 on_check=lambda _: advance(1),

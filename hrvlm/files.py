@@ -1,11 +1,16 @@
-"""Files that are written whole or not at all."""
+"""YAML as people write it, with errors that name the file; files written whole or not at all."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 
 @contextmanager
@@ -27,3 +32,40 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+class _Loader(yaml.SafeLoader):
+    """1e-4 is a number: YAML 1.1 takes it, without a point, for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
+)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The value of a text.
+
+    Raises:
+        ValueError: it is no YAML; the message begins with `name`.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: no YAML: {error}") from error
+
+
+def read_mapping(path: str | PathLike[str]) -> dict[str, Any]:
+    """The names and values of a file.
+
+    Raises:
+        ValueError: it is no mapping, no YAML, or no text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no text: {error}") from error
+    value = parse_yaml(text, str(path))
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path}: expected a mapping of names to values, got {value!r:.60}")
+    return dict(value)

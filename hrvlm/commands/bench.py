@@ -41,12 +41,11 @@ def bench(
     with json_only(as_json):
         from dataclasses import replace
 
-        from ..inference.loading import DTYPES, pick_device
+        from ..machine import MODEL_DTYPES, pick_device, torch_dtype
         from ..measuring.encoder import ON_CPU, BenchOptions
         from ..measuring.encoder import bench as run
 
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        weights = None if dtype is None else torch_dtype(dtype, MODEL_DTYPES)
         where = pick_device(device)
         given: dict[str, Any] = {
             "model": model,
@@ -64,7 +63,7 @@ def bench(
         report = run(
             where,
             options,
-            dtype=None if dtype is None else DTYPES[dtype],
+            dtype=weights,
             on_case=lambda case: note(f"{case.name}: done"),
         )
     if as_json:

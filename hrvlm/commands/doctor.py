@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from hrvlm_kernels import explain_backend
 from hrvlm_kernels.backends import BACKENDS, interpreted
 
 from .. import __version__
+from ..machine import first_line, installed_version, nvidia_driver
 
 CORE = (
     "torch",
@@ -73,14 +72,6 @@ def diagnose() -> dict[str, Any]:
     }
 
 
-def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution; None if it is absent."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _gpu(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     return {
@@ -88,20 +79,6 @@ def _gpu(index: int) -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "memory_bytes": properties.total_memory,
     }
-
-
-def nvidia_driver() -> str | None:
-    """Version of the NVIDIA driver, which torch does not tell."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    versions = out.stdout.split()
-    return versions[0] if versions else None
 
 
 def _explained(backend: str) -> dict[str, str]:
@@ -117,8 +94,8 @@ def _problems(installed: dict[str, str | None]) -> list[str]:
         try:
             importlib.import_module(module)
         except Exception as error:  # a broken binary raises anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            problems.append(f"{distribution} {installed[distribution]} does not import: {reason}")
+            version = installed[distribution]
+            problems.append(f"{distribution} {version} does not import: {first_line(error)}")
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         build = torch.version.cuda or torch.version.hip or "the CPU only"
         problems.append(f"nvidia-smi is here, but torch (built for {build}) sees no GPU")

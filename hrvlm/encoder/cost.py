@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..images.geometry import Geometry, positive_int, token_grid
+from ..machine import DTYPE_BYTES, check_dtype
 
 if TYPE_CHECKING:
     from transformers import DINOv3ViTConfig
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SIZE = re.compile(r"(\d{1,9})\s*[xX×]\s*(\d{1,9})")  # noqa: RUF001  (people paste this sign)
 
 
@@ -210,15 +210,14 @@ def make_plan(
         max_img_size: Limit of the longer side in pixels.
         factor: The projector's pixel-shuffle factor: sides become multiples of patch size *
             factor. 1 is the encoder alone, whose images need whole patches only.
-        dtype: Of weights and activations, one of :data:`DTYPE_BYTES`.
+        dtype: Of weights and activations, one of :data:`hrvlm.machine.DTYPE_BYTES`.
         allow_upscale: Enlarge smaller images to `max_img_size`.
 
     Raises:
         ValueError: a size can't be read, a file is no image, or an option is out of range.
         OSError: a file can't be opened.
     """
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}; got {dtype!r}")
+    check_dtype(dtype, tuple(DTYPE_BYTES))
     planned = []
     for text in images:
         height, width = size_of(text)

@@ -12,11 +12,12 @@ import torch
 from transformers import LogitsProcessorList, TextStreamer
 
 from ..images.intake import load_image
+from ..machine import MODEL_DTYPES, check_dtype, pick_device
 from ..vlm.config import VLMConfig
 from ..vlm.processors import VLMProcessor
 from ..vlm.vision_language_model import VisionLanguageModel
 from .doubts import UNKNOWN_BOUND, TokenProbabilities, doubts
-from .loading import check_model_type, pick_device, quiet_loading
+from .loading import check_model_type, quiet_loading
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,7 @@ def load_vlm(model: str, *, device: str | None = None, dtype: str = "auto") -> t
     Raises:
         ValueError: there is no such model, or the device or dtype can't be used.
     """
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype!r}")
+    check_dtype(dtype, ("auto", *MODEL_DTYPES))
     where = pick_device(device)
     check_model_type(model, VLMConfig.model_type)
     vlm: Any

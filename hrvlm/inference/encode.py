@@ -23,7 +23,7 @@ from ..encoder.cost import Architecture, forward_cost
 from ..images.geometry import Geometry
 from ..images.intake import load_image
 from ..images.processor import get_image_processor
-from ..measuring.timing import synchronize
+from ..machine import synchronize
 from .encode_files import ResultWriter
 from .loading import LoadedEncoder
 

@@ -14,12 +14,12 @@ import torch
 from ..checkpoints.damage import naming_damaged_files
 from ..checkpoints.files import read_json
 from ..images.processor import Normalization, check_normalization, normalization_for
+from ..machine import MODEL_DTYPES, default_dtype, first_line, pick_device, torch_dtype
 
 if TYPE_CHECKING:
     from ..encoder.vision_transformer import DINOv3Encoder
 
 RANDOM_MODEL, RANDOM_SEED = "vits16", 0
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -53,42 +53,25 @@ def load_encoder(
         backend: One of :data:`hrvlm_kernels.backends.BACKENDS`; checked here rather than in the
             first layer.
         device: Default: the GPU if there is one, else the CPU.
-        dtype: Key of :data:`DTYPES`; default: bfloat16 on a GPU, float32 on the CPU.
+        dtype: One of :data:`hrvlm.machine.MODEL_DTYPES`; default: bfloat16 on a GPU, float32 on
+            the CPU.
 
     Raises:
         ValueError: no DINOv3 encoder there, weights missing from it, a name is unknown, or backend
             or device can't be used here; the message says why.
     """
     where = pick_device(device)
-    name = dtype or ("float32" if where.type == "cpu" else "bfloat16")
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {name!r}")
-    check_backend_runs(backend, where, DTYPES[name])
+    weights = torch_dtype(dtype or default_dtype(where), MODEL_DTYPES)
+    check_backend_runs(backend, where, weights)
     if model is None:
         encoder = _random_encoder()
         label, normalization = f"{RANDOM_MODEL}, RANDOM WEIGHTS (seed {RANDOM_SEED})", None
     else:
         (encoder, normalization), label = _pretrained_encoder(model), model
     encoder.backend = backend
-    encoder.to(device=where, dtype=DTYPES[name])  # type: ignore[call-arg]
+    encoder.to(device=where, dtype=weights)  # type: ignore[call-arg]
     encoder.freeze()
     return LoadedEncoder(encoder, label, model is None, normalization or normalization_for(label))
-
-
-def pick_device(device: str | None) -> torch.device:
-    """The device of that name; by default the GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: torch has no such device here.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {device!r} can't be used: {_first_line(error)}") from error
-    return chosen
 
 
 def check_backend_runs(backend: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -141,7 +124,7 @@ def check_model_type(model: str, expected: str) -> None:
         with naming_damaged_files(model):
             stored, _ = PretrainedConfig.get_config_dict(model)
     except OSError as error:
-        raise ValueError(f"model {model!r} can't be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model {model!r} can't be loaded: {first_line(error)}") from error
     if stored.get("model_type") != expected:
         raise ValueError(
             f"model {model!r} is of type {stored.get('model_type')!r}, expected {expected!r}"
@@ -167,7 +150,7 @@ def quiet_loading(source: str | None = None) -> Iterator[None]:
         with naming_damaged_files(source, all_errors=True):
             yield
     except OSError as error:
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(first_line(error)) from error
     finally:
         if quiet:
             logging.enable_progress_bar()
@@ -195,7 +178,3 @@ def _normalization_in(preprocessor: dict[str, Any], model: str) -> Normalization
         return check_normalization(preprocessor["image_mean"], preprocessor["image_std"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"model {model!r}: its preprocessor_config.json: {error}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from hrvlm_kernels.backends import resolve
 
 from ..encoder.cost import Architecture, forward_cost
-from .timing import Timing, describe_device, median_ratio, peak_memory, take_turns
+from ..machine import default_dtype, describe_device, torch_dtype
+from .timing import Timing, median_ratio, peak_memory, take_turns
 
 if TYPE_CHECKING:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
@@ -112,7 +113,7 @@ class BenchReport:
         model: What was run.
         dtype: Of weights and activations.
         backend: What ran the attention.
-        machine: Device and versions (:func:`hrvlm.measuring.timing.describe_device`).
+        machine: Device and versions (:func:`hrvlm.machine.describe_device`).
         cases: In order.
     """
 
@@ -152,7 +153,7 @@ def bench(
     if options is None:
         options = ON_CPU if device.type == "cpu" else BenchOptions()
     if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        dtype = torch_dtype(default_dtype(device))
     if dtype not in TOLERANCE:
         raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
     config = get_config(options.model)

@@ -9,16 +9,15 @@ host's clock.
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+
+from ..machine import synchronize
 
 # More than the last-level cache of any GPU so far, and long enough (0.1 ms and more) for the host
 # to queue what is timed behind it.
@@ -125,14 +124,6 @@ class _Stopwatch:
         return lambda: begin.elapsed_time(end) / 1e3
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for everything queued on `device`."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def peak_memory(run: Run, device: torch.device) -> int | None:
     """Bytes that `run` allocates at most beyond what is there before it; None without a GPU."""
     if device.type != "cuda":
@@ -171,36 +162,3 @@ def measure_ceilings(device: torch.device, *, small: bool = False) -> Ceilings:
         flops_per_second=2 * side**3 / timings["product"].median,
         product=f"{side}^3 {str(dtype).removeprefix('torch.')}",
     )
-
-
-def device_name(device: torch.device) -> str:
-    """What the maker calls the GPU or CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """The device and the versions that a time depends on, as plain data."""
-    from ..commands.doctor import installed_version, nvidia_driver
-
-    packages = ("torch", "triton", "transformers", "torchvision", "timm", "Pillow", "flash-attn")
-    gpu = device.type == "cuda"
-    return {
-        "type": device.type,
-        "device": device_name(device),
-        "driver": nvidia_driver() if gpu else None,
-        "cuda": torch.version.cuda if gpu else None,
-        "hip": torch.version.hip if gpu else None,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        **{name.lower().replace("-", "_"): installed_version(name) for name in packages},
-        "flash_attn_4": installed_version("flash-attn-4"),
-    }

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from ..drawn_text.drawing import RenderOptions
+from ..files import read_mapping
 from ..training.optimizers import CombinedOptimizer
 from ..training.run import checkpoint_to_resume
 from ..vlm.processors import VLMProcessor
 from ..vlm.vision_language_model import VisionLanguageModel
-from ..yaml_files import read_mapping
 from .losses import (
     ReadingCollator,
     ReadingData,

@@ -20,7 +20,8 @@ from difflib import get_close_matches
 from os import PathLike
 from typing import Any
 
-from ..yaml_files import parse_yaml, read_mapping
+from ..files import parse_yaml, read_mapping
+from ..machine import MODEL_DTYPES, check_dtype
 
 _PARTS = ("vision", "language", "tokenizer")
 
@@ -264,8 +265,7 @@ def _model_config(section: Any) -> ModelConfig:
     section = _mapping(section, "model")
     common = {name: section[name] for name in ("dtype", "attn_implementation") if name in section}
     rest = {name: value for name, value in section.items() if name not in common}
-    if common.get("dtype", "float32") not in ("float32", "bfloat16"):
-        raise ValueError(f"model.dtype={common['dtype']!r}: expected 'float32' or 'bfloat16'")
+    check_dtype(common.get("dtype", "float32"), MODEL_DTYPES, "model.dtype")
     if "path" in rest:
         if len(rest) > 1:
             others = sorted(set(rest) - {"path"})

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..data.sources import RowSource, open_source
 from ..files import write_text
 from ..inference.loading import check_model_type, quiet_loading
+from ..machine import torch_dtype
 from ..vlm.processors import VLMProcessor, get_tokenizer
 from ..vlm.vision_language_model import VisionLanguageModel
 from .collators import VQACollator
@@ -126,7 +127,7 @@ def load_model(config: ModelConfig) -> tuple[VisionLanguageModel, VLMProcessor]:
     Raises:
         ValueError: the checkpoint is of another kind.
     """
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    dtype = torch_dtype(config.dtype)
     if config.path is not None:
         check_model_type(config.path, "hrvlm")
         model = VisionLanguageModel.from_pretrained(config.path, dtype=dtype)

@@ -17,11 +17,10 @@ import torch
 
 from hrvlm_kernels.backends import flash_attn_obstacle, triton_obstacle
 
+from ..machine import DTYPE_BYTES, MODEL_DTYPES, torch_dtype
 from .cases import CASES, Measured, Random
 
 BACKENDS = ("eager", "sdpa", "flash_attn", "triton")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DEFAULT_DTYPES = ("float32", "bfloat16")
 # An op without attention has only these two implementations.
 _PLAIN = ("eager", "triton")
 _IMPLEMENTATIONS = {
@@ -101,7 +100,7 @@ class Report:
 def verify(
     device: torch.device | str = "cpu",
     *,
-    dtypes: Sequence[str] = DEFAULT_DTYPES,
+    dtypes: Sequence[str] = MODEL_DTYPES,
     backends: Sequence[str] | None = None,
     ops: Sequence[str] | None = None,
     on_check: Callable[[Check], None] | None = None,
@@ -111,7 +110,8 @@ def verify(
 
     Args:
         device: Where to run.
-        dtypes: Keys of :data:`DTYPES`. The encoder leaves out float16, which it refuses.
+        dtypes: Keys of :data:`hrvlm.machine.DTYPE_BYTES`. The encoder leaves out float16, which
+            it refuses.
         backends: Some of :data:`BACKENDS`; default: all that can run, the others are reported as
             skipped.
         ops: Some of the keys of :data:`~hrvlm.verification.cases.CASES`; default: all.
@@ -123,12 +123,12 @@ def verify(
             why.
     """
     device = torch.device(device)
-    _check_names("dtype", dtypes, tuple(DTYPES))
+    _check_names("dtype", dtypes, tuple(DTYPE_BYTES))
     _check_names("backend", backends or (), BACKENDS)
     _check_names("op", ops or (), tuple(CASES))
     checks, skipped = [], []
     for dtype_name in dtypes:
-        dtype = DTYPES[dtype_name]
+        dtype = torch_dtype(dtype_name)
         runnable = []
         for name in backends or BACKENDS:
             reason = obstacle(name, device, dtype)
@@ -162,7 +162,7 @@ def _run(
     ops: Sequence[str],
     seed: int,
 ) -> Iterator[Check]:
-    dtype = DTYPES[dtype_name]
+    dtype = torch_dtype(dtype_name)
     for op in ops:
         if op == "encoder" and dtype == torch.float16:
             continue

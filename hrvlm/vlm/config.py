@@ -13,8 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..auto_classes import register_models
+from ..files import read_mapping
 from ..images.geometry import positive_int
-from ..yaml_files import read_mapping
 
 ARCHITECTURES = {"dinov3": "dinov3_vit", "siglip": "siglip_vision_model"}
 
