@@ -1,1 +1,1 @@
-"""DINOv3 on packed tokens, and the same kernels in models that others made."""
+"""DINOv3 on packed tokens."""

@@ -36,7 +36,7 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import (
 from hrvlm_kernels import PackedGrids, varlen_attention
 from hrvlm_kernels.backends import check_backend
 
-from .layers import patch_size_of, rope_frequencies
+from ..encoder.layers import patch_size_of, rope_frequencies
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.dinov3_vit import modeling_dinov3_vit as stock
 
-from hrvlm.encoder.acceleration import AcceleratedAttention, RotaryPositions, accelerate, restore
+from hrvlm.towers.dinov3 import AcceleratedAttention, RotaryPositions, accelerate, restore
 from tests.encoder.encoders import FAMILY, config_of, pair_of
 from tests.numerics import relative_error
 

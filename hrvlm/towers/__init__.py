@@ -1,0 +1,1 @@
+"""Vision towers of transformers on packed attention: models that are built already."""
