@@ -85,7 +85,7 @@ compiled: $(INSTALLED_DEV)
 	@$(BIN)/python -m benchmarks.compiled.page
 
 tune:
-	$(BARE) -m benchmarks.tune $(TUNE_ARGS)
+	$(BARE) -m benchmarks.tuning $(TUNE_ARGS)
 
 gpu:
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
@@ -111,7 +111,7 @@ sanitize:
 	done; exit $$status
 
 fuzz-images: $(INSTALLED_DEV)
-	$(BIN)/python -m benchmarks.image_fuzz --out image_fuzz.json
+	$(BIN)/python -m benchmarks.images.fuzz --out image_fuzz.json
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

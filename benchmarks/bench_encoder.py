@@ -27,9 +27,9 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import encoder_peers
-from benchmarks.case import OURS, Case, Prepared, Rival, Run, Settings
-from benchmarks.encoder_peers import Grids, MakeEncode, Models
-from benchmarks.mixed_sizes import MIXED_GRIDS
+from benchmarks.case import MIXED_GRIDS, OURS, Case, Prepared, Rival, Run, Settings
+from benchmarks.encoder_models import Grids, Models
+from benchmarks.encoder_peers import MakeEncode
 from hrvlm.checkpoints.convert import CONFIGS, get_config
 from hrvlm.encoder.cost import Architecture, forward_cost
 

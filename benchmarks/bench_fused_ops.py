@@ -24,9 +24,19 @@ from torch import Tensor
 
 from benchmarks import bench_encoder, encoder_peers
 from benchmarks.bench_encoder import FORWARD, TRAINING
-from benchmarks.case import OURS, Case, Outputs, Prepared, Rival, Run, Settings
-from benchmarks.encoder_peers import Encode, Grids, MakeEncode, Models
-from benchmarks.mixed_sizes import MIXED_GRIDS, PATCH_SIZE
+from benchmarks.case import (
+    MIXED_GRIDS,
+    OURS,
+    PATCH_SIZE,
+    Case,
+    Outputs,
+    Prepared,
+    Rival,
+    Run,
+    Settings,
+)
+from benchmarks.encoder_models import Grids, Models
+from benchmarks.encoder_peers import Encode, MakeEncode
 from hrvlm.images.patches import pack_images, patchify
 from hrvlm.images.processor import IMAGENET
 from hrvlm_kernels import normalize_patchify, reference

@@ -19,9 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import pixel_shuffle_peers
-from benchmarks.case import OURS, Case, Outputs, Prepared, Rival, Run, Settings
-from benchmarks.mixed_sizes import MIXED_SIZES, PREFIX_TOKENS
+from benchmarks.case import (
+    MIXED_SIZES,
+    OURS,
+    PREFIX_TOKENS,
+    Case,
+    Outputs,
+    Prepared,
+    Rival,
+    Run,
+    Settings,
+)
 from hrvlm.images.geometry import token_grid
 from hrvlm_kernels import (
     PackedGrids,
@@ -44,6 +52,50 @@ class Shape(NamedTuple):
     factor: int
     channels: int
     width: int
+
+
+Project = Callable[[Tensor, Tensor, Tensor], Tensor]
+MakeProject = Callable[[PackedGrids, int], Project]
+
+
+def shuffle(x: Tensor, packed: PackedGrids, factor: int) -> Tensor:
+    """View, permute and contiguous, as in nanoVLM: a batch of equal sizes, or image by image."""
+    grids, prefix, s = packed.grids or (), packed.num_prefix_tokens, factor
+    if len(set(grids)) == 1:
+        hp, wp = grids[0]
+        patches = x.unflatten(0, (len(grids), packed.max_seqlen))[:, prefix:]
+        return _shuffled(patches, hp, wp, s).flatten(0, 1)
+    rows = [
+        _shuffled(part[None, prefix:], hp, wp, s)[0]
+        for part, (hp, wp) in zip(x.split(packed.lengths), grids, strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def _shuffled(patches: Tensor, hp: int, wp: int, s: int) -> Tensor:
+    """``[B, hp*wp, C]`` to ``[B, gh*gw, s*s*C]``."""
+    batch, _, channels = patches.shape
+    x = patches.reshape(batch, hp // s, s, wp // s, s, channels)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, -1, s * s * channels)
+
+
+def copy_and_gemm(packed: PackedGrids, factor: int) -> Project:
+    """View, permute, contiguous, and the library's GEMM."""
+    return lambda x, weight, bias: F.linear(shuffle(x, packed, factor), weight, bias)
+
+
+def gather_and_gemm(packed: PackedGrids, factor: int) -> Project:
+    """One gather by an index made beforehand, and the library's GEMM."""
+    index = packed.shuffle_index(factor)
+    return lambda x, weight, bias: F.linear(x[index].flatten(1), weight, bias)
+
+
+# What the name calls compiled is to be compiled with all that comes before it.
+PEERS: dict[str, MakeProject] = {
+    "view, permute, contiguous + GEMM": copy_and_gemm,
+    "the same, compiled": copy_and_gemm,
+    "index + GEMM": gather_and_gemm,
+}
 
 
 def image_sets(settings: Settings) -> dict[str, tuple[list[tuple[int, int]], int]]:
@@ -108,14 +160,14 @@ def _prepare(device: torch.device, shape: Shape, direction: str, dtype: torch.dt
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return pixel_shuffle_linear(x, packed, factor, weight, bias, backend=backend)
 
-    def route(name: str) -> pixel_shuffle_peers.Project:
+    def route(name: str) -> Project:
         return lambda x, weight, bias: layer_norm_pixel_shuffle_linear(
             x, packed, factor, *norm, EPS, weight, bias, route=name, backend=backend
         )
 
     def peer(name: str) -> Callable[[], Run]:
         def build() -> Run:
-            project = pixel_shuffle_peers.PEERS[name](packed, factor)
+            project = PEERS[name](packed, factor)
 
             def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
                 if normed:
@@ -154,9 +206,7 @@ def _prepare(device: torch.device, shape: Shape, direction: str, dtype: torch.dt
         )
         for name, project in projects.items()
     ]
-    rivals += [
-        Rival(name, peer(name), compiles="compiled" in name) for name in pixel_shuffle_peers.PEERS
-    ]
+    rivals += [Rival(name, peer(name), compiles="compiled" in name) for name in PEERS]
     rivals.append(Rival("bare GEMM", bare_gemm, role="bound"))
     return Prepared(rivals, expected)
 
@@ -181,9 +231,7 @@ def _random(
     return inputs, norm, randn(packed.shuffle_index(shape.factor).shape[0], width)
 
 
-def _runner(
-    project: pixel_shuffle_peers.Project, inputs: tuple[Tensor, ...], g: Tensor, direction: str
-) -> Run:
+def _runner(project: Project, inputs: tuple[Tensor, ...], g: Tensor, direction: str) -> Run:
     """A function that computes the output, or the three gradients from one forward."""
     if direction != "backward":
 

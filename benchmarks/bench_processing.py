@@ -10,16 +10,18 @@ mixed draw, enlarged one and a half times, so that all are resized down to at mo
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
-from benchmarks import processing_peers as peers
-from benchmarks.case import OURS, Case, Prepared, Rival, Run, Settings
-from benchmarks.mixed_sizes import MIXED_SIZES
+from benchmarks.case import MIXED_SIZES, OURS, PATCH_SIZE, Case, Prepared, Rival, Run, Settings
 from hrvlm.images.geometry import token_grid
+from hrvlm.images.patches import patchify
+from hrvlm.images.processor import IMAGENET
 
 SUITE, DEVICE, BUDGET_S = "processing", "cpu", 10
 
@@ -27,6 +29,82 @@ SUITE, DEVICE, BUDGET_S = "processing", "cpu", 10
 TOLERANCE = 0.05
 COUNT, ENLARGED = 16, 1.5
 FORMATS = {"JPEG": {"format": "JPEG", "quality": 90}, "PNG": {"format": "PNG"}}
+
+# All resize bicubically to the same sizes; transformers' and torchvision's pixels differ from ours
+# by the rounding between their steps.
+Sizes = Sequence[tuple[int, int]]  # height, width
+Process = Callable[[], Tensor]
+
+
+def hrvlm_pil(files: Sequence[bytes], max_img_size: int) -> Process:
+    """Ours with Pillow's resizing."""
+    from hrvlm.images.transformers_processor import VLMImageProcessorPil
+
+    return _ours(VLMImageProcessorPil, files, max_img_size)
+
+
+def hrvlm_torchvision(files: Sequence[bytes], max_img_size: int) -> Process:
+    """Ours with torchvision's resizing."""
+    from hrvlm.images.transformers_processor import VLMImageProcessor
+
+    return _ours(VLMImageProcessor, files, max_img_size)
+
+
+def _ours(cls: Any, files: Sequence[bytes], max_img_size: int) -> Process:
+    processor = cls(max_img_size=max_img_size, allow_upscale=False)
+    return lambda: processor(list(files), return_tensors="pt")["pixel_values"]
+
+
+def transformers_torchvision(files: Sequence[bytes], sizes: Sizes) -> Process:
+    """The DINOv3 processor of transformers, an image at a time: each has its own size."""
+    from transformers.models.dinov3_vit.image_processing_dinov3_vit import DINOv3ViTImageProcessor
+
+    return _theirs(DINOv3ViTImageProcessor(resample=Image.Resampling.BICUBIC), files, sizes)
+
+
+def transformers_pil(files: Sequence[bytes], sizes: Sizes) -> Process:
+    """The same steps with Pillow; DINOv3 has no such processor, ViT's is set up like it."""
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    processor = ViTImageProcessorPil(
+        resample=Image.Resampling.BICUBIC,
+        image_mean=list(IMAGENET.mean),
+        image_std=list(IMAGENET.std),
+    )
+    return _theirs(processor, files, sizes)
+
+
+def _theirs(processor: Any, files: Sequence[bytes], sizes: Sizes) -> Process:
+    def process() -> Tensor:
+        rows = []
+        for file, (height, width) in zip(files, sizes, strict=True):
+            image = Image.open(io.BytesIO(file)).convert("RGB")
+            size = {"height": height, "width": width}
+            pixels = processor(image, size=size, return_tensors="pt")["pixel_values"][0]
+            rows.append(patchify(pixels, PATCH_SIZE))
+        return torch.cat(rows)
+
+    return process
+
+
+def torchvision_alone(files: Sequence[bytes], sizes: Sizes) -> Process:
+    """Decoder, resize on bytes, and normalisation of torchvision."""
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms.v2 import functional as tv
+
+    encoded = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
+
+    def process() -> Tensor:
+        rows = []
+        for file, size in zip(encoded, sizes, strict=True):
+            pixels = decode_image(file, mode=ImageReadMode.RGB)
+            pixels = tv.resize(pixels, list(size), tv.InterpolationMode.BICUBIC, antialias=True)
+            pixels = tv.to_dtype(pixels, torch.float32, scale=True)
+            pixels = tv.normalize(pixels, list(IMAGENET.mean), list(IMAGENET.std))
+            rows.append(patchify(pixels, PATCH_SIZE))
+        return torch.cat(rows)
+
+    return process
 
 
 def cases(settings: Settings) -> Iterator[Case]:
@@ -59,22 +137,22 @@ def _preparer(
         geometries = [token_grid(h, w, max_img_size=limit, allow_upscale=False) for h, w in stored]
         sizes = [(g.height, g.width) for g in geometries]
 
-        def rival(process: peers.Process) -> Run:
+        def rival(process: Process) -> Run:
             return lambda: [process()]
 
         return Prepared(
             [
-                Rival(OURS, lambda: rival(peers.hrvlm_pil(files, limit)), role="ours"),
+                Rival(OURS, lambda: rival(hrvlm_pil(files, limit)), role="ours"),
                 Rival(
                     "hrvlm, torchvision backend",
-                    lambda: rival(peers.hrvlm_torchvision(files, limit)),
+                    lambda: rival(hrvlm_torchvision(files, limit)),
                 ),
                 Rival(
                     "transformers, torchvision",
-                    lambda: rival(peers.transformers_torchvision(files, sizes)),
+                    lambda: rival(transformers_torchvision(files, sizes)),
                 ),
-                Rival("transformers, PIL", lambda: rival(peers.transformers_pil(files, sizes))),
-                Rival("torchvision alone", lambda: rival(peers.torchvision_alone(files, sizes))),
+                Rival("transformers, PIL", lambda: rival(transformers_pil(files, sizes))),
+                Rival("torchvision alone", lambda: rival(torchvision_alone(files, sizes))),
             ]
         )
 

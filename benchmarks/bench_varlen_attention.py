@@ -19,8 +19,17 @@ import torch
 from torch import Tensor
 
 from benchmarks import attention_peers
-from benchmarks.case import OURS, Case, Outputs, Prepared, Rival, Run, Settings
-from benchmarks.mixed_sizes import MIXED_GRIDS, PREFIX_TOKENS
+from benchmarks.case import (
+    MIXED_GRIDS,
+    OURS,
+    PREFIX_TOKENS,
+    Case,
+    Outputs,
+    Prepared,
+    Rival,
+    Run,
+    Settings,
+)
 from hrvlm_kernels import PackedGrids, reference, rope_2d, varlen_attention
 
 SUITE, DEVICE, BUDGET_S = "varlen_attention", "cuda", 50

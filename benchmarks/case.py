@@ -1,4 +1,4 @@
-"""What a benchmark compares, and what comes of it: plain records."""
+"""What a benchmark compares and what comes of it, as plain records; the mixed draw of sizes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,21 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hrvlm.measuring.encoder import mixed_grids
+
 RESULTS = Path(__file__).parent / "results"
 OURS = "hrvlm"
+
+# The mixed draw: 64 image sizes from 224 to 1024 px with aspect ratios from 1:4 to 4:1. For each,
+# with u, v, w uniform in [0, 1) from random.Random(0), in this order: the longer side is
+# 14 + floor(51 u) patches of 16 px, each as likely as the others, the aspect ratio 4 ** v (as often
+# 1:1 to 2:1 as 2:1 to 4:1), and the image stands upright if w < 1/2. The shorter side is the longer
+# one divided by the ratio, rounded to whole patches and never less than a quarter.
+PATCH_SIZE = 16
+PREFIX_TOKENS = 5  # CLS and 4 registers
+MIXED_GRIDS = mixed_grids(64)  # patches: height, width
+MIXED_SIZES = [(PATCH_SIZE * hp, PATCH_SIZE * wp) for hp, wp in MIXED_GRIDS]  # pixels
+MIXED_LENGTHS = [PREFIX_TOKENS + hp * wp for hp, wp in MIXED_GRIDS]  # tokens
 
 Role = Literal["ours", "peer", "bound", "part"]
 Outputs = Sequence[Tensor]

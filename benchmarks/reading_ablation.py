@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import fill
+from benchmarks.reporting.tables import fill, seed_table
 from benchmarks.suite import commit_here
-from benchmarks.tables import seed_table
 from hrvlm.files import write_text
 from hrvlm.machine import describe_device, pick_device
 from hrvlm.reader.losses import BLANK, ReadingCollator, ReadingData

@@ -28,7 +28,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from benchmarks.reading_score import CARD
-from benchmarks.report import fill
+from benchmarks.reporting.tables import fill
 from benchmarks.suite import commit_here
 from hrvlm.drawn_text.drawing import NEW_FONT, TextImage, render
 from hrvlm.files import write_text

@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import fill
+from benchmarks.reporting.tables import fill, seed_table
 from benchmarks.suite import commit_here
-from benchmarks.tables import seed_table
 from hrvlm.charts import Axis, Series, line_chart
 from hrvlm.drawn_text.drawing import RenderOptions, render
 from hrvlm.files import write_text

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import fill
+from benchmarks.reporting.tables import fill
 from benchmarks.suite import commit_here
 from hrvlm import VisionLanguageModel, VLMProcessor
 from hrvlm.drawn_text.drawing import NEW_FONT

@@ -1,7 +1,7 @@
 """The headers of JPEG, PNG, GIF, WebP, BMP and PPM files; see `stills.py`.
 
 The estimates of time are slopes measured on one core of a server (about 2.5 GHz) with files made to
-be slow, rounded up; `benchmarks/image_fuzz.py` measures them again.
+be slow, rounded up; `benchmarks/images/fuzz.py` measures them again.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.mixed_sizes import MIXED_GRIDS, MIXED_LENGTHS, MIXED_SIZES
+from benchmarks.case import MIXED_GRIDS, MIXED_LENGTHS, MIXED_SIZES
 from hrvlm.cli import app
 from hrvlm.commands import tables
 from hrvlm.measuring.encoder import OURS, PEER, BenchOptions, bench, image_sets, mixed_grids

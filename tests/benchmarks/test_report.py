@@ -7,14 +7,16 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import bench_encoder, plots, report, scaling, tables
+from benchmarks import bench_encoder
 from benchmarks.case import OURS
+from benchmarks.reporting import __main__ as report
+from benchmarks.reporting import plots, scaling, tables
 from benchmarks.suite import SuiteRun
 from hrvlm.charts import Axis, Series, bar_chart, line_chart
 from hrvlm.encoder.cost import named_architecture
 from tests.benchmarks.test_suites import settings
 
-MARKED = f"before\n{report.START}\nold\n{report.END}\nafter\n"
+MARKED = f"before\n{tables.START}\nold\n{tables.END}\nafter\n"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -132,7 +134,7 @@ def test_parts_of_a_suite_are_put_together(result, tmp_path):
         report.add(tmp_path, here)
 
 
-@pytest.mark.parametrize("readme", ["none\n", f"{report.END}\n{report.START}\n", MARKED * 2])
+@pytest.mark.parametrize("readme", ["none\n", f"{tables.END}\n{tables.START}\n", MARKED * 2])
 def test_a_readme_without_the_markers_is_left_alone(readme, tmp_path, capsys):
     _, after = write_all(None, tmp_path, readme)
     assert after == readme and "not filled in" in capsys.readouterr().err

@@ -1,15 +1,15 @@
-"""benchmarks.spills: the entry of this Triton in the tile tables."""
+"""benchmarks.tuning.spills: the entry of this Triton in the tile tables."""
 
 from functools import partial
 
 import torch
 
-from benchmarks import spills, tile_table_file
+from benchmarks.compiled import attention_jobs
+from benchmarks.compiled.jobs import of_row
+from benchmarks.tuning import spills, table_file
 from hrvlm_kernels.triton_kernels import tile_tables
 from hrvlm_kernels.triton_kernels.launch import triton_release
 from hrvlm_kernels.triton_kernels.tilings import Tiling
-from tests.kernels import shipped_attention
-from tests.kernels.shipped import of_row
 
 ROW = ("FORWARD", "sm_90", 128, 2)
 SPILLING, CLEAN = Tiling(128, 128, 4, 2), Tiling(128, 64, 8, 1)
@@ -29,18 +29,18 @@ def test_a_row_without_plain_tiles_is_stuck():
 
 def test_what_spills_is_written(monkeypatch, tmp_path, capsys):
     def jobs(target, head_dim):
-        make = partial(shipped_attention.forward_job, 128, torch.bfloat16)
+        make = partial(attention_jobs.forward_job, 128, torch.bfloat16)
         return of_row(make, [SPILLING, CLEAN], *ROW) if head_dim == 128 else ()
 
-    monkeypatch.setattr(spills.shipped, "jobs", lambda target: ())
-    monkeypatch.setattr(shipped_attention, "distinct_jobs", jobs)
-    release, before = triton_release(), tile_table_file.spills()
+    monkeypatch.setattr(spills.jobs, "jobs", lambda target: ())
+    monkeypatch.setattr(attention_jobs, "distinct_jobs", jobs)
+    release, before = triton_release(), table_file.spills()
     out = tmp_path / "tables.py"
     assert spills.main(["--target", "sm_90", "--out", str(out)]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(str(ROW)) and "spills" in line
     others = {row: t for row, t in before.get(release, {}).items() if row[1] != "sm_90"}
     wanted = before | {release: others | {ROW: (SPILLING,)}}
-    tables, chosen = tile_table_file.tables(), tile_table_file.chosen_by()
-    assert out.read_text() == tile_table_file.render(tables, chosen, wanted)
-    assert tile_table_file.spills() == before
+    tables, chosen = table_file.tables(), table_file.chosen_by()
+    assert out.read_text() == table_file.render(tables, chosen, wanted)
+    assert table_file.spills() == before

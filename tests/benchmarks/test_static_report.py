@@ -1,6 +1,6 @@
-"""benchmarks.static_report: what the committed report says was expected."""
+"""benchmarks.compiled: what the committed report says was expected."""
 
-from benchmarks.static_report import LEADS, OUT, VARIANTS
+from benchmarks.compiled.__main__ import LEADS, OUT, VARIANTS
 
 
 def test_a_lead_stands_beside_the_variant_it_was_for():

@@ -1,4 +1,4 @@
-"""benchmarks.tune without a GPU: candidates that compile, the gate, the choice and the file."""
+"""benchmarks.tuning without a GPU: candidates that compile, the gate, the choice and the file."""
 
 import json
 import os
@@ -11,10 +11,11 @@ import torch
 from triton import CompilationError
 from triton.runtime.errors import PTXASError
 
-from benchmarks import tile_table_file, tune, tune_attention, tune_ops, tune_results
 from benchmarks.case import Settings
-from benchmarks.isolation import Worker
-from benchmarks.tune_row import Call, candidates_of, row
+from benchmarks.tuning import __main__ as tune
+from benchmarks.tuning import attention, ops, rows, table_file
+from benchmarks.tuning.rows import Call, candidates_of, row
+from benchmarks.tuning.worker import Worker
 from hrvlm_kernels.triton_kernels import tile_tables
 from hrvlm_kernels.triton_kernels.launch import architecture
 from hrvlm_kernels.triton_kernels.tilings import RopeConfig, Tiling
@@ -33,8 +34,8 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 def test_a_dry_run_compiles_every_candidate(capsys, monkeypatch):
-    few = replace(tune_ops.OPS["dq"], candidates=lambda key: [Tiling(32, 16, 4, 2)])
-    monkeypatch.setitem(tune_ops.OPS, "dq", few)
+    few = replace(ops.OPS["dq"], candidates=lambda key: [Tiling(32, 16, 4, 2)])
+    monkeypatch.setitem(ops.OPS, "dq", few)
     arguments = ["--dry-run", "--chip", "sm_90", "--op", "dq", "--head-dim", "64", "--bytes", "4"]
     assert tune.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -44,7 +45,7 @@ def test_a_dry_run_compiles_every_candidate(capsys, monkeypatch):
 
 
 def test_what_does_not_compile_clean_is_told():
-    op = tune_ops.OPS["forward"]
+    op = ops.OPS["forward"]
     verdict, _ = tune.compiled(op, KEY, Tiling(128, 128, 4, 2), "sm_90")
     assert "C75" in verdict or "spills" in verdict  # ptxas' advisory; what 3.8 says before it
     verdict, resources = tune.compiled(op, KEY, Tiling(128, 64, 8, 2), "sm_90")
@@ -52,7 +53,7 @@ def test_what_does_not_compile_clean_is_told():
 
 
 def test_shipped_configurations_are_candidates():
-    for op in tune_ops.OPS.values():
+    for op in ops.OPS.values():
         for key, configs in getattr(tile_tables, op.table).items():
             found = candidates_of(op, key)
             assert set(configs) <= set(found) and len(found) == len(set(found))
@@ -61,13 +62,13 @@ def test_shipped_configurations_are_candidates():
 @interpreter_only
 def test_the_gate_is_red_for_a_wrong_kernel(monkeypatch, tmp_path):
     key = ("interpreter", 32, 4)
-    monkeypatch.setattr(tune_attention, "GATE_LENGTHS", (5, 65))
-    op = replace(tune_ops.OPS["forward"], calls=lambda key, device: [])
-    monkeypatch.setitem(tune_ops.OPS, "forward", op)
-    assert tune_ops.trouble("forward", key, Tiling(64, 64, 1, 1), "cpu") is None
+    monkeypatch.setattr(attention, "GATE_LENGTHS", (5, 65))
+    op = replace(ops.OPS["forward"], calls=lambda key, device: [])
+    monkeypatch.setitem(ops.OPS, "forward", op)
+    assert ops.trouble("forward", key, Tiling(64, 64, 1, 1), "cpu") is None
     bug = ("peak + tl.log2(total)", "peak")
     plant(monkeypatch, tmp_path, "varlen_attention", *bug)
-    assert "AssertionError" in tune_ops.trouble("forward", key, Tiling(64, 64, 1, 1), "cpu")
+    assert "AssertionError" in ops.trouble("forward", key, Tiling(64, 64, 1, 1), "cpu")
 
 
 def test_what_hangs_dies_or_raises_costs_itself_alone():
@@ -91,8 +92,8 @@ def test_what_triton_can_t_compile_is_a_candidate_that_fails(error, monkeypatch)
     def gate(key, device):
         raise error
 
-    monkeypatch.setitem(tune_ops.OPS, "rope", replace(tune_ops.OPS["rope"], gate=gate))
-    why = tune_ops.trouble("rope", KEY, RopeConfig(4, 8, 4), "cpu")
+    monkeypatch.setitem(ops.OPS, "rope", replace(ops.OPS["rope"], gate=gate))
+    why = ops.trouble("rope", KEY, RopeConfig(4, 8, 4), "cpu")
     assert why.startswith(type(error).__name__) and why.endswith(("log", "why"))
 
 
@@ -109,10 +110,10 @@ def test_results_are_written_as_the_suites_write_theirs(monkeypatch, tmp_path, c
 
     calls = [Call("n=8", run, flops=10**6), Call("n=9", run)]
     op = replace(
-        tune_ops.OPS["rope"], gate=gate, candidates=lambda key: [slow, fast, wrong],
+        ops.OPS["rope"], gate=gate, candidates=lambda key: [slow, fast, wrong],
         calls=lambda key, device: calls,
     )  # fmt: skip
-    monkeypatch.setitem(tune_ops.OPS, "rope", op)
+    monkeypatch.setitem(ops.OPS, "rope", op)
     monkeypatch.setattr(Worker, "failure", lambda self, function, *args: function(*args))
     monkeypatch.setitem(tile_tables.ROPE, key, (slow,))
     settings = Settings(
@@ -121,7 +122,7 @@ def test_results_are_written_as_the_suites_write_theirs(monkeypatch, tmp_path, c
     arguments = [("rope", op, key)], "sm_90", tmp_path / "tables.py", settings
     assert tune.tune(*arguments) == 0
     assert capsys.readouterr().out.splitlines()[0].startswith("*  rope")
-    row_text = ", ".join(map(tune_results.short, (fast, slow)))
+    row_text = ", ".join(map(rows.short, (fast, slow)))
     assert f'("sm_90", 64, 2): ({row_text}),' in (tmp_path / "tables.py").read_text()
 
     (path,) = tmp_path.glob("tune-*-c0.json")
@@ -131,21 +132,21 @@ def test_results_are_written_as_the_suites_write_theirs(monkeypatch, tmp_path, c
         "rope sm_90 64 2, n=8", "rope sm_90 64 2, n=9",
     ]  # fmt: skip
     rivals = {rival["name"]: rival for rival in result["cases"][0]["rivals"]}
-    chosen, other = (rivals[tune_results.short(config)] for config in (fast, slow))
+    chosen, other = (rivals[rows.short(config)] for config in (fast, slow))
     assert (chosen["role"], other["role"]) == ("ours", "peer") and other["ratio"] > 2
     assert 0 < other["p20_s"] <= other["median_s"] <= other["p80_s"]
     assert chosen["flops_per_second"] == pytest.approx(1e6 / chosen["median_s"])
-    assert rivals[tune_results.short(wrong)]["reason"].startswith("AssertionError: wrong")
+    assert rivals[rows.short(wrong)]["reason"].startswith("AssertionError: wrong")
 
     with monkeypatch.context() as patch:  # the same row again, on the same commit: its cases anew
-        patch.setitem(tune_ops.OPS, "rope", replace(op, calls=lambda key, device: calls[:1]))
-        tune.tune([("rope", tune_ops.OPS["rope"], key)], *arguments[1:])
+        patch.setitem(ops.OPS, "rope", replace(op, calls=lambda key, device: calls[:1]))
+        tune.tune([("rope", ops.OPS["rope"], key)], *arguments[1:])
     assert len(json.loads(path.read_text())["cases"]) == 1
 
 
 def test_the_smallest_geometric_mean_wins():
     times = {"a": [1.0, 2.0, 1.5], "b": [4.0, 1.0, 1.5]}
-    assert tune_results.geometric_means(times) == pytest.approx([2.0, 2.0**0.5, 1.5])
+    assert rows.geometric_means(times) == pytest.approx([2.0, 2.0**0.5, 1.5])
 
 
 def test_a_row_keeps_its_last_resort():
@@ -170,13 +171,13 @@ def test_a_row_is_seen_by_the_kernels_and_restored():
 
 
 def test_the_file_is_what_its_program_writes(tmp_path):
-    tables, chosen = tile_table_file.tables(), tile_table_file.chosen_by()
-    spills = tile_table_file.spills()
-    assert tile_table_file.render(tables, chosen, spills) == tile_table_file.PATH.read_text()
+    tables, chosen = table_file.tables(), table_file.chosen_by()
+    spills = table_file.spills()
+    assert table_file.render(tables, chosen, spills) == table_file.PATH.read_text()
     tables["FORWARD"][KEY] = (Tiling(64, 64, 4, 2, "ahead"),)
     out = tmp_path / "tables.py"
     out.write_text("old")
-    tile_table_file.replace(tables, chosen | {"sm_90": "some GPU"}, spills, out)
+    table_file.replace(tables, chosen | {"sm_90": "some GPU"}, spills, out)
     assert [p.name for p in tmp_path.iterdir()] == ["tables.py"]
     assert '("sm_90", 64, 2): (Tiling(64, 64, 4, 2, "ahead"),),' in out.read_text()
     assert '"sm_90": "some GPU"' in out.read_text()
@@ -184,8 +185,8 @@ def test_the_file_is_what_its_program_writes(tmp_path):
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_best_candidate_goes_into_the_file(monkeypatch, tmp_path, capsys):
-    few = replace(tune_ops.OPS["rope"], candidates=lambda key: [RopeConfig(4, 8, 4)])
-    monkeypatch.setitem(tune_ops.OPS, "rope", few)
+    few = replace(ops.OPS["rope"], candidates=lambda key: [RopeConfig(4, 8, 4)])
+    monkeypatch.setitem(ops.OPS, "rope", few)
     out = tmp_path / "tables.py"
     arguments = ["--op", "rope", "--head-dim", "64", "--bytes", "2", "--out", str(out)]
     arguments += ["--results", str(tmp_path)]
@@ -196,9 +197,9 @@ def test_on_a_gpu_the_best_candidate_goes_into_the_file(monkeypatch, tmp_path, c
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", tune_ops.OPS)
+@pytest.mark.parametrize("name", ops.OPS)
 def test_on_a_gpu_every_shipped_row_passes_its_gate(name):
-    op, device = tune_ops.OPS[name], torch.device("cuda", torch.cuda.current_device())
+    op, device = ops.OPS[name], torch.device("cuda", torch.cuda.current_device())
     for key in op.keys(architecture(device)):
         for config in getattr(tile_tables, op.table).get(key, ()):
             with row(op.table, key, config):

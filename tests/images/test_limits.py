@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.image_fuzz import broken_rule, measure, supervise
+from benchmarks.images.fuzz import broken_rule, measure, supervise
 from hrvlm.images import worker
 from hrvlm.images.intake import ImageError, load_image
 from hrvlm.images.worker import load_image_in_worker

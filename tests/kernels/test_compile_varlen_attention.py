@@ -3,20 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.compiled.attention_jobs import distinct_jobs, dkdv_job, forward_job, gluon_job
+from benchmarks.compiled.compiler import TARGETS, assert_clean, exps_beside_wgmma, submit_compile
 from hrvlm_kernels.triton_kernels import varlen_attention as forward
 from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
-from tests.kernels.compile_checks import (
-    TARGETS,
-    assert_clean,
-    exps_beside_wgmma,
-    submit_compile,
-)
-from tests.kernels.shipped_attention import (
-    distinct_jobs,
-    dkdv_job,
-    forward_job,
-    gluon_job,
-)
 
 BF16 = torch.bfloat16
 

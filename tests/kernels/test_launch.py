@@ -7,12 +7,12 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from benchmarks.compiled.compiler import TARGETS
 from hrvlm_kernels.triton_kernels import (
     launch,
     pixel_shuffle_linear,
     tile_tables,
 )
-from tests.kernels.compile_checks import TARGETS
 
 
 @pytest.fixture

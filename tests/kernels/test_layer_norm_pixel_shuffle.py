@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.compiled.compiler import TARGETS, assert_clean, compile_kernel
+from benchmarks.compiled.jobs import layer_norm_job, layer_norm_jobs
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.ops.layer_norm_pixel_shuffle import (
     choose_route,
@@ -13,7 +15,6 @@ from hrvlm_kernels.ops.layer_norm_pixel_shuffle import (
     layer_norm_pixel_shuffle_linear,
 )
 from hrvlm_kernels.triton_kernels import layer_norm_pixel_shuffle as kernels
-from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
 from tests.kernels.helpers import (
     DTYPES,
     CountingBackend,
@@ -24,7 +25,6 @@ from tests.kernels.helpers import (
     interpreter_only,
     strided_copy,
 )
-from tests.kernels.shipped import layer_norm_job, layer_norm_jobs
 
 pytestmark = interpreter_only
 

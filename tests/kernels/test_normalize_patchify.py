@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from benchmarks.compiled.compiler import TARGETS, assert_clean, submit_compile
+from benchmarks.compiled.jobs import patchify_jobs
 from hrvlm.images.patches import pack_images
 from hrvlm.images.processor import IMAGENET, SAT493M, normalize
 from hrvlm_kernels import normalize_patchify, reference
-from tests.kernels.compile_checks import TARGETS, assert_clean, submit_compile
 from tests.kernels.helpers import DTYPES, interpreter_only
 from tests.kernels.mutations import caught, plant
-from tests.kernels.shipped import patchify_jobs
 from tests.numerics import assert_elements
 
 SIZES = ((2, 3), (4, 1), (1, 1), (3, 9))  # patches

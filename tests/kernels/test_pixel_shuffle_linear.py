@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.compiled.compiler import TARGETS, assert_clean, compile_kernel
+from benchmarks.compiled.jobs import pixel_shuffle_job, pixel_shuffle_jobs, small_jobs
 from hrvlm_kernels import PackedGrids, reference
 from hrvlm_kernels.ops.pixel_shuffle_linear import pixel_shuffle_linear
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as kernels
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as backward_kernels
-from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
 from tests.kernels.helpers import (
     DTYPES,
     CountingBackend,
@@ -23,7 +24,6 @@ from tests.kernels.helpers import (
     interpreter_only,
     strided_copy,
 )
-from tests.kernels.shipped import pixel_shuffle_job, pixel_shuffle_jobs, small_jobs
 
 pytestmark = interpreter_only
 

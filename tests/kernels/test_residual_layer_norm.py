@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.compiled.compiler import TARGETS, assert_clean, submit_compile
+from benchmarks.compiled.jobs import residual_jobs
 from hrvlm_kernels import reference
 from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
-from tests.kernels.compile_checks import TARGETS, assert_clean, submit_compile
 from tests.kernels.helpers import (
     DTYPES,
     assert_like_reference,
@@ -16,7 +17,6 @@ from tests.kernels.helpers import (
     strided_copy,
 )
 from tests.kernels.mutations import caught, plant
-from tests.kernels.shipped import residual_jobs
 
 EPS = 1e-3  # large enough that forgetting it shows
 

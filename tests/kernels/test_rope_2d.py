@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.compiled.compiler import TARGETS, assert_clean, compile_kernel
+from benchmarks.compiled.jobs import rope_jobs
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.ops.rope_2d import rope_2d, rope_2d_
-from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
 from tests.kernels.helpers import (
     COMPILED,
     DTYPES,
@@ -17,7 +18,6 @@ from tests.kernels.helpers import (
     interpreter_only,
     strided_copy,
 )
-from tests.kernels.shipped import rope_jobs
 from tests.numerics import assert_rope
 
 pytestmark = interpreter_only

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.compiled.compiler import TARGETS, assert_clean, submit_compile
+from benchmarks.compiled.jobs import swiglu_jobs
 from hrvlm_kernels import reference
 from hrvlm_kernels.ops.swiglu import swiglu
-from tests.kernels.compile_checks import TARGETS, assert_clean, submit_compile
 from tests.kernels.helpers import (
     DTYPES,
     assert_like_reference,
@@ -17,7 +18,6 @@ from tests.kernels.helpers import (
     strided_copy,
 )
 from tests.kernels.mutations import caught, plant
-from tests.kernels.shipped import swiglu_jobs
 
 
 def make_inputs(tokens=5, width=1100, dtype=torch.float32, *, seed=0, device="cpu"):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.compiled.compiler import TARGETS
 from hrvlm_kernels import PackedGrids, backends
 from hrvlm_kernels.ops.rope_2d import rope_2d
 from hrvlm_kernels.ops.varlen_attention import _flash_attn_installed, varlen_attention
@@ -24,7 +25,6 @@ from tests.kernels.attention_cases import (
     make_case,
     with_layout,
 )
-from tests.kernels.compile_checks import TARGETS
 from tests.kernels.helpers import (
     DTYPES,
     CountingBackend,

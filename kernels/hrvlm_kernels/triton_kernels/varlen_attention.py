@@ -23,7 +23,7 @@ code, see tests/kernels/test_compile_varlen_attention.py):
     ahead  q.k of the next block is issued before the softmax of this one; the masked block last.
            K and V come by tensor descriptors (TMA): with pointers the registers do not suffice
 
-Only the tables choose between them (or `tilings`, in the tests and in benchmarks.tune).
+Only the tables choose between them (or `tilings`, in the tests and in benchmarks.tuning).
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import scaling
 from benchmarks.case import OURS
-from benchmarks.tables import images_of, key_of, memory_points, times_of_parts
+from benchmarks.reporting import scaling
+from benchmarks.reporting.tables import images_of, key_of, memory_points, times_of_parts
 from hrvlm.charts import Axis, Series, bar_chart, line_chart
 from hrvlm.encoder.cost import named_architecture
 

@@ -1,6 +1,6 @@
 """What the compilers make of every shipped kernel: a table that needs no GPU.
 
-    python -m benchmarks.static_report [--target sm_90 ...] [--out FILE]
+    python -m benchmarks.compiled [--target sm_90 ...] [--out FILE]
 
 Each kernel is compiled for each chip with the tile sizes of its table: attention with RoPE where
 its kernel exists with and without; heads of 96, which run in the tiles of 80, are left out. The
@@ -19,17 +19,13 @@ from pathlib import Path
 import torch
 import triton
 
+from benchmarks.case import RESULTS
+from benchmarks.compiled import attention_jobs, jobs
+from benchmarks.compiled.compiler import TARGETS, CompiledKernel, compile_kernel, exps_beside_wgmma
 from hrvlm.files import write_text
 from hrvlm_kernels.triton_kernels.tilings import Tiling
-from tests.kernels import shipped, shipped_attention
-from tests.kernels.compile_checks import (
-    TARGETS,
-    CompiledKernel,
-    compile_kernel,
-    exps_beside_wgmma,
-)
 
-OUT = Path(__file__).parent / "results" / "static_report.md"
+OUT = RESULTS / "static_report.md"
 COLUMNS = (
     "kernel",
     "registers",
@@ -93,11 +89,11 @@ def variant_rows() -> Iterator[tuple[str, ...]]:
         )
 
 
-def _variant_job(head_dim: int, order: str, step: int) -> shipped.Job:
+def _variant_job(head_dim: int, order: str, step: int) -> jobs.Job:
     if order == "gluon":
-        return shipped_attention.gluon_job(head_dim, torch.bfloat16, step)
+        return attention_jobs.gluon_job(head_dim, torch.bfloat16, step)
     tiling = Tiling(128, step, 8, 3 if order == "ahead" else 2, order)
-    return shipped_attention.forward_job(head_dim, torch.bfloat16, tiling)
+    return attention_jobs.forward_job(head_dim, torch.bfloat16, tiling)
 
 
 def variant_section(rows: Iterable[tuple[str, ...]]) -> list[str]:
@@ -120,8 +116,8 @@ def variant_section(rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 def rows_of(target: str) -> Iterator[tuple[str, ...]]:
     """A row of the table for each kernel and configuration of `target`."""
-    attention = (shipped_attention.distinct_jobs(target, d) for d in (32, 64, 80, 128))
-    for job in (*shipped.jobs(target), *chain.from_iterable(attention)):
+    attention = (attention_jobs.distinct_jobs(target, d) for d in (32, 64, 80, 128))
+    for job in (*jobs.jobs(target), *chain.from_iterable(attention)):
         built = compile_kernel(job.kernel, job.signature, job.constants, target, **job.options)
         yield (
             job.name,
@@ -134,7 +130,7 @@ def rows_of(target: str) -> Iterator[tuple[str, ...]]:
         )
 
 
-def per_score(job: shipped.Job, built: CompiledKernel) -> str:
+def per_score(job: jobs.Job, built: CompiledKernel) -> str:
     """Instructions of the inner loop for each score that a thread computes in it."""
     if not built.loop_instructions or not job.name.startswith("varlen_attention"):
         return "-"
@@ -147,14 +143,16 @@ def per_score(job: shipped.Job, built: CompiledKernel) -> str:
 
 def main() -> None:
     """Compile everything and write the table, complete or not at all."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compiled", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     lines = [
         "# Shipped kernels, compiled without a GPU",
         "",
-        f"`python -m benchmarks.static_report --target {' '.join(args.target)}` with torch "
+        f"`python -m benchmarks.compiled --target {' '.join(args.target)}` with torch "
         f"{torch.__version__}, Triton {triton.__version__}. Registers are per thread, spills in "
         "bytes (NVIDIA) or registers (AMD). Nothing here is a measurement of speed.",
     ]

@@ -1,15 +1,15 @@
-"""varlen_attention's kernels as they are shipped, to compile; companion of shipped.py."""
+"""varlen_attention's kernels as they are shipped, to compile; companion of jobs.py."""
 
 from functools import partial
 
 import torch
 
+from benchmarks.compiled.jobs import NAMES, Job, of_row
 from hrvlm_kernels.packed_grids import SHORT_SEQLEN
 from hrvlm_kernels.triton_kernels import varlen_attention as forward
 from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
 from hrvlm_kernels.triton_kernels import varlen_attention_short as short
 from hrvlm_kernels.triton_kernels.tilings import Tiling, table_head_dim
-from tests.kernels.shipped import NAMES, Job, of_row
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 _HEADS = 16
@@ -36,9 +36,9 @@ def distinct_jobs(target, head_dim):
     """
     wide = head_dim == 128
     dtypes = (torch.bfloat16, torch.float32) if wide else (torch.bfloat16,)
-    jobs = list(attention_jobs(target, head_dims=[head_dim], dtypes=dtypes))
-    rotated = {job.name.replace(" rope", "") for job in jobs if " rope " in job.name}
-    for job in jobs:
+    every = list(attention_jobs(target, head_dims=[head_dim], dtypes=dtypes))
+    rotated = {job.name.replace(" rope", "") for job in every if " rope " in job.name}
+    for job in every:
         if job.name not in rotated and (head_dim == 64 or " delta " not in job.name):
             yield job
 
@@ -73,6 +73,7 @@ def _row(target, head_dim, dtype):
 
 
 def forward_job(head_dim, dtype, tiling, rope=False, *, group=1, skip=0):
+    """The forward; `skip`: segments up to that length are left to another kernel."""
     signature, constants = _common("qkvo", head_dim, dtype, tiling, rope, group)
     ahead = tiling.order == "ahead"
     constants |= {"BM": tiling.rows, "BN": tiling.step, "AHEAD": ahead}
@@ -105,6 +106,7 @@ def gluon_job(head_dim, dtype, step, *, buffers=2, group=1):
 
 
 def short_job(head_dim, dtype, tiling, *, group=1):
+    """The forward of short images with RoPE."""
     signature, constants = _common("qkvo", head_dim, dtype, tiling, True, group)
     constants |= {"BM": tiling.rows, "BN": tiling.step}
     signature["segments"] = "*i32:16"
@@ -117,6 +119,7 @@ def short_job(head_dim, dtype, tiling, *, group=1):
 
 
 def dq_job(head_dim, dtype, tiling, rope=False, *, group=1, delta_only=False):
+    """dq, or with `delta_only` the row sums alone, which go before atomics."""
     names = ["q", "k", "v", "o", "g", "dq"]
     signature, constants = _common(names, head_dim, dtype, tiling, rope, group)
     constants |= {"BM": tiling.rows, "BN": tiling.step, "DELTA_ONLY": delta_only}
@@ -127,6 +130,7 @@ def dq_job(head_dim, dtype, tiling, rope=False, *, group=1, delta_only=False):
 
 
 def dkdv_job(head_dim, dtype, tiling, rope=False, *, group=1, atomic=False):
+    """Dk and dv; `atomic` adds dq to memory too."""
     names = ["q", "k", "v", "g", "dq", "dk", "dv"]
     signature, constants = _common(names, head_dim, dtype, tiling, rope, group)
     constants |= {"BM": tiling.step, "BN": tiling.rows, "ATOMIC": atomic}

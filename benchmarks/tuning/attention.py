@@ -1,4 +1,4 @@
-"""What ``python -m benchmarks.tune`` tunes of varlen_attention; see tune_row.py."""
+"""What ``python -m benchmarks.tuning`` tunes of varlen_attention; see rows.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.tune_row import (
+from benchmarks.compiled import attention_jobs
+from benchmarks.tuning.rows import (
     HEADS,
     TOKENS,
     Call,
@@ -21,7 +22,6 @@ from benchmarks.tune_row import (
 from hrvlm_kernels import varlen_attention
 from hrvlm_kernels.packed_grids import SHORT_SEQLEN
 from hrvlm_kernels.triton_kernels.tilings import Tiling
-from tests.kernels import shipped_attention
 from tests.kernels.attention_cases import check_kernel, make_case
 
 SIZES = (201, 2309, 4101)  # tokens of an image of 224, 768 and 1024 px
@@ -111,24 +111,24 @@ def _attention_case(key: Key, n: int, device: str, rope: bool) -> Any:
 ATTENTION_OPS = {
     "forward": TunedOp(
         "FORWARD", attention_keys, _forward_candidates, _attention_gate(False, True),
-        _forward_calls, attention_job(shipped_attention.forward_job),
+        _forward_calls, attention_job(attention_jobs.forward_job),
     ),
     "short": TunedOp(
         "SHORT", _16_bit_keys((32, 64, 128)), _short_candidates, _attention_gate(True, True),
         lambda key, device: _forward_calls(key, device, rope=True),
-        attention_job(shipped_attention.short_job),
+        attention_job(attention_jobs.short_job),
     ),
     "dq": TunedOp(
         "DQ", attention_keys, _backward_candidates, _attention_gate(False, True),
-        _backward_calls, attention_job(shipped_attention.dq_job),
+        _backward_calls, attention_job(attention_jobs.dq_job),
     ),
     "dkdv": TunedOp(
         "DKDV", attention_keys, _backward_candidates, _attention_gate(False, True),
-        _backward_calls, attention_job(shipped_attention.dkdv_job),
+        _backward_calls, attention_job(attention_jobs.dkdv_job),
     ),
     "atomic": TunedOp(
         "ATOMIC", _16_bit_keys((32, 64)), _backward_candidates, _attention_gate(False, False),
         lambda key, device: _backward_calls(key, device, deterministic=False),
-        attention_job(shipped_attention.dkdv_job, atomic=True),
+        attention_job(attention_jobs.dkdv_job, atomic=True),
     ),
 }  # fmt: skip

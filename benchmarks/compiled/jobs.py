@@ -51,6 +51,7 @@ def rope_jobs(target, *, head_dims=(32, 64, 128), dtypes=(torch.bfloat16, torch.
 
 
 def rope_job(head_dim, dtype, config, *, heads=16):
+    """Q and k are slices of a packed qkv."""
     pointer = f"*{NAMES[dtype]}:16"
     signature = dict.fromkeys(("q", "k", "q_out", "k_out"), pointer)
     signature |= {"coords": "*fp32:16", "inv_freq": "*fp32:16", "T": "i32"}
@@ -82,6 +83,7 @@ def pixel_shuffle_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
 def pixel_shuffle_job(
     part, dtype, config, *, channels=1024, factor=4, precision="ieee", split=False
 ):
+    """The forward, "dx" or "dweight"; `split` is a part of a sum."""
     pointer, index = f"*{NAMES[dtype]}:16", {"index": "*i32:16"}
     out = "*fp32:16" if split else pointer
     tiling = shuffle.tile_arguments(config)
@@ -124,6 +126,7 @@ def layer_norm_jobs(target, *, widths=(384, 1024, 4096), dtype=torch.bfloat16):
 
 
 def layer_norm_job(width, dtype, config, backward):
+    """Forward or backward of layer_norm_pixel_shuffle, factor 4, weights in float32."""
     pointer = f"*{NAMES[dtype]}:16"
     signature = {
         "x": pointer,
@@ -163,6 +166,7 @@ def residual_jobs(target, *, widths=(384, 1024, 4096), dtype=torch.bfloat16):
 
 
 def residual_job(width, dtype, config, backward):
+    """Forward or backward of residual_layer_norm, weights in float32."""
     pointer = f"*{NAMES[dtype]}:16"
     names = ["g", "h", "out", "update", "dx", "dupdate"] if backward else ["x", "update"]
     signature = dict.fromkeys(names, pointer) | {"T": "i32", "eps": "fp32"}
@@ -193,6 +197,7 @@ def swiglu_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
 
 
 def swiglu_job(dtype, config, backward):
+    """Forward or backward; gate and up may be halves of one product."""
     names = ("g", "gate", "up", "dgate", "dup") if backward else ("gate", "up", "out")
     strided = "ygu" if backward else "gu"
     signature = dict.fromkeys(names, f"*{NAMES[dtype]}:16") | {"F": "i32:16"}
@@ -213,6 +218,7 @@ def patchify_jobs(target, *, patch_sizes=(16, 14), dtypes=(torch.bfloat16, torch
 
 
 def patchify_job(dtype, config, patch_size=16):
+    """Images of bytes, one launch for each size."""
     aligned = ":16" if patch_size == 16 else ""  # 14 divides sides that 16 does not
     signature = {"image": "*u8:16", "out": f"*{NAMES[dtype]}:16", "hp": "i32", "wp": "i32"}
     signature |= {f"{name}_{c}": "fp32" for name in ("scale", "shift") for c in range(3)}

@@ -1,6 +1,6 @@
-"""What ``python -m benchmarks.tune`` tunes: each op's table, candidates, gate and timed calls.
+"""What ``python -m benchmarks.tuning`` tunes: each op's table, candidates, gate and timed calls.
 
-The parts of an entry stand in tune_row.py, those of varlen_attention in tune_attention.py.
+The parts of an entry stand in rows.py, those of varlen_attention in attention.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
-from benchmarks.tune_attention import ATTENTION_OPS
-from benchmarks.tune_row import (
+from benchmarks.compiled import jobs
+from benchmarks.tuning.attention import ATTENTION_OPS
+from benchmarks.tuning.rows import (
     HEADS,
     TOKENS,
     Call,
@@ -39,7 +40,6 @@ from hrvlm_kernels.ops.swiglu import swiglu
 from hrvlm_kernels.triton_kernels import tile_tables
 from hrvlm_kernels.triton_kernels.launch import multiprocessors
 from hrvlm_kernels.triton_kernels.tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig
-from tests.kernels import shipped
 
 CHANNELS = 1024
 _FACTOR = 4
@@ -242,33 +242,33 @@ def _norm_op(table: str, backward: bool) -> TunedOp:
         _norm_candidates,
         _norm_gate,
         lambda key, device: _norm_calls(key, device, backward=backward),
-        lambda key, config: shipped.layer_norm_job(key[1], torch.bfloat16, config, backward),
+        lambda key, config: jobs.layer_norm_job(key[1], torch.bfloat16, config, backward),
     )
 
 
 OPS = ATTENTION_OPS | {
     "gemm": TunedOp(
         "GEMM", _size_keys, _gemm_candidates, _gemm_gate, _gemm_calls,
-        lambda key, config: shipped.pixel_shuffle_job("forward", dtype_of(key), config),
+        lambda key, config: jobs.pixel_shuffle_job("forward", dtype_of(key), config),
     ),
     "gemm_parts": TunedOp(
         "GEMM_PARTS", _size_keys, _gemm_parts_candidates, _gemm_gate, _gemm_parts_calls,
-        lambda key, config: shipped.pixel_shuffle_job(
+        lambda key, config: jobs.pixel_shuffle_job(
             "forward", dtype_of(key), config, split=True
         ),
     ),
     "rope": TunedOp(
         "ROPE", attention_keys, _rope_candidates, _rope_gate, _rope_calls,
-        attention_job(shipped.rope_job),
+        attention_job(jobs.rope_job),
     ),
     "norm_forward": _norm_op("NORM_FORWARD", False),
     "norm_backward": _norm_op("NORM_BACKWARD", True),
     "swiglu": TunedOp(
         "SWIGLU", _size_keys, _block_candidates, _swiglu_gate, _swiglu_calls,
-        lambda key, config: shipped.swiglu_job(dtype_of(key), config, backward=True),
+        lambda key, config: jobs.swiglu_job(dtype_of(key), config, backward=True),
     ),
     "patchify": TunedOp(
         "PATCHIFY", _size_keys, _block_candidates, _patchify_gate, _patchify_calls,
-        lambda key, config: shipped.patchify_job(dtype_of(key), config),
+        lambda key, config: jobs.patchify_job(dtype_of(key), config),
     ),
 }  # fmt: skip

@@ -15,13 +15,13 @@ Table = dict[tuple[Any, ...], tuple[Any, ...]]
 Spills = dict[tuple[int, int], dict[tuple[Any, ...], tuple[Any, ...]]]
 
 _HEADER = '''\
-"""Tile sizes of the kernels, by chip: data only, written by ``python -m benchmarks.tune``.
+"""Tile sizes of the kernels, by chip: data only, written by ``python -m benchmarks.tuning``.
 
 Each row holds the tile sizes to use, then those for when they do not fit the chip. CHOSEN_BY names
 the GPU that decided, or says "compiled": chosen by reading compiled code (no spills, asynchronous
 tensor cores), not yet measured on a GPU. It also names the Triton that compiled. Another one lays
 out registers anew: SPILLS has, for every release that all rows were compiled with, the tiles that
-spill (``python -m benchmarks.spills``). There the next ones of their row are used.
+spill (``python -m benchmarks.tuning.spills``). There the next ones of their row are used.
 """
 
 from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Tiling

@@ -1,7 +1,7 @@
 """Turn the result files into docs/benchmarks.md, its plots, and the README's table.
 
-    python -m benchmarks.report
-    python -m benchmarks.report --add DIR    # first take over the files of a run made elsewhere
+    python -m benchmarks.reporting
+    python -m benchmarks.reporting --add DIR    # first take over the files of a run made elsewhere
 
 Of each suite and device the newest file is taken. A file that is added to one of the same name
 (suite, device, versions, commit) replaces the cases that both have and keeps the others, so that a
@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, scaling, tables
 from benchmarks.case import RESULTS
+from benchmarks.reporting import plots, scaling, tables
 from benchmarks.suite import SCHEMA
 from hrvlm.files import write_text
 
-ROOT = Path(__file__).parents[1]
-START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+ROOT = Path(__file__).parents[2]
 GPU_SUITES = {
     "encoder": "The encoder",
     "varlen_attention": "varlen_attention",
@@ -41,7 +40,7 @@ CPU_SUITES = {
 
 INTRODUCTION = """# Benchmarks
 
-Written by `python -m benchmarks.report` from the files in `benchmarks/results/`; nothing here is
+Written by `python -m benchmarks.reporting` from the files in `benchmarks/results/`; nothing here is
 typed by hand.
 
 - A number of an op or of the encoder stands here only if it passed its check against float64
@@ -59,12 +58,12 @@ typed by hand.
 # needs a GPU for all but the suites cpu_encoder, processing and training
 python -m pytest benchmarks           # about six minutes: what there is no time for is left out
 python -m pytest benchmarks --full    # all models, sizes and peers, max-autotune: an hour or more
-python -m benchmarks.report           # this page, its plots and the README's table
+python -m benchmarks.reporting           # this page, its plots and the README's table
 hrvlm bench                           # a short comparison on the machine at hand
 ```
 
 The *mixed draw* is 64 images with longer sides of 224 to 1024 px and aspect ratios from 1:4 to 4:1
-(`benchmarks/mixed_sizes.py`): 63 669 tokens, of which the longest image has 3 909, so a batch
+(`benchmarks/case.py`): 63 669 tokens, of which the longest image has 3 909, so a batch
 padded to it would be 25 % full."""
 
 
@@ -167,22 +166,11 @@ def readme_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"All numbers, how they were taken, and plots: {link}."])
 
 
-def fill(text: str, table: str, start: str = START, end: str = END) -> str:
-    """`text` with the table between the two markers.
-
-    Raises:
-        ValueError: a marker is missing, occurs twice, or they are in the wrong order.
-    """
-    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise ValueError(f"expected one line {start} and, after it, one line {end}")
-    head, rest = text.split(start)
-    _, tail = rest.split(end)
-    return f"{head}{start}\n{table}\n{end}{tail}"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page, the plots and, where it has the markers, the README's table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reporting", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--add", type=Path, metavar="DIR", help="take over its result files first")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
@@ -200,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_text(args.docs / "benchmarks.md", page(results, charts))
     try:
         write_text(
-            args.readme, fill(args.readme.read_text(encoding="utf-8"), readme_table(results))
+            args.readme, tables.fill(args.readme.read_text(encoding="utf-8"), readme_table(results))
         )
     except ValueError as error:
         print(f"{args.readme}: not filled in: {error}", file=sys.stderr)

@@ -1,14 +1,14 @@
 """Mutated image files, by the hundred thousand: what reading each one costs (`make fuzz-images`).
 
 A case is made from a small file of some format by its number and the seed alone, so a find can be
-made again: `python -m benchmarks.image_fuzz --show 12345`. Cases run one after the other in a child
-process, which measures the CPU time of all its threads and the peak of its resident memory. A case
-fails if `load_image`
+made again: `python -m benchmarks.images.fuzz --show 12345`. Cases run one after the other in a
+child process, which measures the CPU time of all its threads and the peak of its resident memory.
+A case fails if `load_image`
 
 - takes more than 8 bytes for each pixel of the first frame and 100 MB, or 3 CPU seconds
 - raises anything but ImageError, or ends the process
 
-The cases are small or fail early; `benchmarks/image_limits.py` measures the largest files.
+The cases are small or fail early; `benchmarks/images/limits.py` measures the largest files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from PIL import Image, features
 from hrvlm.images.formats import ImageError, read_header
 from hrvlm.images.intake import MAX_PIXELS, load_image
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BYTES_PER_PIXEL, SPARE_BYTES, CPU_SECONDS, WALL_SECONDS = 8, 100e6, 3, 60
 WIDTH, HEIGHT = 37, 29  # found again in the files, to be changed
 _UNREAD = ("TGA", "PCX", "SGI", "ICO", "DDS", "DIB", "QOI", "ICNS", "EPS", "IM", "SPIDER")
@@ -330,7 +330,7 @@ def supervise(seed: int, start: int, stop: int) -> dict[str, Any]:
         with tempfile.NamedTemporaryFile() as progress:
             code = (
                 "import json, sys, warnings; warnings.simplefilter('ignore')\n"
-                "from benchmarks.image_fuzz import run_cases\n"
+                "from benchmarks.images.fuzz import run_cases\n"
                 "print(json.dumps(run_cases(*map(int, sys.argv[1:4]), int(sys.argv[4]))))"
             )
             child = subprocess.run(
@@ -418,7 +418,7 @@ def main() -> None:
             done += last - first
             print(f"{done} cases, {len(failures)} failures", flush=True)
     result = {
-        "command": "python -m benchmarks.image_fuzz " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.images.fuzz " + " ".join(sys.argv[1:]),
         "seed": options.seed,
         "cases": done,
         **environment(),

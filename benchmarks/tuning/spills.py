@@ -1,6 +1,6 @@
 """Which tiles of the tile tables spill with the Triton at hand.
 
-    python -m benchmarks.spills [--target sm_90 ...] [--out FILE]
+    python -m benchmarks.tuning.spills [--target sm_90 ...] [--out FILE]
 
 Compiles the kernels with the tiles of every row, as they are shipped, for chips that need not be
 there, and writes this Triton's entry of SPILLS in triton_kernels/tile_tables.py: there the
@@ -20,11 +20,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tile_table_file
+from benchmarks.compiled import attention_jobs, jobs
+from benchmarks.compiled.compiler import TARGETS, assert_clean, compile_kernel
+from benchmarks.tuning import table_file
 from hrvlm_kernels.triton_kernels import tile_tables
 from hrvlm_kernels.triton_kernels.launch import triton_release
-from tests.kernels import shipped, shipped_attention
-from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
 
 OPTIONAL = ("SHORT", "ATOMIC", "GEMM_PARTS")  # what has no row there runs in another way
 
@@ -42,7 +42,7 @@ def all_tiles() -> Iterator[None]:
         tile_tables.SPILLS.update(before)
 
 
-def trouble(job: shipped.Job, target: str) -> str | None:
+def trouble(job: jobs.Job, target: str) -> str | None:
     """Why other tiles are better with this Triton."""
     built = compile_kernel(job.kernel, job.signature, job.constants, target, **job.options)
     try:
@@ -55,10 +55,10 @@ def trouble(job: shipped.Job, target: str) -> str | None:
 def spilling(target: str) -> dict[Row, tuple[Any, ...]]:
     """The tiles not to be used on a chip, by (table, *row)."""
     with all_tiles():
-        attention = (shipped_attention.distinct_jobs(target, d) for d in (32, 64, 80, 128))
-        jobs = [job for job in chain(shipped.jobs(target), *attention) if job.row]
+        attention = (attention_jobs.distinct_jobs(target, d) for d in (32, 64, 80, 128))
+        in_tables = [job for job in chain(jobs.jobs(target), *attention) if job.row]
     found: dict[Row, tuple[Any, ...]] = {}
-    for job in jobs:
+    for job in in_tables:
         others = found.get(job.row, ())
         if job.tiles not in others and (why := trouble(job, target)):
             print(f"{job.row}: {job.name}: {why}", flush=True)
@@ -68,7 +68,7 @@ def spilling(target: str) -> dict[Row, tuple[Any, ...]]:
 
 def stuck(rows: dict[Row, tuple[Any, ...]]) -> list[Row]:
     """Those of the rows that would have no tiles left that run on any tensors."""
-    tables = tile_table_file.tables()
+    tables = table_file.tables()
 
     def left(row: Row) -> list[Any]:
         configs = tables[row[0]].get(row[1:], ())
@@ -82,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, tell, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--out", type=Path, default=tile_table_file.PATH)
+    parser.add_argument("--out", type=Path, default=table_file.PATH)
     args = parser.parse_args(arguments)
-    spills = tile_table_file.spills()
+    spills = table_file.spills()
     rows = spills.setdefault(triton_release(), {})
     for target in args.target:
         for row in [row for row in rows if row[1] == target]:
@@ -94,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"spills: {row} would have no tiles that always run", file=sys.stderr)
     if stuck(rows):
         return 1
-    tables, chosen = tile_table_file.tables(), tile_table_file.chosen_by()
-    tile_table_file.replace(tables, chosen, spills, args.out)
+    tables, chosen = table_file.tables(), table_file.chosen_by()
+    table_file.replace(tables, chosen, spills, args.out)
     return 0
 
 

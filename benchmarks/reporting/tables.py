@@ -6,13 +6,14 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks import scaling
 from benchmarks.case import OURS
+from benchmarks.reporting import scaling
 from benchmarks.suite import slug
 from hrvlm.commands.tables import quantity
 
 Result = dict[str, Any]
 NOT_YET = "not yet measured on a GPU"
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
 
 def suite_section(result: Result, charts: dict[str, str]) -> list[str]:
@@ -309,3 +310,16 @@ def seed_table(head: str, shares: Mapping[str, Mapping[int, float]]) -> str:
     for name, row in shares.items():
         lines.append(f"| {name} | " + " | ".join(f"{row[seed]:.1%}" for seed in seeds) + " |")
     return "\n".join(lines)
+
+
+def fill(text: str, table: str, start: str = START, end: str = END) -> str:
+    """`text` with the table between the two markers.
+
+    Raises:
+        ValueError: a marker is missing, occurs twice, or they are in the wrong order.
+    """
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"expected one line {start} and, after it, one line {end}")
+    head, rest = text.split(start)
+    _, tail = rest.split(end)
+    return f"{head}{start}\n{table}\n{end}{tail}"

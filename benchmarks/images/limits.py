@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile
 
-from benchmarks.image_fuzz import ROOT, broken_rule, environment, measure
+from benchmarks.images.fuzz import ROOT, broken_rule, environment, measure
 from hrvlm.images.formats import ImageError, read_header
 from hrvlm.images.intake import MAX_PIXELS
 
@@ -181,7 +181,7 @@ def main() -> None:
             file.flush()
             size = len(data)
             del data
-            command = [sys.executable, "-m", "benchmarks.image_limits", "--measure", file.name]
+            command = [sys.executable, "-m", "benchmarks.images.limits", "--measure", file.name]
             found = json.loads(
                 subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
             )

@@ -1,7 +1,7 @@
 """Choose the tile sizes of the kernels by timing them on this GPU.
 
-    python -m benchmarks.tune [--op forward ...] [--head-dim 64 ...] [--bytes 2]
-    python -m benchmarks.tune --dry-run [--chip sm_90] ...
+    python -m benchmarks.tuning [--op forward ...] [--head-dim 64 ...] [--bytes 2]
+    python -m benchmarks.tuning --dry-run [--chip sm_90] ...
 
 For every row of triton_kernels/tile_tables.py that belongs to this chip, each candidate has
 to pass the op's test against float64 first, in a process of its own: one that hangs or breaks the
@@ -35,18 +35,29 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from benchmarks import tile_table_file
 from benchmarks.case import RESULTS, Settings
-from benchmarks.isolation import Worker
+from benchmarks.compiled.compiler import TARGETS, assert_clean, compile_kernel
 from benchmarks.suite import SuiteRun
-from benchmarks.tile_table_file import Table
-from benchmarks.tune_ops import OPS, trouble
-from benchmarks.tune_results import MISSING, RowResult, earlier, replaced, short
-from benchmarks.tune_row import Call, Key, TunedOp, candidates_of, reason, row
+from benchmarks.tuning import table_file
+from benchmarks.tuning.ops import OPS, trouble
+from benchmarks.tuning.rows import (
+    MISSING,
+    Call,
+    Key,
+    RowResult,
+    TunedOp,
+    candidates_of,
+    earlier,
+    reason,
+    replaced,
+    row,
+    short,
+)
+from benchmarks.tuning.table_file import Table
+from benchmarks.tuning.worker import Worker
 from hrvlm.machine import device_name
 from hrvlm.measuring.timing import Timing, take_turns
 from hrvlm_kernels.triton_kernels.launch import architecture, triton_release
-from tests.kernels.compile_checks import TARGETS, assert_clean, compile_kernel
 
 TIMEOUT_S = 180  # for a candidate: compiled, tested, and run once as it will be timed
 ROUNDS_S = 2.0  # of the candidates of a row together, for each call
@@ -57,14 +68,14 @@ Selection = Iterator[tuple[str, TunedOp, Key]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks.tuning", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--head-dim", nargs="+", type=int, help="of attention and RoPE; or C")
     parser.add_argument("--bytes", nargs="+", type=int, choices=(2, 4), help="of an element")
     parser.add_argument("--dry-run", action="store_true", help="compile the candidates only")
     parser.add_argument("--chip", choices=TARGETS, help="of a dry run; default: this GPU's")
-    parser.add_argument("--out", type=Path, default=tile_table_file.PATH, help="the tables' file")
+    parser.add_argument("--out", type=Path, default=table_file.PATH, help="the tables' file")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the JSON file")
     parser.add_argument("--commit", help="commit to name in it, where there is no git")
     args = parser.parse_args(arguments)
@@ -137,8 +148,8 @@ def compiled(op: TunedOp, key: Key, config: Any, chip: str) -> tuple[str, str]:
 def tune(rows: Sequence[tuple[str, TunedOp, Key]], chip: str, out: Path, settings: Settings) -> int:
     """Time the candidates, writing the tables row by row; 1 if a row has none that works."""
     device = settings.device
-    tables, failed = tile_table_file.tables(), False
-    chosen, spilling = tile_table_file.chosen_by(), tile_table_file.spills()
+    tables, failed = table_file.tables(), False
+    chosen, spilling = table_file.chosen_by(), table_file.spills()
     chosen[chip] = f"{device_name(device)}, torch {torch.__version__}, Triton {triton.__version__}"
     run = SuiteRun("tune", settings, budget_s=math.inf)
     run.cases = earlier(run.path)
@@ -155,7 +166,7 @@ def tune(rows: Sequence[tuple[str, TunedOp, Key]], chip: str, out: Path, setting
                 print(line, flush=True)
             put(tables[op.table], key, found.best)
             spilling.get(triton_release(), {}).pop((op.table, *key), None)  # measured is better
-            tile_table_file.replace(tables, chosen, spilling, out)
+            table_file.replace(tables, chosen, spilling, out)
     return int(failed)
 
 
