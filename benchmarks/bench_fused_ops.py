@@ -1,4 +1,4 @@
-"""The kernels around the products against ATen, and what the encoder gains by them.
+"""The kernels around the products against ATen.
 
     python -m pytest benchmarks/bench_fused_ops.py
 
@@ -10,7 +10,6 @@ graph of one forward. Shapes are those of one layer on images of 768 px.
     swiglu               silu(gate) * up; gate and up are products of their own, or ("halves of one
                          product") the two halves of one
     normalize_patchify   uint8 images to normalised patches, as a batch or a list of mixed sizes
-    in the encoder       the whole encoder with and without the first two; it uses neither by itself
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import bench_encoder, encoder_peers
-from benchmarks.bench_encoder import FORWARD, TRAINING
 from benchmarks.case import (
     MIXED_GRIDS,
     OURS,
@@ -35,8 +32,7 @@ from benchmarks.case import (
     Run,
     Settings,
 )
-from benchmarks.encoder_models import Grids, Models
-from benchmarks.encoder_peers import Encode, MakeEncode
+from benchmarks.encoder_models import Grids
 from hrvlm.images.patches import pack_images, patchify
 from hrvlm.images.processor import IMAGENET
 from hrvlm_kernels import normalize_patchify, reference
@@ -94,7 +90,7 @@ TOKENS_768 = 2309
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """The ops, then the encoder."""
+    """The ops, one after the other."""
     dtype = torch.bfloat16 if settings.device.type == "cuda" else torch.float32
     for name in ELEMENTWISE:
         for direction in (ALONE, BACKWARD):
@@ -121,8 +117,6 @@ def cases(settings: Settings) -> Iterator[Case]:
                     full_only=full_only,
                 )
     yield from _patchify_cases(settings, dtype)
-    for job in _small_jobs() if settings.small else _encoder_jobs():
-        yield bench_encoder.make_case(settings, job)
 
 
 def _preparer(
@@ -251,50 +245,6 @@ def _patchify_preparer(
         return Prepared(rivals, eager)
 
     return prepare
-
-
-def fused(*ops: str) -> MakeEncode:
-    """Our encoder with some of its fused ops, on a batch."""
-
-    def build(models: Models, grids: Grids) -> Encode:
-        batch, ours = torch.stack(models.images(grids)), models.ours
-
-        def features() -> Tensor:
-            ours._fuse(*ops)
-            try:
-                return ours(batch).last_hidden_state.flatten(0, 1)
-            finally:
-                ours._fuse()
-
-        return Encode(ours, features)
-
-    return build
-
-
-RESIDUAL = {"hrvlm with residual_layer_norm": fused("residual_layer_norm")}
-GATED = {
-    "hrvlm with swiglu": fused("swiglu"),
-    "hrvlm with both": fused("residual_layer_norm", "swiglu"),
-}
-
-
-def _encoder_jobs() -> Iterator[bench_encoder.Job]:
-    for model, peers in (("L", RESIDUAL), ("H+", RESIDUAL | GATED)):
-        for direction in (FORWARD, TRAINING):
-            yield _job(bench_encoder._uniform(model, direction, 48, peers))
-
-
-def _small_jobs() -> Iterator[bench_encoder.Job]:
-    peers = RESIDUAL | GATED
-    for direction in (FORWARD, TRAINING):
-        yield _job(bench_encoder.Job("S", direction, "32 px", direction, [(2, 2)] * 3, peers))
-
-
-def _job(job: bench_encoder.Job) -> bench_encoder.Job:
-    """In a group of its own, the expected features being those of transformers."""
-    name = "transformers, sdpa"
-    peers = {name: encoder_peers.UNIFORM[name]} | job.peers
-    return job._replace(group=f"in the encoder, {job.direction}", peers=peers)
 
 
 def bench_fused_ops(run_case, case):

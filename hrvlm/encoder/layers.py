@@ -8,7 +8,7 @@ Parameters have the names of transformers' DINOv3ViTModel, except that q, k and 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, cast
 
@@ -19,15 +19,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hrvlm_kernels import PackedGrids, rope_2d, varlen_attention
-from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
+from hrvlm_kernels.backends import choose_backend
+from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH, residual_layer_norm
 from hrvlm_kernels.ops.swiglu import swiglu
 
 from ..checkpoints.differences import natural_order
 from .plain_modules import input_dtype, is_plain
 
-# What a block can run in fewer passes over memory: its first residual connection with the norm
-# behind it, and the gate of its MLP. None is on until it is faster on a GPU.
-FUSED_OPS = ("residual_layer_norm", "swiglu")
+_SILU = {type(ACT2FN[name]) for name in ("silu", "swish")}  # a class of transformers and torch's
 _SEPARATE_BIAS = re.compile(r"attention\.([qkv])_proj\.bias$")
 
 
@@ -192,13 +191,13 @@ class DINOv3MLP(nn.Module):
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.is_swiglu = config.use_gated_mlp and config.hidden_act in ("silu", "swish")
 
-    def forward(self, x: Tensor, backend: str = "auto", fused: Set[str] = frozenset()) -> Tensor:
+    def forward(self, x: Tensor, backend: str = "auto") -> Tensor:
         """``[T, C]`` to ``[T, C]``."""
         if self.gate_proj is None:
             return self.down_proj(self.act_fn(self.up_proj(x)))
-        if self.is_swiglu and "swiglu" in fused:
+        plain = type(self.act_fn) in _SILU and is_plain(self.act_fn, type(self.act_fn))
+        if plain and choose_backend("swiglu", backend, x) == "triton":
             return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=backend))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
@@ -236,10 +235,9 @@ class DINOv3Layer(GradientCheckpointingLayer):
         packed: PackedGrids,
         backend: str = "auto",
         drop_path: bool = False,
-        fused: Set[str] = frozenset(),
         prefix_attention: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Packed tokens ``[T, C]`` to ``[T, C]``; `fused` is some of :data:`FUSED_OPS`.
+        """Packed tokens ``[T, C]`` to ``[T, C]``.
 
         With `prefix_attention` also the weights ``[P, heads, T]`` of :class:`DINOv3Attention`.
         """
@@ -247,27 +245,24 @@ class DINOv3Layer(GradientCheckpointingLayer):
         update = self.attention(self.norm1(x), packed, backend, prefix_attention)
         if prefix_attention:
             update, weights = update
-        update = drop(update, packed)
-        if "residual_layer_norm" in fused and not drop_path and self._is_plain_between():
-            x, normed = self._scale_and_norm(x, update, backend)
-        else:
-            x = self.layer_scale1(x, update)
-            normed = self.norm2(x)
+        x, normed = self._scale_and_norm(x, drop(update, packed), backend)
         del update  # a [T, C] that the MLP, where memory peaks, would carry along
-        x = self.layer_scale2(x, drop(self.mlp(normed, backend, fused), packed))
+        x = self.layer_scale2(x, drop(self.mlp(normed, backend), packed))
         return (x, weights) if prefix_attention else x
 
-    def _is_plain_between(self) -> bool:
-        return is_plain(self.layer_scale1, LayerScale) and is_plain(self.norm2, nn.LayerNorm)
-
     def _scale_and_norm(self, x: Tensor, update: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        """The first residual connection and the second norm of it, both in one pass."""
-        scale, norm = self.layer_scale1.lambda1, self.norm2
-        # Under autocast the parameters are wider than the activations, and addcmul promotes.
-        x = x.to(torch.promote_types(x.dtype, scale.dtype))
-        return residual_layer_norm(
-            x, update, scale, norm.weight, norm.bias, norm.eps, backend=backend
-        )
+        """The first residual connection and the second norm of it: in Triton, one pass for both."""
+        scale, norm = self.layer_scale1, self.norm2
+        plain = is_plain(scale, LayerScale) and is_plain(norm, nn.LayerNorm)
+        if plain and x.shape[1] <= MAX_WIDTH:
+            # Under autocast the parameters are wider than the activations, and addcmul promotes.
+            wide = x.to(torch.promote_types(x.dtype, scale.lambda1.dtype))
+            if choose_backend("residual_layer_norm", backend, wide) == "triton":
+                return residual_layer_norm(
+                    wide, update, scale.lambda1, norm.weight, norm.bias, norm.eps, backend=backend
+                )
+        x = scale(x, update)
+        return x, norm(x)
 
     def _drop_path(self, update: Tensor, packed: PackedGrids) -> Tensor:
         """Drop the update of whole images at random (Huang et al. 2016, arXiv 1603.09382)."""

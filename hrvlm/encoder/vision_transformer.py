@@ -26,7 +26,7 @@ from ..checkpoints import mapping
 from ..checkpoints.convert import foreign_base, is_foreign, load_foreign
 from ..checkpoints.strict import StrictModel
 from ..images.patches import pack_images, patchify
-from .layers import FUSED_OPS, DINOv3Embeddings, DINOv3Layer, LayerScale, QKVBias, patch_size_of
+from .layers import DINOv3Embeddings, DINOv3Layer, LayerScale, QKVBias, patch_size_of
 from .output import EncoderOutput, PackedEncoderOutput
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ class DINOv3Encoder(StrictModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DINOv3Layer"]
     _supports_sdpa = True
-    _fused: frozenset[str] = frozenset()
 
     def __init__(
         self, config: DINOv3ViTConfig, *, backend: str | None = None, allow_fp16: bool = False
@@ -173,13 +172,6 @@ class DINOv3Encoder(StrictModel):
         from .cuda_graphs import GraphedEncoder
 
         return GraphedEncoder(self, sizes)
-
-    def _fuse(self, *ops: str) -> DINOv3Encoder:
-        """Run these of FUSED_OPS in every block, and no others; for the benchmarks to compare."""
-        if unknown := set(ops) - set(FUSED_OPS):
-            raise ValueError(f"ops must be some of {FUSED_OPS}, got {sorted(unknown)}")
-        self._fused = frozenset(ops)
-        return self
 
     def train(self, mode: bool = True) -> DINOv3Encoder:
         """Set the training mode; a frozen encoder stays in eval mode."""
@@ -324,7 +316,7 @@ class DINOv3Encoder(StrictModel):
         drop_path = self.training and self.config.drop_path_rate > 0
         states, attentions = ({0: x} if keep_all or 0 in keep else {}), []
         for i, layer in enumerate(cast("Iterable[DINOv3Layer]", self.layer), start=1):
-            x = layer(x, packed, self.backend, drop_path, self._fused, prefix_attentions)
+            x = layer(x, packed, self.backend, drop_path, prefix_attentions)
             if prefix_attentions:
                 x, weights = x
                 attentions.append(weights)

@@ -18,7 +18,7 @@ SUITES = {
     "varlen_attention": 16,
     "rope_2d": 8,
     "pixel_shuffle_linear": 12,
-    "fused_ops": 8,
+    "fused_ops": 6,
     "cpu_encoder": 4,
     "processing": 2,
     "training": 1,

@@ -1,4 +1,4 @@
-"""The encoder with its fused ops, which are off by default: the same features, in fewer passes."""
+"""The ops that make fewer passes of a block, wherever the encoder runs on the kernels."""
 
 import copy
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from hrvlm.encoder import layers
-from hrvlm.encoder.layers import FUSED_OPS
 from hrvlm_kernels import PackedGrids
 from tests.encoder.encoders import pair_of
 from tests.kernels.helpers import CountingBackend, interpreter_only
 from tests.numerics import assert_contraction
 
+FUSED_OPS = ("residual_layer_norm", "swiglu")
 GRIDS = [(2, 3), (1, 1), (4, 1)]
 # What the fused ops stand between.
 NEIGHBOURS = (
@@ -60,64 +60,67 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(
-    "mode", ["training", "autocast", "checkpointing", "drop path", "not gated"]
-)
-def test_on_the_torch_path_nothing_changes_but_the_route(mode, calls):
-    changes = {"drop_path_rate": 0.5} if mode == "drop path" else {}
-    _, encoder = pair_of("vit" if mode == "not gated" else "vit_gated", **changes)
-    encoder.train()
-    if mode == "checkpointing":
-        encoder.gradient_checkpointing_enable()
-    given = inputs_of(encoder)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
-        expected = results_of(encoder, *given)
-        assert calls == []
-        got = results_of(encoder._fuse(*FUSED_OPS), *given)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    wanted = {"drop path": ["swiglu"] * 3, "not gated": ["residual_layer_norm"] * 3}
-    in_order = [*FUSED_OPS] * 3 if mode != "checkpointing" else [*FUSED_OPS] * 6  # run again
-    assert calls == wanted.get(mode, in_order)
+def on(backend, encoder):
+    encoder.backend = backend
+    return encoder
 
 
 @interpreter_only
-def test_the_kernels_err_no_more_than_eager(calls):
-    _, encoder = pair_of("vit_gated", num_hidden_layers=1)
-    given = inputs_of(encoder)
-    encoder.backend = "eager"
-    baseline = results_of(encoder, *given)
-    patches, packed, cotangent = given
+@pytest.mark.parametrize(
+    "mode", ["training", "autocast", "checkpointing", "drop path", "not gated"]
+)
+def test_the_kernels_err_no_more_than_eager(mode, calls):
+    changes = {"drop_path_rate": 0.5} if mode == "drop path" else {}
+    name = "vit" if mode == "not gated" else "vit_gated"
+    _, encoder = pair_of(name, num_hidden_layers=1, **changes)
+    encoder.train()
+    if mode == "checkpointing":
+        encoder.gradient_checkpointing_enable()
+    patches, packed, cotangent = inputs_of(encoder)
     oracle = results_of(
-        copy.deepcopy(encoder).double(), patches.double(), packed, cotangent.double()
+        on("eager", copy.deepcopy(encoder).double()), patches.double(), packed, cotangent.double()
     )
-    encoder.backend = "triton"
-    got = results_of(encoder._fuse(*FUSED_OPS), *given)
-    assert calls == [*FUSED_OPS]
+    encoder.allow_fp16 = True
+    with torch.autocast("cpu", dtype=torch.float16, enabled=mode == "autocast"):
+        baseline = results_of(on("eager", encoder), patches, packed, cotangent)
+        assert calls == []
+        got = results_of(on("triton", encoder), patches, packed, cotangent)
+    in_order = list(FUSED_OPS[:1] if mode == "not gated" else FUSED_OPS)
+    assert calls == (in_order * 2 if mode == "checkpointing" else in_order)  # run again
     for a, exact, plain in zip(got, oracle, baseline, strict=True):
+        assert a.dtype == plain.dtype
         assert_contraction(a, exact, plain)
 
 
-def test_one_graph_for_torch_compile():
+@interpreter_only
+@pytest.mark.parametrize("name", ["layer_scale1", "norm2", "mlp.act_fn"])
+def test_a_module_with_a_hook_is_called(name, calls):
     _, encoder = pair_of("vit_gated", num_hidden_layers=1)
-    encoder._fuse(*FUSED_OPS).requires_grad_(False)
     patches, packed, _ = inputs_of(encoder)
-    backend = CountingBackend()
-    compiled = torch.compile(encoder, fullgraph=True, backend=backend)
+    seen = []
+    module = encoder.layer[0].get_submodule(name)
+    with module.register_forward_hook(lambda *_: seen.append(name)), torch.no_grad():
+        on("triton", encoder)(patches, grids=packed)
+    assert seen == [name]
+    assert calls == (["residual_layer_norm"] if name == "mlp.act_fn" else ["swiglu"])
+
+
+@interpreter_only
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_one_graph_for_torch_compile(backend):
+    _, encoder = pair_of("vit_gated", num_hidden_layers=1)
+    on(backend, encoder).requires_grad_(False)
+    patches, packed, _ = inputs_of(encoder)
+    counting = CountingBackend()
+    compiled = torch.compile(encoder, fullgraph=True, backend=counting)
     expected = encoder(patches, grids=packed).packed_last_hidden_state
     torch.testing.assert_close(compiled(patches, grids=packed).packed_last_hidden_state, expected)
-    assert backend.graphs == 1
-
-
-def test_names_are_checked():
-    _, encoder = pair_of(num_hidden_layers=1)
-    with pytest.raises(ValueError, match=r"some of \('residual_layer_norm', 'swiglu'\)"):
-        encoder._fuse("swigloo")
+    assert counting.graphs == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("ops", [FUSED_OPS[:1], FUSED_OPS[1:], FUSED_OPS], ids="-".join)
-def test_on_a_gpu(ops, dtype):
+def test_on_a_gpu(dtype):
     sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
     _, encoder = pair_of("vit_gated", **sizes)
     with torch.no_grad():  # at the scale of a trained model
@@ -129,12 +132,10 @@ def test_on_a_gpu(ops, dtype):
     patches, packed, cotangent = inputs_of(encoder, grids, device="cuda", dtype=dtype)
     results = {}
     for backend in ("eager", "triton"):
-        model = copy.deepcopy(encoder)
-        model.backend = backend
-        model._fuse(*ops if backend == "triton" else ())
-        results[backend] = results_of(model, patches, packed, cotangent, NEIGHBOURS)
-    wide = copy.deepcopy(encoder).double()
-    wide.backend = "eager"
+        results[backend] = results_of(
+            on(backend, copy.deepcopy(encoder)), patches, packed, cotangent, NEIGHBOURS
+        )
+    wide = on("eager", copy.deepcopy(encoder).double())
     oracle = results_of(wide, patches.double(), packed, cotangent.double(), NEIGHBOURS)
     for got, exact, plain in zip(results["triton"], oracle, results["eager"], strict=True):
         assert_contraction(got, exact, plain)

@@ -105,7 +105,6 @@ TUNERS = {
 def test_adapters_on_every_module_learn_and_merge_to_the_same_output(tuner):
     config = config_of(**WITH_ALL)
     model, inputs = model_of(config), inputs_of(config)
-    model.vision_encoder._fuse("residual_layer_norm", "swiglu")
     before = logits_of(model, inputs)
     torch.manual_seed(0)
     adapted = peft.get_peft_model(model, TUNERS[tuner](model))

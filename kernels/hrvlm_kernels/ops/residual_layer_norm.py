@@ -4,8 +4,7 @@
     normed[t, c] = (out[t, c] - mean_c out[t]) / sqrt(var_c out[t] + eps) * weight[c] + bias[c]
 
 LayerScale (Touvron et al. 2021, arXiv 2103.17239) and LayerNorm (Ba et al. 2016): what stands
-between two halves of DINOv3's blocks. `out` is read and written once instead of three times. The
-encoder does not use it unless asked to: it has no number on a GPU yet.
+between two halves of DINOv3's blocks. `out` is read and written once instead of three times.
 
 Gradients, with g and h the cotangents of `out` and `normed`, k = h * weight, xhat the norm before
 weight and bias, and means over c:
@@ -65,8 +64,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, scale, weight = ctx.saved_tensors
-    dx, dupdate, sums = ops.residual_layer_norm_backward(g, h, *ctx.saved_tensors, ctx.eps)
+    saved = ctx.saved_tensors  # once: checkpointing refuses a second time
+    _, _, scale, weight = saved
+    dx, dupdate, sums = ops.residual_layer_norm_backward(g, h, *saved, ctx.eps)
     db = None if ctx.bias_dtype is None else sums[2].to(ctx.bias_dtype)
     return dx, dupdate, sums[0].to(scale.dtype), sums[1].to(weight.dtype), db, None
 

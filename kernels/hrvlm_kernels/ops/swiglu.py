@@ -3,7 +3,6 @@
     out[t, f] = silu(gate[t, f]) * up[t, f],      silu(a) = a * s(a),      s(a) = 1 / (1 + exp(-a))
 
 Shazeer 2020, arXiv 2002.05202. Neither silu(gate) nor anything else is written beside the result.
-The encoder does not use it unless asked to: it has no number on a GPU yet.
 
 Gradients, with g the cotangent of `out` and s = s(gate), which the backward computes again, so that
 only gate and up are kept for it:
