@@ -35,9 +35,7 @@ from benchmarks.case import (
 from benchmarks.encoder_models import Grids
 from hrvlm.images.patches import pack_images, patchify
 from hrvlm.images.processor import IMAGENET
-from hrvlm_kernels import normalize_patchify, reference
-from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
-from hrvlm_kernels.ops.swiglu import swiglu
+from hrvlm_kernels import normalize_patchify, reference, residual_layer_norm, swiglu
 
 SUITE, DEVICE, BUDGET_S = "fused_ops", "cuda", 45
 

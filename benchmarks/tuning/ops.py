@@ -35,8 +35,8 @@ from hrvlm_kernels import (
     normalize_patchify,
     pixel_shuffle_linear,
     rope_2d,
+    swiglu,
 )
-from hrvlm_kernels.ops.swiglu import swiglu
 from hrvlm_kernels.triton_kernels import tile_tables
 from hrvlm_kernels.triton_kernels.launch import multiprocessors
 from hrvlm_kernels.triton_kernels.tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig

@@ -18,14 +18,14 @@ from transformers import DINOv3ViTConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hrvlm_kernels import PackedGrids, rope_2d, varlen_attention
+from hrvlm_kernels import PackedGrids, residual_layer_norm, rope_2d, swiglu, varlen_attention
 from hrvlm_kernels.backends import choose_backend
-from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH, residual_layer_norm
-from hrvlm_kernels.ops.swiglu import swiglu
+from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH
 
 from ..checkpoints.differences import natural_order
 from .plain_modules import input_dtype, is_plain
 
+OPS = ("rope_2d", "varlen_attention", "residual_layer_norm", "swiglu")  # that a block runs
 _SILU = {type(ACT2FN[name]) for name in ("silu", "swish")}  # a class of transformers and torch's
 _SEPARATE_BIAS = re.compile(r"attention\.([qkv])_proj\.bias$")
 

@@ -76,7 +76,9 @@ def load_encoder(
 
 def check_backend_runs(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise ValueError, saying why, when `backend` can't run an encoder on `device`."""
-    from hrvlm_kernels.backends import OPS, resolve
+    from hrvlm_kernels.backends import resolve
+
+    from ..encoder.layers import OPS
 
     for op in OPS:
         try:

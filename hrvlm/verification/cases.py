@@ -20,11 +20,12 @@ from hrvlm_kernels import (
     normalize_patchify,
     pixel_shuffle_linear,
     reference,
+    residual_layer_norm,
     rope_2d,
+    swiglu,
     varlen_attention,
 )
-from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
-from hrvlm_kernels.ops.swiglu import swiglu
+from hrvlm_kernels.backends import OPS
 
 from ..images.processor import IMAGENET
 from . import rules
@@ -360,7 +361,7 @@ def _with_gradients(
     return {"out": out.detach()} | named
 
 
-CASES: dict[str, Callable[[Random], Iterator[Direction]]] = {
+_OF_OPS: dict[str, Callable[[Random], Iterator[Direction]]] = {
     "rope_2d": _rope_case,
     "pixel_shuffle_linear": _pixel_shuffle_case,
     "layer_norm_pixel_shuffle": _norm_shuffle_case,
@@ -368,5 +369,5 @@ CASES: dict[str, Callable[[Random], Iterator[Direction]]] = {
     "residual_layer_norm": _residual_case,
     "swiglu": _swiglu_case,
     "normalize_patchify": _patchify_case,
-    "encoder": _encoder_case,
 }
+CASES = {op: _OF_OPS[op] for op in OPS} | {"encoder": _encoder_case}

@@ -11,7 +11,9 @@ from .flash_attn_interface import flash_attn_varlen_func
 from .ops.layer_norm_pixel_shuffle import layer_norm_pixel_shuffle, layer_norm_pixel_shuffle_linear
 from .ops.normalize_patchify import normalize_patchify
 from .ops.pixel_shuffle_linear import pixel_shuffle_linear
+from .ops.residual_layer_norm import residual_layer_norm
 from .ops.rope_2d import rope_2d, rope_2d_
+from .ops.swiglu import swiglu
 from .ops.varlen_attention import varlen_attention
 from .packed_grids import PackedGrids
 
@@ -23,7 +25,9 @@ __all__ = [
     "layer_norm_pixel_shuffle_linear",
     "normalize_patchify",
     "pixel_shuffle_linear",
+    "residual_layer_norm",
     "rope_2d",
     "rope_2d_",
+    "swiglu",
     "varlen_attention",
 ]

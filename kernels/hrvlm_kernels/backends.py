@@ -21,12 +21,15 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "flash_attn", "sdpa", "eager")
+# All of them, as an image meets them: what else lists ops takes their names from here.
 OPS = (
-    "rope_2d",
-    "pixel_shuffle_linear",
-    "layer_norm_pixel_shuffle",
     "normalize_patchify",
+    "rope_2d",
     "varlen_attention",
+    "residual_layer_norm",
+    "swiglu",
+    "layer_norm_pixel_shuffle",
+    "pixel_shuffle_linear",
 )
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MIN_CAPABILITY = (8, 0)

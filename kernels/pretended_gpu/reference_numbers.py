@@ -36,7 +36,7 @@ def install(*, numbers: bool) -> None:
 
     torch.library.Library.impl = impl_and_keep  # type: ignore[method-assign,assignment]
     try:
-        from hrvlm_kernels.ops import residual_layer_norm, swiglu  # noqa: F401
+        import hrvlm_kernels  # noqa: F401
     finally:
         torch.library.Library.impl = impl  # type: ignore[method-assign]
     for module in [m for name, m in sys.modules.items() if name.startswith("hrvlm_kernels.")]:

@@ -13,12 +13,12 @@ from hrvlm_kernels import (
     layer_norm_pixel_shuffle,
     normalize_patchify,
     pixel_shuffle_linear,
+    residual_layer_norm,
     rope_2d,
     rope_2d_,
+    swiglu,
     varlen_attention,
 )
-from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
-from hrvlm_kernels.ops.swiglu import swiglu
 from tests.kernels.attention_cases import kernel_results, make_case
 
 LENGTHS = (1, 65, 0, 129, 257)

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from benchmarks.compiled.compiler import TARGETS, assert_clean, submit_compile
 from benchmarks.compiled.jobs import residual_jobs
-from hrvlm_kernels import reference
-from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
+from hrvlm_kernels import reference, residual_layer_norm
 from tests.kernels.helpers import (
     DTYPES,
     assert_like_reference,

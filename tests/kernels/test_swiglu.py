@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from benchmarks.compiled.compiler import TARGETS, assert_clean, submit_compile
 from benchmarks.compiled.jobs import swiglu_jobs
-from hrvlm_kernels import reference
-from hrvlm_kernels.ops.swiglu import swiglu
+from hrvlm_kernels import reference, swiglu
 from tests.kernels.helpers import (
     DTYPES,
     assert_like_reference,

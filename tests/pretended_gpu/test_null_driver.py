@@ -7,8 +7,7 @@ from pretended_gpu import null_driver
 
 DRIVER = null_driver.install()
 
-from hrvlm_kernels import PackedGrids, varlen_attention
-from hrvlm_kernels.ops.swiglu import swiglu
+from hrvlm_kernels import PackedGrids, swiglu, varlen_attention
 
 
 def test_launches_and_tensor_maps():

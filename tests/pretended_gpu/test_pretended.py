@@ -10,9 +10,14 @@ pretended_gpu.install()
 from transformers import DINOv3ViTConfig
 
 from hrvlm import DINOv3Encoder
-from hrvlm_kernels import PackedGrids, normalize_patchify, pixel_shuffle_linear, varlen_attention
-from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
-from hrvlm_kernels.ops.swiglu import swiglu
+from hrvlm_kernels import (
+    PackedGrids,
+    normalize_patchify,
+    pixel_shuffle_linear,
+    residual_layer_norm,
+    swiglu,
+    varlen_attention,
+)
 from pretended_gpu import RECORD, SyncError
 from pretended_gpu.moved_bytes import moved_by, of_a_layer
 from pretended_gpu.tensor_maps import check_tensor_map

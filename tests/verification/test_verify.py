@@ -8,10 +8,12 @@ from hrvlm.cli import app
 from hrvlm.verification import rules
 from hrvlm.verification.verify import verify
 from hrvlm_kernels import PackedGrids, pixel_shuffle_linear, reference, rope_2d, varlen_attention
+from hrvlm_kernels.backends import OPS
 
 DIRECTIONS = {
     "rope_2d": {"forward", "backward"},
     "pixel_shuffle_linear": {"forward", "backward", "gather"},
+    "layer_norm_pixel_shuffle": {"forward", "backward"},
     "varlen_attention": {"forward", "backward", "isolation"},
     "residual_layer_norm": {"forward", "backward"},
     "swiglu": {"forward", "backward"},
@@ -27,6 +29,7 @@ def failures(report) -> set[str]:
 def test_everything_that_runs_here_passes():
     seen = []
     report = verify("cpu", backends=["eager", "sdpa"], on_check=seen.append)
+    assert {check.op for check in report.checks} == {*OPS, "encoder"} == set(DIRECTIONS)
     assert report.passed, [check for check in report.checks if not check.passed]
     assert tuple(seen) == report.checks
     for dtype in ("float32", "bfloat16"):
