@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from benchmarks.compiled.jobs import NAMES, Job, of_row
-from hrvlm_kernels.packed_grids import SHORT_SEQLEN
+from hrvlm_kernels.packed_tables import SHORT_SEQLEN
 from hrvlm_kernels.triton_kernels import varlen_attention as forward
 from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
 from hrvlm_kernels.triton_kernels import varlen_attention_short as short

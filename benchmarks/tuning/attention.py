@@ -20,7 +20,7 @@ from benchmarks.tuning.rows import (
     dtype_of,
 )
 from hrvlm_kernels import varlen_attention
-from hrvlm_kernels.packed_grids import SHORT_SEQLEN
+from hrvlm_kernels.packed_tables import SHORT_SEQLEN
 from hrvlm_kernels.triton_kernels.tilings import Tiling
 from tests.kernels.attention_cases import check_kernel, make_case
 

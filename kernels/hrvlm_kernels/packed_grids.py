@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,15 +24,20 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-Grid = tuple[int, int]
+from .packed_tables import (
+    TILE_SIZES,
+    Grid,
+    Segments,
+    patch_centres,
+    short_segments,
+    shuffle_index,
+    tile_list,
+    upload,
+    upload_together,
+)
 
-# These tile lists and the rows of the patches travel with the first copy, so that torch.compile
-# never meets a missing one.
-TILE_SIZES = (64, 128)
-SHORT_SEQLEN = 256  # up to here a segment is short: its keys may fit one tile
 _INT32_MAX = 2**31 - 1
 _CACHE_SIZE = 64
-_GAP = 4 * 1009
 
 
 # Not frozen: of a frozen one that it returns, torch.compile guards every field, so that each number
@@ -145,7 +150,7 @@ class PackedGrids:
         """``[n_tiles, 2]`` int32 (segment, its block of `block_m` rows), longest segment first."""
         key = f"tiles{block_m}"
         if key not in self._tables:
-            self._tables[key] = _upload(_tiles(self.lengths, block_m), self.device)
+            self._tables[key] = upload(tile_list(self.lengths, block_m), self.device)
         return self._tables[key]
 
     @property
@@ -155,6 +160,11 @@ class PackedGrids:
         A record of zeros ends them, since torch.compile takes a size of 0 for a constant.
         """
         return self._tables["short_segments"]
+
+    @property
+    def segments(self) -> Segments:
+        """All that attention's kernels take of this layout."""
+        return Segments(self.cu_seqlens, self.tiles(64), self.tiles(128), self.short_segments)
 
     def token_grids(self, factor: int) -> tuple[Grid, ...]:
         """Token grid ``(hp // factor, wp // factor)`` of each image.
@@ -184,8 +194,8 @@ class PackedGrids:
         key = f"shuffle{factor}"
         if key not in self._tables:
             self.token_grids(factor)
-            index = _shuffle_index(self.grids or (), self.num_prefix_tokens, factor)
-            self._tables[key] = _upload(index, self.device)
+            index = shuffle_index(self.grids or (), self.num_prefix_tokens, factor)
+            self._tables[key] = upload(index, self.device)
         return self._tables[key]
 
     def patch_rows(self) -> Tensor:
@@ -247,12 +257,12 @@ def _build(
     with torch.inference_mode(False), torch.no_grad():
         ends = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
         parts = {"cu_seqlens": ends.to(torch.int32)}
-        parts |= {f"tiles{size}": _tiles(lengths, size) for size in TILE_SIZES}
-        parts["short_segments"] = _short_segments(lengths)
+        parts |= {f"tiles{size}": tile_list(lengths, size) for size in TILE_SIZES}
+        parts["short_segments"] = short_segments(lengths)
         if grids is not None:
-            parts["coords"] = _coords(grids, prefix).view(torch.int32)
-            parts["shuffle1"] = _shuffle_index(grids, prefix, 1)
-        on_device = _upload_together(parts, device)
+            parts["coords"] = patch_centres(grids, prefix).view(torch.int32)
+            parts["shuffle1"] = shuffle_index(grids, prefix, 1)
+        on_device = upload_together(parts, device)
         return PackedGrids(
             grids=grids,
             lengths=lengths,
@@ -266,76 +276,6 @@ def _build(
 
 
 _build_cached = lru_cache(maxsize=_CACHE_SIZE)(_build)
-
-
-def _upload_together(parts: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copy int32 tensors to the device as one pinned buffer; views of it, 16-byte aligned.
-
-    torch.compile takes numbers that agree for one, so a gap behind the first keeps where the others
-    begin away from lengths and widths.
-    """
-    sizes = [-(-part.numel() // 4) * 4 for part in parts.values()]
-    sizes[0] += _GAP
-    pinned = device.type == "cuda"
-    buffer = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    for part, start in zip(parts.values(), starts, strict=True):
-        buffer[start : start + part.numel()] = part.flatten()
-    buffer = buffer.to(device, non_blocking=pinned)
-    return {
-        name: buffer[start : start + part.numel()].view(part.shape)
-        for (name, part), start in zip(parts.items(), starts, strict=True)
-    }
-
-
-def _upload(table: Tensor, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return _upload_together({"table": table}, device)["table"]
-
-
-def _coords(grids: tuple[Grid, ...], prefix: int) -> Tensor:
-    rows = [torch.zeros(0, 2, dtype=torch.float32, device="cpu")]
-    for hp, wp in grids:
-        y, x = _centres(hp), _centres(wp)
-        rows.append(torch.zeros(prefix, 2, dtype=torch.float32, device="cpu"))
-        rows.append(
-            torch.stack((y[:, None].expand(hp, wp), x[None, :].expand(hp, wp)), -1).flatten(0, 1)
-        )
-    return torch.cat(rows)
-
-
-def _centres(n: int) -> Tensor:
-    return 2.0 * ((torch.arange(n, dtype=torch.float32, device="cpu") + 0.5) / n) - 1.0
-
-
-def _tiles(lengths: tuple[int, ...], block_m: int) -> Tensor:
-    n = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-    order = n.argsort(descending=True, stable=True)
-    blocks = (n[order] + block_m - 1) // block_m
-    total = sum(-(-length // block_m) for length in lengths)
-    segment = order.repeat_interleave(blocks, output_size=total)
-    first = (blocks.cumsum(0) - blocks).repeat_interleave(blocks, output_size=total)
-    block = torch.arange(total, device="cpu") - first
-    return torch.stack((segment, block), dim=1).to(torch.int32)
-
-
-def _short_segments(lengths: tuple[int, ...]) -> Tensor:
-    starts = [0, *accumulate(lengths)]
-    triples = [(starts[i], n, i) for i, n in enumerate(lengths) if n <= SHORT_SEQLEN]
-    return torch.tensor([*triples, (0, 0, 0)], dtype=torch.int32, device="cpu").flatten()
-
-
-def _shuffle_index(grids: tuple[Grid, ...], prefix: int, factor: int) -> Tensor:
-    blocks, start = [torch.empty(0, factor * factor, dtype=torch.int32, device="cpu")], 0
-    for hp, wp in grids:
-        blocks.append(_shuffled_grid(hp, wp, factor) + (start + prefix))
-        start += prefix + hp * wp
-    return torch.cat(blocks)
-
-
-def _shuffled_grid(hp: int, wp: int, s: int) -> Tensor:
-    index = torch.arange(hp * wp, dtype=torch.int32, device="cpu").view(hp // s, s, wp // s, s)
-    return index.permute(0, 2, 1, 3).reshape(-1, s * s)
 
 
 def _as_grid(i: int, grid: Sequence[int]) -> Grid:
