@@ -2,10 +2,11 @@
 
 `AutoConfig.register` and its siblings take classes, and importing ours means importing torch,
 torchvision and Triton, which `import hrvlm` must not do. So `install` only watches for the modules
-of transformers that hold the registries, and registers when one of them is imported (or at once, if
-it already is). The models need no registry to be watched: AutoModel looks a class up for a config,
-and the first `VLMConfig` that is made calls `register_models`. Importing models while transformers
-is halfway through its own imports would run in circles.
+of transformers that hold the registries, and for ours that hold the classes: what belongs together
+is registered when the last of it is imported (or at once, if all of it is). A model is registered
+by a stand-in, which imports the class when transformers asks it for something: importing models
+while transformers is halfway through its own imports would run in circles, and making a config
+needs none.
 """
 
 from __future__ import annotations
@@ -16,25 +17,43 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any, NamedTuple
+
+_CONFIG = "hrvlm.vlm.config"
+_MODEL = "hrvlm.vlm.vision_language_model"
+_PROCESSOR = "hrvlm.vlm.processors"
+_IMAGES = "hrvlm.images.transformers_processor"
 
 
 def install() -> None:
-    """Register now what can be, and the rest when transformers imports its registries."""
-    for registry, register in _REGISTRIES.items():
-        if registry in sys.modules:
-            register()
-    if not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegistryFinder())
-
-
-def register_models() -> None:
-    """AutoModel and AutoModelForImageTextToText."""
-    import_module("hrvlm.vlm.vision_language_model")  # registers itself at its end
+    """Register now what can be, and the rest when it is imported."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
+    for registration in _REGISTRATIONS:
+        _register_if_ready(registration)
 
 
 def register_config() -> None:
     """AutoConfig."""
-    import_module("hrvlm.vlm.config")  # registers itself at its end
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from .vlm.config import VLMConfig
+
+    AutoConfig.register(VLMConfig.model_type, VLMConfig, exist_ok=True)
+
+
+def register_model() -> None:
+    """AutoModel and AutoModelForImageTextToText, by the class itself once it is imported."""
+    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForImageTextToText
+
+    from .vlm.config import VLMConfig
+
+    model: Any = LateClass(_MODEL, "VisionLanguageModel", VLMConfig)
+    if _MODEL in sys.modules and _MODEL not in _Loader.running:
+        model = model.load()
+    AutoModel.register(VLMConfig, model, exist_ok=True)
+    AutoModelForImageTextToText.register(VLMConfig, model, exist_ok=True)
 
 
 def register_image_processors() -> None:
@@ -53,37 +72,93 @@ def register_image_processors() -> None:
 
 def register_processor() -> None:
     """AutoProcessor."""
-    import_module("hrvlm.vlm.processors")  # registers itself at its end
+    from transformers.models.auto.processing_auto import AutoProcessor
+
+    from .vlm.config import VLMConfig
+    from .vlm.processors import VLMProcessor
+
+    AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
+
+
+class _Registration(NamedTuple):
+    """Classes that a registry has to know.
+
+    Attributes:
+        registry: The module of transformers that holds it.
+        needed: Our modules that `register` imports.
+        register: Does it; may be called again.
+        late: A module of ours after whose import it is called again.
+    """
+
+    registry: str
+    needed: tuple[str, ...]
+    register: Callable[[], None]
+    late: str | None = None
 
 
 _AUTO = "transformers.models.auto"
-_REGISTRIES: dict[str, Callable[[], None]] = {
-    f"{_AUTO}.configuration_auto": register_config,
-    f"{_AUTO}.image_processing_auto": register_image_processors,
-    f"{_AUTO}.processing_auto": register_processor,
-}
+_REGISTRATIONS = (
+    _Registration(f"{_AUTO}.configuration_auto", (_CONFIG,), register_config),
+    _Registration(f"{_AUTO}.modeling_auto", (_CONFIG,), register_model, late=_MODEL),
+    _Registration(f"{_AUTO}.image_processing_auto", (_CONFIG, _IMAGES), register_image_processors),
+    _Registration(f"{_AUTO}.processing_auto", (_CONFIG, _PROCESSOR), register_processor),
+)
 
 
-class _RegistryFinder(MetaPathFinder):
-    """Finds nothing by itself: it adds our registration to the loading of the registries."""
+def _register_if_ready(registration: _Registration) -> None:
+    """Register unless something of it is yet to be imported by someone else, or half imported."""
+    unfinished = _Loader.running.intersection({registration.registry, *registration.needed})
+    if registration.registry in sys.modules and not unfinished:
+        registration.register()
+
+
+class LateClass:
+    """A class that is imported when something of it is asked for.
+
+    Attributes:
+        config_class: As of the class; transformers looks at it when it registers one.
+    """
+
+    def __init__(self, module: str, name: str, config_class: type):
+        self._module = module
+        self.__name__ = name
+        self.config_class = config_class
+
+    def load(self) -> Any:
+        """The class itself."""
+        return getattr(import_module(self._module), self.__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.load(), name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """An instance."""
+        return self.load()(*args, **kwargs)
+
+
+class _Finder(MetaPathFinder):
+    """Finds nothing by itself: it adds our registration to the loading of a module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _REGISTRIES:
+        concerned = [r for r in _REGISTRATIONS if fullname in (r.registry, *r.needed, r.late)]
+        if not concerned:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader, _REGISTRIES[fullname])
+            spec.loader = _Loader(spec.loader, concerned)
         return spec
 
 
-class _RegisteringLoader(Loader):
+class _Loader(Loader):
     """The module's own loader, followed by our registration."""
 
-    def __init__(self, loader: Loader, register: Callable[[], None]):
+    running: set[str] = set()  # modules that are being loaded this way
+
+    def __init__(self, loader: Loader, concerned: Sequence[_Registration]):
         self._loader = loader
-        self._register = register
+        self._concerned = concerned
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -92,5 +167,10 @@ class _RegisteringLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        self._register()
+        self.running.add(module.__name__)
+        try:
+            self._loader.exec_module(module)
+        finally:
+            self.running.discard(module.__name__)
+        for registration in self._concerned:
+            _register_if_ready(registration)

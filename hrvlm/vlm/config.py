@@ -12,7 +12,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..auto_classes import register_models
 from ..files import read_mapping
 from ..images.geometry import positive_int
 
@@ -177,7 +176,6 @@ class VLMConfig(PreTrainedConfig):
             self.vision_config = self.vision_config.vision_config
         super().__post_init__(**kwargs)
         self._check()
-        register_models()
 
     def _check(self) -> None:
         vision = self.vision_config
@@ -424,6 +422,3 @@ def _refuse_misspelt(kwargs: dict[str, Any]) -> None:
             or get_close_matches(name, _OWN_NAMES, n=1, cutoff=0.8)
         ):
             raise ValueError(_unknown(name))
-
-
-AutoConfig.register(VLMConfig.model_type, VLMConfig, exist_ok=True)

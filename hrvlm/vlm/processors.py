@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
-from ..auto_classes import register_image_processors
 from ..checkpoints.damage import naming_damaged_files
 from ..images.fetch import fetch_image, is_text_image
 from ..images.intake import load_image
@@ -378,7 +377,3 @@ def _blocks(conversation: Any) -> Iterator[tuple[str, str, str]]:
                 [{"type": "text", "text": content}] if isinstance(content, str) else content
             ):
                 yield where, block["type"], block.get("text") or ""
-
-
-AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
-register_image_processors()

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -409,7 +407,3 @@ def _grids_of(pixel_values: Tensor | None, image_grid_hw: Grids | None) -> list[
             "expected both, or neither"
         )
     return grids
-
-
-AutoModel.register(VLMConfig, VisionLanguageModel, exist_ok=True)
-AutoModelForImageTextToText.register(VLMConfig, VisionLanguageModel, exist_ok=True)

@@ -228,25 +228,36 @@ def test_saving_and_loading_keeps_everything(tmp_path):
 
 ORDERS = [
     ("from transformers import pipeline, AutoImageProcessor", False),
+    ("import hrvlm.vlm.config", False),
+    ("import hrvlm.images.transformers_processor", False),
     ("import hrvlm.vlm.processors", False),
+    ("import hrvlm.vlm.vision_language_model", False),
     ("import hrvlm.vlm.backbones", False),
     ("import transformers.modeling_layers", False),
     ("from transformers import pipeline", True),
 ]
 SCRIPT = """
 import sys
-import hrvlm.auto_classes
 if {late}:
     {first}
-hrvlm.auto_classes.install()
+import hrvlm
 heavy = {{"torch", "torchvision", "triton", "flash_attn", "transformers"}} & sys.modules.keys()
 assert {late} or not heavy, heavy
 if not {late}:
     {first}
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
-classes = AutoImageProcessor, AutoProcessor, AutoConfig, AutoModel, AutoModelForImageTextToText
-print(*[type(c.from_pretrained({path!r})).__name__ for c in classes])
+MODEL = "hrvlm.vlm.vision_language_model"
+before = MODEL in sys.modules
+classes = [AutoImageProcessor, AutoProcessor, AutoConfig]
+loaded = [c.from_pretrained({path!r}) for c in classes]
+hrvlm.VLMConfig()
+assert (MODEL in sys.modules) == before, "a config imported the model"
+classes = [AutoModel, AutoModelForImageTextToText]
+loaded += [AutoModel.from_config(loaded[2])]
+loaded += [c.from_pretrained({path!r}) for c in classes]
+assert all(c._model_mapping[hrvlm.VLMConfig] is hrvlm.VisionLanguageModel for c in classes)
+print(*[type(x).__name__ for x in loaded])
 """
 
 
@@ -279,6 +290,7 @@ def check_in_a_new_process(first, late, path):
         "VLMImageProcessor",
         "VLMProcessor",
         "VLMConfig",
+        "VisionLanguageModel",
         "VisionLanguageModel",
         "VisionLanguageModel",
     ]
