@@ -177,9 +177,8 @@ def varlen_attention(
         if scale <= 0:  # the kernels take the largest q.k for the largest score
             q, scale = (-q, -scale) if scale else (q * 0, 1.0)
         out, _ = ops.varlen_attention(
-            q, k, v, packed.cu_seqlens, packed.tiles(64), packed.tiles(128),
-            packed.short_segments, coords, inv_freq, scale, deterministic,
-        )  # fmt: skip
+            q, k, v, *packed.segments, coords, inv_freq, scale, deterministic
+        )
         return out
     if coords is not None and inv_freq is not None:
         q, k = rope_2d(q, k, coords, inv_freq, backend=backend)
