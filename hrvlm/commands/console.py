@@ -1,77 +1,17 @@
-"""What all commands share: errors in one line, JSON on stdout, tables and progress elsewhere."""
+"""Where the commands print: results on stdout, notes and progress on stderr."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
-import traceback
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
-
-import typer
-from typer.core import TyperGroup
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-USER_ERROR, FAILURE = 2, 1
 _WIDE = 200  # columns of a table that goes to a file or a pipe, where nothing wraps
-
-
-class CommandGroup(TyperGroup):
-    """Commands whose errors are one line, ``error: ...``, on stderr.
-
-    Exit code 2 for what the user can put right (bad arguments, files that can't be read), 1 for the
-    rest. ``--debug`` prints the traceback first.
-    """
-
-    debug = False
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a command and end the process."""
-        kwargs["standalone_mode"] = False  # else the parser would print and exit by itself
-        try:
-            code = super().main(*args, **kwargs)
-        except (Exception, KeyboardInterrupt) as error:
-            self._fail(error)
-        sys.exit(code if isinstance(code, int) else 0)
-
-    def _fail(self, error: BaseException) -> NoReturn:
-        if self.debug:
-            traceback.print_exception(error)
-        if isinstance(error, (typer.Abort, KeyboardInterrupt)):
-            message, code = "interrupted", 130
-        elif hasattr(error, "format_message"):  # the parser's own errors
-            message, code = error.format_message(), USER_ERROR
-        elif isinstance(error, (ValueError, OSError)):
-            message, code = describe(error), USER_ERROR
-        else:
-            hint = "" if self.debug else " (--debug shows where)"
-            message, code = f"{type(error).__name__}: {describe(error)}{hint}", FAILURE
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(code)
-
-
-def describe(error: BaseException) -> str:
-    """The message of an error in one line where it is short, else its own lines."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error).strip() or type(error).__name__
-
-
-def remember_debug(context: typer.Context, value: bool) -> bool:
-    """Option callback: have :class:`CommandGroup` show the traceback of an error."""
-    if value:
-        context.find_root().command.debug = True  # type: ignore[attr-defined]
-    return value
-
-
-@contextlib.contextmanager
-def json_only(enabled: bool) -> Iterator[None]:
-    """While `enabled`, send what anything prints to stdout to stderr."""
-    with contextlib.redirect_stdout(sys.stderr) if enabled else contextlib.nullcontext():
-        yield
 
 
 def print_json(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is installed here, what hardware there is, and which backend runs each op and why."""
+"""``hrvlm doctor``: versions, hardware, and which backend runs each op and why."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import platform
 import shutil
 from typing import Any
 
-import torch
-
-from hrvlm_kernels import explain_backend
-from hrvlm_kernels.backends import BACKENDS, interpreted
+import typer
 
 from .. import __version__
 from ..machine import first_line, installed_version, nvidia_driver
+from .command import FAILURE, command
+from .tables import print_line, print_table, quantity
 
 CORE = (
     "torch",
@@ -38,6 +37,53 @@ EXTRAS = {
 _COMPILED = {"torchvision": "torchvision", "triton": "triton", "flash-attn": "flash_attn"}
 
 
+def show(found: dict[str, Any]) -> None:
+    """The findings of ``hrvlm doctor``."""
+    lines = {
+        "hrvlm": found["hrvlm"],
+        "python": f"{found['python']} on {found['platform']}",
+        **{name: version or "absent" for name, version in found["packages"].items()},
+        **{
+            f"extra: {extra}": ", ".join(f"{n} {v or 'absent'}" for n, v in names.items())
+            for extra, names in found["extras"].items()
+        },
+        "CUDA": found["cuda"] or found["hip"] or "torch is built without",
+        "driver": found["driver"] or "none found",
+        **{
+            f"GPU {i}": f"{gpu['name']}, capability {gpu['capability']}, "
+            f"{quantity(gpu['memory_bytes'], 'B', base=1024)}"
+            for i, gpu in enumerate(found["gpus"])
+        },
+        "CPU": f"{found['cpu']['cores']} cores, {found['cpu']['threads']} threads for torch, "
+        f"{found['cpu']['capability']}",
+    }
+    if found["triton_interpreter"]:
+        lines["TRITON_INTERPRET"] = "1: kernels run in the interpreter, which is for tests"
+    print_table(["", ""], list(lines.items()), left=2, header=False)
+    print_table(
+        ["backend", "op", "what runs"],
+        [
+            (backend, op, what)
+            for backend, ops in found["backends"].items()
+            for op, what in ops.items()
+        ],
+        left=3,
+    )
+    for problem in found["problems"]:
+        print_line(f"PROBLEM: {problem}")
+
+
+def _check(found: dict[str, Any]) -> None:
+    if found["problems"]:
+        raise typer.Exit(FAILURE)
+
+
+@command(show=show, check=_check)
+def doctor() -> dict[str, Any]:
+    """Versions, hardware, and which backend runs each op and why."""
+    return diagnose()
+
+
 def diagnose() -> dict[str, Any]:
     """Everything ``hrvlm doctor`` shows, as plain data.
 
@@ -46,6 +92,10 @@ def diagnose() -> dict[str, Any]:
         absent); ``cpu``, ``gpus``, ``driver``; ``backends``, for each backend the ops and what runs
         them or why nothing can; ``problems``, sentences about what is broken.
     """
+    import torch
+
+    from hrvlm_kernels.backends import BACKENDS, interpreted
+
     packages = {name: installed_version(name) for name in CORE}
     extras = {
         extra: {name: installed_version(name) for name in names} for extra, names in EXTRAS.items()
@@ -73,6 +123,8 @@ def diagnose() -> dict[str, Any]:
 
 
 def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
     properties = torch.cuda.get_device_properties(index)
     return {
         "name": properties.name,
@@ -82,11 +134,15 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _explained(backend: str) -> dict[str, str]:
+    from hrvlm_kernels import explain_backend
+
     lines = (line.partition(": ") for line in explain_backend(backend).splitlines())
     return {op: what for op, _, what in lines}
 
 
 def _problems(installed: dict[str, str | None]) -> list[str]:
+    import torch
+
     problems = []
     for distribution, module in _COMPILED.items():
         if installed[distribution] is None:

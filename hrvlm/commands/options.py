@@ -6,16 +6,19 @@ from typing import Annotated
 
 import typer
 
-from . import console
-
-Debug = Annotated[
-    bool,
-    typer.Option(
-        "--debug", help="Show the traceback of an error.", callback=console.remember_debug
-    ),
+Model = Annotated[str, typer.Option(help="Directory or hub id of a VisionLanguageModel.")]
+MaxImgSize = Annotated[int, typer.Option(help="Limit of the longer side in pixels.")]
+Upscale = Annotated[
+    bool, typer.Option("--upscale", help="Enlarge smaller images to --max-img-size.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
 ]
-StoredDtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+DType = Annotated[
+    str | None,
+    typer.Option(help="{hrvlm.machine.MODEL_DTYPES}; default: bfloat16 on a GPU, else float32."),
+]
+StoredDType = Annotated[
+    str,
+    typer.Option("--dtype", help="auto (as stored), {hrvlm.machine.MODEL_DTYPES}."),
+]

@@ -1,18 +1,44 @@
-"""The command that trains; `cli.py` adds it to ``hrvlm``."""
+"""``hrvlm train``."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import tables
-from .console import json_only, print_json
-from .options import Debug, Json
+from .command import command
+from .console import note
+from .tables import counted, print_line, print_table
+
+if TYPE_CHECKING:
+    from ..reader.demo import DemoResult
 
 
+def show(result: DemoResult | dict[str, Any]) -> None:
+    """Metrics of ``hrvlm train``, and where the model is."""
+    if not isinstance(result, dict):
+        return _show_demo(result)
+    rows = [(name, f"{value:.4g}") for name, value in result["metrics"].items()]
+    print_table(["metric", ""], rows)
+    if skipped := result.get("skipped"):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        note(f"rows left out: {reasons} (see {result['output_dir']}/data_report.json)")
+    if "output_dir" in result:
+        print_line(f"{counted(result['steps'], 'step')}; the model is in {result['output_dir']}")
+
+
+def _show_demo(result: DemoResult) -> None:
+    """What ``hrvlm train --demo`` did."""
+    print_line(
+        f"{result.font}, new to the reader: {result.error_before:.1%} of the characters wrong "
+        f"before, {result.error_after:.1%} after {result.steps} steps on {result.images} images "
+        f"({result.held_out} other lines read)\nmodel: {result.model}\nloss: {result.loss_curve}"
+    )
+
+
+@command(show=show)
 def train(
     config: Annotated[Path | None, typer.Argument(help="YAML file: model, data, training.")] = None,
     override: Annotated[
@@ -28,9 +54,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Directory for what --demo makes.")] = Path(
         "train-demo"
     ),
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> DemoResult | dict[str, Any] | None:
     """Train or fine-tune a vision-language model.
 
     On several devices: `torchrun --nproc-per-node N --no-python hrvlm train ...`, or with
@@ -42,37 +66,18 @@ def train(
     if find_spec("accelerate") is None:
         raise ValueError("training needs more packages: pip install 'hrvlm[train]'")
     if config is None:
-        _demo(out, as_json)
-        return
-    with json_only(as_json):
-        from ..training.config import TrainingConfig, read_yaml
-
-        sections = read_yaml(config, override or ())
-        if "reading" in sections:
-            from ..reader.recipe import check_sections, train_reader
-
-            check_sections(sections, str(config))
-            # A recipe has one process.
-            shown, is_main = {"metrics": train_reader(sections, resume=resume)}, True
-        else:
-            from ..training.run import train as run
-
-            result = run(TrainingConfig.from_dict(sections), resume=resume)
-            shown, is_main = result.to_json(), result.is_main
-    if not is_main:
-        return
-    if as_json:
-        print_json(shown)
-    else:
-        tables.show_trained(shown)
-
-
-def _demo(out: Path, as_json: bool) -> None:
-    with json_only(as_json):
         from ..reader.demo import train_demo
 
-        result = train_demo(out)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        tables.show_demo(result)
+        return train_demo(out)
+    from ..training.config import TrainingConfig, read_yaml
+
+    sections = read_yaml(config, override or ())
+    if "reading" in sections:
+        from ..reader.recipe import check_sections, train_reader
+
+        check_sections(sections, str(config))
+        return {"metrics": train_reader(sections, resume=resume)}
+    from ..training.run import train as run
+
+    result = run(TrainingConfig.from_dict(sections), resume=resume)
+    return result.to_json() if result.is_main else None  # one of several processes reports

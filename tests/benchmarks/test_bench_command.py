@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from benchmarks.case import MIXED_GRIDS, MIXED_LENGTHS, MIXED_SIZES
 from hrvlm.cli import app
-from hrvlm.commands import tables
+from hrvlm.commands.bench import show
 from hrvlm.measuring.encoder import OURS, PEER, BenchOptions, bench, image_sets, mixed_grids
 
 TINY = BenchOptions("vits16", sizes=(32, 48), tokens=30, mixed=3, seconds=0.0, layers=1)
@@ -35,7 +35,7 @@ def test_rivals_get_the_same_images_and_take_turns(capsys):
         assert theirs.ratio > 0 and ours.ratio is None and case.difference < 1e-5
         assert ours.images_per_second == pytest.approx(case.images / ours.median_s)
     assert report.cases[0].images == round(30 / 9) and report.cases[0].tokens == 27
-    tables.show_bench(report)
+    show(report)
     shown = capsys.readouterr().out
     assert all(f"{case.rivals[0].ratio:.2f}x" in shown for case in report.cases)
     assert "vits16, 1 layers, random weights, float32 on" in shown

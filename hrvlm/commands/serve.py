@@ -1,0 +1,22 @@
+"""``hrvlm serve``."""
+
+from __future__ import annotations
+
+import typer
+
+from .command import command
+
+
+# Arguments are another program's, --help included.
+@command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def serve(context: typer.Context) -> None:
+    """An OpenAI-compatible server: `transformers serve`, and all its arguments, with our models."""
+    from ..inference.serve import serve as run
+
+    run(context.args)
