@@ -210,7 +210,8 @@ def check_python(arguments):
     if arguments[0] == "-m":
         module = arguments[1]
         path = ROOT.joinpath(*module.split("."))
-        assert module == "pytest" or path.with_suffix(".py").exists(), module
+        files = (path.with_suffix(".py"), path / "__main__.py")
+        assert module == "pytest" or any(file.exists() for file in files), module
     else:
         assert (ROOT / arguments[0]).exists(), arguments[0]
 
