@@ -671,6 +671,12 @@ def test_pillows_own_limit_does_not_interfere(fmt, global_limit, monkeypatch):
 def test_decoders_with_a_limit_of_their_own_say_so(fmt, monkeypatch):
     data = encode(Image.open(io.BytesIO(GOOD)), fmt)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    try:
+        Image.open(io.BytesIO(data)).load()
+    except Image.DecompressionBombError:
+        pass
+    else:
+        pytest.skip(f"this Pillow has no limit of its own for {fmt}")
     with pytest.raises(ImageError, match=r"image 3: .*MAX_IMAGE_PIXELS, whatever max_pixels"):
         load_image(data, name=3)
 

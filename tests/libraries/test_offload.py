@@ -3,6 +3,7 @@
 import copy
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 
@@ -31,10 +32,20 @@ def assert_equal_offloaded(model, run, kind, folder):
         assert all(p.is_meta for p in away.parameters())
 
 
+def maps_empty_files(folder):
+    try:
+        np.memmap(folder / "empty", np.float32, "w+", shape=(1, 0))
+    except ValueError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_encoder_as_transformers(name, kind, tmp_path, rng):
     theirs, ours = pair_of(name, num_hidden_layers=1)
+    if kind == "disk" and not theirs.config.num_register_tokens and not maps_empty_files(tmp_path):
+        pytest.skip("this numpy maps no empty file, so accelerate can't offload an empty parameter")
     images = torch.randn(2, 3, 32, 48, generator=rng)
     for i, model in enumerate((theirs, ours)):
         assert_equal_offloaded(
