@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,22 @@ def read_mapping(path: str | PathLike[str]) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{path}: expected a mapping of names to values, got {value!r:.60}")
     return dict(value)
+
+
+def as_mapping(value: Any, where: str) -> dict[str, Any]:
+    """A section of a file.
+
+    Raises:
+        ValueError: it is no mapping; the message begins with `where`.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: expected names with values, got {value!r}")
+    return dict(value)
+
+
+def check_names(given: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Raise ValueError, with the nearest known name, where a name is unknown."""
+    for name in given:
+        if name not in known:
+            nearest = get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown name {where}{name}: did you mean {nearest!r}?")

@@ -16,6 +16,8 @@ from typing import Any
 
 IMAGE_MARKER = "<image>"
 
+Row = Mapping[str, Any]
+
 
 def images_of(row: Any) -> list[Any]:
     """The images of a row, not opened: what `load_image` takes.

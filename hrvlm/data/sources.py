@@ -6,12 +6,22 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..training.config import FineVision, JsonL, Parquet, SourceConfig, Synthetic
-from ..training.stream import Row
+from .config import FineVision, JsonL, Parquet, SourceConfig, Synthetic
+from .rows import Row
+
+
+class Source(Protocol):
+    """Rows in an order that depends on nothing but the arguments."""
+
+    name: str
+
+    def rows(self, seed: int, epoch: int, shard: int, shards: int) -> Iterator[tuple[str, Row]]:
+        """One pass over every `shards`-th row, from row `shard` on: (name of the row, row)."""
+        ...
 
 
 def open_source(config: SourceConfig, *, indexed: bool = False) -> Any:

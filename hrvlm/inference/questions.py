@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.config import FineVision, JsonL, Parquet, SourceConfig
 from ..data.rows import (
     IMAGE_MARKER,
     check_markers,
@@ -22,7 +23,6 @@ from ..data.rows import (
     turns_of,
 )
 from ..data.sources import open_source
-from ..training.config import FineVision, JsonL, Parquet, SourceConfig
 
 
 @dataclass(frozen=True)

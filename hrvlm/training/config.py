@@ -14,104 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from os import PathLike
 from typing import Any
 
-from ..files import parse_yaml, read_mapping
+from ..data.config import DataConfig, data_config
+from ..files import as_mapping, check_names, parse_yaml, read_mapping
 from ..machine import MODEL_DTYPES, check_dtype
 
 _PARTS = ("vision", "language", "tokenizer")
-
-
-@dataclass(frozen=True)
-class FineVision:
-    """Rows of the `datasets` library with ``images`` and ``texts``, as FineVision has them.
-
-    Attributes:
-        path: Hub id, a directory that `datasets` can load, or one by ``Dataset.save_to_disk``.
-        name: Configuration of the dataset.
-        split: Split of the dataset.
-        streaming: Read while training, instead of downloading everything before.
-        shuffle: Whether each pass is in a new order; in a stream, among `buffer` rows.
-        buffer: Rows that a stream keeps to draw from.
-        image_root: What relative paths of images are relative to.
-        limit: Use only the first so many rows.
-        weight: How often this source is drawn, relative to the others.
-    """
-
-    path: str
-    name: str | None = None
-    split: str = "train"
-    streaming: bool = False
-    shuffle: bool = True
-    buffer: int = 1000
-    image_root: str | None = None
-    limit: int | None = None
-    weight: float | None = None
-
-
-@dataclass(frozen=True)
-class Parquet:
-    """Parquet files with the same columns; see :class:`FineVision` for the attributes.
-
-    Attributes:
-        path: A file, or a pattern as ``data/*.parquet``.
-    """
-
-    path: str
-    streaming: bool = False
-    shuffle: bool = True
-    buffer: int = 1000
-    image_root: str | None = None
-    limit: int | None = None
-    weight: float | None = None
-
-
-@dataclass(frozen=True)
-class JsonL:
-    """A file with a JSON object a line; see :class:`FineVision` for the attributes.
-
-    Attributes:
-        path: The file.
-        image_root: Folder of the images; default: that of the file.
-    """
-
-    path: str
-    image_root: str | None = None
-    shuffle: bool = True
-    limit: int | None = None
-    weight: float | None = None
-
-
-@dataclass(frozen=True)
-class Synthetic:
-    """Pictures of text.
-
-    Attributes:
-        seed: Of the supply.
-        start: Index of the first picture.
-        limit: Pictures in all; None for no end.
-        weight: As of :class:`FineVision`.
-        options: Of :class:`hrvlm.drawn_text.drawing.RenderOptions`.
-    """
-
-    seed: int = 0
-    start: int = 0
-    limit: int | None = None
-    weight: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-SOURCES: dict[str, type] = {
-    "finevision": FineVision,
-    "jsonl": JsonL,
-    "parquet": Parquet,
-    "synthetic": Synthetic,
-}
-SourceConfig = FineVision | JsonL | Parquet | Synthetic
 
 
 @dataclass(frozen=True)
@@ -138,24 +50,6 @@ class ModelConfig:
     names: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     attn_implementation: str | None = None
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Sources, and what becomes of their samples.
-
-    Attributes:
-        train: Sources to train on.
-        eval: Sources to evaluate on; may be none.
-        max_sample_length: Longer samples are left out, in tokens; default: the context.
-        sequence_packing: Length of rows that samples are packed into, in tokens; None for one
-            sample a row.
-    """
-
-    train: tuple[SourceConfig, ...]
-    eval: tuple[SourceConfig, ...] = ()
-    max_sample_length: int | None = None
-    sequence_packing: int | None = None
 
 
 @dataclass(frozen=True)
@@ -195,14 +89,14 @@ class TrainingConfig:
             ValueError: a name is unknown (the nearest one is named) or missing; a value is wrong.
         """
         known = ("model", "data", "training")
-        _check_names(sections, known, "")
+        check_names(sections, known, "")
         if missing := [name for name in known if name not in sections]:
             raise ValueError(f"section {missing[0]!r} is missing; expected {[*known]}")
-        training = _mapping(sections["training"], "training")
+        training = as_mapping(sections["training"], "training")
         check_training_names(training)
         if training.get("output_dir") is None:
             raise ValueError("training.output_dir is missing: where checkpoints go")
-        model, data = _model_config(sections["model"]), _data_config(sections["data"])
+        model, data = _model_config(sections["model"]), data_config(sections["data"])
         return cls(model, data, training, dict(sections))
 
 
@@ -231,7 +125,7 @@ def check_training_names(training: Mapping[str, Any]) -> None:
     from .trainer import VLMTrainingArguments
 
     defaults = {f.name: f.default for f in dataclasses.fields(VLMTrainingArguments) if f.init}
-    _check_names(training, [*defaults], "training.")
+    check_names(training, [*defaults], "training.")
     for name, value in training.items():
         if isinstance(value, str) and type(defaults[name]) in (int, float):
             raise ValueError(f"training.{name}={value!r}: expected a number")
@@ -262,7 +156,7 @@ def _index(place: list[Any], word: str, name: str) -> int:
 
 
 def _model_config(section: Any) -> ModelConfig:
-    section = _mapping(section, "model")
+    section = as_mapping(section, "model")
     common = {name: section[name] for name in ("dtype", "attn_implementation") if name in section}
     rest = {name: value for name, value in section.items() if name not in common}
     check_dtype(common.get("dtype", "float32"), MODEL_DTYPES, "model.dtype")
@@ -275,7 +169,7 @@ def _model_config(section: Any) -> ModelConfig:
         if missing := [name for name in _PARTS if name not in rest]:
             raise ValueError(f"model: {given} need {missing} too")
         options = {name: value for name, value in rest.items() if name not in _PARTS}
-        _check_names(options, _vlm_options(), "model.")
+        check_names(options, _vlm_options(), "model.")
         vision, language, tokenizer = (str(rest[name]) for name in _PARTS)
         return ModelConfig(None, vision, language, tokenizer, options, **common)
     _check_random(rest)
@@ -302,56 +196,3 @@ def _vlm_options() -> list[str]:
 
     skip = ("vision_config", "text_config", "image_token_id")
     return [name for name in inspect.get_annotations(VLMConfig) if name not in skip]
-
-
-def _data_config(section: Any) -> DataConfig:
-    section = dict(_mapping(section, "data"))
-    _check_names(section, [f.name for f in dataclasses.fields(DataConfig)], "data.")
-    if not section.get("train"):
-        raise ValueError("data.train is missing: one source, or a list of them")
-    for name in ("train", "eval"):
-        given = section.get(name) or []
-        given = [given] if isinstance(given, Mapping) else given
-        if not isinstance(given, list):
-            raise ValueError(f"data.{name}: expected a source or a list of them, got {given!r}")
-        section[name] = tuple(_source(s, f"data.{name}[{i}]") for i, s in enumerate(given))
-    for name in ("max_sample_length", "sequence_packing"):
-        value = section.get(name)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"data.{name}={value!r}: expected a number of tokens")
-    return DataConfig(**section)
-
-
-def _source(section: Any, where: str) -> SourceConfig:
-    section = dict(_mapping(section, where))
-    kind = section.pop("kind", None)
-    if kind not in SOURCES:
-        raise ValueError(f"{where}.kind={kind!r}: expected one of {sorted(SOURCES)}")
-    fields = dataclasses.fields(SOURCES[kind])
-    names = [f.name for f in fields]
-    if kind == "synthetic":  # what is drawn stands beside the rest, without a section of its own
-        drawn = {name: section.pop(name) for name in [*section] if name not in names}
-        section["options"] = _mapping(section.get("options", {}), f"{where}.options") | drawn
-    _check_names(section, names, f"{where}.")
-    if "path" in names and not isinstance(section.get("path"), str):
-        raise ValueError(f"{where}.path={section.get('path')!r}: expected a path")
-    weight, limit = section.get("weight"), section.get("limit")
-    if weight is not None and not (isinstance(weight, int | float) and weight > 0):
-        raise ValueError(f"{where}.weight={weight!r}: expected a positive number")
-    if limit is not None and not (isinstance(limit, int) and limit > 0):
-        raise ValueError(f"{where}.limit={limit!r}: expected a positive whole number")
-    make: Callable[..., SourceConfig] = SOURCES[kind]
-    return make(**section)
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: expected names with values, got {value!r}")
-    return dict(value)
-
-
-def _check_names(given: Iterable[str], known: Sequence[str], where: str) -> None:
-    for name in given:
-        if name not in known:
-            nearest = get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown name {where}{name}: did you mean {nearest!r}?")

@@ -14,6 +14,7 @@ import yaml
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..data.config import DataConfig
 from ..data.sources import RowSource, open_source
 from ..files import write_text
 from ..inference.loading import check_model_type, quiet_loading
@@ -21,7 +22,7 @@ from ..machine import torch_dtype
 from ..vlm.processors import VLMProcessor, get_tokenizer
 from ..vlm.vision_language_model import VisionLanguageModel
 from .collators import VQACollator
-from .config import DataConfig, ModelConfig, TrainingConfig
+from .config import ModelConfig, TrainingConfig
 from .samples import REPORT_FILE, SKIPS_FILE, SampleMaker, write_report
 from .sequence_packing import PackedSequenceCollator
 from .stream import RowDataset, SampleStream

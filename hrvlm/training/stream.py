@@ -10,28 +10,19 @@ which is what a resumed run rests on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from ..data.rows import Row
+from ..data.sources import Source
 from .sequence_packing import pack_sequences
 
-Row = Mapping[str, Any]
 MakeSample = Callable[[Row, str], "dict[str, Tensor] | None"]
-
-
-class Source(Protocol):
-    """Rows in an order that depends on nothing but the arguments."""
-
-    name: str
-
-    def rows(self, seed: int, epoch: int, shard: int, shards: int) -> Iterator[tuple[str, Row]]:
-        """One pass over every `shards`-th row, from row `shard` on: (name of the row, row)."""
-        ...
 
 
 class RowDataset(Dataset):

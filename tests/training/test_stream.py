@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from hrvlm.data.config import FineVision, JsonL, Parquet, Synthetic
 from hrvlm.data.sources import RowSource, open_source
-from hrvlm.training.config import FineVision, JsonL, Parquet, Synthetic
 from hrvlm.training.samples import SampleMaker, write_report
 from hrvlm.training.stream import RowDataset, SampleStream
 from tests.tiny import picture, processor_of
