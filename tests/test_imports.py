@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,30 @@ KERNELS = ROOT / "kernels" / "hrvlm_kernels"
 KERNEL_MODULES = set((KERNELS / "triton_kernels").glob("*.py"))  # all that may need Triton
 OTHER_MODULES = set(KERNELS.rglob("*.py")) - KERNEL_MODULES
 OPTIONAL = ("triton", "flash_attn", "torchvision")
+
+# Folders and top modules, lowest first: each imports from lines above its own only.
+RANKS = (
+    "files machine charts",
+    "images drawn_text",
+    "checkpoints",
+    "encoder",
+    "towers vlm data",
+    "verification",
+    "inference export auto_classes",
+    "training measuring",
+    "embed explore reader",
+    "commands",
+    "cli",
+    "__main__",
+)
+KERNEL_RANKS = (
+    "backends packed_tables",
+    "packed_grids",
+    "reference",
+    "triton_kernels",
+    "ops",
+    "flash_attn_interface",
+)
 
 # Hidden packages look as if they were not installed: nothing finds them, and they have no metadata.
 HIDE = """
@@ -154,6 +179,58 @@ def imports(path):
                 yield 0, alias.name, [], id(node) in inside
         elif isinstance(node, ast.ImportFrom):
             yield node.level, node.module or "", [a.name for a in node.names], id(node) in inside
+
+
+def arrows(root):
+    """Module of a package to the modules of it that it imports, wherever in the file.
+
+    What is imported for a type checker alone does not count.
+    """
+    files = {}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        files[".".join(parts).removesuffix(".__init__")] = path
+    found = {}
+    for name, path in files.items():
+        package = name.split(".")[: None if path.name == "__init__.py" else -1]
+        targets, tree = set(), ast.parse(path.read_text())
+        blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If)]
+        typing = {
+            id(child)
+            for block in blocks
+            if ast.unparse(block.test) == "TYPE_CHECKING"
+            for child in ast.walk(block)
+        }
+        for node in ast.walk(tree):
+            if id(node) in typing or not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+                continue
+            base = package[: len(package) - node.level + 1] if node.level else []
+            home = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:
+                whole = f"{home}.{alias.name}"
+                targets.add(whole if whole in files else home)
+        found[name] = (targets & files.keys()) - {root.name}  # from the package: __version__
+    return found
+
+
+PACKAGES = {ROOT / "hrvlm": RANKS, KERNELS: KERNEL_RANKS}
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.name)
+def test_imports_go_down_only(package):
+    rank = {room: i for i, line in enumerate(PACKAGES[package]) for room in line.split()}
+    for module, targets in arrows(package).items():
+        for target in targets if module != package.name else ():
+            room, other = (name.split(".")[1] for name in (module, target))
+            assert room == other or rank[room] > rank[other], f"{module} imports {target}"
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.name)
+def test_no_modules_import_each_other_in_a_circle(package):
+    TopologicalSorter(arrows(package)).prepare()
 
 
 def each(paths):

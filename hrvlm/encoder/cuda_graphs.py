@@ -16,10 +16,11 @@ from torch import Tensor
 
 from hrvlm_kernels import PackedGrids
 
+from .inputs import Grids, pack_inputs
 from .output import EncoderOutput, PackedEncoderOutput
 
 if TYPE_CHECKING:
-    from .vision_transformer import DINOv3Encoder, Grids
+    from .vision_transformer import DINOv3Encoder
 
 _Grid = tuple[int, int]
 _Value = TypeVar("_Value")
@@ -95,7 +96,13 @@ class GraphedEncoder:
         Raises:
             ValueError: there is no graph for these sizes in this order, or an input requires grad.
         """
-        patches, packed, batch = self.encoder._pack(pixel_values, grids)
+        patches, packed, batch = pack_inputs(
+            pixel_values,
+            grids,
+            patch_size=self.encoder.patch_size,
+            num_channels=self.encoder.config.num_channels,
+            num_prefix_tokens=self.encoder.num_prefix_tokens,
+        )
         if patches.requires_grad and torch.is_grad_enabled():
             raise ValueError("pixel_values requires grad, but a graphed encoder has no backward")
         recording = _select(self._recordings, packed.grids or (), self.encoder.patch_size)

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DINOv3ViTConfig
+from transformers import DINOv3ViTConfig, PreTrainedModel
 from transformers import initialization as init
 
 from hrvlm_kernels import PackedGrids
@@ -25,16 +25,14 @@ from hrvlm_kernels.backends import check_backend
 from ..checkpoints import mapping
 from ..checkpoints.convert import foreign_base, is_foreign, load_foreign
 from ..checkpoints.strict import StrictModel
-from ..images.patches import pack_images, patchify
+from .inputs import Grids, flat_mask, pack_inputs
 from .layers import DINOv3Embeddings, DINOv3Layer, LayerScale, QKVBias, patch_size_of
 from .output import EncoderOutput, PackedEncoderOutput
 
 if TYPE_CHECKING:
     from .cuda_graphs import GraphedEncoder
 
-Grids: TypeAlias = PackedGrids | Sequence[Sequence[int]] | Tensor
-
-
+Encoder = TypeVar("Encoder", bound=PreTrainedModel)
 mapping.register()
 
 
@@ -219,8 +217,14 @@ class DINOv3Encoder(StrictModel):
                 the dtype is float16 without ``allow_fp16``.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_frozen()):
-            patches, packed, batch = self._pack(pixel_values, grids)
-            masked = _flat_mask(bool_masked_pos, patches)
+            patches, packed, batch = pack_inputs(
+                pixel_values,
+                grids,
+                patch_size=self.patch_size,
+                num_channels=self.config.num_channels,
+                num_prefix_tokens=self.num_prefix_tokens,
+            )
+            masked = flat_mask(bool_masked_pos, patches)
             if output_hidden_states is None:
                 output_hidden_states = self.config.output_hidden_states
             fields = self._encode(
@@ -240,55 +244,6 @@ class DINOv3Encoder(StrictModel):
             output = EncoderOutput(**_batched(fields, (batch, packed.max_seqlen)))
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
-
-    def _pack(
-        self, pixel_values: Tensor | Sequence[Tensor], grids: Grids | None
-    ) -> tuple[Tensor, PackedGrids, int | None]:
-        """Any accepted input as (patches, layout, batch size; None for packed output)."""
-        p, batch = self.patch_size, None
-        if isinstance(pixel_values, Tensor) and pixel_values.ndim == 2:
-            if grids is None:
-                raise ValueError("grids is needed with packed patches [N, 3*p*p]")
-            patches = pixel_values
-        elif grids is not None:
-            raise ValueError(
-                "grids goes with packed patches [N, 3*p*p] only; images have their own"
-            )
-        elif isinstance(pixel_values, Tensor):
-            if pixel_values.ndim != 4:
-                raise ValueError(
-                    "pixel_values must be [B, 3, H, W], a list of [3, H, W] or packed patches "
-                    f"[N, 3*p*p]; got {tuple(pixel_values.shape)}"
-                )
-            batch, _, height, width = pixel_values.shape
-            patches = patchify(pixel_values, p).flatten(0, 1)
-            grids = [(height // p, width // p)] * batch
-        else:
-            patches, grids = pack_images(pixel_values, p)
-        packed = self._layout(grids, patches.device)
-        expected = (
-            packed.patch_rows().shape[0],  # not from lengths: a graph would hold for their number
-            self.config.num_channels * p * p,
-        )
-        if tuple(patches.shape) != expected:
-            raise ValueError(
-                f"pixel_values: {tuple(patches.shape)} patches for grids that need {expected} "
-                f"({len(packed)} images, {self.config.num_channels} channels, patch size {p})"
-            )
-        return patches, packed, batch
-
-    def _layout(self, grids: Grids, device: torch.device) -> PackedGrids:
-        if isinstance(grids, PackedGrids):
-            if grids.num_prefix_tokens != self.num_prefix_tokens:
-                raise ValueError(
-                    f"grids: made for {grids.num_prefix_tokens} prefix tokens, "
-                    f"this model has {self.num_prefix_tokens}"
-                )
-            return grids if grids.device == device else grids.to(device)
-        pairs = grids.tolist() if isinstance(grids, Tensor) else grids
-        return PackedGrids.from_grids(
-            pairs, num_prefix_tokens=self.num_prefix_tokens, device=device
-        )
 
     def _refuse_fp16(self, x: Tensor) -> None:
         if x.dtype == torch.float16 and not self.allow_fp16:
@@ -353,6 +308,17 @@ class DINOv3Encoder(StrictModel):
         return torch.zeros_like(coords).index_copy(0, rows, new[rows])
 
 
+def without_mask_token(encoder: Encoder) -> Encoder:
+    """Leave a DINOv3's mask token out of training where nothing is masked: DDP waits for gradients.
+
+    Any other encoder is left as it is.
+    """
+    if encoder.config.model_type == DINOv3ViTConfig.model_type:
+        embeddings: Any = encoder.embeddings
+        embeddings.mask_token.requires_grad_(False)
+    return encoder
+
+
 def _strip_inner_model(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
 ) -> None:
@@ -360,18 +326,6 @@ def _strip_inner_model(
     old = f"{prefix}model.layer."
     for key in [key for key in state_dict if key.startswith(old)]:
         state_dict[f"{prefix}layer.{key[len(old) :]}"] = state_dict.pop(key)
-
-
-def _flat_mask(mask: Tensor | Sequence[Tensor] | None, patches: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    flat = mask.flatten() if isinstance(mask, Tensor) else torch.cat([m.flatten() for m in mask])
-    if flat.dtype != torch.bool or flat.shape[0] != patches.shape[0]:
-        raise ValueError(
-            f"bool_masked_pos must be bool, one per patch ({patches.shape[0]}); "
-            f"got {flat.dtype} and {flat.shape[0]}"
-        )
-    return flat.to(patches.device)
 
 
 def _kept_layers(out_indices: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -20,10 +20,12 @@ from ..checkpoints.convert import is_foreign
 from ..checkpoints.damage import naming_damaged_files
 from ..checkpoints.strict import load_strictly
 from ..encoder.plain_modules import is_float
-from ..encoder.vision_transformer import DINOv3Encoder
+from ..encoder.vision_transformer import DINOv3Encoder, without_mask_token
 from .config import VLMConfig
 from .processors import get_tokenizer
-from .vision_language_model import VisionLanguageModel, without_mask_token
+
+if TYPE_CHECKING:
+    from .vision_language_model import VisionLanguageModel
 
 # What a checkpoint of SigLIP has besides the vision tower without its pooling head.
 _OF_SIGLIP = ("text_model.", "logit_scale", "logit_bias", "vision_model.head.", "head.")

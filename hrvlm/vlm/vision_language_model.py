@@ -11,7 +11,7 @@ sample follows from the placeholders: see `placeholders.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    SiglipVisionModel,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -28,8 +29,10 @@ from transformers.utils.generic import can_return_tuple
 from hrvlm_kernels import PackedGrids
 
 from ..checkpoints.strict import StrictModel
+from ..encoder.vision_transformer import DINOv3Encoder, without_mask_token
 from ..images.patches import unpatchify
-from .config import ARCHITECTURES, VLMConfig
+from .backbones import join
+from .config import VLMConfig
 from .modality_projector import ModalityProjector
 from .output import CACHE_NAME, ImageFeatures, VLMOutput, name_cache
 from .placeholders import (
@@ -42,12 +45,6 @@ from .placeholders import (
     images_per_sample,
 )
 
-if TYPE_CHECKING:
-    from transformers import SiglipVisionModel
-
-    from ..encoder.vision_transformer import DINOv3Encoder
-
-Encoder = TypeVar("Encoder", bound=PreTrainedModel)
 Grids = Tensor | Sequence[Sequence[int]]
 
 
@@ -109,8 +106,6 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
             TypeError: a loaded model is of another kind.
             ValueError: an option is unknown, or the tokenizer has no image token.
         """
-        from .backbones import join
-
         return join(cls, vision, language, tokenizer, dtype, options)
 
     @classmethod
@@ -372,25 +367,11 @@ class VisionLanguageModel(StrictModel, GenerationMixin):
 
 
 def _new_encoder(config: VLMConfig) -> DINOv3Encoder | SiglipVisionModel:
-    # Imported here: registering the model class must not need the encoder's module, which may be
-    # halfway through its own import at that moment.
     if config.vit_architecture == "siglip":
-        from transformers import SiglipVisionModel
-
         config.vision_config.vision_use_head = False  # its pooling would be left without gradients
         return SiglipVisionModel(config.vision_config)
-    from ..encoder.vision_transformer import DINOv3Encoder
-
     config.vision_config._attn_implementation = "sdpa"  # the encoder has its own backends
     return without_mask_token(DINOv3Encoder(config.vision_config))
-
-
-def without_mask_token(encoder: Encoder) -> Encoder:
-    """Leave the mask token out of training: nothing is masked here, and DDP waits for gradients."""
-    if encoder.config.model_type == ARCHITECTURES["dinov3"]:
-        embeddings: Any = encoder.embeddings
-        embeddings.mask_token.requires_grad_(False)
-    return encoder
 
 
 def _grids_of(pixel_values: Tensor | None, image_grid_hw: Grids | None) -> list[Grid]:

@@ -1,0 +1,109 @@
+"""Every form of input as packed patches: a batch, a list of images, or patches with their grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hrvlm_kernels import PackedGrids
+
+from ..images.patches import pack_images, patchify
+
+Grids: TypeAlias = PackedGrids | Sequence[Sequence[int]] | Tensor
+
+
+class PackedInputs(NamedTuple):
+    """What an encoder runs on.
+
+    Attributes:
+        patches: ``[N, 3*p*p]``.
+        packed: Their layout.
+        batch: Images of a batch, whose output gets that axis back; None if they came otherwise.
+    """
+
+    patches: Tensor
+    packed: PackedGrids
+    batch: int | None
+
+
+def pack_inputs(
+    pixel_values: Tensor | Sequence[Tensor],
+    grids: Grids | None,
+    *,
+    patch_size: int,
+    num_channels: int,
+    num_prefix_tokens: int,
+) -> PackedInputs:
+    """Pack what :meth:`DINOv3Encoder.forward` takes.
+
+    Args:
+        pixel_values: A batch ``[B, 3, H, W]``, a list of ``[3, Hi, Wi]``, or packed patches.
+        grids: Patch grids of packed patches; None for images.
+        patch_size: Side of the encoder's patches in pixels.
+        num_channels: Of the pixels.
+        num_prefix_tokens: CLS and registers in front of each image's patches.
+
+    Raises:
+        ValueError: an image's sides are not multiples of the patch size, or shapes do not fit.
+    """
+    batch = None
+    if isinstance(pixel_values, Tensor) and pixel_values.ndim == 2:
+        if grids is None:
+            raise ValueError("grids is needed with packed patches [N, 3*p*p]")
+        patches = pixel_values
+    elif grids is not None:
+        raise ValueError("grids goes with packed patches [N, 3*p*p] only; images have their own")
+    elif isinstance(pixel_values, Tensor):
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                "pixel_values must be [B, 3, H, W], a list of [3, H, W] or packed patches "
+                f"[N, 3*p*p]; got {tuple(pixel_values.shape)}"
+            )
+        batch, _, height, width = pixel_values.shape
+        patches = patchify(pixel_values, patch_size).flatten(0, 1)
+        grids = [(height // patch_size, width // patch_size)] * batch
+    else:
+        patches, grids = pack_images(pixel_values, patch_size)
+    packed = _layout(grids, num_prefix_tokens, patches.device)
+    expected = (
+        packed.patch_rows().shape[0],  # not from lengths: a graph would hold for their number
+        num_channels * patch_size * patch_size,
+    )
+    if tuple(patches.shape) != expected:
+        raise ValueError(
+            f"pixel_values: {tuple(patches.shape)} patches for grids that need {expected} "
+            f"({len(packed)} images, {num_channels} channels, patch size {patch_size})"
+        )
+    return PackedInputs(patches, packed, batch)
+
+
+def flat_mask(mask: Tensor | Sequence[Tensor] | None, patches: Tensor) -> Tensor | None:
+    """A mask in any form that the encoder takes as ``[N]``, beside the patches ``[N, 3*p*p]``.
+
+    Raises:
+        ValueError: it is not bool, or not one per patch.
+    """
+    if mask is None:
+        return None
+    flat = mask.flatten() if isinstance(mask, Tensor) else torch.cat([m.flatten() for m in mask])
+    if flat.dtype != torch.bool or flat.shape[0] != patches.shape[0]:
+        raise ValueError(
+            f"bool_masked_pos must be bool, one per patch ({patches.shape[0]}); "
+            f"got {flat.dtype} and {flat.shape[0]}"
+        )
+    return flat.to(patches.device)
+
+
+def _layout(grids: Grids, num_prefix_tokens: int, device: torch.device) -> PackedGrids:
+    if isinstance(grids, PackedGrids):
+        if grids.num_prefix_tokens != num_prefix_tokens:
+            raise ValueError(
+                f"grids: made for {grids.num_prefix_tokens} prefix tokens, "
+                f"this model has {num_prefix_tokens}"
+            )
+        return grids if grids.device == device else grids.to(device)
+    pairs = grids.tolist() if isinstance(grids, Tensor) else grids
+    return PackedGrids.from_grids(pairs, num_prefix_tokens=num_prefix_tokens, device=device)
