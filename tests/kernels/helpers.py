@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo import trace_rules
 from torch._dynamo.backends.debugging import aot_eager
 
 from hrvlm_kernels.backends import cpu_driver, interpreted
@@ -33,6 +34,9 @@ def poison_empty(monkeypatch):
 
         return wrapper
 
+    # torch.compile's table of torch's functions. A process group clears it; were it made anew while
+    # these are replaced, no later test could compile the real ones.
+    trace_rules.get_torch_obj_rule_map()
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),
