@@ -1,9 +1,10 @@
 """Mutated image files, by the hundred thousand: what reading each one costs (`make fuzz-images`).
 
-A case is made from a small file of some format by its number and the seed alone, so a find can be
-made again: `python -m benchmarks.images.fuzz --show 12345`. Cases run one after the other in a
-child process, which measures the CPU time of all its threads and the peak of its resident memory.
-A case fails if `load_image`
+A case is made from a small file of some format, which Pillow writes, by its number and the seed
+alone; so a find can be made again with the same build of Pillow:
+`python -m benchmarks.images.fuzz --show 12345`. Cases run one after the other in a child process,
+which measures the CPU time of all its threads and the peak of its resident memory. A case fails if
+`load_image`
 
 - takes more than 8 bytes for each pixel of the first frame and 100 MB, or 3 CPU seconds
 - raises anything but ImageError, or ends the process
