@@ -155,6 +155,15 @@ def test_every_command_explains_itself(command):
     assert result.exit_code == 0 and "--json" in result.stdout and "--debug" in result.stdout
 
 
+def test_the_package_runs_as_a_module():
+    paths = os.pathsep.join(sys.path)
+    command = [sys.executable, "-m", "hrvlm", "--version"]
+    out = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
+    )
+    assert (out.returncode, out.stdout) == (0, f"hrvlm {hrvlm.__version__}\n"), out.stderr
+
+
 def test_version_and_bare_call():
     assert run("--version").stdout == f"hrvlm {hrvlm.__version__}\n"
     bare = run()
