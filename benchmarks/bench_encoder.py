@@ -30,7 +30,7 @@ from benchmarks import encoder_peers
 from benchmarks.case import MIXED_GRIDS, OURS, Case, Prepared, Rival, Run, Settings
 from benchmarks.encoder_models import Grids, Models
 from benchmarks.encoder_peers import MakeEncode
-from hrvlm.checkpoints.convert import CONFIGS, get_config
+from hrvlm.checkpoints.family import CONFIGS, get_config
 from hrvlm.encoder.cost import Architecture, forward_cost
 
 SUITE, DEVICE, BUDGET_S = "encoder", "cuda", 170

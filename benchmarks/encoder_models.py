@@ -32,7 +32,7 @@ class Models:
     """One set of weights in the classes of everyone, each made when it is first asked for.
 
     Attributes:
-        name: Key of :data:`hrvlm.checkpoints.convert.CONFIGS`.
+        name: Key of :data:`hrvlm.checkpoints.family.CONFIGS`.
         config: Its configuration, or a shallower one.
         device: Where.
         dtype: Of weights and activations.

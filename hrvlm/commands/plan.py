@@ -74,7 +74,7 @@ def plan(
         ),
     ] = 4,
     upscale: Upscale = False,
-    dtype: Annotated[str, typer.Option(help="{hrvlm.encoder.cost.DTYPE_BYTES}.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="{hrvlm.machine.DTYPE_BYTES}.")] = "bfloat16",
 ) -> Plan:
     """Grids, tokens, memory and FLOPs of images, without any weights."""
     from ..encoder.cost import make_plan, named_architecture

@@ -269,13 +269,13 @@ def named_architecture(name: str, patch_size: int | None = None) -> Architecture
     """The sizes of a model of the DINOv3 family, e.g. ``vitb16``.
 
     Args:
-        name: A key of :data:`hrvlm.checkpoints.convert.CONFIGS`.
+        name: A key of :data:`hrvlm.checkpoints.family.CONFIGS`.
         patch_size: Another side of a patch than the model's own.
 
     Raises:
         ValueError: no such model, or a patch size below 1.
     """
-    from ..checkpoints.convert import CONFIGS
+    from ..checkpoints.family import CONFIGS
 
     if name not in CONFIGS:
         raise ValueError(f"model must be one of {', '.join(CONFIGS)}; got {name!r}")

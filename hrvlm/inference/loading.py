@@ -88,7 +88,7 @@ def check_backend_runs(backend: str, device: torch.device, dtype: torch.dtype) -
 
 
 def _random_encoder() -> DINOv3Encoder:
-    from ..checkpoints.convert import get_config
+    from ..checkpoints.family import get_config
     from ..encoder.vision_transformer import DINOv3Encoder
 
     with torch.random.fork_rng(devices=[]):

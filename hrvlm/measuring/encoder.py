@@ -38,7 +38,7 @@ class BenchOptions:
     """What to run.
 
     Attributes:
-        model: Key of :data:`hrvlm.checkpoints.convert.CONFIGS`.
+        model: Key of :data:`hrvlm.checkpoints.family.CONFIGS`.
         sizes: Side of the square images of each uniform batch, in pixels.
         tokens: About how many tokens make a batch.
         mixed: Number of images of mixed sizes, whose longer sides go from the smallest to the
@@ -147,7 +147,7 @@ def bench(
         ValueError: an unknown model or dtype, or a size that is no multiple of the patch size.
         RuntimeError: the results of two rivals differ: there are no times then.
     """
-    from ..checkpoints.convert import get_config
+    from ..checkpoints.family import get_config
     from ..encoder.layers import patch_size_of
 
     if options is None:

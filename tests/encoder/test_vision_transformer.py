@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from transformers import DINOv3ViTModel
 
 from hrvlm import DINOv3Encoder, EncoderOutput, PackedEncoderOutput, pack_images
-from hrvlm.checkpoints.convert import CONFIGS, get_config
+from hrvlm.checkpoints.family import CONFIGS, get_config
 from hrvlm_kernels import PackedGrids
 from tests.encoder.encoders import FAMILY, config_of, pair_of
 from tests.numerics import relative_error
