@@ -35,8 +35,18 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+MAX_YAML_VALUES = 100_000  # in one text, each counted as often as aliases repeat it
+
+
 class _Loader(yaml.SafeLoader):
-    """1e-4 is a number: YAML 1.1 takes it, without a point, for text."""
+    """1e-4 is a number (YAML 1.1 takes it, without a point, for text); a name stands only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise yaml.MarkedYAMLError(None, None, f"{twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -48,12 +58,27 @@ def parse_yaml(text: str, name: str) -> Any:
     """The value of a text.
 
     Raises:
-        ValueError: it is no YAML; the message begins with `name`.
+        ValueError: it is no YAML, gives one name twice in a mapping, is nested deeper than Python's
+            recursion goes, or has more than `MAX_YAML_VALUES` values (an alias inside what it
+            stands for has no end of them); the message begins with `name`.
     """
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+        value = yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError:
+        raise ValueError(f"{name}: no YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # A scalar tagged as what it is not (!!int x) raises whatever its constructor met.
         raise ValueError(f"{name}: no YAML: {error}") from error
+    waiting, count = [value], 1
+    while waiting:
+        item = waiting.pop()
+        parts = item.values() if isinstance(item, dict) else item
+        if isinstance(item, dict | list | set | tuple):
+            waiting.extend(parts)
+            count += len(item)
+        if count > MAX_YAML_VALUES:
+            raise ValueError(f"{name}: more than {MAX_YAML_VALUES} values, aliases counted in full")
+    return value
 
 
 def read_mapping(path: str | PathLike[str]) -> dict[str, Any]:

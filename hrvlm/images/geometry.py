@@ -107,6 +107,7 @@ def token_grid(
     height, width = positive_int("height", height), positive_int("width", width)
     patch, factor = positive_int("patch_size", patch_size), positive_int("factor", factor)
     limit = positive_int("max_img_size", max_img_size)
+    true_or_false("allow_upscale", allow_upscale)
     unit = patch * factor
     if limit < unit:
         raise ValueError(
@@ -144,6 +145,7 @@ def tile_grid(
     """
     height, width = positive_int("height", height), positive_int("width", width)
     limit = positive_int("max_img_size", max_img_size)
+    true_or_false("allow_upscale", allow_upscale)
     side = positive_int("splitted_image_size", splitted_image_size)
     if limit < side:
         raise ValueError(
@@ -162,11 +164,22 @@ def positive_int(name: str, value: SupportsIndex) -> int:
     """
     try:
         number = operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # the latter: a tensor without a value, on "meta"
         number = 0
     if number < 1 or isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
     return number
+
+
+def true_or_false(name: str, value: bool) -> bool:
+    """`value`, if it is a bool: a tensor, a number or a word is a mistake, not a truth.
+
+    Raises:
+        ValueError: it is none; `name` says which argument.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: expected True or False")
+    return value
 
 
 def _snap(

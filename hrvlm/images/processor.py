@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .geometry import Geometry, TileGeometry, positive_int, tile_grid, token_grid
+from .geometry import (
+    Geometry,
+    TileGeometry,
+    positive_int,
+    tile_grid,
+    token_grid,
+    true_or_false,
+)
 from .intake import (
     MAX_PIXELS,
     WHITE,
@@ -108,8 +115,7 @@ class ImageProcessor:
         object.__setattr__(self, "background", rgb_color("background", self.background))
         check_max_pixels(self.max_pixels)
         for name in ("single_image_mode", "allow_upscale"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False")
+            true_or_false(name, getattr(self, name))
         self.geometry(1, 1)
         if not self.single_image_mode:
             self._check_split()

@@ -30,7 +30,7 @@ from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils.import_utils import is_torchvision_available
 
-from .geometry import Geometry, positive_int, token_grid
+from .geometry import Geometry, positive_int, token_grid, true_or_false
 from .intake import (
     MAX_PIXELS,
     WHITE,
@@ -188,8 +188,7 @@ class _PackedImageProcessor(BaseImageProcessor):
                     "max_img_size, patch_size, pixel_shuffle_factor and allow_upscale say"
                 )
         for name in _SWITCHES:
-            if not isinstance(options[name], bool):
-                raise ValueError(f"{name}={options[name]!r}: expected True or False")
+            true_or_false(name, options[name])
         if options["resample"] not in _RESAMPLING:
             raise ValueError(f"resample={options['resample']!r}: expected one of {_RESAMPLING}")
         if options["input_data_format"] not in _CHANNELS:

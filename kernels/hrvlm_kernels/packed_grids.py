@@ -295,10 +295,12 @@ def _check_count(name: str, n: object) -> None:
 
 
 def _canonical(device: torch.device | str) -> torch.device:
-    device = torch.device(device)
-    if (
-        device.type == "cuda" and device.index is None
-    ):  # "cuda" and "cuda:0" must share one cache entry
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"device={device!r}: torch knows no such device") from error
+    if device.type == "cuda" and device.index is None:
+        # "cuda" and "cuda:0" must share one cache entry.
         return torch.device("cuda", torch.cuda.current_device())
     return device
 

@@ -251,3 +251,14 @@ def test_bad_tile_arguments_are_named(name):
         tile_grid(arguments.pop("height"), arguments.pop("width"), **arguments)
     with pytest.raises(ValueError, match=r"max_img_size=511 .* splitted_image_size=512"):
         tile_grid(640, 960, max_img_size=511, splitted_image_size=512)
+
+
+@pytest.mark.parametrize("flag", [None, 1, "no", torch.tensor([True, False]), torch.tensor(True)])
+def test_a_switch_is_true_or_false(flag):
+    with pytest.raises(ValueError, match=r"allow_upscale=.*expected True or False"):
+        token_grid(480, 640, max_img_size=640, allow_upscale=flag)
+
+
+def test_a_side_without_a_value_is_no_number():
+    with pytest.raises(ValueError, match=r"height=.*expected a whole number"):
+        token_grid(torch.tensor(480, device="meta"), 640, max_img_size=640)

@@ -193,3 +193,15 @@ def test_default_device_context_is_ignored():
 def test_bad_layouts_raise_and_name_the_image(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("device", ["gpu", "", 3.5, [], -1, 10**30])
+def test_a_device_that_torch_does_not_know_is_named(device):
+    packed = PackedGrids.from_grids([(2, 3)])
+    for make in (
+        lambda: PackedGrids.from_grids([(2, 3)], device=device),
+        lambda: PackedGrids.from_lengths([4], device=device),
+        lambda: packed.to(device),
+    ):
+        with pytest.raises(ValueError, match="device="):
+            make()
