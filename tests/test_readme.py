@@ -1,8 +1,8 @@
 """The documents name only what exists: snippets run, commands parse, links and names resolve.
 
-Those of docs/ are followed from top to bottom: Python snippets in one namespace and `hrvlm`
-commands in one folder, each where it stands. A block that starts with the comment "# needs ..." or
-"# runs until ..." is only looked at, as are the commands of the README.
+Those of docs/ are followed from top to bottom: Python snippets in one namespace, and commands
+(`hrvlm`, `python -m recipes...`) in one folder, each where it stands. A block that starts with the
+comment "# needs ..." or "# runs until ..." is only looked at, as are the commands of the README.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, ImageChops, ImageOps, ImageStat
 from typer.testing import CliRunner
 
 from hrvlm.cli import app
-from hrvlm.training.config import TrainingConfig, read_yaml
+from hrvlm.training.config import TrainingConfig
 from hrvlm.training.trainer import VLMTrainingArguments
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +82,9 @@ def test_a_guide_can_be_followed(guide, tmp_path, monkeypatch):
                 exec(compile("\n" * line + source, str(guide), "exec"), namespace)
             elif block[1] == "bash":
                 for words in lines_of(source):
+                    if words[:2] == ["python", "-m"] and words[2].startswith("recipes."):
+                        importlib.import_module(words[2]).main(words[3:])
+                        continue
                     assert words[0] == "hrvlm", f"{guide.name}, line {line}: only hrvlm is run"
                     result = CliRunner().invoke(app, words[1:])
                     assert result.exit_code == 0, f"{words}:\n{result.output}"
@@ -173,10 +176,8 @@ def check_hrvlm(arguments):
 
 
 def check_training(path, overrides):
-    sections = read_yaml(path, overrides)
-    if "reading" not in sections:
-        known = {field.name for field in dataclasses.fields(VLMTrainingArguments)}
-        assert set(TrainingConfig.from_dict(sections).training) <= known
+    known = {field.name for field in dataclasses.fields(VLMTrainingArguments)}
+    assert set(TrainingConfig.from_yaml(path, overrides).training) <= known
 
 
 def check_make(arguments):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..reader.shipped import DOUBT_BELOW, PROMPT, WHAT_IT_READS, reader_path
 from .command import Json, command
 from .console import note
 from .options import Device, StoredDType
@@ -43,21 +42,23 @@ def generate(
     as_json: Json = False,
 ) -> dict[str, Any] | None:
     """Answer a prompt about images; the text streams to stdout."""
-    bound = {}
-    if model is None:
-        model, bound = reader_path(), {"doubt_below": DOUBT_BELOW}
-        prompt = PROMPT if prompt is None and not chat else prompt
-        if not image:
-            raise ValueError("--image is needed: the reader of hrvlm reads the text in images")
-    if prompt is None and not chat:
+    ours = model is None
+    if ours and not image:
+        raise ValueError("--image is needed: the reader of hrvlm reads the text in images")
+    if prompt is None and not chat and not ours:
         raise ValueError("--prompt is needed, or --chat")
     if each and (chat or not image):
         raise ValueError("--each: goes with --image, and not with --chat")
     images = image or []
-    if bound:
-        note(f"no --model, so this answers: {WHAT_IT_READS}")
     from ..inference.chat import GenerateOptions, start_chats
 
+    bound = {}
+    if model is None:
+        from ..reader.model import DOUBT_BELOW, PROMPT, WHAT_IT_READS, reader_path
+
+        model, bound = reader_path(), {"doubt_below": DOUBT_BELOW}
+        prompt = PROMPT if prompt is None and not chat else prompt
+        note(f"no --model, so this answers: {WHAT_IT_READS}")
     options = GenerateOptions(max_new_tokens, temperature, num_beams, **bound)
     groups = [[path] for path in images] if each else [images]
     talks = start_chats(model, groups, options, device=device, dtype=dtype)

@@ -25,8 +25,7 @@ def show(result: DemoResult | dict[str, Any]) -> None:
     if skipped := result.get("skipped"):
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         note(f"rows left out: {reasons} (see {result['output_dir']}/data_report.json)")
-    if "output_dir" in result:
-        print_line(f"{counted(result['steps'], 'step')}; the model is in {result['output_dir']}")
+    print_line(f"{counted(result['steps'], 'step')}; the model is in {result['output_dir']}")
 
 
 def _show_demo(result: DemoResult) -> None:
@@ -58,8 +57,7 @@ def train(
     """Train or fine-tune a vision-language model.
 
     On several devices: `torchrun --nproc-per-node N --no-python hrvlm train ...`, or with
-    `accelerate launch --no_python`. A file with a section `reading` is a recipe for a reader, which
-    is trained on one device.
+    `accelerate launch --no_python`.
     """
     if demo == (config is not None):
         raise ValueError("CONFIG or --demo is needed, and not both")
@@ -69,15 +67,8 @@ def train(
         from ..reader.demo import train_demo
 
         return train_demo(out)
-    from ..training.config import TrainingConfig, read_yaml
-
-    sections = read_yaml(config, override or ())
-    if "reading" in sections:
-        from ..reader.recipe import check_sections, train_reader
-
-        check_sections(sections, str(config))
-        return {"metrics": train_reader(sections, resume=resume)}
+    from ..training.config import TrainingConfig
     from ..training.run import train as run
 
-    result = run(TrainingConfig.from_dict(sections), resume=resume)
+    result = run(TrainingConfig.from_yaml(config, override or ()), resume=resume)
     return result.to_json() if result.is_main else None  # one of several processes reports

@@ -7,7 +7,7 @@ A model says something about every picture, also about one that it can't read. T
     improbable    the mean of log p(token | what is before it) is below a bound
 
 The rule for repetition and the bound of the shipped reader were chosen from what the reader says to
-pictures with and without text: `benchmarks/reading_doubts.py`, figures in the reader's card. What
+pictures with and without text: `recipes/reader/doubts.py`, figures in the reader's card. What
 a mean of other models is worth nobody has measured; `UNKNOWN_BOUND` asks for a tenth by token.
 """
 

@@ -17,8 +17,8 @@ from ..charts import Axis, Series, line_chart
 from ..drawn_text.drawing import NEW_FONT, RenderOptions
 from ..files import write_text
 from ..inference.loading import quiet_loading
+from .model import reader_path
 from .score import score
-from .shipped import reader_path
 
 IMAGES, EPOCHS, BATCH_SIZE = 200, 6, 8
 _DRAW: dict[str, Any] = {"fonts": [NEW_FONT], "font_sizes": [16, 30]}

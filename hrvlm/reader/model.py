@@ -1,4 +1,4 @@
-"""The small model that reads: its tokenizer and how one is made from a recipe.
+"""The small model that reads: where the one of the package is, its tokenizer, and how to make one.
 
 The tokenizer is byte-level: one token per ASCII character, so that the language model spells.
 """
@@ -6,6 +6,7 @@ The tokenizer is byte-level: one token per ASCII character, so that the language
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -15,6 +16,14 @@ from ..vlm.config import VLMConfig
 from ..vlm.processors import IMAGE_TOKEN, VLMProcessor
 from ..vlm.vision_language_model import VisionLanguageModel
 
+PROMPT = "Read."  # what it was trained to be asked
+# The mean log-probability by token of an answer to believe: recipes/reader/doubts.py.
+DOUBT_BELOW = -0.2
+WHAT_IT_READS = (
+    "the reader of hrvlm, 4.3 million parameters: it reads printed, level English text, best short "
+    "lines of 14 to 32 px, and small receipts, forms and panels; not pages, photographs or "
+    "handwriting, and whatever the prompt, it answers no questions"
+)
 PAD, END, USER, ANSWER = "<|pad|>", "<|end|>", "<|user|>", "<|answer|>"
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -26,6 +35,20 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|answer|>' }}{%- endif -%}"
 )
+
+
+def reader_path() -> str:
+    """Directory of the reader that comes with the package, as ``from_pretrained`` takes it.
+
+    Raises:
+        FileNotFoundError: the package was built without its data.
+    """
+    directory = files("hrvlm").joinpath("assets", "reader")
+    if not directory.joinpath("model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{directory}: the reader's weights are not there; reinstall hrvlm, or give a model"
+        )
+    return str(directory)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -77,3 +77,8 @@ class CombinedOptimizer(Optimizer):
             )
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon takes a parameter: a matrix inside one of the numbered blocks of a model."""
+    return parameter.ndim == 2 and any(word.isdigit() for word in name.split("."))

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..checkpoints.differences import KeyDifferences
 from ..encoder.layers import without_fused_keys
-from .optimizers import CombinedOptimizer
+from .optimizers import CombinedOptimizer, is_hidden_matrix
 from .stream import SampleStream
 
 PARTS = ("vision", "projector", "language")
@@ -224,7 +224,7 @@ def parameter_groups(model: nn.Module, args: VLMTrainingArguments) -> list[dict[
     groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            muon = args.optimizer == "muon" and _is_hidden_matrix(name, parameter)
+            muon = args.optimizer == "muon" and is_hidden_matrix(name, parameter)
             key = (part_of(name), muon, _decays(name, parameter))
             groups.setdefault(key, []).append(parameter)
     if not groups:
@@ -270,7 +270,3 @@ def _learning_rate(args: VLMTrainingArguments, part: str) -> float:
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     learned_token = name.endswith(("_token", "_tokens")) or "position_embedding" in name
     return parameter.ndim >= 2 and not learned_token
-
-
-def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2 and any(word.isdigit() for word in name.split("."))

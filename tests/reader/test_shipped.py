@@ -9,9 +9,8 @@ from typer.testing import CliRunner
 
 from hrvlm import VisionLanguageModel, VLMProcessor
 from hrvlm.cli import app
-from hrvlm.inference.chat import load_vlm
+from hrvlm.reader.model import reader_path
 from hrvlm.reader.score import score
-from hrvlm.reader.shipped import DOUBT_BELOW, reader_path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SAYS = {
@@ -37,7 +36,7 @@ def test_it_is_small_and_has_a_card(reader):
     assert sum(p.numel() for p in reader[0].parameters()) <= 12_000_000
     assert not hasattr(reader[0], "reading_head")
     card = (folder / "README.md").read_text(encoding="utf-8")
-    for word in ("character error rate", "hrvlm train recipes/reader.yaml", "can't read"):
+    for word in ("character error rate", "python -m recipes.reader.train", "can't read"):
         assert word in card
 
 
@@ -80,30 +79,3 @@ def test_what_it_can_not_read():
     assert "below -0.20" in json.loads(done.stdout)["doubts"]["improbable"]
     shown = CliRunner().invoke(app, ["generate", "--image", str(EXAMPLES / "sideways.png")])
     assert "doubtful: the model itself found the answer improbable" in shown.stderr
-
-
-def test_the_bound_tells_what_it_reads_from_what_it_can_not():
-    """The whole figures are in its card."""
-    from benchmarks.reading_doubts import ask, pictures
-
-    processor, vlm = load_vlm(reader_path())
-    rows = list(ask(processor, vlm, [a for a in pictures(small=True) if a.kind != "noise"]))
-    right = [row for row in rows if row["kind"] == "drawn text, right"]
-    unreadable = [row for row in rows if not row["kind"].startswith(("drawn", "a line of text up"))]
-    assert len(right) >= 6 and sum(bool(row["doubts"]) for row in right) <= 1
-    assert len(unreadable) == 10 and sum(bool(row["doubts"]) for row in unreadable) >= 9
-
-
-def test_the_card_has_the_figures_of_the_results():
-    from benchmarks.reading_score import CARD, RESULTS, table
-
-    report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert table(report) in CARD.read_text(encoding="utf-8")
-
-
-def test_the_card_has_the_doubts_of_the_results():
-    from benchmarks.reading_doubts import CARD, RESULTS, table
-
-    report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert table(report) in CARD.read_text(encoding="utf-8")
-    assert report["bound"] == DOUBT_BELOW

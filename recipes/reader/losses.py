@@ -22,18 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer
+from torch.utils.data import Dataset
 
-from ..drawn_text.drawing import RenderOptions, TextImage, prompt_of, render
-from ..drawn_text.words import CHARACTERS
-from ..training.collators import VQACollator
-from ..vlm.placeholders import as_grids
-from .model import ANSWER, END, USER
+from hrvlm.drawn_text.drawing import RenderOptions, TextImage, prompt_of, render
+from hrvlm.drawn_text.words import CHARACTERS
+from hrvlm.reader.model import ANSWER, END, USER
+from hrvlm.training.collators import IGNORE_INDEX, VQACollator
+from hrvlm.vlm.placeholders import as_grids
 
 BLANK = len(CHARACTERS)
 _CHARACTER_IDS = {character: i for i, character in enumerate(CHARACTERS)}
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,8 @@ class ReadingData(Dataset):
         tokenize = self.processor.tokenizer
         before = tokenize(f"{USER}{image}{prompt}{ANSWER}")["input_ids"]
         answer = tokenize(f"{sample.text}{END}")["input_ids"]
-        labels = torch.tensor([IGNORE] * len(before) + answer)
-        pointer = torch.full_like(labels, IGNORE)
+        labels = torch.tensor([IGNORE_INDEX] * len(before) + answer)
+        pointer = torch.full_like(labels, IGNORE_INDEX)
         s = self.processor.image_processor.pixel_shuffle_factor
         first = before.index(self.processor.image_token_id)
         for i, (row, column) in enumerate(places):
@@ -165,7 +163,7 @@ class ReadingCollator(VQACollator):
         batch = super().__call__(kept)
         length = batch["input_ids"].shape[1]
         left = self.tokenizer.padding_side == "left"
-        batch["pointer"] = torch.full((len(kept), length), IGNORE)
+        batch["pointer"] = torch.full((len(kept), length), IGNORE_INDEX)
         for row, sample in zip(batch["pointer"], kept, strict=True):
             pointer = sample["pointer"]
             start = length - len(pointer) if left else 0
@@ -174,91 +172,27 @@ class ReadingCollator(VQACollator):
         return batch
 
 
-class ReadingTrainer(Trainer):
-    """A Trainer with the losses of `ReadingOptions`.
-
-    The model gets a ``reading_head`` for the time of training; :func:`without_head` takes it off.
-    """
-
-    def __init__(self, model: Any, reading: ReadingOptions, **kwargs: Any):
-        self.reading = reading
-        self._sums: dict[str, float] = {}
-        self._count = 0
-        if not hasattr(model, "reading_head"):
-            model.reading_head = nn.Linear(
-                model.config.vit_hidden_dim, reading.slots * (BLANK + 1)
-            ).to(model.device)
-        super().__init__(model=model, **kwargs)
-        self.model_accepts_loss_kwargs = False
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """In order: the data is random by itself, and a resumed run skips without drawing."""
-        data: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(data)
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The sum at the top of this file; only `characters` in the encoder's own stages."""
-        inputs = dict(inputs)
-        characters, pointer = inputs.pop("characters"), inputs.pop("pointer")
-        if self.reading.stage_at(self.state.global_step).encoder_only:
-            output = model.vision_encoder(inputs["pixel_values"], grids=inputs["image_grid_hw"])
-            loss = self._characters_loss(model, output.packed_patches, characters)
-            self._record(characters=loss)
-            return loss
-        layer = model.decoder.model.layers[self.reading.pointer_layer]
-        with _listening(model.vision_encoder, layer.self_attn) as heard:
-            outputs = model(**inputs, use_cache=False)
-        patches = heard["encoder"].packed_patches
-        by_characters = self._characters_loss(model, patches, characters)
-        is_image = inputs["input_ids"] == model.config.image_token_id
-        by_pointer = _pointer_loss(layer.self_attn, heard["attention"], pointer, is_image)
-        self._record(text=outputs.loss, characters=by_characters, pointer=by_pointer)
-        loss = (
-            outputs.loss
-            + self.reading.characters_weight * by_characters
-            + self.reading.pointer_weight * by_pointer
-        )
-        return (loss, outputs) if return_outputs else loss
-
-    def _characters_loss(self, model: Any, patches: Tensor, targets: Tensor) -> Tensor:
-        logits = model.reading_head(patches).float().view(-1, BLANK + 1)
-        weights = torch.ones(BLANK + 1, device=logits.device)
-        weights[BLANK] = self.reading.blank_weight
-        targets = targets.flatten()
-        with torch.no_grad():
-            written = targets != BLANK
-            right = (logits.argmax(-1) == targets)[written].float().mean()
-        self._record(characters_right=right)
-        return F.cross_entropy(logits, targets, weights)
-
-    def _record(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
-            self._count += name == "characters"
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the means of the parts of the loss since the last log."""
-        if self._count and "loss" in logs:
-            logs = logs | {k: round(v / self._count, 4) for k, v in self._sums.items()}
-            self._sums, self._count = {}, 0
-        super().log(logs, *args, **kwargs)
+def new_head(model: Any, slots: int) -> nn.Linear:
+    """The linear head of `characters`, for a model."""
+    return nn.Linear(model.config.vit_hidden_dim, slots * (BLANK + 1)).to(model.device)
 
 
-def without_head(model: Any) -> Any:
-    """Take the training-time head off a model."""
-    if hasattr(model, "reading_head"):
-        del model.reading_head
-    return model
+def characters_loss(
+    head: nn.Module, patches: Tensor, targets: Tensor, blank_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the head on `patches` ``[N, C]``, and the share of characters it got."""
+    logits = head(patches).float().view(-1, BLANK + 1)
+    weights = torch.ones(BLANK + 1, device=logits.device)
+    weights[BLANK] = blank_weight
+    targets = targets.flatten()
+    with torch.no_grad():
+        written = targets != BLANK
+        right = (logits.argmax(-1) == targets)[written].float().mean()
+    return F.cross_entropy(logits, targets, weights), right
 
 
 @contextmanager
-def _listening(encoder: nn.Module, attention: nn.Module) -> Iterator[dict[str, Any]]:
+def listening(encoder: nn.Module, attention: nn.Module) -> Iterator[dict[str, Any]]:
     """Keep the encoder's output and the attention's inputs of one forward."""
     heard: dict[str, Any] = {}
 
@@ -280,7 +214,7 @@ def _listening(encoder: nn.Module, attention: nn.Module) -> Iterator[dict[str, A
             handle.remove()
 
 
-def _pointer_loss(attention: Any, inputs: Any, targets: Tensor, is_image: Tensor) -> Tensor:
+def pointer_loss(attention: Any, inputs: Any, targets: Tensor, is_image: Tensor) -> Tensor:
     """Cross entropy of the first head's scores over the image tokens of each row."""
     hidden, (cos, sin) = inputs
     width = attention.head_dim

@@ -1,6 +1,6 @@
 """What RoPE is worth to an encoder that learns to read: trained the same way with it and without.
 
-    python -m benchmarks.reading_ablation
+    python -m recipes.rope_ablation
 
 Trains by recipes/rope_ablation.yaml and writes the share of characters that the encoder names at
 their patches, on held-out pages, into benchmarks/results/rope_ablation.json and the table in
@@ -21,9 +21,9 @@ from benchmarks.reporting.tables import fill, seed_table
 from benchmarks.suite import commit_here
 from hrvlm.files import write_text
 from hrvlm.machine import describe_device, pick_device
-from hrvlm.reader.losses import BLANK, ReadingCollator, ReadingData
-from hrvlm.reader.recipe import make_trainer, read_recipe
 from hrvlm.reader.score import HELD_OUT_SEED
+from recipes.reader.losses import BLANK, ReadingCollator, ReadingData
+from recipes.reader.train import make_trainer, read_recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "rope_ablation.json"
@@ -58,7 +58,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def run(seed: int, use_rope: bool, steps: int | None) -> dict[str, Any]:
     """Train one encoder and count the characters that it names rightly."""
-    recipe = read_recipe(ROOT / "recipes" / "rope_ablation.yaml")
+    recipe = read_recipe(Path(__file__).with_suffix(".yaml"))
     recipe["seed"] = seed
     recipe["model"]["vision_config"]["use_rope"] = use_rope
     with tempfile.TemporaryDirectory() as directory:

@@ -1,6 +1,6 @@
 """What the shipped reader's own probabilities say about pictures with and without text.
 
-    python -m benchmarks.reading_doubts           (--card-only: from the last results)
+    python -m recipes.reader.doubts           (--card-only: from the last results)
 
 Asks, as `hrvlm generate` does but in float32 and for several pictures at once, about drawn text
 that the reader has not seen, and about pictures that it can't read: crops of a photograph, noise,
@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from benchmarks.reading_score import CARD
 from benchmarks.reporting.tables import fill
 from benchmarks.suite import commit_here
 from hrvlm.drawn_text.drawing import NEW_FONT, TextImage, render
@@ -37,11 +36,12 @@ from hrvlm.inference.chat import GenerateOptions, chat_inputs, decoding, load_vl
 from hrvlm.inference.doubts import doubts
 from hrvlm.inference.text_metrics import edit_distance
 from hrvlm.machine import describe_device, pick_device
+from hrvlm.reader.model import DOUBT_BELOW, PROMPT, reader_path
 from hrvlm.reader.score import HELD_OUT
-from hrvlm.reader.shipped import DOUBT_BELOW, PROMPT, reader_path
+from recipes.reader.score import CARD
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "reading_doubts.json"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "reading_doubts.json"
 START, END = "<!-- doubts:start -->", "<!-- doubts:end -->"
 SEED = 3_000_000
 _BATCH = 16

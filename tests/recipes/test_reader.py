@@ -7,25 +7,20 @@ from transformers import TrainingArguments
 
 from hrvlm.drawn_text.drawing import RenderOptions, render
 from hrvlm.drawn_text.words import CHARACTERS
-from hrvlm.reader.losses import (
-    BLANK,
-    ReadingCollator,
-    ReadingData,
-    ReadingOptions,
-    Stage,
-    without_head,
-)
 from hrvlm.reader.model import byte_tokenizer, new_reader
-from hrvlm.reader.recipe import (
+from hrvlm.reader.score import score
+from hrvlm.training.optimizers import CombinedOptimizer
+from recipes.reader.losses import BLANK, ReadingCollator, ReadingData, ReadingOptions, Stage
+from recipes.reader.train import (
+    RECIPE,
     SECTIONS,
     make_optimizer,
     make_trainer,
     read_recipe,
     reading_options,
     train_reader,
+    without_head,
 )
-from hrvlm.reader.score import score
-from hrvlm.training.optimizers import CombinedOptimizer
 
 VISION = {
     "patch_size": 8,
@@ -154,6 +149,15 @@ def train_and_load(recipe, resume=False):
     return model.state_dict()
 
 
+def test_the_loss_is_the_sum_of_its_parts(tmp_path):
+    trainer = make_trainer(recipe_of(tmp_path, max_steps=3, save_strategy="no"))
+    trainer.train()
+    first, *_, last = (log for log in trainer.state.log_history if "loss" in log)
+    assert "text" not in first and first["loss"] == pytest.approx(first["characters"], abs=1e-4)
+    parts = [last[name] for name in ("text", "characters", "pointer")]
+    assert all(parts) and last["loss"] == pytest.approx(sum(parts), abs=1e-3)
+
+
 def test_stages_and_optimizer_parts():
     torch.manual_seed(0)
     model, _ = new_reader(VISION, TEXT, **OPTIONS)
@@ -211,7 +215,7 @@ def test_head_is_taken_off():
 
 
 def test_recipes(tmp_path):
-    recipe = read_recipe("recipes/reader.yaml")
+    recipe = read_recipe(RECIPE)
     assert set(recipe) == set(SECTIONS)
     assert len(reading_options(recipe["reading"]).stages) >= 2
     bad = tmp_path / "bad.yaml"

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import reading_ablation, reading_resolution
-from hrvlm.reader.demo import train_demo
+from recipes import resolution, rope_ablation
 
 
 def run_main(module, monkeypatch, *arguments):
@@ -18,7 +17,7 @@ def run_main(module, monkeypatch, *arguments):
 def test_resolution(tmp_path, monkeypatch):
     results, plot = tmp_path / "results.json", tmp_path / "plot.svg"
     options = ("--steps", 1, "--samples", 4, "--seeds", 0, "--results", results, "--plot", plot)
-    run_main(reading_resolution, monkeypatch, *options)
+    run_main(resolution, monkeypatch, *options)
     runs = json.loads(results.read_text())["runs"]
     kinds = [(run["max_img_size"], run["steps"]) for run in runs]
     assert kinds == [(224, 1), (224, 10), (768, 1)]
@@ -29,7 +28,7 @@ def test_resolution(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_ablation(tmp_path, monkeypatch):
     results = tmp_path / "results.json"
-    run_main(reading_ablation, monkeypatch, "--steps", 1, "--seeds", 0, "--results", results)
+    run_main(rope_ablation, monkeypatch, "--steps", 1, "--seeds", 0, "--results", results)
     runs = json.loads(results.read_text())["runs"]
     assert [run["use_rope"] for run in runs] == [True, False]
     assert all(0 <= run["right"] <= 1 and run["characters"] > 100 for run in runs)
@@ -37,28 +36,16 @@ def test_ablation(tmp_path, monkeypatch):
 
 def test_what_the_experiments_found():
     """The committed results say what the documents say of them."""
-    ablation = json.loads(reading_ablation.RESULTS.read_text())["runs"]
+    ablation = json.loads(rope_ablation.RESULTS.read_text())["runs"]
     with_rope = [run["right"] for run in ablation if run["use_rope"]]
     without = [run["right"] for run in ablation if not run["use_rope"]]
     assert min(with_rope) > max(without) + 0.03
-    resolution = json.loads(reading_resolution.RESULTS.read_text())["runs"]
-    small = [run["cer"] for run in resolution if run["max_img_size"] == 224]
-    large = [run["cer"] for run in resolution if run["max_img_size"] == 768]
+    sizes = json.loads(resolution.RESULTS.read_text())["runs"]
+    small = [run["cer"] for run in sizes if run["max_img_size"] == 224]
+    large = [run["cer"] for run in sizes if run["max_img_size"] == 768]
     assert len(small) == 6 and len(large) == 3
     assert max(large) < 0.6 * min(small)
-    page = reading_resolution.PAGE.read_text(encoding="utf-8")
-    assert reading_resolution.table(resolution) in page
-    assert reading_ablation.table(ablation) in page
-    assert reading_resolution.PLOT.read_text(encoding="utf-8") == reading_resolution.plot(
-        resolution
-    )
-
-
-@pytest.mark.slow
-def test_the_reader_learns_a_new_font(tmp_path):
-    result = train_demo(tmp_path / "demo", held_out=32, epochs=1)
-    assert result.error_after < result.error_before
-    assert "training loss" in (tmp_path / "demo" / "loss.svg").read_text()
-    assert (tmp_path / "demo" / "model.safetensors").is_file()
-    with pytest.raises(ValueError, match="empty"):
-        train_demo(tmp_path / "demo")
+    page = resolution.PAGE.read_text(encoding="utf-8")
+    assert resolution.table(sizes) in page
+    assert rope_ablation.table(ablation) in page
+    assert resolution.PLOT.read_text(encoding="utf-8") == resolution.plot(sizes)

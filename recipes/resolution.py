@@ -1,7 +1,7 @@
 """Does resolution pay? Wide lines of text, read by models of one recipe at 224 and at 768 pixels.
 
-    python -m benchmarks.reading_resolution                  (all: three seeds of each kind)
-    python -m benchmarks.reading_resolution --page-only      (from the results)
+    python -m recipes.resolution                  (all: three seeds of each kind)
+    python -m recipes.resolution --page-only      (from the results)
 
 Each model is trained by recipes/resolution.yaml at its own ``max_img_size`` and reads the same
 held-out lines. All start from the shipped reader, which knows letters of the size that 768 keeps;
@@ -29,8 +29,8 @@ from hrvlm.drawn_text.drawing import RenderOptions, render
 from hrvlm.files import write_text
 from hrvlm.inference.text_metrics import edit_distance
 from hrvlm.machine import describe_device, pick_device
-from hrvlm.reader.recipe import make_trainer, read_recipe
 from hrvlm.reader.score import HELD_OUT_SEED, score
+from recipes.reader.train import make_trainer, read_recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "reading_resolution.json"
@@ -75,7 +75,7 @@ def run(
     seed: int, max_img_size: int, times: int, steps: int | None, samples: int
 ) -> dict[str, Any]:
     """Train one model and let it read; errors and characters by height of the text."""
-    recipe = read_recipe(ROOT / "recipes" / "resolution.yaml")
+    recipe = read_recipe(Path(__file__).with_suffix(".yaml"))
     recipe["seed"] = seed
     recipe["model"]["max_img_size"] = max_img_size
     draw = RenderOptions(**recipe["reading"]["stages"][0]["draw"])

@@ -1,6 +1,6 @@
 """How well the reader that comes with hrvlm reads, on samples it has not seen.
 
-    python -m benchmarks.reading_score            (--card-only: from the last results)
+    python -m recipes.reader.score            (--card-only: from the last results)
 
 Character error rates on single lines (the kind that it was trained for), on every layout of the
 full distribution (8 to 40 pixels, up to 40 characters a line), and on a font that it has never
@@ -23,11 +23,12 @@ from hrvlm import VisionLanguageModel, VLMProcessor
 from hrvlm.drawn_text.drawing import NEW_FONT
 from hrvlm.files import write_text
 from hrvlm.machine import describe_device, pick_device
+from hrvlm.reader.model import reader_path
 from hrvlm.reader.score import HELD_OUT, score
-from hrvlm.reader.shipped import reader_path
 
-RESULTS = Path(__file__).parent / "results" / "reader.json"
-CARD = Path(__file__).parents[1] / "hrvlm" / "assets" / "reader" / "README.md"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "reader.json"
+CARD = ROOT / "hrvlm" / "assets" / "reader" / "README.md"
 START, END = "<!-- figures:start -->", "<!-- figures:end -->"
 KINDS = {
     "line": "single lines, up to 20 characters, 14 to 32 px, the fonts of training",
