@@ -268,10 +268,24 @@ def test_kernels_do_not_use_the_reference(path):
             assert "reference" not in [module, *names]
 
 
-@each((ROOT / "hrvlm").rglob("*.py"))
-def test_the_model_package_imports_neither_tests_nor_benchmarks(path):
-    for level, module, _, _ in imports(path):
-        assert level or module.partition(".")[0] not in ("tests", "benchmarks", "kernels")
+# What each folder at the top may not import: rooms above it, and what is for development alone.
+FORBIDDEN = {
+    "hrvlm": {"benchmarks", "recipes", "tests", "kernels", "ptx_machine", "pretended_gpu"},
+    "kernels/ptx_machine": {"hrvlm", "hrvlm_kernels", "benchmarks", "recipes", "tests"},
+    "kernels/pretended_gpu": {"benchmarks", "recipes", "tests", "ptx_machine"},
+    "benchmarks": {"recipes", "tests"},
+    "recipes": {"tests"},
+}
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_imports_go_down_only(folder):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        for level, module, _, _ in imports(path):
+            top = module.partition(".")[0]
+            assert level or top not in FORBIDDEN[folder], f"{path.relative_to(ROOT)}: {module}"
 
 
 @each((ROOT / "kernels" / "ptx_machine").rglob("*.py"))
@@ -279,12 +293,6 @@ def test_the_ptx_machine_knows_none_of_what_it_runs(path):
     allowed = {"numpy", "torch", "triton", "ptx_machine"} | sys.stdlib_module_names
     for level, module, _, _ in imports(path):
         assert level or module.partition(".")[0] in allowed, f"import {module}"
-
-
-@each((ROOT / "kernels" / "pretended_gpu").rglob("*.py"))
-def test_the_pretended_gpu_imports_neither_tests_nor_benchmarks(path):
-    for level, module, _, _ in imports(path):
-        assert level or module.partition(".")[0] not in ("tests", "benchmarks", "ptx_machine")
 
 
 def test_every_op_has_its_kernels_and_its_test_under_one_name():

@@ -3,11 +3,11 @@
     python -m benchmarks.tuning [--op forward ...] [--head-dim 64 ...] [--bytes 2]
     python -m benchmarks.tuning --dry-run [--chip sm_90] ...
 
-For every row of triton_kernels/tile_tables.py that belongs to this chip, each candidate has
-to pass the op's test against float64 first, in a process of its own: one that hangs or breaks the
-device costs itself alone. Those that pass take turns on images of 201, 2309 and 4101 tokens (256,
-768 and 1024 px for the ops on grids), and the one with the smallest geometric mean of its times
-goes into the table. After each row the table is written, and what was measured goes into
+For every row of triton_kernels/tile_tables.py that belongs to this chip, each candidate has to pass
+its op's case of ``hrvlm verify`` first, in a process of its own: one that hangs or breaks the
+device costs itself alone. Those that pass take turns on images of 201, 2309 and 4101 tokens
+(256, 768 and 1024 px for the ops on grids), and the one with the smallest geometric mean of its
+times goes into the table. After each row the table is written, and what was measured goes into
 benchmarks/results/tune-*.json, beside what the device reaches at best and the commit; a later run
 on the same commit adds to that file.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any
 
 import torch
 
@@ -18,11 +17,11 @@ from benchmarks.tuning.rows import (
     attention_job,
     attention_keys,
     dtype_of,
+    verified,
 )
-from hrvlm_kernels import varlen_attention
+from hrvlm_kernels import PackedGrids, varlen_attention
 from hrvlm_kernels.packed_tables import SHORT_SEQLEN
 from hrvlm_kernels.triton_kernels.tilings import Tiling
-from tests.kernels.attention_cases import check_kernel, make_case
 
 SIZES = (201, 2309, 4101)  # tokens of an image of 224, 768 and 1024 px
 GATE_LENGTHS = (201, 577, 64, 0, 1, 63, 65, 127, 128, 129)
@@ -60,20 +59,25 @@ def _backward_candidates(key: Key) -> list[Tiling]:
 
 def _attention_gate(rope: bool, deterministic: bool) -> Callable[[Key, str], None]:
     def gate(key: Key, device: str) -> None:
-        options = {"head_dim": key[1], "dtype": dtype_of(key), "rope": rope, "device": device}
         lengths = [min(n, SHORT_SEQLEN) for n in GATE_LENGTHS] if rope else GATE_LENGTHS
-        check_kernel(make_case(lengths, heads=2, **options), deterministic=deterministic)
+        options = {"lengths": lengths, "rope": rope, "deterministic": deterministic}
+        verified("varlen_attention", dtype_of(key), device, head_dim=key[1], **options)
 
     return gate
 
 
 def _forward_calls(key: Key, device: str, *, rope: bool = False) -> list[Call]:
     def call(n: int) -> Call:
-        case = _attention_case(key, n, device, rope)
+        packed, qkv = _packed_qkv(key, n, device)
+        q, k, v = qkv.unbind(1)
+        positions = None
+        if rope:
+            coords = torch.rand(packed.total_tokens, 2, device=device) * 2 - 1
+            positions = coords, torch.rand(key[1] // 4, device=device)
 
         @torch.no_grad()
         def run() -> object:
-            return varlen_attention(*case.inputs, case.packed, rope=case.rope, backend="triton")
+            return varlen_attention(q, k, v, packed, rope=positions, backend="triton")
 
         return Call(f"n={n}", run, _attention_flops(key, n, products=2))
 
@@ -82,12 +86,13 @@ def _forward_calls(key: Key, device: str, *, rope: bool = False) -> list[Call]:
 
 def _backward_calls(key: Key, device: str, *, deterministic: bool = True) -> list[Call]:
     def call(n: int) -> Call:
-        case = _attention_case(key, n, device, rope=False)
-        leaves = [a.detach().requires_grad_() for a in case.inputs]
-        out = varlen_attention(*leaves, case.packed, deterministic=deterministic, backend="triton")
+        packed, qkv = _packed_qkv(key, n, device)
+        leaves = [a.requires_grad_() for a in qkv.unbind(1)]
+        out = varlen_attention(*leaves, packed, deterministic=deterministic, backend="triton")
+        g = torch.randn_like(out)
 
         def run() -> object:
-            return torch.autograd.grad(out, leaves, case.g, retain_graph=True)
+            return torch.autograd.grad(out, leaves, g, retain_graph=True)
 
         return Call(f"n={n}", run, _attention_flops(key, n, products=5))
 
@@ -102,10 +107,11 @@ def _attention_flops(key: Key, n: int, products: int) -> int:
     return 2 * products * HEADS * key[1] * sum(n * n for n in _lengths(n))
 
 
-def _attention_case(key: Key, n: int, device: str, rope: bool) -> Any:
-    lengths = _lengths(n)
-    options = {"head_dim": key[1], "dtype": dtype_of(key), "rope": rope, "device": device}
-    return make_case(lengths, heads=HEADS, **options)
+def _packed_qkv(key: Key, n: int, device: str) -> tuple[PackedGrids, torch.Tensor]:
+    """q, k and v are slices of one tensor, as in the encoder."""
+    packed = PackedGrids.from_lengths(_lengths(n), device=device)
+    shape = packed.total_tokens, 3, HEADS, key[1]
+    return packed, torch.randn(shape, device=device, dtype=dtype_of(key))
 
 
 ATTENTION_OPS = {

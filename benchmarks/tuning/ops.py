@@ -26,6 +26,7 @@ from benchmarks.tuning.rows import (
     dtype_of,
     reason,
     row,
+    verified,
 )
 from hrvlm.images.processor import IMAGENET
 from hrvlm.machine import synchronize
@@ -131,11 +132,10 @@ def _gemm_inputs(
 
 def _gemm_gate(key: Key, device: str) -> None:
     """A sum that is cut into parts, then one that is not."""
-    from tests.kernels import test_pixel_shuffle_linear as shuffle
-
     whole = 128 * multiprocessors(torch.device(device)) + 2
     for factor, features in ((_FACTOR, 130), (2, whole)):
-        shuffle.check_all(factor, 80, features, dtype_of(key), device=device)
+        sizes = {"factor": factor, "channels": 80, "width": features}
+        verified("pixel_shuffle_linear", dtype_of(key), device, **sizes)
 
 
 def _rope_candidates(key: Key) -> list[RopeConfig]:
@@ -156,10 +156,7 @@ def _rope_calls(key: Key, device: str) -> list[Call]:
 
 
 def _rope_gate(key: Key, device: str) -> None:
-    from tests.kernels import test_rope_2d as rope
-
-    for check in (rope.check_forward, rope.check_backward):
-        check(key[1], dtype_of(key), device=device)
+    verified("rope_2d", dtype_of(key), device, head_dim=key[1])
 
 
 def _norm_keys(chip: str) -> list[Key]:
@@ -187,9 +184,7 @@ def _norm_calls(key: Key, device: str, *, backward: bool) -> list[Call]:
 
 
 def _norm_gate(key: Key, device: str) -> None:
-    from tests.kernels import test_layer_norm_pixel_shuffle as norm
-
-    norm.check_all(_FACTOR, key[1], torch.float16, device=device)
+    verified("layer_norm_pixel_shuffle", torch.float16, device, channels=key[1])
 
 
 def _size_keys(chip: str) -> list[Key]:
@@ -213,9 +208,7 @@ def _swiglu_calls(key: Key, device: str) -> list[Call]:
 
 
 def _swiglu_gate(key: Key, device: str) -> None:
-    from tests.kernels import test_swiglu as gated
-
-    gated.check(7, 5121, dtype_of(key), device=device)
+    verified("swiglu", dtype_of(key), device, width=5121)
 
 
 def _patchify_calls(key: Key, device: str) -> list[Call]:
@@ -229,10 +222,8 @@ def _patchify_calls(key: Key, device: str) -> list[Call]:
 
 
 def _patchify_gate(key: Key, device: str) -> None:
-    from tests.kernels import test_normalize_patchify as patchify
-
     for patch_size in (16, 14):
-        patchify.check(patch_size, dtype_of(key), device=device)
+        verified("normalize_patchify", dtype_of(key), device, patch_size=patch_size)
 
 
 def _norm_op(table: str, backward: bool) -> TunedOp:

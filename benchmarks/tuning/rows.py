@@ -20,6 +20,7 @@ from benchmarks.suite import now
 from benchmarks.tuning import table_file
 from benchmarks.tuning.table_file import Table
 from hrvlm.measuring.timing import Ceilings, Timing, median_ratio
+from hrvlm.verification.cases import CASES, Random
 from hrvlm_kernels.triton_kernels import tile_tables
 
 HEADS, TOKENS = 16, 16_384  # of what is timed
@@ -73,6 +74,21 @@ def row(table: str, key: Key, config: Any) -> Iterator[None]:
         rows.clear()
         rows.update(before)
         tile_tables.SPILLS.update(spills)
+
+
+def verified(op: str, dtype: torch.dtype, device: str, **sizes: Any) -> None:
+    """Raise AssertionError where the kernels of an op break a rule of ``hrvlm verify``.
+
+    Args:
+        op: Its name.
+        dtype: Of the tensors.
+        device: Where.
+        **sizes: Of the op's case in :mod:`hrvlm.verification.cases`.
+    """
+    for what, run in CASES[op](Random(torch.device(device), dtype, seed=0), **sizes):
+        for tensor in run("triton"):
+            for f in tensor.findings:
+                assert f.passed, f"{what}: {tensor.name}, {f.part}: {f.error:.3e} > {f.limit:.3e}"
 
 
 def reason(error: Exception) -> str:

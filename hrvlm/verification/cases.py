@@ -1,7 +1,8 @@
 """What ``hrvlm verify`` runs: each op on a pack of unlike images, forward and backward.
 
 A case is a function of a :class:`Random` that yields directions: a name ("forward", "backward", or
-a property of its own) and a function that runs it on a backend and measures the result.
+a property of its own) and a function that runs it on a backend and measures the result. Sizes are
+keywords, for who asks about others than ``hrvlm verify`` does.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class Random:
         return values.to(self.device, self.dtype)
 
 
-def _rope_case(random: Random) -> Iterator[Direction]:
-    heads, dim = 2, 64
+def _rope_case(random: Random, *, head_dim: int = 64) -> Iterator[Direction]:
+    heads, dim = 2, head_dim
     packed = PackedGrids.from_grids(_ODD_GRIDS, num_prefix_tokens=_PREFIX, device=random.device)
     tokens = packed.total_tokens
     qkv = random(tokens, 3, heads, dim)  # q and k are strided slices, as in a model
@@ -105,8 +106,9 @@ def _rope_case(random: Random) -> Iterator[Direction]:
     yield "backward", backward
 
 
-def _pixel_shuffle_case(random: Random) -> Iterator[Direction]:
-    factor, channels, width = 4, 32, 48
+def _pixel_shuffle_case(
+    random: Random, *, factor: int = 4, channels: int = 32, width: int = 48
+) -> Iterator[Direction]:
     packed = PackedGrids.from_grids(_GRIDS, num_prefix_tokens=_PREFIX, device=random.device)
     x = random(packed.total_tokens, channels)
     weight = random(width, factor**2 * channels, scale=(factor**2 * channels) ** -0.5)
@@ -134,8 +136,8 @@ def _pixel_shuffle_case(random: Random) -> Iterator[Direction]:
     yield "gather", gather
 
 
-def _norm_shuffle_case(random: Random) -> Iterator[Direction]:
-    factor, channels, eps = 4, 40, 1e-5
+def _norm_shuffle_case(random: Random, *, channels: int = 40) -> Iterator[Direction]:
+    factor, eps = 4, 1e-5
     packed = PackedGrids.from_grids(_GRIDS, num_prefix_tokens=_PREFIX, device=random.device)
     tensors = {"x": random(packed.total_tokens, channels)}
     tensors |= {name: random(channels) for name in ("weight", "bias")}
@@ -157,21 +159,36 @@ def _norm_shuffle_case(random: Random) -> Iterator[Direction]:
     yield from _contraction(op, plain, tensors, cotangent, packed)
 
 
-def _attention_case(random: Random) -> Iterator[Direction]:
-    heads, dim = 2, 64
-    packed = PackedGrids.from_lengths(_LENGTHS, device=random.device)
-    shape = packed.total_tokens, heads, dim
+def _attention_case(
+    random: Random,
+    *,
+    lengths: Sequence[int] = _LENGTHS,
+    head_dim: int = 64,
+    rope: bool = False,
+    deterministic: bool = True,
+) -> Iterator[Direction]:
+    packed = PackedGrids.from_lengths(lengths, device=random.device)
+    shape = packed.total_tokens, 2, head_dim
     tensors = {name: random(*shape) for name in "qkv"}
+    cotangent = random(*shape)
+    positions = _positions(random, packed, head_dim) if rope else None
 
     def plain(upcast: torch.dtype | None) -> Callable[..., Tensor]:
-        return lambda q, k, v: reference.varlen_attention(q, k, v, packed, upcast=upcast)[0]
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if positions is not None:
+                q, k = reference.rope_2d(q, k, *positions, upcast=upcast)
+            return reference.varlen_attention(q, k, v, packed, upcast=upcast)[0]
+
+        return run
 
     def op(backend: str) -> Callable[..., Tensor]:
-        return lambda q, k, v: varlen_attention(q, k, v, packed, backend=backend)
+        return lambda q, k, v: varlen_attention(
+            q, k, v, packed, rope=positions, deterministic=deterministic, backend=backend
+        )
 
     def isolation(backend: str) -> list[Measured]:
         """Other segments' contents must not change a segment by a single bit."""
-        kept = max(range(len(_LENGTHS)), key=_LENGTHS.__getitem__)
+        kept = max(range(len(lengths)), key=lengths.__getitem__)
         others = [a.clone() for a in tensors.values()]
         for a in others:
             for i, segment in enumerate(packed.split(a)):
@@ -182,10 +199,17 @@ def _attention_case(random: Random) -> Iterator[Direction]:
         )
         return [Measured(f"segment {kept}", rules.equal(second, first))]
 
-    cotangent = random(*shape)
     terms = _cancelling_terms(tensors, cotangent, packed)
     yield from _contraction(op, plain, tensors, cotangent, packed, terms)
     yield "isolation", isolation
+
+
+def _positions(random: Random, packed: PackedGrids, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Coordinates [T, 2], some at 0 as those of prefix tokens, and frequencies, in float32."""
+    coords = torch.rand(packed.total_tokens, 2, generator=random.generator) * 2 - 1
+    coords[::7] = 0
+    inv_freq = 100.0 ** (-4 * torch.arange(head_dim // 4) / head_dim)
+    return coords.to(random.device), inv_freq.to(random.device)
 
 
 def _cancelling_terms(
@@ -222,8 +246,8 @@ def _residual_case(random: Random) -> Iterator[Direction]:
     yield from _contraction(op, plain, tensors, random(tokens, 2 * width))
 
 
-def _swiglu_case(random: Random) -> Iterator[Direction]:
-    shape = 12, 1100
+def _swiglu_case(random: Random, *, width: int = 1100) -> Iterator[Direction]:
+    shape = 12, width
     tensors = {"gate": random(*shape, scale=3.0), "up": random(*shape)}
 
     def plain(upcast: torch.dtype | None) -> Callable[..., Tensor]:
@@ -235,8 +259,8 @@ def _swiglu_case(random: Random) -> Iterator[Direction]:
     yield from _contraction(op, plain, tensors, random(*shape))
 
 
-def _patchify_case(random: Random) -> Iterator[Direction]:
-    p = 16
+def _patchify_case(random: Random, *, patch_size: int = 16) -> Iterator[Direction]:
+    p = patch_size
     images = [
         torch.randint(256, (3, p * hp, p * wp), generator=random.generator, dtype=torch.uint8)
         for hp, wp in _ODD_GRIDS
@@ -361,7 +385,7 @@ def _with_gradients(
     return {"out": out.detach()} | named
 
 
-_OF_OPS: dict[str, Callable[[Random], Iterator[Direction]]] = {
+_OF_OPS: dict[str, Callable[..., Iterator[Direction]]] = {
     "rope_2d": _rope_case,
     "pixel_shuffle_linear": _pixel_shuffle_case,
     "layer_norm_pixel_shuffle": _norm_shuffle_case,

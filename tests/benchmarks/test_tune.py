@@ -23,6 +23,7 @@ from tests.kernels.helpers import interpreter_only
 from tests.kernels.mutations import plant
 
 KEY = ("sm_90", 64, 2)
+SWAPPED = "y[:, None], x[:, None])", "x[:, None], y[:, None])"  # x and y, in rope_2d
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -60,15 +61,26 @@ def test_shipped_configurations_are_candidates():
 
 
 @interpreter_only
-def test_the_gate_is_red_for_a_wrong_kernel(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "config", "kernel", "bug"),
+    [
+        ("forward", Tiling(64, 64, 1, 1), "varlen_attention", ("peak + tl.log2(total)", "peak")),
+        ("rope", RopeConfig(2, 4, 1), "rope_2d", SWAPPED),
+    ],
+)
+def test_the_gate_is_red_for_a_wrong_kernel(name, config, kernel, bug, monkeypatch, tmp_path):
     key = ("interpreter", 32, 4)
     monkeypatch.setattr(attention, "GATE_LENGTHS", (5, 65))
-    op = replace(ops.OPS["forward"], calls=lambda key, device: [])
-    monkeypatch.setitem(ops.OPS, "forward", op)
-    assert ops.trouble("forward", key, Tiling(64, 64, 1, 1), "cpu") is None
-    bug = ("peak + tl.log2(total)", "peak")
-    plant(monkeypatch, tmp_path, "varlen_attention", *bug)
-    assert "AssertionError" in ops.trouble("forward", key, Tiling(64, 64, 1, 1), "cpu")
+    monkeypatch.setitem(ops.OPS, name, replace(ops.OPS[name], calls=lambda key, device: []))
+    assert ops.trouble(name, key, config, "cpu") is None
+    plant(monkeypatch, tmp_path, kernel, *bug)
+    assert "AssertionError" in ops.trouble(name, key, config, "cpu")
+
+
+@interpreter_only
+def test_the_gate_of_short_images_rotates_inside_attention():
+    sizes = {"lengths": (5, 65), "head_dim": 32, "rope": True}
+    rows.verified("varlen_attention", torch.float16, "cpu", **sizes)
 
 
 def test_what_hangs_dies_or_raises_costs_itself_alone():

@@ -84,31 +84,31 @@ def transposed(x, packed, factor, weight, bias=None, *, backend):
     return pixel_shuffle_linear(x, packed, factor, weight, bias, backend=backend)
 
 
-def across_images(q, k, v, packed, scale=None, *, backend):
+def across_images(q, k, v, packed, scale=None, *, backend, **_):
     """One attention over the whole pack."""
     everything = PackedGrids.from_lengths([packed.total_tokens])
     return varlen_attention(q, k, v, everything, scale, backend=backend)
 
 
-def constant_keys(q, k, v, packed, scale=None, *, backend):
+def constant_keys(q, k, v, packed, scale=None, *, backend, **_):
     """The right output, without a gradient to k."""
     return varlen_attention(q, k.detach() + 0 * k, v, packed, scale, backend=backend)
 
 
-def one_bad_row(q, k, v, packed, scale=None, *, backend):
+def one_bad_row(q, k, v, packed, scale=None, *, backend, **_):
     out = varlen_attention(q, k, v, packed, scale, backend=backend)
     return torch.cat((out[:40], out[40:41] * 1.001, out[41:]))
 
 
-def not_finite(q, k, v, packed, scale=None, *, backend):
+def not_finite(q, k, v, packed, scale=None, *, backend, **_):
     return varlen_attention(q, k, v, packed, scale, backend=backend) * float("nan")
 
 
-def half_precision(q, k, v, packed, scale=None, *, backend):
+def half_precision(q, k, v, packed, scale=None, *, backend, **_):
     return reference.varlen_attention(q.half(), k.half(), v.half(), packed, scale)[0].float()
 
 
-def raising(q, k, v, packed, scale=None, *, backend):
+def raising(q, k, v, packed, scale=None, *, backend, **_):
     raise RuntimeError("out of resource: shared memory\nand more lines")
 
 
