@@ -115,7 +115,7 @@ fuzz-images: $(INSTALLED_DEV)
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find hrvlm kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find hrvlm kernels tests benchmarks recipes examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/pip:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

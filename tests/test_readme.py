@@ -248,6 +248,30 @@ def test_dotted_names_exist(document):
                     value = getattr(value, name)
 
 
+def folders_of_tree():
+    """Paths of all lines of the README's tree, by their indentation."""
+    (tree,) = (block for _, block in fences(README, "text") if "hrvlm_kernels/" in block)
+    above, found = [], []
+    for line in tree.splitlines():
+        name, _, says = line.strip().partition("/")
+        depth = (len(line) - len(line.lstrip())) // 2
+        above[depth:] = [name]
+        assert says.strip(), f"{name}/: nothing is said of it"
+        found.append("/".join(above))
+    return found
+
+
+def test_the_tree_is_the_folders_that_git_lists():
+    """All at the top, and below them those with Python files, outside of tests/, and the assets."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    files = [Path(line) for line in listed.stdout.splitlines()]
+    folders = {path.parts[0] for path in files if len(path.parts) > 1 and path.parts[0] != ".ci"}
+    folders |= {str(p.parent) for p in files if p.suffix == ".py" and p.parts[0] != "tests"} - {"."}
+    assert folders_of_tree() == sorted(folders | {"hrvlm/assets"})
+
+
 EXAMPLES = ROOT / "examples"
 
 
