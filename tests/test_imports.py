@@ -279,7 +279,7 @@ FORBIDDEN = {
 
 
 @pytest.mark.parametrize("folder", FORBIDDEN)
-def test_imports_go_down_only(folder):
+def test_folders_at_the_top_import_none_above_them(folder):
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
     for path in files:
