@@ -60,3 +60,5 @@ def install(*, numbers: bool = True) -> None:
     triton_driver.install()
     reference_numbers.install(numbers=numbers)
     torch_tensors.install()
+    # A pretended parameter moved to the CPU changes its class, which `.data =` does not take.
+    torch.__future__.set_swap_module_params_on_conversion(True)

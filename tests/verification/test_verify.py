@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from hrvlm.cli import app
 from hrvlm.verification import rules
-from hrvlm.verification.verify import verify
+from hrvlm.verification.verify import BACKENDS, verify
 from hrvlm_kernels import PackedGrids, pixel_shuffle_linear, reference, rope_2d, varlen_attention
 from hrvlm_kernels.backends import OPS
 
@@ -176,10 +176,12 @@ def test_the_triton_kernels_pass_in_the_interpreter():
 
 
 @pytest.mark.gpu
-def test_everything_passes_on_the_gpu():
-    report = verify("cuda", dtypes=["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_everything_passes_on_the_gpu(backend):
+    dtypes = ["float16", "bfloat16"] + ["float32"] * (backend != "flash_attn")
+    report = verify("cuda", dtypes=dtypes, backends=[backend])
     assert report.passed, [check for check in report.checks if not check.passed]
-    assert any(check.backend == "triton" for check in report.checks)
+    assert {check.backend for check in report.checks} == {backend}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
