@@ -93,26 +93,35 @@ def check_kernel(case, **options):
 
 
 def _terms(case):
-    """Sizes of what cancels in dq and dk, for the roundings of the kernels' float32 sums.
+    """Sizes of what cancels in dq, dk and dv, for the roundings of the kernels' float32 numbers.
 
     ds = p (g.v - g.out) is a difference of two numbers. Eager takes the second as the mean of the
     first, so that rounding errors cancel as well where one p is near 1 (in a one-token segment it
     finds exactly 0); the flash formula rounds them apart. A sum g.v is rounded relative to |g||v|.
+
+    dv of a lone token is g exactly, since p = 1; eager's exponent there is s - max s = 0 exactly,
+    but that of the flash backward is s - lse, with lse rounded to float32. Compiled code keeps in s
+    the bits that lse has lost (one fused multiply and subtract), so that p is off by up to half an
+    eps of |lse| = |s|, and by another where s is rounded too. With 2 roundings allowed, the size of
+    the term is |s| / 2. (Between several tokens eager rounds its scores as well.)
     """
     group = case.q.shape[1] // case.k.shape[1]
-    scale = abs(case.q.shape[-1] ** -0.5 if case.scale is None else case.scale)
+    scale = case.q.shape[-1] ** -0.5 if case.scale is None else case.scale
     q, k, v, g = (a.double() for a in (case.q, case.k, case.v, case.g))
     if case.rope is not None:
         q, k = reference.rope_2d(q, k, *case.rope, upcast=torch.float64)
     empty = torch.zeros(0, dtype=torch.float64, device=q.device)
-    terms = {"dq": [empty], "dk": [empty]}
+    terms = {"dq": [empty], "dk": [empty], "dv": [empty]}
     for q_i, k_i, v_i, g_i in zip(*map(case.packed.split, (q, k, v, g)), strict=True):
         k_i, v_i = (a.repeat_interleave(group, 1) for a in (k_i, v_i))
-        p = torch.einsum("mhd,nhd->hmn", q_i, k_i * scale).softmax(-1)
+        s = torch.einsum("mhd,nhd->hmn", q_i, k_i * scale)
+        p = s.softmax(-1)
+        lone = s.abs() / 2 if s.shape[1] == 1 else torch.zeros_like(s)
         q_i, k_i, v_i, g_i = (a.norm(dim=-1).T for a in (q_i, k_i, v_i, g_i))  # [H, n]
-        ds = scale * p * g_i[:, :, None] * v_i[:, None, :]
+        ds = abs(scale) * p * g_i[:, :, None] * v_i[:, None, :]
         terms["dq"].append((ds @ k_i[:, :, None]).norm(dim=0)[:, 0])
         terms["dk"].append((q_i[:, None, :] @ ds).norm(dim=0)[0])
+        terms["dv"].append((g_i[:, None, :] @ lone).norm(dim=0)[0])
     rounding = torch.finfo(torch.float32).eps / torch.finfo(case.q.dtype).eps
     return {name: rounding * torch.cat(parts) for name, parts in terms.items()}
 

@@ -1,11 +1,18 @@
 """Seeded bugs in varlen_attention's kernels: the tests notice each one."""
 
 import pytest
+import torch
 
 from hrvlm_kernels.triton_kernels.tilings import Tiling
 from tests.kernels import test_varlen_attention as forward
 from tests.kernels import test_varlen_attention_backward as backward
-from tests.kernels.attention_cases import check, check_kernel, make_case
+from tests.kernels.attention_cases import (
+    below_zero,
+    check,
+    check_kernel,
+    make_case,
+    reference_results,
+)
 from tests.kernels.helpers import interpreter_only
 from tests.kernels.mutations import caught, plant, source_of
 
@@ -178,3 +185,13 @@ def test_a_rotation_that_is_never_inverse(monkeypatch, tmp_path):
 def test_the_checks_pass_without_a_bug():
     checks = check_forward, check_short, check_ahead, check_backward, check_one_head, check_atomic
     assert not caught(*checks)
+
+
+def test_of_a_lone_token_p_may_be_off_by_the_roundings_of_its_exponent_only():
+    case = below_zero(make_case((1,), head_dim=32, dtype=torch.float32))
+    exact = reference_results(case)[3].double()
+    score = (case.q * case.k).sum() * 32**-0.5
+    allowed = score.abs() * torch.finfo(torch.float32).eps
+    check(case, [(exact * (1 + 0.9 * allowed)).float()], ["dv"])
+    with pytest.raises(AssertionError, match="segment 0"):
+        check(case, [(exact * (1 + 1.1 * allowed)).float()], ["dv"])
