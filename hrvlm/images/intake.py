@@ -99,6 +99,20 @@ def load_image(
         TypeError: `source` is of another type, or a file object in text mode.
         ValueError: `background`, `max_pixels` or `channels` is out of range.
     """
+    options: Any = {"background": background, "max_pixels": max_pixels, "channels": channels}
+    rgb = upright_rgb(source, name=name, **options)
+    return rgb.copy() if rgb is source else rgb
+
+
+def upright_rgb(
+    source: ImageSource,
+    *,
+    name: str | int | None = None,
+    background: Sequence[int] = WHITE,
+    max_pixels: int = MAX_PIXELS,
+    channels: Channels | None = None,
+) -> Image.Image:
+    """As :func:`load_image`, to be read only: an image that comes from there is returned itself."""
     label = _label(source, name)
     under = rgb_color("background", background)
     check_max_pixels(max_pixels)
@@ -106,6 +120,8 @@ def load_image(
         raise ValueError(f'channels={channels!r}: expected "first", "last" or None')
     if isinstance(source, Image.Image):
         check_size(source.width, source.height, label, max_pixels)
+        if _is_plain(source):
+            return source
         with _failures_named(label, "is truncated or corrupt"):
             source.load()
         # Not earlier: the TIFF decoder turns the pixels while it loads them, and drops the tag.
@@ -117,6 +133,12 @@ def load_image(
     rgb = _to_rgb(image, label, under)
     del image  # so that no more than two pictures are held while one is turned
     return _upright(rgb, orientation)
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether an image is in memory, RGB, without metadata, and not marked as turned."""
+    plain = type(image) is Image.Image and image.mode == "RGB" and not image.info
+    return plain and _orientation(image, "image") not in _UPRIGHT
 
 
 def _is_tensor(source: Any) -> bool:

@@ -28,8 +28,8 @@ from .intake import (
     Channels,
     ImageSource,
     check_max_pixels,
-    load_image,
     rgb_color,
+    upright_rgb,
 )
 
 
@@ -128,7 +128,7 @@ class ImageProcessor:
         channels: Channels | None = None,
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         """Process one image; `name` and `channels` are `load_image`'s."""
-        rgb = load_image(
+        rgb = upright_rgb(
             image,
             name=name,
             background=self.background,

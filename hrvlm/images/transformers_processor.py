@@ -38,8 +38,8 @@ from .intake import (
     ImageError,
     ImageSource,
     check_max_pixels,
-    load_image,
     rgb_color,
+    upright_rgb,
 )
 from .patches import patchify
 from .processor import (
@@ -136,7 +136,7 @@ class _PackedImageProcessor(BaseImageProcessor):
         options = self._options(kwargs)
         packs, grids = [], []
         for i, source in enumerate(_flat(images)):
-            image = load_image(
+            image = upright_rgb(
                 source,
                 name=i,
                 background=options["background"],

@@ -19,7 +19,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from ..checkpoints.damage import naming_damaged_files
 from ..images.fetch import fetch_image, is_text_image
-from ..images.intake import load_image
+from ..images.intake import upright_rgb
 from ..images.processor import normalization_for, resize
 from ..images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
 from .config import VLMConfig
@@ -280,12 +280,12 @@ class VLMProcessor(ProcessorMixin):
         if isinstance(image, str) and is_text_image(image) and not os.path.exists(image):
             image = fetch_image(image, f"image {index}")
         if self.square_size is not None:
-            rgb = load_image(image, name=index, **self.reading_options())
+            rgb = upright_rgb(image, name=index, **self.reading_options())
             image = resize(rgb, self.square_size, self.square_size)
         return image
 
     def reading_options(self) -> dict[str, Any]:
-        """`background` and `max_pixels` of the image processor, for `load_image`."""
+        """`background` and `max_pixels` of the image processor, for `upright_rgb`."""
         processor = self.image_processor
         return {"background": processor.background, "max_pixels": processor.max_pixels}
 
