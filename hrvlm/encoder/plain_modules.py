@@ -60,7 +60,10 @@ def input_dtype(module: nn.Module, x: Tensor) -> torch.dtype:
     """The dtype in which `module`, a linear layer, is to be given `x`.
 
     That of its weight, as transformers casts for its patch embeddings; that of `x` where the weight
-    is a quantiser's, which casts by itself.
+    is a quantiser's, which casts by itself, or where a forward of the module's own may compute in
+    another dtype than the one at rest (layerwise casting).
     """
     weight = getattr(module, "weight", None)
-    return weight.dtype if isinstance(weight, Tensor) and is_float(weight) else x.dtype
+    if not isinstance(weight, Tensor) or not is_float(weight):
+        return x.dtype
+    return x.dtype if "forward" in vars(module) and not weight.is_meta else weight.dtype

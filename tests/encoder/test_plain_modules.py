@@ -196,7 +196,7 @@ def test_an_input_takes_the_dtype_of_a_weight_only_if_it_is_one():
     assert input_dtype(nn.Linear(4, 3), x) == torch.float32
     for name in ("forward hook", "parametrization", "meta"):
         assert input_dtype(linear_of(NOT_PLAIN[name]), x) == torch.float32
-    for name in ("integer weight", "float8 weight", "packed weight"):
+    for name in ("integer weight", "float8 weight", "packed weight", "forward of its own"):
         assert input_dtype(linear_of(NOT_PLAIN[name]), x) == torch.float16
     assert input_dtype(nn.Identity(), x) == torch.float16
 

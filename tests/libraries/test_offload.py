@@ -81,3 +81,19 @@ def test_a_vlm_loaded_with_a_device_map(tmp_path):
     assert loaded.MP.proj.weight.is_meta
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("part", ["MP", "vision_encoder"])
+def test_layers_that_are_stored_in_another_dtype_than_they_compute_in(part):
+    """accelerate's layerwise casting: what a linear layer takes is not the dtype of its weight."""
+    config = config_of(mp_append_cls=True)
+    model, inputs = (
+        model_of(config),
+        processor_of(config=config)(images=[picture(60, 40)], text="<|image|>"),
+    )
+    with torch.no_grad():
+        exact = model(**inputs).logits
+        cast = accelerate.big_modeling.attach_layerwise_casting_hooks
+        cast(model.get_submodule(part), torch.bfloat16, torch.float32)
+        near = model(**inputs).logits
+    assert 0 < (near - exact).norm() / exact.norm() < 0.05
