@@ -44,16 +44,20 @@ def register_config() -> None:
 
 
 def register_model() -> None:
-    """AutoModel and AutoModelForImageTextToText, by the class itself once it is imported."""
-    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForImageTextToText
+    """The Auto classes of models that see and write, by the class itself once it is imported."""
+    from transformers.models.auto.modeling_auto import (
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+    )
 
     from .vlm.config import VLMConfig
 
     model: Any = LateClass(_MODEL, "VisionLanguageModel", VLMConfig)
     if _MODEL in sys.modules and _MODEL not in _Loader.running:
         model = model.load()
-    AutoModel.register(VLMConfig, model, exist_ok=True)
-    AutoModelForImageTextToText.register(VLMConfig, model, exist_ok=True)
+    for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto.register(VLMConfig, model, exist_ok=True)
 
 
 def register_image_processors() -> None:

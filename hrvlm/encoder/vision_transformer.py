@@ -181,6 +181,7 @@ class DINOv3Encoder(StrictModel):
         bool_masked_pos: Tensor | Sequence[Tensor] | None = None,
         *,
         grids: Grids | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         out_indices: Sequence[int] | None = None,
         apply_layernorm: bool = True,
@@ -198,8 +199,10 @@ class DINOv3Encoder(StrictModel):
             grids: Patch grids (hp, wp) of packed patches: a PackedGrids (reads nothing from the
                 device), pairs of ints, or an int tensor ``[B, 2]`` (read back once if it is on a
                 GPU).
+            output_attentions: Refused where it, or the config's, is True: attention here makes no
+                matrix of weights. See `output_prefix_attentions`.
             output_hidden_states: Return the embeddings and each block's output, before the final
-                norm.
+                norm. Default: the config's.
             out_indices: Layers to return as `selected_hidden_states`: 0 is the embeddings, i the
                 output of block i, negative numbers count from the last block.
             apply_layernorm: Apply the final norm to the selected layers.
@@ -207,15 +210,21 @@ class DINOv3Encoder(StrictModel):
             rope_augment: Draw a random shift, jitter and scale of each image's RoPE coordinates
                 (config ``pos_embed_shift``, ``pos_embed_jitter``, ``pos_embed_rescale``), as
                 DINOv3's training does.
-            return_dict: False for a tuple.
+            return_dict: False for a tuple. Default: the config's.
 
         Returns:
             :class:`EncoderOutput` for a batch, :class:`PackedEncoderOutput` otherwise.
 
         Raises:
-            ValueError: an image's sides are not multiples of the patch size, shapes do not fit, or
-                the dtype is float16 without ``allow_fp16``.
+            ValueError: an image's sides are not multiples of the patch size, shapes do not fit,
+                attention weights are asked for, or the dtype is float16 without ``allow_fp16``.
         """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "output_attentions=True (in the call or the config): no kernel makes a matrix of "
+                "attention weights; output_prefix_attentions=True returns those of CLS and "
+                "registers, and attention_maps() of the output has them by image"
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_frozen()):
             patches, packed, batch = pack_inputs(
                 pixel_values,

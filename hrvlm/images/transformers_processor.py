@@ -16,6 +16,7 @@ Importing this file imports transformers, and torchvision where it is installed.
     )
 """
 
+import logging
 from collections.abc import Iterator
 from math import inf
 from typing import Any, TypeAlias
@@ -51,6 +52,7 @@ from .processor import (
     to_tensor,
 )
 
+_LOGGER = logging.getLogger(__name__)
 ImageSources: TypeAlias = "ImageSource | list[ImageSources] | tuple[ImageSources, ...]"
 
 # Resized by these two, an image is the same on both backends to one step of 1/255.
@@ -115,6 +117,29 @@ class _PackedImageProcessor(BaseImageProcessor):
         self._options(options)
         super().__init__(**kwargs)
         self.background = rgb_color("background", self.background)  # a list in a saved file
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers: from what a file holds, and options that override it.
+
+        An option of the file that is unknown here, as one of another release, is kept as an
+        attribute, with a warning.
+        """
+        known = {*cls.valid_kwargs.__annotations__, *_SERVICE_KEYS}
+        stored = dict(image_processor_dict)
+        others = {k: stored.pop(k) for k in list(stored) if k not in known and k[0] != "_"}
+        loaded = super().from_dict(stored, **kwargs)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        if others:
+            _LOGGER.warning(
+                "%s: the file has options that this release does not know, and that change "
+                "nothing: %s",
+                cls.__name__,
+                ", ".join(sorted(others)),
+            )
+        for name, value in others.items():
+            setattr(processor, name, value)
+        return loaded
 
     def preprocess(self, images: ImageSources, *args: Any, **kwargs: Any) -> BatchFeature:
         """Pack images into `pixel_values` [N, 3 * p * p] and `image_grid_hw` [B, 2].

@@ -47,27 +47,10 @@ def _key(key: Any) -> Any:
     return "cache" if key == "past_key_values" else key
 
 
-@dataclass
-class VLMOutput(ModelOutput):
-    """Output of :class:`~hrvlm.vlm.vision_language_model.VisionLanguageModel`.
+class _WithCache(ModelOutput):
+    """An output whose field `cache` is also read and written as `past_key_values`."""
 
-    Attributes:
-        loss: With labels: next-token cross entropy, as the language model computes it.
-        logits: ``[B, L, vocabulary]``, or the last ``logits_to_keep`` positions.
-        cache: The language model's cache; ``past_key_values`` is its other name, as an attribute, a
-            key and an argument.
-        hidden_states: On request, the language model's.
-        attentions: On request, the language model's.
-        image_hidden_states: ``[sum of tokens, C_lm]``, the projected features of all images, image
-            after image, in the dtype of the embeddings; None without images.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    cache: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: Tensor | None = None
+    cache: Cache | None
 
     @property
     def past_key_values(self) -> Cache | None:
@@ -91,7 +74,50 @@ class VLMOutput(ModelOutput):
         return super().get(_key(key), default)
 
 
-VLMOutput.__init__ = _either_name(VLMOutput.__init__)  # type: ignore[method-assign]
+@dataclass
+class VLMOutput(_WithCache):
+    """Output of :class:`~hrvlm.vlm.vision_language_model.VisionLanguageModel`.
+
+    Attributes:
+        loss: With labels: next-token cross entropy, as the language model computes it.
+        logits: ``[B, L, vocabulary]``, or the last ``logits_to_keep`` positions.
+        cache: The language model's cache; ``past_key_values`` is its other name, as an attribute, a
+            key and an argument.
+        hidden_states: On request, the language model's.
+        attentions: On request, the language model's.
+        image_hidden_states: ``[sum of tokens, C_lm]``, the projected features of all images, image
+            after image, in the dtype of the embeddings; None without images.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class HeadlessOutput(_WithCache):
+    """Output of :class:`~hrvlm.vlm.headless.HeadlessVLM`.
+
+    Attributes:
+        last_hidden_state: ``[B, L, C_lm]``, what the language model's head is given.
+        cache: As of :class:`VLMOutput`, and so are the rest.
+        hidden_states: On request, the language model's.
+        attentions: On request, the language model's.
+        image_hidden_states: ``[sum of tokens, C_lm]``; None without images.
+    """
+
+    last_hidden_state: Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+for _output in (VLMOutput, HeadlessOutput):
+    _output.__init__ = _either_name(_output.__init__)  # type: ignore[method-assign]
 
 
 @dataclass

@@ -153,7 +153,8 @@ class VLMProcessor(ProcessorMixin):
         image_processor: :class:`~hrvlm.VLMImageProcessor` or its Pillow twin.
         tokenizer: With an ``image_token``, as :func:`get_tokenizer` makes it.
         chat_template: Default: the tokenizer's, else `CHAT_TEMPLATE`. One that does not mention
-            images is preceded by `IMAGE_PRELUDE`.
+            images is preceded by `IMAGE_PRELUDE`, as is one that is set later or given to
+            :meth:`apply_chat_template`; of several by name each is.
         append_cls: Whether the model appends a CLS token to each image (``mp_append_cls``).
         square_size: Side in pixels that every image is squeezed into first: for siglip, which has
             one image size.
@@ -172,12 +173,21 @@ class VLMProcessor(ProcessorMixin):
         self.image_token = _image_token_of(tokenizer)
         self.image_token_id = tokenizer.image_token_id
         template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
-        if isinstance(template, str) and "image" not in template:
-            # JSON's strings are Jinja's.
-            template = IMAGE_PRELUDE.replace("IMAGE_TOKEN", json.dumps(self.image_token)) + template
         self.append_cls = append_cls
         self.square_size = square_size
         super().__init__(image_processor, tokenizer, chat_template=template)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self._with_images(value) if name == "chat_template" else value)
+
+    def _with_images(self, template: Any) -> Any:
+        """A chat template, or several by name, which turn images into image tokens."""
+        if isinstance(template, Mapping):
+            return {name: self._with_images(one) for name, one in template.items()}
+        if not isinstance(template, str) or "image" in template:
+            return template
+        # JSON's strings are Jinja's.
+        return IMAGE_PRELUDE.replace("IMAGE_TOKEN", json.dumps(self.image_token)) + template
 
     @classmethod
     def from_pretrained(
@@ -315,7 +325,9 @@ class VLMProcessor(ProcessorMixin):
             num_image_patches=[hp * wp for hp, wp in grids],
         )
 
-    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply_chat_template(  # type: ignore[override]
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> Any:
         """Render a chat, and process it with ``tokenize=True``; see transformers' method.
 
         The content of a message is a string, or a list of ``{"type": "text", "text": ...}`` and
@@ -338,7 +350,9 @@ class VLMProcessor(ProcessorMixin):
             raise ValueError(
                 "return_assistant_tokens_mask=True: not available in chats with images"
             )
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        named = isinstance(self.chat_template, dict) and chat_template in self.chat_template
+        template = chat_template if named else self._with_images(chat_template)
+        return super().apply_chat_template(conversation, template, **kwargs)
 
 
 def _image_token_of(tokenizer: Any) -> str:

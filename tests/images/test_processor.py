@@ -438,7 +438,7 @@ def test_bad_options_of_both_ways(backend, options, error, message):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_saved_and_loaded(backend, tmp_path):
+def test_saved_and_loaded(backend, tmp_path, caplog):
     processor = backend(
         patch_size=14,
         pixel_shuffle_factor=2,
@@ -462,8 +462,12 @@ def test_saved_and_loaded(backend, tmp_path):
     assert saved["image_processor_type"] == "VLMImageProcessor"
     saved["surprise"] = 1
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))
+    with caplog.at_level("WARNING"):
+        kept = backend.from_pretrained(tmp_path, max_img_size=140)
+    assert "change nothing: surprise" in caplog.text
+    assert (kept.surprise, kept.max_img_size, kept.to_dict()["surprise"]) == (1, 140, 1)
     with pytest.raises(TypeError, match="unknown options surprise"):
-        backend.from_pretrained(tmp_path)
+        backend(surprise=1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -184,3 +184,31 @@ def test_an_adapter_of_a_frozen_encoder_learns(rng):
     adapted = peft.get_peft_model(encoder, lora)
     adapted(images).last_hidden_state.square().sum().backward()
     assert all(p.grad.any() for p in adapted.parameters() if p.requires_grad)
+
+
+PROMPTS = {
+    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": lambda: peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16
+    ),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("method", PROMPTS)
+def test_learned_prompts_stand_before_images_and_text(method):
+    config = config_of()
+    model, inputs = model_of(config), inputs_of(config)
+    text = processor_of(config=config)(text="say")
+    before = {id(i): logits_of(model, i) for i in (inputs, text)}
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, PROMPTS[method]())
+    assert adapted.word_embeddings is model.get_input_embeddings()
+    for own in (inputs, text):
+        logits = logits_of(adapted, own)[:, -before[id(own)].shape[1] :]
+        assert (logits - before[id(own)]).abs().max() > 1e-3
+        adapted.train()(**own, labels=own["input_ids"]).loss.backward()
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        assert trained and all(p.grad.any() for p in trained)
+        new = adapted.eval().generate(**own, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        assert new.shape[1] == own["input_ids"].shape[1] + 3

@@ -246,14 +246,14 @@ assert {late} or not heavy, heavy
 if not {late}:
     {first}
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 MODEL = "hrvlm.vlm.vision_language_model"
 before = MODEL in sys.modules
 classes = [AutoImageProcessor, AutoProcessor, AutoConfig]
 loaded = [c.from_pretrained({path!r}) for c in classes]
 hrvlm.VLMConfig()
 assert (MODEL in sys.modules) == before, "a config imported the model"
-classes = [AutoModel, AutoModelForImageTextToText]
+classes = [AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM]
 loaded += [AutoModel.from_config(loaded[2])]
 loaded += [c.from_pretrained({path!r}) for c in classes]
 assert all(c._model_mapping[hrvlm.VLMConfig] is hrvlm.VisionLanguageModel for c in classes)
@@ -290,7 +290,5 @@ def check_in_a_new_process(first, late, path):
         "VLMImageProcessor",
         "VLMProcessor",
         "VLMConfig",
-        "VisionLanguageModel",
-        "VisionLanguageModel",
-        "VisionLanguageModel",
+        *["VisionLanguageModel"] * 4,
     ]

@@ -286,6 +286,25 @@ def test_a_template_for_text_only_learns_images():
     assert text == '[USER: see <"pic\\"> and <"pic\\">][ASSISTANT: ok]'
 
 
+def test_a_template_that_is_set_later_is_used_and_learns_images_too(tmp_path):
+    template = "{% for m in messages %}[{{ m['content'] + '' }}]{% endfor %}"
+    processor, chat, rendered = processor_of(), [CHAT[1]], "[see <|image|> and <|image|>]"
+    assert processor.apply_chat_template(chat, template) == rendered
+    assert processor.apply_chat_template(chat, chat_template=template) == rendered
+    assert processor.apply_chat_template(CHAT, add_generation_prompt=True) == RENDERED
+    processor.chat_template = template
+    assert processor.apply_chat_template(chat) == rendered
+    processor.save_pretrained(tmp_path / "one")
+    assert VLMProcessor.from_pretrained(tmp_path / "one").chat_template == processor.chat_template
+    processor.chat_template = {"default": template, "short": "{{ messages[0]['content'] }}"}
+    assert processor.apply_chat_template(chat) == rendered
+    assert processor.apply_chat_template(chat, "short") == rendered[1:-1]
+    processor.save_pretrained(tmp_path / "two")
+    loaded = VLMProcessor.from_pretrained(tmp_path / "two")
+    assert loaded.chat_template == processor.chat_template
+    assert loaded.apply_chat_template(chat, "short") == rendered[1:-1]
+
+
 def test_a_template_that_knows_images_is_kept():
     template = (
         "{% for m in messages %}{% for b in m.content %}{{ b.type }} {% endfor %}{% endfor %}"

@@ -241,7 +241,7 @@ def test_contradicting_arguments_are_refused(model):
         model(**(batch | {"image_grid_hw": None}))
     with pytest.raises(ValueError, match="has 0 patches and image_grid_hw 3 images"):
         model(**(batch | {"pixel_values": None}))
-    with pytest.raises(ValueError, match="pixel_values go with input_ids"):
+    with pytest.raises(ValueError, match="the placeholders end before the images do"):
         embeds = torch.zeros(3, 10, 48)
         model(**(batch | {"input_ids": None}), inputs_embeds=embeds)
     with pytest.raises(ValueError, match="image_token_id is None"):
@@ -463,6 +463,7 @@ def test_the_vocabulary_can_grow(tmp_path):
     before = model(**batch).logits
     model.resize_token_embeddings(300)
     assert model.config.text_config.vocab_size == model.decoder.config.vocab_size == 300
+    assert model.vocab_size == 300
     out = model(**batch, labels=batch["input_ids"])
     assert torch.equal(out.logits[..., :261], before) and out.logits.shape[-1] == 300
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -621,6 +622,8 @@ def test_the_pipeline_answers_about_images(tmp_path, model):
     assert answer == processor.decode(new, skip_special_tokens=True)
     plain = ask(images=picture(20, 50, 1), text="what? <|image|>", max_new_tokens=2)
     assert isinstance(plain[0]["generated_text"], str)
+    ask = pipeline("any-to-any", model=str(tmp_path))
+    assert ask(chat, max_new_tokens=6, return_full_text=False)[0]["generated_text"] == answer
 
 
 def test_a_config_made_by_hand_makes_the_model():

@@ -1,0 +1,151 @@
+"""The images of a batch put into the embeddings of its texts, at the placeholders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .placeholders import (
+    Grid,
+    as_grids,
+    check_context,
+    check_vocabulary,
+    count_batch,
+    count_tokens,
+    images_per_sample,
+)
+
+Grids: TypeAlias = Tensor | Sequence[Sequence[int]]
+
+
+class ImageEmbedding:
+    """What a vision-language model does before its language model runs; `self` is the model."""
+
+    def embed(
+        self: Any,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
+        pixel_values: Tensor | None,
+        image_grid_hw: Grids | None,
+        *,
+        begins: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The language model's input ``[B, L, C_lm]``, and the features of the images in it.
+
+        Takes and checks what the model's forward does; without images, what goes on from a cache
+        (`begins` is False) is not checked.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        grids = grids_of(pixel_values, image_grid_hw)
+        ids = self.ids_of(input_ids, inputs_embeds) if grids else input_ids
+        if ids is not None and (grids or begins) and not torch.compiler.is_compiling():
+            self.images_per_sample(ids, attention_mask, grids)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None and grids and ids is not None:
+            images = self.get_image_features(pixel_values, grids, return_dict=True)
+            features = torch.cat(images.pooler_output)
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            placeholders = ids.eq(self.image_token_id()).unsqueeze(-1)
+            return inputs_embeds.masked_scatter(placeholders, features), features
+        return self.touch_encoder(inputs_embeds) if begins else inputs_embeds, None
+
+    def ids_of(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Token ids; of embeddings, ids that tell no more than where the placeholders are.
+
+        A row of embeddings is one where it equals the embedding of the image token.
+        """
+        if inputs_embeds is None:
+            assert input_ids is not None
+            return input_ids
+        token = self.image_token_id()
+        row = torch.full((1, 1), token, device=inputs_embeds.device)
+        is_image = (inputs_embeds == self.get_input_embeddings()(row)).all(-1)
+        return torch.where(is_image, token, 0 if token else 1)
+
+    def images_per_sample(
+        self: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        grids: list[Grid],
+    ) -> list[int]:
+        """How many images each sample has, after checking all that forward promises."""
+        config = self.config
+        if input_ids.shape[1] == 0 and not grids:
+            return [0] * input_ids.shape[0]
+        if grids:
+            self.image_token_id()
+        counts = count_batch(input_ids, attention_mask, config.image_token_id)
+        check_vocabulary(counts, input_ids, self.vocab_size)
+        tokens = count_tokens(grids, config.mp_pixel_shuffle_factor, config.mp_append_cls)
+        numbers = images_per_sample(counts.placeholders, grids, tokens)
+        check_context(counts, numbers, grids, config.lm_max_position_embeddings)
+        return numbers
+
+    def image_token_id(self: Any) -> int:
+        """The config's.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.config.image_token_id is None:
+            raise ValueError("config.image_token_id is None: set it to use images")
+        return self.config.image_token_id
+
+    def touch_encoder(self: Any, inputs_embeds: Tensor) -> Tensor:
+        """Add nothing, by way of encoder and projector, when training on several devices.
+
+        A rank whose batch has no image would leave their parameters out of its graph, and DDP and
+        FSDP wait for them.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not (self.training and distributed):
+            return inputs_embeds
+        p, s = self.config.vit_patch_size, self.config.mp_pixel_shuffle_factor
+        side = (self.config.square_size or p * s) // p
+        black = torch.zeros(side * side, 3 * p * p, device=inputs_embeds.device)
+        images = self.get_image_features(black, [(side, side)], return_dict=True)
+        features = torch.cat(images.pooler_output)
+        return inputs_embeds + (0 * features.float().sum()).to(inputs_embeds)
+
+
+def grids_of(pixel_values: Tensor | None, image_grid_hw: Grids | None) -> list[Grid]:
+    """The grids as ints; empty if there are no images.
+
+    Raises:
+        ValueError: pixels come without grids, or grids without pixels.
+    """
+    rows = 0 if pixel_values is None else pixel_values.shape[0]
+    grids = [] if image_grid_hw is None else as_grids(image_grid_hw)
+    if bool(rows) != bool(grids):
+        raise ValueError(
+            f"pixel_values has {rows} patches and image_grid_hw {len(grids)} images: "
+            "expected both, or neither"
+        )
+    return grids
+
+
+def is_beginning(cache: Cache | None, input_ids: Tensor | None) -> bool:
+    """Whether a forward has nothing before it, as far as the host knows without waiting.
+
+    The length of a static cache is on the device: a single token goes on from what is there.
+    """
+    length = 0 if cache is None else cache.get_seq_length()
+    if isinstance(length, Tensor):
+        return input_ids is not None and input_ids.shape[1] > 1
+    return not length
+
+
+def check_attentions(asked: bool, attentions: tuple[Tensor, ...] | None, config: str) -> None:
+    """Raise ValueError where attention weights were asked for and a part has computed none."""
+    if asked and not attentions:
+        raise ValueError(
+            f"output_attentions: only eager attention computes weights, which {config} has not: "
+            f'set_attn_implementation({{"{config}": "eager"}}), or leave it out'
+        )
