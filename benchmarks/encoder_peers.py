@@ -63,7 +63,8 @@ def timm_batch(models: Models, grids: Grids, *, compiled: bool = False) -> Encod
 
 def accelerated(models: Models, grids: Grids) -> Encode:
     """The model of transformers with hrvlm.accelerate."""
-    model = hrvlm.accelerate(models.twin("sdpa"), backend=models.backend)
+    model = models.twin("sdpa")
+    hrvlm.accelerate(model, backend=models.backend)
     return one_batch(model, models, grids)
 
 

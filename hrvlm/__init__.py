@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         normalization_for,
     )
     from .images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
-    from .towers.dinov3 import accelerate, restore
+    from .towers.acceleration import accelerate, restore
     from .training.collators import BaseCollator, VQACollator
     from .training.config import TrainingConfig
     from .training.sequence_packing import PackedSequenceCollator, pack_sequences
@@ -65,7 +65,7 @@ _HOME = {
     "VLMTrainingArguments": "training.trainer",
     "VQACollator": "training.collators",
     "VisionLanguageModel": "vlm.vision_language_model",
-    "accelerate": "towers.dinov3",
+    "accelerate": "towers.acceleration",
     "convert": "checkpoints.convert",
     "get_image_processor": "images.processor",
     "get_image_string": "vlm.processors",
@@ -81,7 +81,7 @@ _HOME = {
     "patchify": "images.patches",
     "pixel_shuffle": "vlm.modality_projector",
     "pixel_unshuffle": "vlm.modality_projector",
-    "restore": "towers.dinov3",
+    "restore": "towers.acceleration",
     "tile_grid": "images.geometry",
     "token_grid": "images.geometry",
     "unpatchify": "images.patches",

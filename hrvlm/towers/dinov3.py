@@ -1,7 +1,4 @@
-"""Swap hrvlm's attention into DINOv3 models of transformers that are already built.
-
-    model = AutoModel.from_pretrained("facebook/dinov3-vitb16-pretrain-lvd1689m")
-    hrvlm.accelerate(model)
+"""DINOv3 of transformers, whose layers are given dense batches and tables of cos and sin.
 
 Two kinds of modules change, one by one and in place: the attention of each layer, and the module
 that makes the RoPE tables. They stay the same objects with the same parameters, submodules and
@@ -22,7 +19,7 @@ own draws).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +31,9 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import (
 )
 
 from hrvlm_kernels import PackedGrids, varlen_attention
-from hrvlm_kernels.backends import check_backend
 
 from ..encoder.layers import patch_size_of, rope_frequencies
-
-Model = TypeVar("Model", bound=nn.Module)
+from .swapping import has_own_forward, set_class
 
 
 class RotaryPositions:
@@ -171,27 +166,17 @@ _STOCK = {accelerated: stock for stock, accelerated in _ACCELERATED.items()}
 _OPTIONS = ("backend", "rope_augment")
 
 
-def accelerate(model: Model, *, backend: str = "auto", rope_augment: bool = False) -> Model:
-    """Make every DINOv3 ViT of transformers in `model` run on hrvlm's kernels.
-
-    Works on ``DINOv3ViTModel`` and ``DINOv3ViTBackbone`` and on anything that contains them. Doing
-    it again changes the options and nothing else. Undone by :func:`restore`.
-
-    Args:
-        model: Changed in place.
-        backend: One of :data:`hrvlm_kernels.backends.BACKENDS`.
-        rope_augment: In training mode, draw the random shift, jitter and scale of RoPE coordinates
-            that the config names (``pos_embed_shift``, ``pos_embed_jitter``,
-            ``pos_embed_rescale``). The stock model always does.
+def swap(
+    model: nn.Module, backend: str, rope_augment: bool
+) -> list[tuple[str, AcceleratedAttention]]:
+    """Accelerate every DINOv3 ViT in `model`; the options are those of :func:`hrvlm.accelerate`.
 
     Returns:
-        `model` itself.
+        Its attention modules, with their names.
 
     Raises:
-        ValueError: there is no such encoder in `model`, one has an attention class of its own, or
-            `backend` is unknown.
+        ValueError: one has an attention class of its own, or a forward on the instance.
     """
-    check_backend(backend)
     parts = list(_parts(model))
     for name, part in parts:
         if type(part) not in _ACCELERATED and type(part) not in _STOCK:
@@ -201,57 +186,45 @@ def accelerate(model: Model, *, backend: str = "auto", rope_augment: bool = Fals
             )
     _refuse_own_forward(parts)
     for _, part in parts:
-        _set_class(part, _ACCELERATED.get(type(part), type(part)))
+        set_class(part, _ACCELERATED.get(type(part), type(part)))
         if isinstance(part, AcceleratedAttention):
             part.backend = backend
         else:
             cast("AcceleratedRope", part).rope_augment = rope_augment
-    return model
+    return [(name, part) for name, part in parts if isinstance(part, AcceleratedAttention)]
 
 
-def restore(model: Model) -> Model:
-    """Undo :func:`accelerate`; encoders that were not accelerated are left alone.
-
-    Returns:
-        `model` itself.
+def restore(model: nn.Module) -> None:
+    """Undo :func:`swap`; encoders that were not accelerated are left alone.
 
     Raises:
-        ValueError: there is no DINOv3 ViT of transformers in `model`, or a forward was replaced
-            on an instance.
+        ValueError: a forward was replaced on an instance.
     """
     parts = [(name, part) for name, part in _parts(model) if type(part) in _STOCK]
     _refuse_own_forward(parts)
     for _, part in parts:
-        _set_class(part, _STOCK[type(part)])
+        set_class(part, _STOCK[type(part)])
         for option in _OPTIONS:
             vars(part).pop(option, None)
-    return model
+
+
+def is_part(module: nn.Module) -> bool:
+    """Whether `module` is the attention or the RoPE of a DINOv3."""
+    return isinstance(module, tuple(_ACCELERATED))
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The attention and RoPE modules of all DINOv3 encoders in `model`, with their names."""
-    found = False
     for outer, encoder in model.named_modules():
-        if not isinstance(encoder, (DINOv3ViTModel, DINOv3ViTBackbone)):
-            continue
-        found = True
-        for inner, part in encoder.named_modules(prefix=outer):
-            if isinstance(part, tuple(_ACCELERATED)):
-                yield str(inner), cast("nn.Module", part)
-    if not found:
-        name = type(model).__name__
-        raise ValueError(f"model: no DINOv3ViTModel or DINOv3ViTBackbone of transformers in {name}")
+        if isinstance(encoder, (DINOv3ViTModel, DINOv3ViTBackbone)):
+            for inner, part in encoder.named_modules(prefix=outer):
+                if is_part(part):
+                    yield str(inner), cast("nn.Module", part)
 
 
 def _refuse_own_forward(parts: list[tuple[str, nn.Module]]) -> None:
     for name, part in parts:
-        if "forward" in vars(part) and "_old_forward" not in vars(part):
+        if has_own_forward(part):
             raise ValueError(
                 f"{name}: its forward was replaced on the instance, and would go on being called"
             )
-
-
-def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    module.__class__ = cls
-    if "_old_forward" in vars(module):  # what the device hooks of Hugging Face's accelerate call
-        vars(module)["_old_forward"] = cls.forward.__get__(module)

@@ -1,0 +1,149 @@
+"""Swap hrvlm's attention into the vision towers of models that are already built.
+
+    model = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")
+    print(hrvlm.accelerate(model))
+
+Modules change one by one and in place: they stay the same objects with the same parameters,
+submodules and hooks, and take another class, which holds no tensors of its own; so ``state_dict``,
+``save_pretrained``, optimizers, adapters and FSDP notice nothing. :func:`restore` gives them their
+class back.
+
+Which modules these are is decided by what their code does, never by their names:
+:mod:`.packed_attention` says what an attention must take and call, :mod:`.grids` which towers
+compute their layouts from grids. DINOv3, which takes no grids, has its own module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
+
+from hrvlm_kernels.backends import check_backend
+
+from . import dinov3
+from .grids import tower_methods, uses_grids
+from .packed_attention import OPTION, is_attention, obstacle, packed_methods
+from .report import Acceleration, Found, parts
+from .swapping import has_own_forward, set_class, stock_class, swapped_class
+
+
+def accelerate(
+    model: nn.Module, *, backend: str = "auto", rope_augment: bool = False
+) -> Acceleration:
+    """Make the vision towers of transformers in `model` run on hrvlm's kernels.
+
+    Works on a tower and on anything that contains one. Doing it again changes the options and
+    nothing else. Undone by :func:`restore`.
+
+    Args:
+        model: Changed in place.
+        backend: One of :data:`hrvlm_kernels.backends.BACKENDS`.
+        rope_augment: In training mode, draw the random shift, jitter and scale of RoPE coordinates
+            that a DINOv3's config names (``pos_embed_shift``, ``pos_embed_jitter``,
+            ``pos_embed_rescale``). The stock model always does.
+
+    Returns:
+        What was swapped, and what was left alone and why.
+
+    Raises:
+        ValueError: there is nothing to swap (the reasons are listed), a DINOv3 has an attention
+            class of its own, or `backend` is unknown.
+    """
+    check_backend(backend)
+    swapped: list[Found] = [(n, m, "") for n, m in dinov3.swap(model, backend, rope_augment)]
+    left: list[Found] = []
+    for name, module in _attention(model):
+        reason = None if stock_class(module) else _obstacle(module)
+        if reason:
+            left.append((name, module, reason))
+            continue
+        if not stock_class(module):
+            set_class(module, swapped_class(type(module), packed_methods))
+        setattr(module, OPTION, backend)
+        swapped.append((name, module, ""))
+    report = Acceleration(model, parts(swapped), parts(left))
+    if not swapped:
+        reasons = "".join(f"\n  {part}" for part in report.left_alone) or " it has no attention"
+        raise ValueError(f"model: nothing to swap in {type(model).__name__}:{reasons}")
+    for module in _towers(model):
+        set_class(module, swapped_class(type(module), tower_methods))
+    return report
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate`; what was not accelerated is left alone.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: a forward was replaced on the instance of an accelerated module.
+    """
+    swapped = [(name, m, stock) for name, m in model.named_modules() if (stock := stock_class(m))]
+    for name, module, _ in swapped:
+        if has_own_forward(module):
+            raise ValueError(
+                f"{name}: its forward was replaced on the instance, and would go on being called"
+            )
+    dinov3.restore(model)
+    for _, module, stock in swapped:
+        set_class(module, stock)
+        vars(module).pop(OPTION, None)
+    return model
+
+
+def _attention(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Attention modules, DINOv3's left out: those that look up an attention function.
+
+    Also those that only take ``cu_seqlens``, as no module inside them does.
+    """
+    for name, module in model.named_modules():
+        if dinov3.is_part(module):
+            continue
+        inner = (type(child) for child in module.modules() if child is not module)
+        if is_attention(type(module)) or (_takes(type(module)) and not any(map(_takes, inner))):
+            yield name, module
+
+
+def _takes(cls: type[nn.Module]) -> bool:
+    return obstacle(cls) != "its forward takes no cu_seqlens"
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    if has_own_forward(module):
+        return "its forward was replaced on the instance"
+    reason = obstacle(type(module))
+    config: Any = getattr(module, "config", None)
+    if reason is None and is_flash_attention_requested(config):
+        reason = f"it runs {config._attn_implementation} already"
+    return reason
+
+
+def _towers(model: nn.Module) -> list[nn.Module]:
+    """The models that swapped attention is directly in; what calls functions of grids around them.
+
+    And inside these, whatever else calls such functions.
+    """
+    towers: dict[nn.Module, None] = {}
+    for outer in model.modules():
+        swapped = [name for name, module in outer.named_modules() if hasattr(module, OPTION)]
+        if not swapped:
+            continue
+        if uses_grids(type(outer)):
+            towers |= {m: None for m in outer.modules() if uses_grids(type(m))}
+        inner = [name for name, m in outer.named_modules() if name and _is_model(m)]
+        if _is_model(outer) and not all(_within(name, inner) for name in swapped):
+            towers[outer] = None
+    return [module for module in towers if not stock_class(module)]
+
+
+def _is_model(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel)
+
+
+def _within(name: str, outer: list[str]) -> bool:
+    return any(name.startswith(f"{other}.") for other in outer)

@@ -1,0 +1,53 @@
+"""Modules that take another class in place, keep all that they hold, and give the class back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import nn
+
+# What methods a class of modules gets instead of its own.
+Methods = Callable[[type[nn.Module]], dict[str, Callable[..., Any]]]
+_made: dict[tuple[Methods, type[nn.Module]], type[nn.Module]] = {}
+
+
+def swapped_class(cls: type[nn.Module], methods: Methods) -> type[nn.Module]:
+    """The one class like `cls` with the methods that `methods` makes for it.
+
+    It has the same name, since transformers writes names into configs and compares them, and
+    pickles as what it is made of.
+    """
+    if (methods, cls) not in _made:
+        names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        own = {"__reduce_ex__": _reduce, "hrvlm_stock": cls, "hrvlm_methods": staticmethod(methods)}
+        body = {**names, **methods(cls), **own}
+        _made[methods, cls] = cast("type[nn.Module]", type(cls.__name__, (cls,), body))
+    return _made[methods, cls]
+
+
+def stock_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that a swapped module was of; None for one that is not swapped."""
+    return vars(type(module)).get("hrvlm_stock")
+
+
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Make `module` one of `cls`, also for the device hooks of Hugging Face's accelerate."""
+    module.__class__ = cls
+    if "_old_forward" in vars(module):
+        vars(module)["_old_forward"] = cls.forward.__get__(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a forward on the instance, other than of a device hook, hides that of the class."""
+    return "forward" in vars(module) and "_old_forward" not in vars(module)
+
+
+def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+    _, _, *state = cast("tuple[Any, ...]", object.__reduce_ex__(self, protocol))
+    return _unpickled, (self.hrvlm_stock, self.hrvlm_methods), *state
+
+
+def _unpickled(cls: type[nn.Module], methods: Methods) -> nn.Module:
+    made = swapped_class(cls, methods)
+    return made.__new__(made)

@@ -1,0 +1,147 @@
+"""Tiny towers of transformers with random weights, and packed images for each."""
+
+from importlib import import_module
+
+import torch
+from torch import nn
+
+PATCH = 4
+GRIDS = ((1, 4, 6), (1, 8, 2), (1, 2, 10))
+
+# model: (class of the tower, of its config, options of the config, channels of a patch)
+_QWEN = {"patch_size": PATCH, "num_heads": 2}
+_TEMPORAL = (2 * 3 * PATCH**2,)
+_SINGLE = (3, PATCH, PATCH)
+TOWERS = {
+    "qwen2_vl": (
+        "Qwen2VisionTransformerPretrainedModel",
+        "Qwen2VLVisionConfig",
+        {**_QWEN, "depth": 2, "embed_dim": 128, "hidden_size": 32, "mlp_ratio": 1},
+        _TEMPORAL,
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        "Qwen2_5_VLVisionConfig",
+        {
+            **_QWEN,
+            "depth": 4,
+            "hidden_size": 160,
+            "intermediate_size": 96,
+            "out_hidden_size": 32,
+            "window_size": 16,
+            "fullatt_block_indexes": [1, 3],
+        },
+        _TEMPORAL,
+    ),
+    "qwen3_vl": (
+        "Qwen3VLVisionModel",
+        "Qwen3VLVisionConfig",
+        {
+            **_QWEN,
+            "depth": 3,
+            "hidden_size": 144,
+            "intermediate_size": 96,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [1],
+        },
+        _TEMPORAL,
+    ),
+    "glm4v": (
+        "Glm4vVisionModel",
+        "Glm4vVisionConfig",
+        {
+            **_QWEN,
+            "depth": 2,
+            "hidden_size": 128,
+            "out_hidden_size": 64,
+            "intermediate_size": 96,
+            "image_size": 32,
+        },
+        _TEMPORAL,
+    ),
+    "glm_ocr": (
+        "GlmOcrVisionModel",
+        "GlmOcrVisionConfig",
+        {
+            **_QWEN,
+            "depth": 2,
+            "hidden_size": 128,
+            "out_hidden_size": 64,
+            "intermediate_size": 96,
+            "image_size": 32,
+        },
+        _TEMPORAL,
+    ),
+    "paddleocr_vl": (
+        "PaddleOCRVisionModel",
+        "PaddleOCRVisionConfig",
+        {
+            "num_hidden_layers": 2,
+            "hidden_size": 144,
+            "num_attention_heads": 2,
+            "intermediate_size": 96,
+            "patch_size": PATCH,
+            "image_size": 32,
+        },
+        _SINGLE,
+    ),
+    "kimi_k25": (
+        "Kimi_K25VisionModel",
+        "Kimi_K25VisionConfig",
+        {
+            "num_hidden_layers": 2,
+            "hidden_size": 144,
+            "num_attention_heads": 2,
+            "intermediate_size": 96,
+            "patch_size": PATCH,
+            "pos_emb_height": 8,
+            "pos_emb_width": 8,
+        },
+        _SINGLE,
+    ),
+}
+
+
+def tower_of(name, implementation="sdpa", **changes):
+    """A tower with random weights large enough that every layer matters."""
+    home = import_module(f"transformers.models.{name}.modeling_{name}")
+    cls, config, options, _ = TOWERS[name]
+    torch.manual_seed(0)
+    tower = getattr(home, cls)._from_config(
+        getattr(home, config)(**(options | changes)), attn_implementation=implementation
+    )
+    for parameter in tower.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return tower.eval()
+
+
+def inputs_of(name, grids=GRIDS, seed=1):
+    """Keyword arguments of the tower's forward: patches of all images, and their grids."""
+    grids = torch.tensor(grids)
+    patches = torch.randn(
+        int(grids.prod(1).sum()),
+        *TOWERS[name][3],
+        generator=torch.Generator().manual_seed(seed),
+    )
+    if name == "paddleocr_vl":
+        return {"pixel_values": patches[None], "grid_thw": grids}
+    return {"hidden_states" if name != "kimi_k25" else "pixel_values": patches, "grid_thw": grids}
+
+
+def output_of(tower, inputs):
+    """What the tower hands on, as one tensor."""
+    out = tower(**inputs)
+    pooled = out.pooler_output
+    return out.last_hidden_state if not isinstance(pooled, torch.Tensor) else pooled
+
+
+def gradients_of(tower, inputs):
+    """Output, and the gradients of the weights, for a random cotangent."""
+    tower.zero_grad()
+    out = output_of(tower, inputs)
+    out.backward(
+        torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=out.dtype)
+    )
+    return out.detach(), {n: p.grad for n, p in tower.named_parameters() if p.grad is not None}
