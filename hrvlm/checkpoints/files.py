@@ -168,11 +168,12 @@ def _load_sharded(index: Path) -> dict[str, Tensor]:
     weight_map = _weight_map(index)
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise ValueError(f"{index}: shard {name!r} is not a plain file name")
         if not (index.parent / name).is_file():
             raise FileNotFoundError(f"{index}: its shard {name} is missing")
-        tensors |= _load_file(index.parent / name)
+        shard = _load_file(index.parent / name)
+        if twice := sorted(tensors.keys() & shard.keys()):
+            raise ValueError(f"{index}: {twice[0]} is in several shards")
+        tensors |= shard
     absent = sorted(weight_map.keys() - tensors.keys())
     if absent:
         raise ValueError(
@@ -191,6 +192,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ValueError(
             f"{index}: no weight_map in it, so it is not the index of a sharded checkpoint"
         )
+    for name in weight_map.values():
+        if not name or Path(name).name != name:
+            raise ValueError(f"{index}: shard {name!r} is not a plain file name")
     return weight_map
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -9,6 +10,23 @@ from transformers.core_model_loading import Concatenate, WeightConverter, Weight
 
 # Attribute of a model while it is loaded: key of the model, and the keys of its absent parts.
 ABSENT_PARTS = "_absent_parts"
+_MEMORY_LAYER = re.compile(r"(vision_encoder\.|)model\.(?=layer\.\d)")
+_FUSED = re.compile(
+    r"((?:vision_encoder\.|)layer\.\d+\.attention\.)qkv(?:\.weight|_bias\.([qkv])_bias)"
+)
+
+
+def keys_in_files(key: str) -> tuple[str, ...]:
+    """Of a model or a checkpoint: the keys that this one has in transformers' files."""
+    key = _MEMORY_LAYER.sub(r"\1", key, count=1) if _MEMORY_LAYER.match(key) else key
+    if not (match := _FUSED.fullmatch(key)):
+        return (key,)
+    head, bias = match.groups()
+    return (
+        (f"{head}{bias}_proj.bias",)
+        if bias
+        else tuple(f"{head}{name}_proj.weight" for name in "qkv")
+    )
 
 
 class LoadOnlyRenaming(WeightRenaming):
@@ -37,6 +55,9 @@ class FuseAll(Concatenate):
         """``{target: tensor}``, or nothing."""
         absent = [source for source in source_patterns if source not in input_dict]
         if not absent:
+            shapes = {source: list(input_dict[source][0].shape) for source in source_patterns}
+            if len(set(map(str, shapes.values()))) > 1:
+                raise ValueError(f"parts of one matrix have different shapes: {shapes}")
             convert: Any = super().convert
             return convert(input_dict, source_patterns, target_patterns, **kwargs)
         target = self.get_target_pattern(target_patterns)

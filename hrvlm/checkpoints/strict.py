@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.modeling_utils import load_state_dict
 
 from .damage import check_generation_config, naming_damaged_files
 from .differences import KeyDifferences, group_keys, natural_order
-from .mapping import ABSENT_PARTS
+from .mapping import ABSENT_PARTS, keys_in_files
 
 _TRANSFORMERS = logging.getLogger("transformers.modeling_utils")
 
@@ -50,6 +52,20 @@ class StrictModel(PreTrainedModel):
         if source is not None and Path(source).is_file():
             raise ValueError(f"{source} is a file, expected a directory or a hub id")
         return load_strictly(super().from_pretrained, source, *model_args, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kw: Any
+    ) -> Any:
+        """Judge first what transformers takes without a word, by the headers of the files."""
+        if load_config.hf_quantizer is None:
+            parts = [state_dict] if state_dict is not None else []
+            for file in () if parts else checkpoint_files or ():
+                parts.append(load_state_dict(file, map_location="meta"))
+            source = load_config.pretrained_model_name_or_path or model.config.name_or_path
+            _check_stored(source or "state_dict", model, parts)
+        load: Any = PreTrainedModel._load_pretrained_model
+        return load(model, state_dict, checkpoint_files, load_config, *args, **kw)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -127,6 +143,30 @@ def load_strictly(
     for table in tables:
         _TRANSFORMERS.handle(table)
     return (model, info) if output_loading_info else model
+
+
+def _check_stored(source: Any, model: Any, parts: Iterable[Mapping[str, Any]]) -> None:
+    """Raise for a weight that is stored twice, of which one would win, and for integers.
+
+    Integers are a quantiser's codes, whose scales a config without a quantiser doesn't apply.
+    """
+    numbers = {
+        stored
+        for key, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+        for stored in keys_in_files(key)
+    }
+    names: Counter[str] = Counter()
+    for part in parts:
+        for key, tensor in part.items():
+            stored = keys_in_files(key)
+            names.update(stored)
+            if not tensor.is_floating_point() and numbers.issuperset(stored):
+                raise ValueError(
+                    f"{source}: {key} is stored as {tensor.dtype}, expected floating-point numbers"
+                )
+    if twice := [key for key, count in names.items() if count > 1]:
+        raise ValueError(f"{source}: stored twice: {', '.join(group_keys(twice))}")
 
 
 def _as_stored(loading_info: Any, absent: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -310,7 +310,8 @@ def _fuse_qkv(
     _metadata: object,
     _strict: bool,
     missing_keys: list[str],
-    *_: object,
+    _unexpected_keys: object,
+    error_messages: list[str],
 ) -> None:
     """Accept transformers' separate q_proj, k_proj and v_proj beside the fused matrix.
 
@@ -325,6 +326,10 @@ def _fuse_qkv(
         given = {key: state_dict.pop(key) for key in weights if key in state_dict}
         device = next(iter(given.values())).device
         parts = [given[key] if key in given else kept[key].to(device) for key in weights]
+        shapes = [tuple(part.shape) for part in parts]
+        if len(set(shapes)) > 1:
+            error_messages.append(f"{', '.join(weights)}: different shapes {shapes}")
+            return
         state_dict[f"{prefix}qkv.weight"] = torch.cat(parts)
         missing_keys += absent
     for name in "qkv":

@@ -85,6 +85,43 @@ UNFIT = {
         {},
         r"can't be made of its weights: layer.0.attention.qkv.weight",
     ),
+    "parts_of_a_matrix": (
+        "encoder",
+        lambda weights: weights.update(
+            {
+                "layer.0.attention.q_proj.weight": torch.ones(65, 64),
+                "layer.0.attention.k_proj.weight": torch.ones(63, 64),
+            }
+        ),
+        {},
+        r"can't be made of its weights: layer.0.attention.qkv.weight",
+    ),
+    "integers": (
+        "encoder",
+        lambda weights: weights.update({"norm.weight": weights["norm.weight"].to(torch.int8)}),
+        {},
+        r"norm.weight is stored as torch.int8, expected floating-point numbers",
+    ),
+    "integers_of_a_fused_matrix": (
+        "vlm",
+        lambda weights: weights.update(
+            {key: t.to(torch.uint8) for key, t in weights.items() if "layer.1.attention.k_" in key}
+        ),
+        {},
+        r"layer.1.attention.k_proj.weight is stored as torch.uint8",
+    ),
+    "twice": (
+        "encoder",
+        lambda weights: weights.update({"model.layer.1.norm1.bias": torch.zeros(64)}),
+        {},
+        r"stored twice: layer.1.norm1.bias",
+    ),
+    "twice_as_parts": (
+        "vlm",
+        more(**{"vision_encoder.layer.0.attention.qkv.weight": torch.zeros(96, 32)}),
+        {},
+        r"stored twice: vision_encoder.layer.0.attention.k_proj.weight, ",
+    ),
     "registers": ("encoder", NOTHING, {"num_register_tokens": 2}, r"\[1, 4, 64\] instead of"),
     "fewer_layers": (
         "encoder",
@@ -234,6 +271,36 @@ def test_a_stock_checkpoint_in_shards_loads(tmp_path):
     reference = DINOv3Encoder(DINOv3ViTConfig.from_pretrained(tmp_path))
     reference.load_state_dict(theirs.state_dict())
     assert_same(ours.state_dict(), reference.state_dict())
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_weight_in_two_shards_raises(suffix, saved, tmp_path):
+    weights = load_file(saved / "encoder" / WEIGHTS)
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    names = [f"{stem}-{i}.{suffix}" for i in (1, 2)]
+    first = {key: tensor for key, tensor in weights.items() if key < "layer.1"}
+    second = {key: tensor for key, tensor in weights.items() if key >= "layer.1"}
+    second["embeddings.cls_token"] = torch.zeros(1, 1, 64)
+    write = save_file if suffix == "safetensors" else torch.save
+    for name, part in zip(names, (first, second), strict=True):
+        write(part, tmp_path / name)
+    files = dict.fromkeys(second, names[1]) | dict.fromkeys(first, names[0])
+    index = tmp_path / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    with pytest.raises(ValueError, match=rf"{index}: embeddings.cls_token is in several shards"):
+        convert(tmp_path, tmp_path / "converted")
+    shutil.copy(saved / "encoder" / "config.json", tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path}: stored twice: embeddings.cls_token$"):
+        DINOv3Encoder.from_pretrained(tmp_path)
+
+
+def test_parts_of_a_matrix_of_different_shapes_raise_in_resuming_too(saved):
+    encoder = DINOv3Encoder.from_pretrained(saved / "encoder")
+    state = load_file(saved / "encoder" / WEIGHTS)
+    for name, rows in (("q", 65), ("k", 63)):
+        state[f"layer.0.attention.{name}_proj.weight"] = torch.ones(rows, 64)
+    with pytest.raises(RuntimeError, match=r"layer.0.attention.q_proj.weight, .*different shapes"):
+        encoder.load_state_dict(state, strict=False)
 
 
 @pytest.mark.skipif(
