@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 from PIL import ExifTags, Image
 
 from . import headers, headers_boxes, headers_tiff
+from .pillow_faults import UnreadablePixels, mend_after_decoding, mend_before_decoding
 from .stills import LimitError, Pieces, Reader, Still
 
 BYTES_PER_PIXEL, SPARE_BYTES = 8, 80_000_000
@@ -27,12 +28,6 @@ MAX_SECONDS = 2.5
 MAX_SIDE = 65_535
 
 _RGB_NANOSECONDS = 9  # a pixel, from any mode to RGB on a background, and upright
-# Pillow brings these PNG pixels to 8 bits, and leaves their colour key at the depth of the file.
-_KEY_TO_8_BITS: dict[Any, Callable[[int], int]] = {
-    "L;2": lambda v: v * 85,
-    "L;4": lambda v: v * 17,
-    "RGB;16B": lambda v: v >> 8,
-}
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -41,10 +36,11 @@ class ImageError(ValueError):
 
 
 class Decoded(NamedTuple):
-    """The first frame as Pillow decodes it, and the orientation that its file gives."""
+    """The first frame as Pillow decodes it, the orientation of its file, whether 0 is white."""
 
     image: Image.Image
     orientation: int | None
+    negative: bool
 
 
 class _Format(NamedTuple):
@@ -53,9 +49,12 @@ class _Format(NamedTuple):
     header: Callable[[Reader], Still]
 
 
-def _is_avif(prefix: bytes) -> bool:
-    brands = [prefix[8:12], *(prefix[i : i + 4] for i in range(16, len(prefix), 4))]
-    return prefix[4:8] == b"ftyp" and (b"avif" in brands or b"avis" in brands)
+def _has_brand(*brands: bytes) -> Callable[[bytes], bool]:
+    def accepts(prefix: bytes) -> bool:
+        named = [prefix[8:12], *(prefix[i : i + 4] for i in range(16, len(prefix), 4))]
+        return prefix[4:8] == b"ftyp" and any(brand in named for brand in brands)
+
+    return accepts
 
 
 def _begins(*signatures: bytes) -> Callable[[bytes], bool]:
@@ -63,9 +62,10 @@ def _begins(*signatures: bytes) -> Callable[[bytes], bool]:
 
 
 FORMATS = (
-    _Format("AVIF", _is_avif, headers_boxes.avif),
+    _Format("AVIF", _has_brand(b"avif", b"avis"), headers_boxes.avif),
     _Format("BMP", _begins(b"BM"), headers.bmp),
     _Format("GIF", _begins(b"GIF87a", b"GIF89a"), headers.gif),
+    _Format("HEIF", _has_brand(*_HEIF_BRANDS), headers_boxes.heif),
     _Format("JPEG", _begins(b"\xff\xd8\xff"), headers.jpeg),
     _Format(
         "JPEG 2000",
@@ -144,11 +144,6 @@ def _check_cost(still: Still, name: str) -> None:
 
 
 def _unknown(prefix: bytes) -> str:
-    if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF_BRANDS:
-        return (
-            "is a HEIF image (HEIC), which Pillow does not read: convert it to JPEG or PNG, or "
-            "open it with the package pillow-heif and pass the Pillow image"
-        )
     names = ", ".join(f.name for f in FORMATS)
     return f"is not an image of a format that is read ({names}): it begins with {prefix[:16]!r}"
 
@@ -163,17 +158,29 @@ def decode_first_frame(stream: IO[bytes], label: str, max_pixels: int) -> Decode
     source = io.BufferedReader(Pieces(stream, still.pieces))
     try:
         if still.format == "WEBP":
-            return Decoded(_webp(source.read()), still.orientation)
+            return Decoded(_webp(source.read()), still.orientation, False)
+        if still.format == "HEIF":
+            return Decoded(_heif(source.read(), label), None, False)
         whole = still.format in ("AVIF", "JPEG2000")
-        image = _open(still.format, io.BytesIO(source.read()) if whole else source)
+        try:
+            image = _open(still.format, io.BytesIO(source.read()) if whole else source)
+        except SyntaxError as error:
+            if still.kind is None:
+                raise
+            raise ImageError(
+                f"{label} has pixels that Pillow does not read: {still.kind}"
+            ) from error
         if image.width * image.height > still.width * still.height:
             raise ValueError(f"its decoder finds {image.height} x {image.width} pixels in it")
-        _widen_colour_key(image)
+        mend_before_decoding(image)
         image.load()
+        image = mend_after_decoding(image, still.bits)
         turned = image.getexif().get(ExifTags.Base.Orientation) if still.format == "AVIF" else None
-        return Decoded(image, turned or still.orientation)
-    except MemoryError:
+        return Decoded(image, turned or still.orientation, still.negative)
+    except (MemoryError, ImageError):
         raise
+    except UnreadablePixels as error:
+        raise ImageError(f"{label} can't be read: {error}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(
             f"{label}: the decoder of this format obeys PIL.Image.MAX_IMAGE_PIXELS, "
@@ -198,20 +205,6 @@ def _open(name: str, stream: IO[bytes]) -> Any:
     return factory(stream, "")
 
 
-def _widen_colour_key(image: Image.Image) -> None:
-    """Bring the colour key to 8 bits, as Pillow does with the pixels; not loaded yet."""
-    key, widen = image.info.get("transparency"), _KEY_TO_8_BITS.get(_rawmode(image))
-    if widen and isinstance(key, int | tuple):
-        image.info["transparency"] = widen(key) if isinstance(key, int) else tuple(map(widen, key))
-
-
-def _rawmode(image: Image.Image) -> Any:
-    """How the file stores its pixels ("L;4", ...), which Pillow tells until they are decoded."""
-    tile = getattr(image, "tile", None)
-    args = tile[0][3] if tile else None
-    return args[0] if isinstance(args, tuple) and args else args
-
-
 def _webp(data: bytes) -> Image.Image:
     """What Pillow's `load` does, less the decoder's two canvases by the time of the copy."""
     image = _open("WEBP", io.BytesIO(data))
@@ -221,3 +214,17 @@ def _webp(data: bytes) -> Image.Image:
         raise ValueError("its frame can't be decoded")
     del image
     return Image.frombuffer(mode, size, frame[0], "raw", rawmode, 0, 1)
+
+
+def _heif(data: bytes, label: str) -> Image.Image:
+    """Upright: turning is part of the format, and its decoder does it."""
+    try:
+        from pillow_heif import open_heif
+    except ImportError as error:
+        raise ImageError(
+            f"{label} is a HEIF image (HEIC), which Pillow does not read: install pillow-heif "
+            "(pip install 'hrvlm[heif]'), or convert it to JPEG or PNG"
+        ) from error
+    image: Image.Image = open_heif(io.BytesIO(data)).to_pillow()
+    image.info.clear()  # its EXIF says how to turn what is turned already
+    return image

@@ -13,22 +13,28 @@ from typing import NamedTuple
 
 from .stills import LimitError, Piece, Reader, Still
 
-_WIDTH, _LENGTH, _BITS, _COMPRESSION, _ORIENTATION = 256, 257, 258, 259, 274
+_WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 256, 257, 258, 259, 262, 274
 _STRIP_OFFSETS, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR = 273, 277, 278, 279, 284
+_COLORMAP, _INKSET, _SAMPLE_FORMAT = 320, 332, 339
 _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_BYTES = 322, 323, 324, 325
 _STRIPS = (_STRIP_OFFSETS, _ROWS, _STRIP_BYTES)
 _TILES = (_TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_BYTES)
 _KEPT = {
-    *(_WIDTH, _LENGTH, _BITS, _COMPRESSION, _SAMPLES, _PLANAR, *_STRIPS, *_TILES),
-    262,  # photometric interpretation
+    *(_WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, *_STRIPS, *_TILES),
     *(266, 292, 293),  # order of bits, options of the fax codings
-    *(317, 320, 332, 338, 339),  # predictor, palette, inks, extra samples, kind of number
+    *(317, _COLORMAP, _INKSET, 338, _SAMPLE_FORMAT),  # 317: predictor, 338: extra samples
     *(347, 529, 530, 532),  # tables of JPEG, YCbCr's coefficients, subsampling, range
 }
 _COMPRESSIONS = {
     **{1: "none", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 7: "JPEG"},
     **{8: "deflate", 32946: "deflate", 32773: "PackBits", 50000: "zstd"},
 }
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
+_MEANINGS = {
+    **{0: "grey, white is zero", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK"},
+    **{6: "YCbCr", 8: "Lab", 9: "ICC Lab", 10: "ITU Lab", 32803: "colour filter array"},
+}
+_SAMPLE_KINDS = {1: "unsigned", 2: "signed", 3: "float"}
 _JPEG, _JPEG_SCANS = 7, 100  # libtiff gives up a part that has more scans
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 7: 1, 16: 8}
 _MAX_ENTRIES, _MAX_VALUES = 4096, 1 << 17  # of a directory, of a tag
@@ -71,10 +77,13 @@ def tiff(file: Reader) -> Still:
     area = parts * part[0] * part[1]
     if area > 4 * width * height + (1 << 20) or parts > _MAX_VALUES:
         raise LimitError(f"{parts} parts of {part[1]} x {part[0]} pixels for {height} x {width}")
+    photometric = value(_PHOTOMETRIC, _default_photometric(compression, samples))
+    kind = _check_samples(tags, order, photometric)
     part_bytes, pixels = part[0] * part[1] * bits / 8, width * height
     memory = 4 * pixels + part_bytes + _longest_gap(tags, order)
     nanoseconds = 14 * pixels + 0.2 * bits * area
-    if compression != 1:  # libtiff: the whole file in memory, and a part's coded bytes
+    if compression != 1 or value(_PLANAR, 1) == 2 or photometric == _YCBCR:
+        # libtiff: the whole file in memory, and a part's coded bytes
         coded = _coded_bytes(file, tags, order, _TILE_BYTES if tiled else _STRIP_BYTES)
         memory += 2 * file.size + part_bytes
         nanoseconds += (0.5 * bits + 20) * area + 20 * coded
@@ -87,8 +96,50 @@ def tiff(file: Reader) -> Still:
     # Else libtiff would read tiles where Pillow reads strips.
     for other in (_ORIENTATION, *(_STRIPS if tiled else _TILES)):
         tags.pop(other, None)
+    # Pillow takes deep samples as they are, and knows fewer kinds of them whose zero is white.
+    negative = photometric == _WHITE_IS_ZERO and samples == 1 and bits > 8
+    meaning = _BLACK_IS_ZERO if negative else photometric
+    tags[_PHOTOMETRIC] = _Tag(3, 1, struct.pack(order + "H", meaning))
+    _widen_palette(tags, order)
     pieces = _with_directory(file, order, tags)
-    return Still("TIFF", width, height, pieces, memory, nanoseconds, orientation)
+    still = Still("TIFF", width, height, pieces, memory, nanoseconds, orientation)
+    return still._replace(negative=negative, kind=kind)
+
+
+def _default_photometric(compression: int, samples: int) -> int:
+    """Where the tag is missing: as libtiff; Pillow would take a picture for its negative."""
+    if samples >= 3:
+        return _RGB
+    fax = _COMPRESSIONS[compression] == "CCITT"
+    return _WHITE_IS_ZERO if fax else _BLACK_IS_ZERO
+
+
+def _check_samples(tags: dict[int, _Tag], order: str, photometric: int) -> str:
+    """In words: what a pixel is made of, if it is nothing that Pillow takes for something else."""
+
+    def values(tag: int, default: int) -> tuple[int, ...]:
+        return (_numbers(tags[tag], order) if tag in tags else ()) or (default,)
+
+    bits, formats = values(_BITS, 1), values(_SAMPLE_FORMAT, 1)
+    depths = "/".join(map(str, dict.fromkeys(bits)))
+    numbers = _SAMPLE_KINDS.get(formats[0], f"format {formats[0]}")
+    samples = values(_SAMPLES, 1)[0]
+    meaning = _MEANINGS.get(photometric, f"photometric interpretation {photometric}")
+    kind = f"{meaning} in {numbers} samples of {depths} bits, {samples} for a pixel"
+    if formats[0] == 2 and bits[0] < 32:
+        raise ValueError(f"{kind}: signed samples have no agreed range")
+    if photometric == _CMYK and values(_INKSET, 1)[0] != 1:
+        raise ValueError(f"{kind}: its inks are not cyan, magenta, yellow and black")
+    return kind
+
+
+def _widen_palette(tags: dict[int, _Tag], order: str) -> None:
+    """To 16 bits, where a writer has put 8: told by their values, as libtiff does."""
+    if _COLORMAP in tags:
+        colors = _numbers(tags[_COLORMAP], order)
+        if colors and max(colors) < 256:
+            data = struct.pack(f"{order}{len(colors)}H", *(257 * color for color in colors))
+            tags[_COLORMAP] = _Tag(3, len(colors), data)
 
 
 def _coded_bytes(file: Reader, tags: dict[int, _Tag], order: str, tag: int) -> int:

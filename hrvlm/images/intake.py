@@ -35,6 +35,7 @@ from PIL import ExifTags, Image
 
 from .formats import ImageError as ImageError  # part of this module's interface, too
 from .formats import check_size, decode_first_frame
+from .pillow_faults import grey_peak, is_negative, mend_before_decoding
 from .stills import Pieces
 
 if TYPE_CHECKING:
@@ -62,7 +63,6 @@ _UPRIGHT = {  # EXIF orientation: what brings the picture back
     8: Image.Transpose.ROTATE_90,
 }
 _STRIPE_PIXELS = 1 << 20
-_PHOTOMETRIC = 262  # TIFF's tag; 0: the smallest value is white
 
 
 def load_image(
@@ -123,14 +123,15 @@ def upright_rgb(
         if _is_plain(source):
             return source
         with _failures_named(label, "is truncated or corrupt"):
+            mend_before_decoding(source)
             source.load()
         # Not earlier: the TIFF decoder turns the pixels while it loads them, and drops the tag.
         return _upright(_to_rgb(source, label, under), _orientation(source, label))
     if isinstance(source, np.ndarray) or _is_tensor(source):
         return _to_rgb(_from_array(source, label, max_pixels, channels), label, under)
     with _stream(source, label) as stream:
-        image, orientation = decode_first_frame(stream, label, max_pixels)
-    rgb = _to_rgb(image, label, under)
+        image, orientation, negative = decode_first_frame(stream, label, max_pixels)
+    rgb = _to_rgb(image, label, under, negative)
     del image  # so that no more than two pictures are held while one is turned
     return _upright(rgb, orientation)
 
@@ -248,33 +249,34 @@ def _orientation(image: Image.Image, label: str) -> Any:
         return 1
 
 
-def _to_rgb(image: Image.Image, label: str, background: tuple[int, int, int]) -> Image.Image:
+def _to_rgb(
+    image: Image.Image, label: str, background: tuple[int, int, int], negative: bool = False
+) -> Image.Image:
     """In stripes, so that what lies between the two pictures is small."""
+    invert = (lambda v: 255 - v) if negative or is_negative(image) else None
+    peak = grey_peak(image)
     with _failures_named(label, f"of mode {image.mode} cannot be converted to RGB"):
-        rows = max(1, _STRIPE_PIXELS // image.width)
-        if rows >= image.height:
-            return _positive(_stripe_to_rgb(image, label, background), image)
         rgb = Image.new("RGB", image.size)
+        rows = max(1, _STRIPE_PIXELS // image.width)
         for top in range(0, image.height, rows):
             box = (0, top, image.width, min(top + rows, image.height))
-            stripe = _stripe_to_rgb(image.crop(box), label, background)
-            rgb.paste(_positive(stripe, image), box)
+            whole = rows >= image.height
+            stripe = _stripe_to_rgb(image if whole else image.crop(box), label, background, peak)
+            stripe = stripe.point(invert) if invert else stripe
+            if whole:
+                return stripe
+            rgb.paste(stripe, box)
         return rgb
 
 
-def _positive(rgb: Image.Image, image: Image.Image) -> Image.Image:
-    """Inverted where Pillow does not: TIFF of 16 bits or floats whose smallest value is white."""
-    deep = image.mode == "F" or image.mode.startswith("I")
-    negative = deep and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
-    return rgb.point(lambda value: 255 - value) if negative else rgb
-
-
-def _stripe_to_rgb(image: Image.Image, label: str, background: tuple[int, int, int]) -> Image.Image:
+def _stripe_to_rgb(
+    image: Image.Image, label: str, background: tuple[int, int, int], peak: int
+) -> Image.Image:
     if image.mode == "F":
         return Image.fromarray(_floats_to_uint8(np.asarray(image), label)).convert("RGB")
     if image.mode == "I" or image.mode.startswith("I;"):
         values = np.asarray(image)
-        grey = Image.fromarray(_integers_to_uint8(values, label)).convert("RGB")
+        grey = Image.fromarray(_integers_to_uint8(values, label, peak)).convert("RGB")
         key = image.info.get("transparency")
         return grey if key is None else _on(background, grey, Image.fromarray(values != key))
     if not image.has_transparency_data:
@@ -350,12 +352,13 @@ def _to_uint8(values: np.ndarray, label: str) -> np.ndarray:
     )
 
 
-def _integers_to_uint8(values: np.ndarray, label: str) -> np.ndarray:
-    """round(v / 257) for v in 0..65535."""
+def _integers_to_uint8(values: np.ndarray, label: str, peak: int = 65535) -> np.ndarray:
+    """round(v * 255 / peak) for v in 0..peak: 65535, or 4095."""
     low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535:
-        raise ImageError(f"{label}: expected 16-bit pixels, 0 to 65535, got {low} to {high}")
-    return ((values.astype(np.uint32) * 255 + 32895) >> 16).astype(np.uint8)
+    if low < 0 or high > peak:
+        depth = peak.bit_length()
+        raise ImageError(f"{label}: expected {depth}-bit pixels, 0 to {peak}, got {low} to {high}")
+    return ((values.astype(np.uint32) * 510 + peak) // (2 * peak)).astype(np.uint8)
 
 
 def _floats_to_uint8(values: np.ndarray, label: str) -> np.ndarray:

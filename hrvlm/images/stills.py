@@ -40,6 +40,9 @@ class Still(NamedTuple):
         memory: bytes at the peak of decoding, the caller's own bytes not counted.
         nanoseconds: of one CPU core, for decoding and bringing to RGB.
         orientation: EXIF's, 1 to 8 or what the file says instead; None if it says nothing.
+        negative: whether the smallest of the values that Pillow decodes is white.
+        bits: of a sample, where decoding has to know them.
+        kind: what a pixel is made of, for the error if Pillow can't read it.
     """
 
     format: str
@@ -49,6 +52,9 @@ class Still(NamedTuple):
     memory: float
     nanoseconds: float
     orientation: int | None = None
+    negative: bool = False
+    bits: int | None = None
+    kind: str | None = None
 
 
 class Reader:
