@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from hrvlm.files import write_text
 from hrvlm_kernels.triton_kernels import tile_tables
+from hrvlm_kernels.triton_kernels.tilings import CHIPS
 
 PATH = Path(tile_tables.__file__)
 Table = dict[tuple[Any, ...], tuple[Any, ...]]
@@ -17,18 +19,19 @@ Spills = dict[tuple[int, int], dict[tuple[Any, ...], tuple[Any, ...]]]
 _HEADER = '''\
 """Tile sizes of the kernels, by chip: data only, written by ``python -m benchmarks.tuning``.
 
-Each row holds the tile sizes to use, then those for when they do not fit the chip. CHOSEN_BY names
-the GPU that decided, or says "compiled": chosen by reading compiled code (no spills, asynchronous
-tensor cores), not yet measured on a GPU. It also names the Triton that compiled. Another one lays
-out registers anew: SPILLS has, for every release that all rows were compiled with, the tiles that
-spill (``python -m benchmarks.tuning.spills``). There the next ones of their row are used.
+Each row holds the tile sizes to use, then those for when they do not fit the chip; a row without a
+chip is that of all chips without a row of their own. CHOSEN_BY names the GPU that decided, or says
+"compiled": chosen by reading compiled code (no spills, asynchronous tensor cores), not yet measured
+on a GPU. It also names the Triton that compiled. Another one lays out registers anew: SPILLS has,
+for every release that all rows were compiled with, the tiles that spill (``python -m
+benchmarks.tuning.spills``). There the next ones of their row are used.
 """
 
-from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Tiling
+from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Rows, Tiling, by_chip
 
 '''
 _COMMENTS = {
-    "FORWARD": "varlen_attention: (chip, head_dim rounded up, bytes of an element).",
+    "FORWARD": "varlen_attention: (head_dim rounded up, bytes of an element).",
     "SHORT": (
         "Its kernel for short images with RoPE: rows of queries and of the image.\n"
         "# Chips and heads without a row rotate k in a pass of its own."
@@ -36,19 +39,19 @@ _COMMENTS = {
     "DQ": "Its backward: a tile of dq has queries, one of dkdv keys.",
     "DKDV": None,
     "ATOMIC": "varlen_attention_dkdv with ATOMIC; heads without a row always take the two kernels.",
-    "GEMM": "pixel_shuffle_linear, forward, dx and dweight: (chip, bytes of an element).",
+    "GEMM": "pixel_shuffle_linear, forward, dx and dweight: bytes of an element.",
     "GEMM_PARTS": (
         "For parts of a sum, where the float32 store makes ptxas hold up\n"
         "# the tensor cores with the tiles above."
     ),
-    "ROPE": "rope_2d: (chip, head_dim rounded up, bytes of an element).",
-    "NORM_FORWARD": "layer_norm_pixel_shuffle: (chip, C rounded up).",
+    "ROPE": "rope_2d: (head_dim rounded up, bytes of an element).",
+    "NORM_FORWARD": "layer_norm_pixel_shuffle and residual_layer_norm: C rounded up.",
     "NORM_BACKWARD": None,
-    "SWIGLU": "swiglu, forward and backward: (chip, bytes of an element).",
-    "PATCHIFY": "normalize_patchify: (chip, bytes of an element of its result).",
+    "SWIGLU": "swiglu, forward and backward: bytes of an element.",
+    "PATCHIFY": "normalize_patchify: bytes of an element of its result.",
 }
 
-_SPILLS = "SPILLS: dict[tuple[int, int], dict[tuple[str | int, ...], tuple[Tiling, ...]]]"
+_SPILLS = "SPILLS: dict[tuple[int, int], Rows[Tiling]]"
 
 
 def tables() -> dict[str, Table]:
@@ -77,10 +80,10 @@ def render(rows: Mapping[str, Table], chosen: Mapping[str, str], spilling: Spill
     for name, comment in _COMMENTS.items():
         if comment is not None:
             lines.append(f"# {comment}")
-        lines.append(f"{name}: {_annotation(rows[name])} = {{")
-        for key, configs in rows[name].items():
-            lines.append(_item(key, configs, " " * 4))
-        lines += ["}", ""]
+        kind = type(next(iter(rows[name].values()))[0]).__name__
+        lines += [f"{name}: Rows[{kind}] = by_chip(", "    {"]
+        lines += [_item(row, configs, " " * 8) for row, configs in folded(rows[name]).items()]
+        lines += ["    }", ")", ""]
     return _HEADER + "\n".join(lines).rstrip() + "\n"
 
 
@@ -91,10 +94,20 @@ def replace(
     write_text(path, render(rows, chosen, spilling))
 
 
-def _annotation(table: Table) -> str:
-    key, configs = next(iter(table.items()))
-    kinds = ", ".join(type(part).__name__ for part in key)
-    return f"dict[tuple[{kinds}], tuple[{type(configs[0]).__name__}, ...]]"
+def folded(table: Table) -> Table:
+    """What :func:`by_chip` makes `table` of.
+
+    Where every chip has a row, the one that most have, two at least, stands without a chip.
+    """
+    rows: Table = {}
+    for row in dict.fromkeys(key[1:] for key in table):
+        chips = {chip: table[(chip, *row)] for chip in CHIPS if (chip, *row) in table}
+        (most, count), *_ = Counter(chips.values()).most_common()
+        if count > 1 and len(chips) == len(CHIPS):
+            rows[row] = most
+            chips = {chip: configs for chip, configs in chips.items() if configs != most}
+        rows |= {(chip, *row): configs for chip, configs in chips.items()}
+    return rows
 
 
 def _item(key: tuple[Any, ...], configs: tuple[Any, ...], indent: str) -> str:
@@ -107,7 +120,8 @@ def _item(key: tuple[Any, ...], configs: tuple[Any, ...], indent: str) -> str:
 
 
 def _tuple(key: tuple[Any, ...]) -> str:
-    return "(" + ", ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in key) + ")"
+    items = ", ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in key)
+    return f"({items},)" if len(key) == 1 else f"({items})"
 
 
 def text(config: Any) -> str:

@@ -18,7 +18,7 @@ from benchmarks.tuning.rows import Call, candidates_of, row
 from benchmarks.tuning.worker import Worker
 from hrvlm_kernels.triton_kernels import tile_tables
 from hrvlm_kernels.triton_kernels.launch import architecture
-from hrvlm_kernels.triton_kernels.tilings import RopeConfig, Tiling
+from hrvlm_kernels.triton_kernels.tilings import RopeConfig, Tiling, by_chip
 from tests.kernels.helpers import interpreter_only
 from tests.kernels.mutations import plant
 
@@ -193,6 +193,14 @@ def test_the_file_is_what_its_program_writes(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["tables.py"]
     assert '("sm_90", 64, 2): (Tiling(64, 64, 4, 2, "ahead"),),' in out.read_text()
     assert '"sm_90": "some GPU"' in out.read_text()
+
+
+def test_what_most_chips_have_is_written_once():
+    rows = {("sm_80", 4): (1,), ("sm_90", 4): (2,), ("sm_100", 4): (1,), ("gfx942", 4): (1,)}
+    once = {(4,): (1,), ("sm_90", 4): (2,)}
+    assert table_file.folded(rows) == once and by_chip(once) == rows
+    del rows["gfx942", 4]  # a chip without a row must stay without
+    assert table_file.folded(rows) == rows == by_chip(rows)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+Config = TypeVar("Config")
+Rows = dict[tuple[str | int, ...], tuple[Config, ...]]
+
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")  # all that have rows in the tables
 
 # How the forward of varlen_attention walks over keys; see varlen_attention.py.
 ORDERS = ("plain", "ahead")
@@ -54,6 +60,13 @@ class BlockConfig:
 
     elements: int
     num_warps: int
+
+
+def by_chip(rows: Rows[Config]) -> Rows[Config]:
+    """A table by (chip, *row), of one in which a row without a chip is that of all others."""
+    defaults = {row: configs for row, configs in rows.items() if row[0] not in CHIPS}
+    everywhere = {(chip, *row): configs for chip in CHIPS for row, configs in defaults.items()}
+    return everywhere | {row: configs for row, configs in rows.items() if row not in defaults}
 
 
 def table_head_dim(head_dim: int) -> int:
