@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .encoder.cost import make_plan
     from .encoder.output import EncoderOutput, PackedEncoderOutput
     from .encoder.vision_transformer import DINOv3Encoder
-    from .images.geometry import Geometry, TileGeometry, tile_grid, token_grid
+    from .images.geometry import Geometry, TileGeometry, image_token_count, tile_grid, token_grid
     from .images.intake import ImageError, load_image
     from .images.patches import pack_images, patchify, unpatchify
     from .images.processor import (
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from .vlm.config import VLMConfig
     from .vlm.modality_projector import (
         ModalityProjector,
-        image_token_count,
         pixel_shuffle,
         pixel_unshuffle,
     )
@@ -70,7 +69,7 @@ _HOME = {
     "get_image_processor": "images.processor",
     "get_image_string": "vlm.processors",
     "get_tokenizer": "vlm.processors",
-    "image_token_count": "vlm.modality_projector",
+    "image_token_count": "images.geometry",
     "load_checkpoint": "checkpoints.convert",
     "load_image": "images.intake",
     "load_into": "checkpoints.convert",

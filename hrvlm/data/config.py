@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..files import as_mapping, check_names
+from ..images.geometry import positive_int
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,8 @@ def data_config(section: Any) -> DataConfig:
             raise ValueError(f"data.{name}: expected a source or a list of them, got {given!r}")
         section[name] = tuple(_source(s, f"data.{name}[{i}]") for i, s in enumerate(given))
     for name in ("max_sample_length", "sequence_packing"):
-        value = section.get(name)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"data.{name}={value!r}: expected a number of tokens")
+        if (value := section.get(name)) is not None:
+            positive_int(f"data.{name}", value)
     return DataConfig(**section)
 
 
@@ -155,7 +155,7 @@ def _source(section: Any, where: str) -> SourceConfig:
     weight, limit = section.get("weight"), section.get("limit")
     if weight is not None and not (isinstance(weight, int | float) and weight > 0):
         raise ValueError(f"{where}.weight={weight!r}: expected a positive number")
-    if limit is not None and not (isinstance(limit, int) and limit > 0):
-        raise ValueError(f"{where}.limit={limit!r}: expected a positive whole number")
+    if limit is not None:
+        positive_int(f"{where}.limit", limit)
     make: Callable[..., SourceConfig] = SOURCES[kind]
     return make(**section)

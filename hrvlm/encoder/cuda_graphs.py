@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hrvlm_kernels import PackedGrids
 
+from ..images.geometry import positive_pair
 from .inputs import Grids, pack_inputs
 from .output import EncoderOutput, PackedEncoderOutput
 
@@ -145,23 +146,16 @@ def _record(
 def _grids_of(i: int, images: Sequence[Sequence[int]], patch_size: int) -> tuple[_Grid, ...]:
     grids = []
     for j, size in enumerate(images):
-        if not _is_size(size, patch_size):
+        pair = positive_pair(size)
+        if pair is None or pair[0] % patch_size or pair[1] % patch_size:
             raise ValueError(
                 f"sizes[{i}], image {j}: expected (height, width), positive multiples of the patch "
                 f"size {patch_size}, got {size}"
             )
-        grids.append((size[0] // patch_size, size[1] // patch_size))
+        grids.append((pair[0] // patch_size, pair[1] // patch_size))
     if not grids:
         raise ValueError(f"sizes[{i}] has no images")
     return tuple(grids)
-
-
-def _is_size(size: object, patch_size: int) -> bool:
-    return (
-        isinstance(size, Sequence)
-        and len(size) == 2
-        and all(isinstance(n, int) and n > 0 and n % patch_size == 0 for n in size)
-    )
 
 
 def _select(

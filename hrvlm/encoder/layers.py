@@ -23,6 +23,7 @@ from hrvlm_kernels.backends import choose_backend
 from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH
 
 from ..checkpoints.differences import natural_order
+from ..images.geometry import square_side
 from .plain_modules import input_dtype, is_plain
 
 OPS = ("rope_2d", "varlen_attention", "residual_layer_norm", "swiglu")  # that a block runs
@@ -285,11 +286,7 @@ def patch_size_of(config: DINOv3ViTConfig) -> int:
     Raises:
         ValueError: the config has patches that are not square.
     """
-    size = config.patch_size
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise ValueError(f"config.patch_size must be square, got {size}")
-    return int(sides.pop())
+    return square_side("config.patch_size", config.patch_size)
 
 
 @lru_cache(maxsize=64)

@@ -56,6 +56,16 @@ def is_float(stored: Tensor) -> bool:
     return stored.dtype in _FLOATS and not own_class
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring parameters to a dtype, but not those of quantisers.
+
+    Nor the buffers, as ``.to(dtype)`` would: RoPE's frequencies stay in float32.
+    """
+    for parameter in model.parameters():
+        if is_float(parameter):
+            parameter.data = parameter.data.to(dtype)
+
+
 def input_dtype(module: nn.Module, x: Tensor) -> torch.dtype:
     """The dtype in which `module`, a linear layer, is to be given `x`.
 

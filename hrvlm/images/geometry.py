@@ -20,6 +20,7 @@ for S = 2, but 64 px are one unit), L goes down by one. That is always enough, s
 """
 
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple, SupportsIndex
 
 
@@ -156,6 +157,30 @@ def tile_grid(
     return TileGeometry(n_h * side, n_w * side, (n_h, n_w))
 
 
+def shuffled_grid(patch_grid: tuple[int, int], factor: int) -> tuple[int, int]:
+    """The token grid (gh, gw) that the pixel shuffle makes of a patch grid (hp, wp).
+
+    Raises:
+        ValueError: the factor does not divide the patch grid.
+    """
+    hp, wp = patch_grid
+    if hp % factor or wp % factor:
+        raise ValueError(
+            f"patch grid {hp}x{wp} is not divisible by the pixel-shuffle factor {factor}"
+        )
+    return hp // factor, wp // factor
+
+
+def image_token_count(patch_grid: tuple[int, int], factor: int, append_cls: bool = False) -> int:
+    """Tokens that an image has in the language model: gh * gw, and one more for its CLS.
+
+    Raises:
+        ValueError: the factor does not divide the patch grid.
+    """
+    gh, gw = shuffled_grid(patch_grid, factor)
+    return gh * gw + append_cls
+
+
 def positive_int(name: str, value: SupportsIndex) -> int:
     """`value` as an int of at least 1; whole numbers of numpy and torch count, bools do not.
 
@@ -169,6 +194,28 @@ def positive_int(name: str, value: SupportsIndex) -> int:
     if number < 1 or isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
     return number
+
+
+def positive_pair(value: object) -> tuple[int, int] | None:
+    """`value` as two positive ints (see `positive_int`), such as a size or a grid; None if not."""
+    if not isinstance(value, Sequence) or len(value) != 2:
+        return None
+    try:
+        return positive_int("first", value[0]), positive_int("second", value[1])
+    except ValueError:
+        return None
+
+
+def square_side(name: str, size: int | Sequence[int]) -> int:
+    """The side of a square that is given as one number or as a pair.
+
+    Raises:
+        ValueError: the two differ; `name` says which argument.
+    """
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"{name} must be square, got {size}")
+    return int(sides.pop())
 
 
 def true_or_false(name: str, value: bool) -> bool:

@@ -35,6 +35,7 @@ from PIL import ExifTags, Image
 
 from .formats import ImageError as ImageError  # part of this module's interface, too
 from .formats import check_size, decode_first_frame
+from .geometry import positive_int
 from .pillow_faults import grey_peak, is_negative, mend_before_decoding
 from .stills import Pieces
 
@@ -115,7 +116,7 @@ def upright_rgb(
     """As :func:`load_image`, to be read only: an image that comes from there is returned itself."""
     label = _label(source, name)
     under = rgb_color("background", background)
-    check_max_pixels(max_pixels)
+    positive_int("max_pixels", max_pixels)
     if channels not in (None, "first", "last"):
         raise ValueError(f'channels={channels!r}: expected "first", "last" or None')
     if isinstance(source, Image.Image):
@@ -161,16 +162,6 @@ def rgb_color(argument: str, color: Sequence[int]) -> tuple[int, int, int]:
             f"{argument}={color!r}: expected red, green and blue, whole numbers from 0 to 255"
         ) from None
     return red, green, blue
-
-
-def check_max_pixels(max_pixels: int) -> None:
-    """Accept a whole number of at least 1.
-
-    Raises:
-        ValueError: it is anything else.
-    """
-    if not isinstance(max_pixels, int) or isinstance(max_pixels, bool) or max_pixels < 1:
-        raise ValueError(f"max_pixels={max_pixels!r}: expected a whole number of at least 1")
 
 
 def _label(source: Any, name: str | int | None) -> str:

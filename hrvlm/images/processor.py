@@ -27,7 +27,6 @@ from .intake import (
     WHITE,
     Channels,
     ImageSource,
-    check_max_pixels,
     rgb_color,
     upright_rgb,
 )
@@ -113,7 +112,7 @@ class ImageProcessor:
         object.__setattr__(self, "image_mean", mean)
         object.__setattr__(self, "image_std", std)
         object.__setattr__(self, "background", rgb_color("background", self.background))
-        check_max_pixels(self.max_pixels)
+        positive_int("max_pixels", self.max_pixels)
         for name in ("single_image_mode", "allow_upscale"):
             true_or_false(name, getattr(self, name))
         self.geometry(1, 1)

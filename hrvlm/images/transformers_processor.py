@@ -31,14 +31,13 @@ from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils.import_utils import is_torchvision_available
 
-from .geometry import Geometry, positive_int, token_grid, true_or_false
+from .geometry import Geometry, positive_int, shuffled_grid, token_grid, true_or_false
 from .intake import (
     MAX_PIXELS,
     WHITE,
     Channels,
     ImageError,
     ImageSource,
-    check_max_pixels,
     rgb_color,
     upright_rgb,
 )
@@ -227,8 +226,7 @@ class _PackedImageProcessor(BaseImageProcessor):
         mean, std = (_spread(options[name]) for name in ("image_mean", "image_std"))
         options["image_mean"], options["image_std"] = check_normalization(mean, std)
         rgb_color("background", options["background"])
-        check_max_pixels(options["max_pixels"])
-        for name in ("max_img_size", "patch_size", "pixel_shuffle_factor"):
+        for name in ("max_pixels", "max_img_size", "patch_size", "pixel_shuffle_factor"):
             options[name] = positive_int(name, options[name])
         unit = options["patch_size"] * options["pixel_shuffle_factor"]
         self._geometry(unit, unit, options, "image")
@@ -250,8 +248,8 @@ class _PackedImageProcessor(BaseImageProcessor):
                 f"{label}: height {height}, width {width}; do_resize=False needs multiples of "
                 f"patch_size * pixel_shuffle_factor = {p} * {s} = {p * s}"
             )
-        hp, wp = height // p, width // p
-        return Geometry(height, width, (hp, wp), (hp // s, wp // s))
+        grid = height // p, width // p
+        return Geometry(height, width, grid, shuffled_grid(grid, s))
 
     def _resized(
         self, image: Image.Image, height: int, width: int, options: dict[str, Any]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, TextStreamer
 
+from ..images.geometry import positive_int
 from ..images.intake import load_image
 from ..machine import MODEL_DTYPES, check_dtype, pick_device
 from ..vlm.config import VLMConfig
@@ -31,12 +32,10 @@ class GenerateOptions:
 
     def __post_init__(self) -> None:
         """Refuse what can't be decoded, before a model is loaded."""
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        for name in ("max_new_tokens", "num_beams"):
+            positive_int(name, getattr(self, name))
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be >= 0, got {self.temperature}")
-        if self.num_beams < 1:
-            raise ValueError(f"num_beams must be >= 1, got {self.num_beams}")
 
 
 @dataclass(frozen=True)

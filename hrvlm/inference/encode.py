@@ -20,7 +20,7 @@ from torch import Tensor
 from hrvlm_kernels.backends import resolve
 
 from ..encoder.cost import Architecture, forward_cost
-from ..images.geometry import Geometry
+from ..images.geometry import Geometry, positive_int
 from ..images.intake import load_image
 from ..images.processor import get_image_processor
 from ..machine import synchronize
@@ -181,8 +181,7 @@ def encode(
     """
     options = options or EncodeOptions()
     encoder = loaded.encoder
-    if options.max_tokens_per_pass < 1:
-        raise ValueError(f"max_tokens_per_pass must be >= 1, got {options.max_tokens_per_pass}")
+    positive_int("max_tokens_per_pass", options.max_tokens_per_pass)
     writer = ResultWriter(loaded, paths, options.out) if options.out else None
     result = EncodeResult(
         loaded.name,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..files import write_text
+from ..images.geometry import positive_int
 from ..images.intake import ImageError, load_image
 from .chat import GenerateOptions, answer_batch, load_vlm
 from .questions import DataSource, Question
@@ -40,10 +41,9 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         """Refuse what can't be run, before a model is loaded."""
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be >= 1, got {self.limit}")
+        positive_int("batch_size", self.batch_size)
+        if self.limit is not None:
+            positive_int("limit", self.limit)
         self.decoding()
 
     def decoding(self) -> GenerateOptions:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..images.geometry import positive_int, positive_pair
 from ..inference.chat import GenerateOptions, chat_inputs, decoding, load_vlm, user_message
 
 SIZES = ((224, 224), (448, 448), (896, 896))
@@ -32,12 +33,11 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         """Refuse what can't be measured, before a model is loaded."""
-        if not self.sizes or min(min(size) for size in self.sizes) < 1:
+        if not self.sizes or not all(map(positive_pair, self.sizes)):
             raise ValueError(f"sizes must be positive (height, width), got {self.sizes}")
         if self.new_tokens < 2:
             raise ValueError(f"new_tokens must be >= 2 to have a speed, got {self.new_tokens}")
-        if self.repeats < 1:
-            raise ValueError(f"repeats must be >= 1, got {self.repeats}")
+        positive_int("repeats", self.repeats)
 
 
 @dataclass(frozen=True)

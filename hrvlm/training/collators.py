@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..images.geometry import positive_int
 from ..images.patches import pack_images
 
 IGNORE_INDEX = -100
@@ -66,8 +67,8 @@ class BaseCollator:
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if self.tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: it has no pad_token; make it with hrvlm.get_tokenizer")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length={max_length}: expected at least 1, or None")
+        if max_length is not None:
+            positive_int("max_length", max_length)
         self.max_length = max_length
         self.patch_size = patch_size or getattr(image_processor, "patch_size", None)
         self.pad_to_multiple_of = pad_to_multiple_of

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.config import DataConfig
 from ..data.sources import RowSource, open_source
+from ..encoder.plain_modules import cast_parameters
 from ..files import write_text
 from ..inference.loading import check_model_type, quiet_loading
 from ..machine import torch_dtype
@@ -255,8 +256,7 @@ def _random_model(
     text.pad_token_id, text.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     text.bos_token_id = tokenizer.bos_token_id
     model = VisionLanguageModel(config)
-    for parameter in model.parameters():  # not the buffers: RoPE's frequencies stay in float32
-        parameter.data = parameter.data.to(dtype)
+    cast_parameters(model, dtype)
     return model, VLMProcessor.from_config(config, tokenizer)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..data.rows import images_of, messages_of, text_of, turns_of
 from ..files import write_text
+from ..images.geometry import positive_int
 from ..images.intake import load_image
 from .collators import IGNORE_INDEX
 
@@ -50,8 +51,8 @@ class SampleMaker:
                 "processor: its tokenizer is not a fast one, which the labels need: they are on "
                 "the tokens of the answers' characters"
             )
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_sample_length={max_length}: expected at least 1")
+        if max_length is not None:
+            positive_int("max_sample_length", max_length)
         self.processor = processor
         self.max_length = max_length
         self.report = report

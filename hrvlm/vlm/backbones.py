@@ -19,7 +19,7 @@ from transformers import (
 from ..checkpoints.convert import is_foreign
 from ..checkpoints.damage import naming_damaged_files
 from ..checkpoints.strict import load_strictly
-from ..encoder.plain_modules import is_float
+from ..encoder.plain_modules import cast_parameters, is_float
 from ..encoder.vision_transformer import DINOv3Encoder, without_mask_token
 from .config import VLMConfig
 from .processors import get_tokenizer
@@ -70,9 +70,7 @@ def join(
     model.vision_encoder, model.decoder = without_mask_token(encoder), decoder
     config.text_config = decoder.config
     model.MP.to_empty(device=_device_of(decoder)).reset_parameters()
-    for parameter in model.parameters():  # not the buffers: RoPE's frequencies stay in float32
-        if is_float(parameter):
-            parameter.data = parameter.data.to(decoder.dtype if dtype is None else dtype)
+    cast_parameters(model, decoder.dtype if dtype is None else dtype)
     model.generation_config = copy.deepcopy(decoder.generation_config)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..files import read_mapping
-from ..images.geometry import positive_int
+from ..images.geometry import positive_int, square_side
 
 ARCHITECTURES = {"dinov3": "dinov3_vit", "siglip": "siglip_vision_model"}
 
@@ -216,11 +216,7 @@ class VLMConfig(PreTrainedConfig):
     @property
     def vit_patch_size(self) -> int:
         """Side of a patch in pixels."""
-        size = self.vision_config.patch_size
-        sides = {size} if isinstance(size, int) else set(size)
-        if len(sides) != 1:
-            raise ValueError(f"vision_config.patch_size must be square, got {size}")
-        return int(sides.pop())
+        return square_side("vision_config.patch_size", self.vision_config.patch_size)
 
     @property
     def vit_hidden_dim(self) -> int:

@@ -16,20 +16,7 @@ from torch import Tensor, nn
 from hrvlm_kernels import PackedGrids, pixel_shuffle_linear
 
 from ..encoder.plain_modules import input_dtype, is_plain
-
-
-def image_token_count(patch_grid: tuple[int, int], factor: int, append_cls: bool = False) -> int:
-    """Tokens that an image has in the language model: gh * gw, and one more for its CLS.
-
-    Raises:
-        ValueError: the factor does not divide the patch grid.
-    """
-    hp, wp = patch_grid
-    if hp % factor or wp % factor:
-        raise ValueError(
-            f"patch grid {hp}x{wp} is not divisible by the pixel-shuffle factor {factor}"
-        )
-    return (hp // factor) * (wp // factor) + append_cls
+from ..images.geometry import image_token_count, shuffled_grid
 
 
 def pixel_shuffle(x: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
@@ -44,12 +31,12 @@ def pixel_shuffle(x: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
         ValueError: the rows do not fill the grid, or the factor does not divide it.
     """
     (hp, wp), s = grid, factor
-    tokens = image_token_count(grid, s)
+    gh, gw = shuffled_grid(grid, s)
     *lead, rows, channels = x.shape
     if rows != hp * wp:
         raise ValueError(f"x has {rows} rows, the patch grid {hp}x{wp} has {hp * wp}")
-    blocks = x.reshape(*lead, hp // s, s, wp // s, s, channels)
-    return blocks.transpose(-4, -3).reshape(*lead, tokens, s * s * channels)
+    blocks = x.reshape(*lead, gh, s, gw, s, channels)
+    return blocks.transpose(-4, -3).reshape(*lead, gh * gw, s * s * channels)
 
 
 def pixel_unshuffle(x: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
@@ -64,14 +51,14 @@ def pixel_unshuffle(x: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
         ValueError: the rows or channels do not fit.
     """
     (hp, wp), s = grid, factor
-    tokens = image_token_count(grid, s)
+    gh, gw = shuffled_grid(grid, s)
     *lead, rows, size = x.shape
-    if rows != tokens or size % (s * s):
+    if rows != gh * gw or size % (s * s):
         raise ValueError(
-            f"x is {rows} rows of {size}, expected {tokens} rows of a multiple of {s * s} "
+            f"x is {rows} rows of {size}, expected {gh * gw} rows of a multiple of {s * s} "
             f"for the patch grid {hp}x{wp} and factor {s}"
         )
-    blocks = x.reshape(*lead, hp // s, wp // s, s, s, size // (s * s))
+    blocks = x.reshape(*lead, gh, gw, s, s, size // (s * s))
     return blocks.transpose(-4, -3).reshape(*lead, hp * wp, size // (s * s))
 
 

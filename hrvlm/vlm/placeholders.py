@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .modality_projector import image_token_count
+from ..images.geometry import image_token_count, positive_pair
 
 Grid = tuple[int, int]
 
@@ -57,12 +57,11 @@ def as_grids(image_grid_hw: Tensor | Sequence[Sequence[int]]) -> list[Grid]:
         rows = rows.tolist()
     grids = []
     for i, row in enumerate(rows):
-        pair = tuple(row) if isinstance(row, Sequence) else (row,)
-        if len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
+        if (pair := positive_pair(row)) is None:
             raise ValueError(
-                f"image_grid_hw: image {i}: expected two positive ints (hp, wp), got {pair}"
+                f"image_grid_hw: image {i}: expected two positive ints (hp, wp), got {row}"
             )
-        grids.append((pair[0], pair[1]))
+        grids.append(pair)
     return grids
 
 

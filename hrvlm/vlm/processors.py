@@ -19,11 +19,11 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from ..checkpoints.damage import naming_damaged_files
 from ..images.fetch import fetch_image, is_text_image
+from ..images.geometry import image_token_count, positive_pair, shuffled_grid
 from ..images.intake import upright_rgb
 from ..images.processor import normalization_for, resize
 from ..images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
 from .config import VLMConfig
-from .modality_projector import image_token_count
 
 IMAGE_TOKEN = "<|image|>"  # nanoVLM's
 
@@ -120,9 +120,9 @@ def get_image_string(
     known = _grid_tokens(tokenizer)
     parts = []
     for i, grid in enumerate(grids):
-        if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+        if (pair := positive_pair(grid)) is None:
             raise ValueError(f"image {i}: a token grid is two positive ints (gh, gw), got {grid}")
-        gh, gw = grid
+        gh, gw = pair
         if not known:
             parts.append(image_token * (gh * gw))
         else:
@@ -308,7 +308,8 @@ class VLMProcessor(ProcessorMixin):
         """The placeholders of one image, from its row of ``image_grid_hw``."""
         s = kwargs.get("pixel_shuffle_factor") or self.image_processor.pixel_shuffle_factor
         hp, wp = (int(n) for n in image_inputs["image_grid_hw"][image_idx])
-        return get_image_string(self.tokenizer, [(hp // s, wp // s)], append_cls=self.append_cls)
+        grid = shuffled_grid((hp, wp), s)
+        return get_image_string(self.tokenizer, [grid], append_cls=self.append_cls)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any

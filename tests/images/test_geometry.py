@@ -9,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrvlm.images.geometry import Geometry, TileGeometry, tile_grid, token_grid
+from hrvlm.images.geometry import (
+    Geometry,
+    TileGeometry,
+    image_token_count,
+    positive_pair,
+    shuffled_grid,
+    square_side,
+    tile_grid,
+    token_grid,
+)
 
 SIDES = range(1, 513)
 COARSE = [*range(1, 40), *range(60, 70), *range(127, 131), *range(190, 513, 17), 511, 512]
@@ -262,3 +271,27 @@ def test_a_switch_is_true_or_false(flag):
 def test_a_side_without_a_value_is_no_number():
     with pytest.raises(ValueError, match=r"height=.*expected a whole number"):
         token_grid(torch.tensor(480, device="meta"), 640, max_img_size=640)
+
+
+@pytest.mark.parametrize("value", [(3, 4), [3, np.int64(4)]])
+def test_pairs(value):
+    assert positive_pair(value) == (3, 4)
+
+
+@pytest.mark.parametrize("value", [3, "34", (3,), (3, 4, 5), (3, 0), (3, 4.0), (True, 4), None])
+def test_what_is_no_pair(value):
+    assert positive_pair(value) is None
+
+
+def test_tokens_are_those_of_the_shuffled_grid():
+    assert shuffled_grid((8, 12), 4) == (2, 3)
+    assert image_token_count((8, 12), 4) == 6 and image_token_count((8, 12), 4, True) == 7
+    for count in (shuffled_grid, image_token_count):
+        with pytest.raises(ValueError, match=r"patch grid 8x10 .* factor 4"):
+            count((8, 10), 4)
+
+
+def test_a_square_has_one_side():
+    assert square_side("p", 16) == square_side("p", [16, 16]) == 16
+    with pytest.raises(ValueError, match=r"p must be square, got \[16, 14\]"):
+        square_side("p", [16, 14])

@@ -444,7 +444,7 @@ WRONG = {
     "training.eval_strategy=steps": r"training.eval_strategy='steps' needs data.eval",
     "model.vision=x": r"model.path: the model is all there; leave out \['vision'\]",
     "data.sequence_packing=9999": r"data.sequence_packing=9999: the language model's context holds",
-    "data.max_sample_length=-1": r"data.max_sample_length=-1: expected a number of tokens",
+    "data.max_sample_length=-1": r"data.max_sample_length=-1: expected a whole number",
     "data.sequence_packing=99": r"training.max_steps is needed",
     "data.train={kind: finevision, path: setup.py}": r"setup.py: a file; of files",
     "training.freeze=vision": r"freeze='vision': expected a list",

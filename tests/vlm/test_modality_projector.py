@@ -3,9 +3,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hrvlm.images.geometry import image_token_count
 from hrvlm.vlm.modality_projector import (
     ModalityProjector,
-    image_token_count,
     pixel_shuffle,
     pixel_unshuffle,
 )

@@ -206,7 +206,7 @@ def test_embeddings_can_be_given_instead(model):
         ([[IMAGE], [5]], [(2, 2), (2, 4)], "sample 1: .*end.*expected 2 more, got 0.*image 1.*2x4"),
         ([[5], [IMAGE]], [], "sample 1: got 1 image placeholders, expected 0.*no image is left"),
         ([[IMAGE] * 2], [(4, 3)], "image 0: patch grid 4x3 is not divisible.*factor 2"),
-        ([[IMAGE]], [(2, 0)], r"image 0: expected two positive ints \(hp, wp\), got \(2, 0\)"),
+        ([[IMAGE]], [(2, 0)], r"image 0: expected two positive ints \(hp, wp\), got \[2, 0\]"),
         ([[5, 261]], [], "sample 0, position 1: token id 261 is outside the vocabulary of 261"),
         ([[5], [-3]], [], "sample 1, position 0: token id -3 is outside"),
         (
