@@ -1,16 +1,21 @@
 """`transformers serve` with our models: its server, its command line, our classes made known.
 
 The server of transformers 5.17 finds classes by name in two places that registration with the Auto
-classes does not reach: the table of multimodal models, and transformers' own namespace.
+classes does not reach: the table of multimodal models, and transformers' own namespace. It answers
+500 to a request that is wrong, and decodes images where it should listen to others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..vlm.processors import VLMProcessor
+
+_IMAGE_TYPES = ("image_url", "input_image")
 
 
 def register_for_serving() -> None:
@@ -23,6 +28,9 @@ def register_for_serving() -> None:
     that table would look for a module of transformers, so this is for a process that only serves.
     """
     from transformers import AutoModelForMultimodalLM
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.response import ResponseHandler
     from transformers.models.auto import modeling_auto
 
     from ..vlm.config import VLMConfig
@@ -33,27 +41,103 @@ def register_for_serving() -> None:
         VisionLanguageModel.__name__
     )
     AutoModelForMultimodalLM.register(VLMConfig, VisionLanguageModel, exist_ok=True)
-    VLMProcessor.fetched = _fetched_for_a_client  # type: ignore[assignment, method-assign]
+    VLMProcessor.fetched = _decoded_before  # type: ignore[assignment, method-assign]
+    handlers: tuple[Any, ...] = (ChatCompletionHandler, ResponseHandler)
+    for handler in handlers:
+        handler.handle_request = _naming_bad_requests(handler.handle_request)
+    manager: Any = ModelManager
+    manager.get_gen_models = _models(manager.get_gen_models)
 
 
-def _fetched_for_a_client(processor: VLMProcessor, index: int, image: Any) -> Any:
-    """A stranger's image: by URL or base64 only, decoded in a worker, and HTTP 400 if it is bad."""
-    from fastapi import HTTPException
+def _naming_bad_requests(handle: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """A handler that decodes the images of a request first, and answers 400 if it is wrong."""
+    decoding = asyncio.Semaphore(os.cpu_count() or 1)
 
+    async def handle_request(handler: Any, body: dict[str, Any], request_id: str) -> Any:
+        from fastapi import HTTPException
+
+        try:
+            if "input" not in body:
+                _check_messages(body.get("messages"))
+            _, _, processor = handler._resolve_model(body)
+            for index, part in enumerate(_image_parts(body.get("messages") or body.get("input"))):
+                async with decoding:  # the loop goes on with the requests of others
+                    part["image_url"] = {
+                        "url": await asyncio.to_thread(_decoded, processor, index, part)
+                    }
+            return await handle(handler, body, request_id)
+        except KeyError as error:
+            raise HTTPException(400, f"the request lacks {error}") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise HTTPException(400, str(error)) from error
+
+    return handle_request
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages: expected a list of messages, got {messages!r:.60}")
+    for m, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"message {m}: expected an object with a role, got {message!r:.60}")
+        content = message.get("content")
+        if not isinstance(content, str | list | None):
+            raise ValueError(f"message {m}: expected a text or a list, got {content!r:.60}")
+        for part in content if isinstance(content, list) else ():
+            if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+                raise ValueError(f"message {m}: expected parts with a type, got {part!r:.60}")
+
+
+def _image_parts(messages: Any) -> Iterator[dict[str, Any]]:
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") in _IMAGE_TYPES:
+                yield part
+
+
+def _decoded(processor: VLMProcessor, index: int, part: dict[str, Any]) -> Any:
+    """A stranger's image: by URL or base64 only, decoded in a worker."""
     from ..images.fetch import fetch_image, is_text_image
     from ..images.formats import ImageError
-    from ..images.processor import resize
     from ..images.worker import load_image_in_worker
 
-    try:
-        if not isinstance(image, str) or not is_text_image(image):
-            raise ImageError(f"image {index}: expected a URL or a data URI")
-        data = fetch_image(image, f"image {index}")
-        rgb = load_image_in_worker(data, name=index, **processor.reading_options())
-    except ImageError as error:
-        raise HTTPException(400, str(error)) from error
+    given = part.get("image_url")
+    url = given.get("url") if isinstance(given, dict) else given
+    if not isinstance(url, str) or not is_text_image(url):
+        raise ImageError(f"image {index}: expected a URL or a data URI, got {url!r:.60}")
+    data = fetch_image(url, f"image {index}")
+    return load_image_in_worker(data, name=index, **processor.reading_options())
+
+
+def _decoded_before(processor: VLMProcessor, index: int, image: Any) -> Any:
+    """The images of a request are pictures by now; what is not one came by another way."""
+    from PIL import Image
+
+    from ..images.formats import ImageError
+    from ..images.processor import resize
+
+    if not isinstance(image, Image.Image):
+        raise ImageError(f"image {index}: expected a URL or a data URI in image_url")
     side = processor.square_size
-    return rgb if side is None else resize(rgb, side, side)
+    return image if side is None else resize(image, side, side)
+
+
+def _models(in_cache: Callable[..., list[dict[str, Any]]]) -> Callable[..., list[dict[str, Any]]]:
+    """The model that is served, and those of the cache, where there is one."""
+
+    def models(manager: Any, cache_dir: str | None = None) -> list[dict[str, Any]]:
+        from huggingface_hub import CacheNotFound
+
+        try:
+            found = in_cache(cache_dir)
+        except CacheNotFound:
+            found = []
+        if manager.force_model and manager.force_model not in [model["id"] for model in found]:
+            found.insert(0, {"id": manager.force_model, "object": "model", "owned_by": ""})
+        return found
+
+    return models
 
 
 def serve(arguments: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
@@ -238,11 +239,20 @@ class VLMProcessor(ProcessorMixin):
             **kwargs: Options of the tokenizer and the image processor.
 
         Raises:
+            TypeError: `text` is no text, as where the two are in the order of older transformers.
             ValueError: the image tokens in the text are not as many as the images; a sample is
                 named where `images` is a list of lists.
         """
+        texts = [text] if isinstance(text, str) else text
         if text is not None:
-            self._check_placeholders(images, [text] if isinstance(text, str) else list(text))
+            if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+                raise TypeError(
+                    f"text: expected a text or a list of texts, got {_kind(text)}; images come "
+                    "first: processor(images=..., text=...)"
+                )
+            self._check_placeholders(images, list(texts))
+        elif isinstance(images, str) and self.image_token in images:
+            raise TypeError("images: got a text; say which it is: processor(images=..., text=...)")
         if images is not None and not _leaves(images):
             images = None
         return super().__call__(images=images, text=text, **kwargs)
@@ -335,7 +345,9 @@ class VLMProcessor(ProcessorMixin):
         ``{"type": "image", "image" | "path" | "url" | "base64": ...}``.
 
         Raises:
-            ValueError: a text contains the image token, or ``return_assistant_tokens_mask`` is
+            TypeError: the conversation is no list of messages.
+            ValueError: a message is not of that form, the chat template refuses the conversation,
+                a text contains the image token, or ``return_assistant_tokens_mask`` is
                 asked for in a chat with images (transformers would compute it for the text before
                 the placeholders are in).
         """
@@ -353,7 +365,10 @@ class VLMProcessor(ProcessorMixin):
             )
         named = isinstance(self.chat_template, dict) and chat_template in self.chat_template
         template = chat_template if named else self._with_images(chat_template)
-        return super().apply_chat_template(conversation, template, **kwargs)
+        try:
+            return super().apply_chat_template(conversation, template, **kwargs)
+        except TemplateError as error:
+            raise ValueError(f"the chat template does not take this chat: {error}") from error
 
 
 def _image_token_of(tokenizer: Any) -> str:
@@ -381,14 +396,43 @@ def _leaves(images: Any) -> list[Any]:
     return [leaf for image in images for leaf in _leaves(image)]
 
 
+def _kind(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"a list of {', '.join(sorted({type(item).__name__ for item in value})) or 'none'}"
+    return type(value).__name__
+
+
 def _blocks(conversation: Any) -> Iterator[tuple[str, str, str]]:
-    """(where, type, text) of all contents of a chat or a batch of chats."""
+    """(where, type, text) of all contents of a chat or a batch of chats, which are checked."""
+    if not isinstance(conversation, list | tuple):
+        raise TypeError(f"conversation: expected a list of messages, got {_kind(conversation)}")
     batched = bool(conversation) and isinstance(conversation[0], list | tuple)
     for c, chat in enumerate(conversation if batched else [conversation]):
+        if not chat or not isinstance(chat, list | tuple):
+            raise ValueError(f"conversation {c}: expected a list of messages, got {chat!r:.60}")
         for m, message in enumerate(chat):
             where = f"conversation {c}, message {m}" if batched else f"message {m}"
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise ValueError(
+                    f'{where}: expected {{"role": ..., "content": ...}}, got {message!r:.60}'
+                )
             content = message.get("content") or []
-            for block in (
-                [{"type": "text", "text": content}] if isinstance(content, str) else content
-            ):
-                yield where, block["type"], block.get("text") or ""
+            if isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            if not isinstance(content, list | tuple):
+                raise ValueError(f"{where}: expected a text or a list, got {content!r:.60}")
+            for block in content:
+                yield where, *_block(where, block)
+
+
+def _block(where: str, block: Any) -> tuple[str, str]:
+    kind = block.get("type") if isinstance(block, Mapping) else None
+    if kind not in ("text", "image", "image_url"):
+        raise ValueError(
+            f'{where}: expected {{"type": "text", "text": ...}} or {{"type": "image", "image": '
+            f"...}}, got {block!r:.60}"
+        )
+    text = block.get("text") or ""
+    if not isinstance(text, str) or (kind == "text" and "text" not in block):
+        raise ValueError(f"{where}: expected a text in 'text', got {block!r:.60}")
+    return kind, text

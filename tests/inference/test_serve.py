@@ -1,20 +1,24 @@
 """A server of transformers in a process of its own, asked about an image over HTTP."""
 
 import base64
+import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from transformers.utils.import_utils import is_serve_available
 
 from hrvlm.inference.chat import GenerateOptions, start_chat
+from hrvlm.vlm.processors import IMAGE_TOKEN
 from tests.images.bombs import run_length_bmp
 from tests.tiny import model_of, picture, processor_of
 
@@ -44,59 +48,123 @@ def wait_until_healthy(server, url, log):
     raise AssertionError(log.read_text())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not is_serve_available(), reason="transformers[serving] is not installed")
-def test_transformers_serve_answers_about_an_image(tmp_path):
-    model = tmp_path / "vlm"
+def data_uri(data):
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def png(image):
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def question(text, *urls):
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Address and model of a server without a cache of models."""
+    folder = tmp_path_factory.mktemp("serve")
+    model = folder / "vlm"
     model_of().save_pretrained(model)
     processor_of().save_pretrained(model)
-    picture(60, 40).save(tmp_path / "a.png")
-    port, log = free_port(), tmp_path / "log.txt"
-    url = f"http://127.0.0.1:{port}"
+    port, log = free_port(), folder / "log.txt"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])}
+    environment |= {"HF_HOME": str(folder / "nothing")}
     command = [sys.executable, "-c", "from hrvlm.cli import app; app()", "serve", str(model)]
     command += ["--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
-    image = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
-    content = [
-        {"type": "image_url", "image_url": {"url": image}},
-        {"type": "text", "text": "What is it?"},
-    ]
-    body = {
-        "model": str(model),
-        "max_tokens": 6,
-        "messages": [{"role": "user", "content": content}],
-    }
-    bad = {
-        "a stranger's path": (str(tmp_path / "a.png"), "not base64"),
-        "no image": ("data:," + base64.b64encode(b"x" * 90).decode(), "not an image"),
-        "a bomb": ("data:," + base64.b64encode(run_length_bmp(9000)).decode(), "run-length BMP"),
-    }
     with open(log, "w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
-        wait_until_healthy(server, url, log)
-        whole = json.loads(request(f"{url}/v1/chat/completions", body))
-        pieces = request(f"{url}/v1/chat/completions", body | {"stream": True})
-        refused = {}
-        for case, (image, _) in bad.items():
-            content[0]["image_url"]["url"] = image
-            with pytest.raises(urllib.error.HTTPError) as error:
-                request(f"{url}/v1/chat/completions", body)
-            refused[case] = (error.value.code, error.value.read().decode())
-        assert request(f"{url}/health")
+        wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
+        yield f"http://127.0.0.1:{port}", str(model)
     finally:
-        server.terminate()
-        server.wait(timeout=30)
-    for case, (_, message) in bad.items():
-        code, text = refused[case]
-        assert code == 400 and "image 0" in text and message in text, (case, code, text)
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def ask(server, messages, **options):
+    url, model = server
+    body = {"model": model, "max_tokens": 6, "messages": messages} | options
+    return request(f"{url}/v1/chat/completions", body)
+
+
+def refusal(server, messages):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        ask(server, messages)
+    return error.value.code, error.value.read().decode()
+
+
+needs_server = pytest.mark.skipif(
+    not is_serve_available(), reason="transformers[serving] is not installed"
+)
+
+
+@pytest.mark.slow
+@needs_server
+def test_transformers_serve_answers_about_an_image(server, tmp_path):
+    picture(60, 40).save(tmp_path / "a.png")
+    messages = question("What is it?", data_uri((tmp_path / "a.png").read_bytes()))
+    whole = json.loads(ask(server, messages))
+    pieces = ask(server, messages, stream=True)
     options = GenerateOptions(max_new_tokens=6)
-    expected = start_chat(str(model), [tmp_path / "a.png"], options, device="cpu").ask(
-        "What is it?"
-    )
+    chat = start_chat(server[1], [tmp_path / "a.png"], options, device="cpu")
+    expected = chat.ask("What is it?")
     assert whole["choices"][0]["message"]["content"] == expected.text
     assert whole["usage"]["prompt_tokens"] == expected.prompt_tokens
     chunks = [json.loads(line[6:]) for line in pieces.splitlines() if line.startswith("data: {")]
     deltas = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks]
     # A stream leaves out the bytes at its end that are no whole character yet.
     assert "".join(deltas).rstrip("\ufffd") == expected.text.rstrip("\ufffd")
+
+
+@pytest.mark.slow
+@needs_server
+def test_the_served_model_is_listed_without_a_cache(server):
+    url, model = server
+    assert [entry["id"] for entry in json.loads(request(f"{url}/v1/models"))["data"]] == [model]
+
+
+GARBAGE = {
+    "a stranger's path": (question("?", "/etc/hostname"), "image 0.*expected a URL"),
+    "no image": (question("?", data_uri(b"x" * 90)), "image 0.*not an image"),
+    "a bomb": (question("?", data_uri(run_length_bmp(9000))), "image 0.*run-length BMP"),
+    "the second": (question("?", data_uri(png(picture(9, 9))), "no"), "image 1.*expected a URL"),
+    "no messages": (None, "messages: expected a list"),
+    "no role": ([{"content": "hi"}], "message 0: expected an object with a role"),
+    "no part": ([{"role": "user", "content": ["hi"]}], "message 0: expected parts with a type"),
+    "no text": ([{"role": "user", "content": [{"type": "text"}]}], "lacks 'text'"),
+    "an image token": (question(IMAGE_TOKEN), "the text contains the image token"),
+}
+
+
+@pytest.mark.slow
+@needs_server
+@pytest.mark.parametrize("case", GARBAGE)
+def test_a_wrong_request_is_400_with_the_reason(server, case):
+    messages, message = GARBAGE[case]
+    code, text = refusal(server, messages)
+    assert code == 400 and re.search(message, text), (code, text)
+
+
+@pytest.mark.slow
+@needs_server
+def test_clients_do_not_disturb_each_other(server):
+    """Eight at once, images of mixed sizes; two of them send what can't be read."""
+    sizes = [(40, 60), (200, 16), (16, 200), (90, 90), (33, 127), (128, 64)]
+    asked = [question(f"What is {n}?", data_uri(png(picture(*s)))) for n, s in enumerate(sizes)]
+    asked[5] += [{"role": "assistant", "content": "It."}, *asked[0]]  # two images
+    quiet = [json.loads(ask(server, messages))["choices"][0]["message"] for messages in asked]
+    assert len({answer["content"] for answer in quiet}) > 1
+    bad = [GARBAGE["no image"][0], GARBAGE["a bomb"][0]]
+
+    def client(n):
+        return refusal(server, bad[n - 6])[0] if n >= 6 else json.loads(ask(server, asked[n]))
+
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(client, range(8)))
+    assert [answer["choices"][0]["message"] for answer in answers[:6]] == quiet
+    assert answers[6:] == [400, 400]
+    assert request(f"{server[0]}/health")

@@ -368,3 +368,41 @@ def test_an_image_token_typed_in_a_chat_is_refused(processor, content, role):
 def test_assistant_masks_are_refused_where_they_would_be_wrong(processor):
     with pytest.raises(ValueError, match="return_assistant_tokens_mask"):
         processor.apply_chat_template(CHAT, tokenize=True, return_assistant_tokens_mask=True)
+
+
+def test_images_and_text_in_the_other_order_are_named(processor):
+    text, image = processor.image_token + "What is it?", picture(60, 40)
+    for swapped in ((text, image), ([text], [image]), (text, [[image]]), (text, b"data")):
+        with pytest.raises(TypeError, match=r"^text: expected.*processor\(images=\.\.\., text="):
+            processor(*swapped)
+    with pytest.raises(TypeError, match=r"^images: got a text"):
+        processor(text)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ("hello", "expected a list of messages, got str"),
+        ({"role": "user"}, "expected a list of messages, got dict"),
+        ([], "expected a list of messages"),
+        ([[]], "conversation 0: expected a list of messages"),
+        (["hello"], "message 0: expected .*role"),
+        ([{"content": "hello"}], "message 0: expected .*role"),
+        ([{"role": "user", "content": 5}], "message 0: expected a text or a list, got 5"),
+        ([{"role": "user", "content": ["hello"]}], "message 0: expected .*'hello'"),
+        ([{"role": "user", "content": [{"text": "hello"}]}], "message 0: expected .*type"),
+        ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "'video'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "expected a text in 'text'"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "expected a text in"),
+    ],
+)
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_what_is_no_chat_is_named(processor, conversation, message, tokenize):
+    with pytest.raises((ValueError, TypeError), match=message):
+        processor.apply_chat_template(conversation, tokenize=tokenize, return_dict=tokenize)
+
+
+def test_a_template_that_refuses_a_chat_is_named(processor):
+    template = "{{ raise_exception('roles must alternate, image') }}"
+    with pytest.raises(ValueError, match=r"chat template does not take this chat: roles must"):
+        processor.apply_chat_template([{"role": "user", "content": "hello"}], template)
