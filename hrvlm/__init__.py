@@ -12,6 +12,8 @@ from . import auto_classes
 
 if TYPE_CHECKING:
     from .checkpoints.convert import convert, load_checkpoint, load_into
+    from .encoder.backbone import DINOv3Backbone
+    from .encoder.backbone_config import DINOv3BackboneConfig
     from .encoder.cost import make_plan
     from .encoder.output import EncoderOutput, PackedEncoderOutput
     from .encoder.vision_transformer import DINOv3Encoder
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BaseCollator": "training.collators",
+    "DINOv3Backbone": "encoder.backbone",
+    "DINOv3BackboneConfig": "encoder.backbone_config",
     "DINOv3Encoder": "encoder.vision_transformer",
     "EncoderOutput": "encoder.output",
     "Geometry": "images.geometry",
@@ -90,6 +94,8 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "BaseCollator",
+    "DINOv3Backbone",
+    "DINOv3BackboneConfig",
     "DINOv3Encoder",
     "EncoderOutput",
     "Geometry",

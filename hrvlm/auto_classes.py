@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 _CONFIG = "hrvlm.vlm.config"
 _MODEL = "hrvlm.vlm.vision_language_model"
 _PROCESSOR = "hrvlm.vlm.processors"
+_BACKBONE_CONFIG = "hrvlm.encoder.backbone_config"
+_BACKBONE = "hrvlm.encoder.backbone"
 _IMAGES = "hrvlm.images.transformers_processor"
 
 
@@ -58,6 +60,27 @@ def register_model() -> None:
         model = model.load()
     for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto.register(VLMConfig, model, exist_ok=True)
+
+
+def register_backbone_config() -> None:
+    """AutoConfig, for the backbone's."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from .encoder.backbone_config import DINOv3BackboneConfig
+
+    AutoConfig.register(DINOv3BackboneConfig.model_type, DINOv3BackboneConfig, exist_ok=True)
+
+
+def register_backbone() -> None:
+    """AutoBackbone, by the class itself once it is imported."""
+    from transformers.models.auto.modeling_auto import AutoBackbone
+
+    from .encoder.backbone_config import DINOv3BackboneConfig
+
+    backbone: Any = LateClass(_BACKBONE, "DINOv3Backbone", DINOv3BackboneConfig)
+    if _BACKBONE in sys.modules and _BACKBONE not in _Loader.running:
+        backbone = backbone.load()
+    AutoBackbone.register(DINOv3BackboneConfig, backbone, exist_ok=True)
 
 
 def register_image_processors() -> None:
@@ -104,6 +127,8 @@ _AUTO = "transformers.models.auto"
 _REGISTRATIONS = (
     _Registration(f"{_AUTO}.configuration_auto", (_CONFIG,), register_config),
     _Registration(f"{_AUTO}.modeling_auto", (_CONFIG,), register_model, late=_MODEL),
+    _Registration(f"{_AUTO}.configuration_auto", (_BACKBONE_CONFIG,), register_backbone_config),
+    _Registration(f"{_AUTO}.modeling_auto", (_BACKBONE_CONFIG,), register_backbone, late=_BACKBONE),
     _Registration(f"{_AUTO}.image_processing_auto", (_CONFIG, _IMAGES), register_image_processors),
     _Registration(f"{_AUTO}.processing_auto", (_CONFIG, _PROCESSOR), register_processor),
 )

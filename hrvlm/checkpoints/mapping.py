@@ -66,14 +66,14 @@ class FuseAll(Concatenate):
         return {}
 
 
-def register() -> None:
-    """Fuse q, k and v into one matrix in loading, and split them again in saving, bit for bit.
+def register(class_name: str) -> None:
+    """Let a class fuse q, k and v in loading and split them again in saving, bit for bit.
 
     Keys may be those of transformers' files (``layer.N``) or of its models in memory
     (``model.layer.N``); written are those of the files.
     """
     register_checkpoint_conversion_mapping(
-        "DINOv3Encoder",
+        class_name,
         [
             LoadOnlyRenaming(r"^model\.layer\.", "layer."),
             WeightConverter(

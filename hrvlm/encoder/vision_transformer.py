@@ -26,6 +26,7 @@ from ..checkpoints import mapping
 from ..checkpoints.convert import foreign_base, is_foreign, load_foreign
 from ..checkpoints.strict import StrictModel
 from .inputs import Grids, flat_mask, pack_inputs
+from .intermediate import as_maps, block_indices, by_image
 from .layers import DINOv3Embeddings, DINOv3Layer, LayerScale, QKVBias, patch_size_of
 from .output import EncoderOutput, PackedEncoderOutput
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from .cuda_graphs import GraphedEncoder
 
 Encoder = TypeVar("Encoder", bound=PreTrainedModel)
-mapping.register()
+mapping.register("DINOv3Encoder")
 
 
 class DINOv3Encoder(StrictModel):
@@ -253,6 +254,64 @@ class DINOv3Encoder(StrictModel):
             output = EncoderOutput(**_batched(fields, (batch, packed.max_seqlen)))
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor | Sequence[Tensor],
+        n: int | Sequence[int] = 1,
+        *,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        return_extra_tokens: bool = False,
+        norm: bool = True,
+        grids: Grids | None = None,
+    ) -> tuple[Any, ...]:
+        """What chosen blocks return, as Meta's method of this name gives it.
+
+        timm's is the same with ``norm=False``, and its prefix tokens are CLS and registers in one.
+
+        Args:
+            x: Images or patches, as :meth:`forward` takes them.
+            n: The last n blocks, or a list of blocks counted from 0 (negative from the end); they
+                come in ascending order.
+            reshape: Patches as maps.
+            return_class_token: CLS too.
+            return_extra_tokens: The registers too.
+            norm: Apply the final norm.
+            grids: Patch grids of packed patches.
+
+        Returns:
+            For each block the patches: of a batch ``[B, hp*wp, C]`` or ``[B, C, hp, wp]``, of
+            images of different shapes a tuple of ``[hp*wp, C]`` or ``[C, hp, wp]``. With CLS
+            ``[B, C]`` or registers ``[B, R, C]``, a tuple of these for each block.
+
+        Raises:
+            ValueError: there is no such block, or as :meth:`forward`.
+        """
+        blocks = block_indices(n, len(self.layer))
+        indices = [i + 1 for i in blocks]
+        out = DINOv3Encoder.forward(
+            self,
+            x,
+            grids=grids,
+            out_indices=indices,
+            apply_layernorm=norm,
+            output_hidden_states=False,
+            return_dict=True,
+        )
+        assert not isinstance(out, tuple)
+        batched = isinstance(out, EncoderOutput)
+        layers = out["selected_hidden_states" if batched else "packed_selected_hidden_states"]
+        results: list[Any] = []
+        for tokens in layers:
+            patches, cls, registers = by_image(tokens, out, self.num_prefix_tokens)
+            if reshape:
+                patches = as_maps(patches, out, x, self.patch_size)
+            extra = ((cls,) if return_class_token else ()) + (
+                (registers,) if return_extra_tokens else ()
+            )
+            results.append((patches, *extra) if extra else patches)
+        return tuple(results)
 
     def _refuse_fp16(self, x: Tensor) -> None:
         if x.dtype == torch.float16 and not self.allow_fp16:
