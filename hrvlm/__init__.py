@@ -11,37 +11,50 @@ from typing import TYPE_CHECKING, Any
 from . import auto_classes
 
 if TYPE_CHECKING:
-    from .checkpoints.convert import convert, load_checkpoint, load_into
-    from .encoder.backbone import DINOv3Backbone
-    from .encoder.backbone_config import DINOv3BackboneConfig
-    from .encoder.cost import make_plan
-    from .encoder.output import EncoderOutput, PackedEncoderOutput
-    from .encoder.vision_transformer import DINOv3Encoder
-    from .images.geometry import Geometry, TileGeometry, image_token_count, tile_grid, token_grid
-    from .images.intake import ImageError, load_image
-    from .images.patches import pack_images, patchify, unpatchify
-    from .images.processor import (
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        ImageProcessor,
-        get_image_processor,
-        normalization_for,
-    )
-    from .images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
-    from .towers.acceleration import accelerate, restore
-    from .training.collators import BaseCollator, VQACollator
-    from .training.config import TrainingConfig
-    from .training.sequence_packing import PackedSequenceCollator, pack_sequences
-    from .training.trainer import VLMTrainer, VLMTrainingArguments
-    from .vlm.config import VLMConfig
-    from .vlm.modality_projector import (
-        ModalityProjector,
-        pixel_shuffle,
-        pixel_unshuffle,
-    )
-    from .vlm.output import VLMOutput
-    from .vlm.processors import VLMProcessor, get_image_string, get_tokenizer
-    from .vlm.vision_language_model import VisionLanguageModel
+    from .checkpoints.convert import convert as convert
+    from .checkpoints.convert import load_checkpoint as load_checkpoint
+    from .checkpoints.convert import load_into as load_into
+    from .encoder.backbone import DINOv3Backbone as DINOv3Backbone
+    from .encoder.backbone_config import DINOv3BackboneConfig as DINOv3BackboneConfig
+    from .encoder.cost import make_plan as make_plan
+    from .encoder.output import EncoderOutput as EncoderOutput
+    from .encoder.output import PackedEncoderOutput as PackedEncoderOutput
+    from .encoder.vision_transformer import DINOv3Encoder as DINOv3Encoder
+    from .images.geometry import Geometry as Geometry
+    from .images.geometry import TileGeometry as TileGeometry
+    from .images.geometry import image_token_count as image_token_count
+    from .images.geometry import tile_grid as tile_grid
+    from .images.geometry import token_grid as token_grid
+    from .images.intake import ImageError as ImageError
+    from .images.intake import load_image as load_image
+    from .images.patches import pack_images as pack_images
+    from .images.patches import patchify as patchify
+    from .images.patches import unpatchify as unpatchify
+    from .images.processor import IMAGENET_MEAN as IMAGENET_MEAN
+    from .images.processor import IMAGENET_STD as IMAGENET_STD
+    from .images.processor import ImageProcessor as ImageProcessor
+    from .images.processor import get_image_processor as get_image_processor
+    from .images.processor import normalization_for as normalization_for
+    from .images.transformers_processor import VLMImageProcessor as VLMImageProcessor
+    from .images.transformers_processor import VLMImageProcessorPil as VLMImageProcessorPil
+    from .towers.acceleration import accelerate as accelerate
+    from .towers.acceleration import restore as restore
+    from .training.collators import BaseCollator as BaseCollator
+    from .training.collators import VQACollator as VQACollator
+    from .training.config import TrainingConfig as TrainingConfig
+    from .training.sequence_packing import PackedSequenceCollator as PackedSequenceCollator
+    from .training.sequence_packing import pack_sequences as pack_sequences
+    from .training.trainer import VLMTrainer as VLMTrainer
+    from .training.trainer import VLMTrainingArguments as VLMTrainingArguments
+    from .vlm.config import VLMConfig as VLMConfig
+    from .vlm.modality_projector import ModalityProjector as ModalityProjector
+    from .vlm.modality_projector import pixel_shuffle as pixel_shuffle
+    from .vlm.modality_projector import pixel_unshuffle as pixel_unshuffle
+    from .vlm.output import VLMOutput as VLMOutput
+    from .vlm.processors import VLMProcessor as VLMProcessor
+    from .vlm.processors import get_image_string as get_image_string
+    from .vlm.processors import get_tokenizer as get_tokenizer
+    from .vlm.vision_language_model import VisionLanguageModel as VisionLanguageModel
 
 _HOME = {
     "BaseCollator": "training.collators",
@@ -90,52 +103,7 @@ _HOME = {
     "unpatchify": "images.patches",
 }
 
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "BaseCollator",
-    "DINOv3Backbone",
-    "DINOv3BackboneConfig",
-    "DINOv3Encoder",
-    "EncoderOutput",
-    "Geometry",
-    "ImageError",
-    "ImageProcessor",
-    "ModalityProjector",
-    "PackedEncoderOutput",
-    "PackedSequenceCollator",
-    "TileGeometry",
-    "TrainingConfig",
-    "VLMConfig",
-    "VLMImageProcessor",
-    "VLMImageProcessorPil",
-    "VLMOutput",
-    "VLMProcessor",
-    "VLMTrainer",
-    "VLMTrainingArguments",
-    "VQACollator",
-    "VisionLanguageModel",
-    "accelerate",
-    "convert",
-    "get_image_processor",
-    "get_image_string",
-    "get_tokenizer",
-    "image_token_count",
-    "load_checkpoint",
-    "load_image",
-    "load_into",
-    "make_plan",
-    "normalization_for",
-    "pack_images",
-    "pack_sequences",
-    "patchify",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "restore",
-    "tile_grid",
-    "token_grid",
-    "unpatchify",
-]
+__all__ = sorted(_HOME)
 __version__ = "0.2.0"
 
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ..images.processor import IMAGENET, SAT493M
 from .differences import KeyDifferences, compare
-from .family import CONFIGS, check_overrides, config_of, get_config, make_config, periods_of
+from .family import CONFIGS, check_overrides, config_of, make_config, periods_of
 from .files import WEIGHT_SUFFIXES, load_checkpoint, read_json, summary, write_checkpoint
 from .keys import Layout, find_prefix, layout_of, unwrapped
 from .tensors import (
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from transformers import DINOv3ViTConfig
 
 __all__ = [
-    "CONFIGS",
     "CheckpointInfo",
     "KeyDifferences",
     "Layout",
@@ -65,7 +64,6 @@ __all__ = [
     "detect_layout",
     "foreign_base",
     "from_transformers",
-    "get_config",
     "infer_config",
     "is_foreign",
     "load_checkpoint",

@@ -54,7 +54,7 @@ def bench_generate(
     device: Device = None,
     dtype: StoredDType = "auto",
 ) -> BenchResult:
-    """Time to the first token, tokens per second and memory, by image size (medians)."""
+    """Time to first token, tokens per second, memory by size."""
     from ..encoder.cost import size_of
     from ..measuring.generation import SIZES, BenchOptions
     from ..measuring.generation import bench_generate as run

@@ -80,7 +80,7 @@ def _check(found: dict[str, Any]) -> None:
 
 @command(show=show, check=_check)
 def doctor() -> dict[str, Any]:
-    """Versions, hardware, and which backend runs each op and why."""
+    """Versions, hardware, which backend runs an op and why."""
     return diagnose()
 
 

@@ -56,7 +56,7 @@ def evaluate(
     device: Device = None,
     dtype: StoredDType = "auto",
 ) -> dict[str, Any]:
-    """Score a model's answers: character error rate, exact match, VQA accuracy.
+    """Score answers: characters, exact match, VQA accuracy.
 
     A run that was interrupted goes on where it was; images that can't be read are counted.
     """

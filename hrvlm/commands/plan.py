@@ -76,7 +76,7 @@ def plan(
     upscale: Upscale = False,
     dtype: Annotated[str, typer.Option(help="{hrvlm.machine.DTYPE_BYTES}.")] = "bfloat16",
 ) -> Plan:
-    """Grids, tokens, memory and FLOPs of images, without any weights."""
+    """Grids, tokens, memory and FLOPs of images of given sizes."""
     from ..encoder.cost import make_plan, named_architecture
 
     return make_plan(

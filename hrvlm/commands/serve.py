@@ -16,7 +16,10 @@ from .command import command
     }
 )
 def serve(context: typer.Context) -> None:
-    """An OpenAI-compatible server: `transformers serve`, and all its arguments, with our models."""
+    """An OpenAI-compatible server with our models.
+
+    It is `transformers serve`, and takes all its arguments.
+    """
     from ..inference.serve import serve as run
 
     run(context.args)

@@ -12,13 +12,11 @@ from ..images.geometry import positive_int
 
 
 @dataclass(frozen=True)
-class FineVision:
-    """Rows of the `datasets` library with ``images`` and ``texts``, as FineVision has them.
+class _Table:
+    """Rows with ``images`` and ``texts``, as FineVision has them.
 
     Attributes:
-        path: Hub id, a directory that `datasets` can load, or one by ``Dataset.save_to_disk``.
-        name: Configuration of the dataset.
-        split: Split of the dataset.
+        path: Where they are.
         streaming: Read while training, instead of downloading everything before.
         shuffle: Whether each pass is in a new order; in a stream, among `buffer` rows.
         buffer: Rows that a stream keeps to draw from.
@@ -28,8 +26,6 @@ class FineVision:
     """
 
     path: str
-    name: str | None = None
-    split: str = "train"
     streaming: bool = False
     shuffle: bool = True
     buffer: int = 1000
@@ -39,25 +35,27 @@ class FineVision:
 
 
 @dataclass(frozen=True)
-class Parquet:
-    """Parquet files with the same columns; see :class:`FineVision` for the attributes.
+class FineVision(_Table):
+    """Rows of the `datasets` library.
 
     Attributes:
-        path: A file, or a pattern as ``data/*.parquet``.
+        path: Hub id, a directory that `datasets` can load, or one by ``Dataset.save_to_disk``.
+        name: Configuration of the dataset.
+        split: Split of the dataset.
     """
 
-    path: str
-    streaming: bool = False
-    shuffle: bool = True
-    buffer: int = 1000
-    image_root: str | None = None
-    limit: int | None = None
-    weight: float | None = None
+    name: str | None = None
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class Parquet(_Table):
+    """Parquet files; the path is a file, or a pattern as ``data/*.parquet``."""
 
 
 @dataclass(frozen=True)
 class JsonL:
-    """A file with a JSON object a line; see :class:`FineVision` for the attributes.
+    """A file with a JSON object a line; what else it has is as of the others.
 
     Attributes:
         path: The file.
@@ -79,7 +77,7 @@ class Synthetic:
         seed: Of the supply.
         start: Index of the first picture.
         limit: Pictures in all; None for no end.
-        weight: As of :class:`FineVision`.
+        weight: How often it is drawn, relative to the others.
         options: Of :class:`hrvlm.drawn_text.drawing.RenderOptions`.
     """
 

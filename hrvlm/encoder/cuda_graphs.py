@@ -97,13 +97,7 @@ class GraphedEncoder:
         Raises:
             ValueError: there is no graph for these sizes in this order, or an input requires grad.
         """
-        patches, packed, batch = pack_inputs(
-            pixel_values,
-            grids,
-            patch_size=self.encoder.patch_size,
-            num_channels=self.encoder.config.num_channels,
-            num_prefix_tokens=self.encoder.num_prefix_tokens,
-        )
+        patches, packed, batch = pack_inputs(pixel_values, grids, self.encoder)
         if patches.requires_grad and torch.is_grad_enabled():
             raise ValueError("pixel_values requires grad, but a graphed encoder has no backward")
         recording = _select(self._recordings, packed.grids or (), self.encoder.patch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from hrvlm_kernels import PackedGrids
 
 from ..images.patches import pack_images, patchify
+
+if TYPE_CHECKING:
+    from .vision_transformer import DINOv3Encoder
 
 Grids: TypeAlias = PackedGrids | Sequence[Sequence[int]] | Tensor
 
@@ -32,23 +35,19 @@ class PackedInputs(NamedTuple):
 def pack_inputs(
     pixel_values: Tensor | Sequence[Tensor],
     grids: Grids | None,
-    *,
-    patch_size: int,
-    num_channels: int,
-    num_prefix_tokens: int,
+    encoder: DINOv3Encoder,
 ) -> PackedInputs:
     """Pack what :meth:`DINOv3Encoder.forward` takes.
 
     Args:
         pixel_values: A batch ``[B, 3, H, W]``, a list of ``[3, Hi, Wi]``, or packed patches.
         grids: Patch grids of packed patches; None for images.
-        patch_size: Side of the encoder's patches in pixels.
-        num_channels: Of the pixels.
-        num_prefix_tokens: CLS and registers in front of each image's patches.
+        encoder: Whose patches and prefix tokens they become.
 
     Raises:
         ValueError: an image's sides are not multiples of the patch size, or shapes do not fit.
     """
+    patch_size, num_channels = encoder.patch_size, encoder.config.num_channels
     batch = None
     if isinstance(pixel_values, Tensor) and pixel_values.ndim == 2:
         if grids is None:
@@ -67,7 +66,7 @@ def pack_inputs(
         grids = [(height // patch_size, width // patch_size)] * batch
     else:
         patches, grids = pack_images(pixel_values, patch_size)
-    packed = _layout(grids, num_prefix_tokens, patches.device)
+    packed = _layout(grids, encoder.num_prefix_tokens, patches.device)
     expected = (
         packed.patch_rows().shape[0],  # not from lengths: a graph would hold for their number
         num_channels * patch_size * patch_size,

@@ -227,13 +227,7 @@ class DINOv3Encoder(StrictModel):
                 "registers, and attention_maps() of the output has them by image"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_frozen()):
-            patches, packed, batch = pack_inputs(
-                pixel_values,
-                grids,
-                patch_size=self.patch_size,
-                num_channels=self.config.num_channels,
-                num_prefix_tokens=self.num_prefix_tokens,
-            )
+            patches, packed, batch = pack_inputs(pixel_values, grids, self)
             masked = flat_mask(bool_masked_pos, patches)
             if output_hidden_states is None:
                 output_hidden_states = self.config.output_hidden_states

@@ -7,7 +7,7 @@ is normalised in both. The processors for transformers, with the same geometry a
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -93,7 +93,39 @@ def resize(
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """An image in, `(tensor, grid)` out; made by `get_image_processor`, which documents it."""
+    """Makes of one image what the encoder takes; `get_image_processor` is another name for it.
+
+    A call takes everything that `load_image` does, and its keyword arguments `name` and `channels`.
+
+    `single_image_mode=True` gives `(pixels, (gh, gw))`: float32 [3, H, W], normalised, at the size
+    of `token_grid`, with its token grid.
+
+    `single_image_mode=False` is nanoVLM's split mode and gives `(images, (n_h, n_w))`: float32
+    [K, 3, S, S], normalised, with S = `splitted_image_size`. `images[0]` is the whole image
+    squeezed into one S x S square, then come the n_h * n_w tiles row by row, so
+    K = 1 + n_h * n_w; if there is only one tile it stands alone and K = 1. The grid counts tiles;
+    each of the K squares has (S // patch // factor)^2 tokens.
+
+    nanoVLM's own function has `resize_to_max_side_len` as its third argument: here that is
+    `allow_upscale`, the sixth.
+
+    Args:
+        max_img_size: limit of the longer side in pixels.
+        splitted_image_size: side of a tile in pixels, in split mode a multiple of `vit_patch_size
+            * pixel_shuffle_factor`; single-image mode does not look at it.
+        single_image_mode: False cuts the image into tiles.
+        vit_patch_size: side of a patch in pixels.
+        pixel_shuffle_factor: the projector's factor: factor x factor patches make a token; 1 for
+            an encoder without a projector, whose images need whole patches only.
+        allow_upscale: see `token_grid`.
+        image_mean: three numbers on the scale of [0, 1]; `normalization_for` knows presets.
+        image_std: three numbers greater than 0, likewise.
+        background: the colour under transparent pixels, three numbers from 0 to 255.
+        max_pixels: the largest image that is decoded, height * width.
+
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
 
     max_img_size: int
     splitted_image_size: int | None = None
@@ -101,6 +133,7 @@ class ImageProcessor:
     vit_patch_size: int = 16
     pixel_shuffle_factor: int = 4
     allow_upscale: bool = True
+    _: KW_ONLY
     image_mean: Sequence[float] = IMAGENET_MEAN
     image_std: Sequence[float] = IMAGENET_STD
     background: Sequence[int] = WHITE
@@ -193,64 +226,7 @@ class ImageProcessor:
         return tiles, size.tiles
 
 
-def get_image_processor(
-    max_img_size: int,
-    splitted_image_size: int | None = None,
-    single_image_mode: bool = True,
-    vit_patch_size: int = 16,
-    pixel_shuffle_factor: int = 4,
-    allow_upscale: bool = True,
-    *,
-    image_mean: Sequence[float] = IMAGENET_MEAN,
-    image_std: Sequence[float] = IMAGENET_STD,
-    background: Sequence[int] = WHITE,
-    max_pixels: int = MAX_PIXELS,
-) -> ImageProcessor:
-    """A callable that makes of one image what the encoder takes.
-
-    It takes everything that `load_image` does, and its keyword arguments `name` and `channels`.
-
-    `single_image_mode=True` gives `(pixels, (gh, gw))`: float32 [3, H, W], normalised, at the size
-    of `token_grid`, with its token grid.
-
-    `single_image_mode=False` is nanoVLM's split mode and gives `(images, (n_h, n_w))`: float32
-    [K, 3, S, S], normalised, with S = `splitted_image_size`. `images[0]` is the whole image
-    squeezed into one S x S square, then come the n_h * n_w tiles row by row, so
-    K = 1 + n_h * n_w; if there is only one tile it stands alone and K = 1. The grid counts tiles;
-    each of the K squares has (S // patch // factor)^2 tokens.
-
-    nanoVLM's own function has `resize_to_max_side_len` as its third argument: here that is
-    `allow_upscale`, the sixth.
-
-    Args:
-        max_img_size: limit of the longer side in pixels.
-        splitted_image_size: side of a tile in pixels, in split mode a multiple of `vit_patch_size
-            * pixel_shuffle_factor`; single-image mode does not look at it.
-        single_image_mode: False cuts the image into tiles.
-        vit_patch_size: side of a patch in pixels.
-        pixel_shuffle_factor: the projector's factor: factor x factor patches make a token; 1 for
-            an encoder without a projector, whose images need whole patches only.
-        allow_upscale: see `token_grid`.
-        image_mean: three numbers on the scale of [0, 1]; `normalization_for` knows presets.
-        image_std: three numbers greater than 0, likewise.
-        background: the colour under transparent pixels, three numbers from 0 to 255.
-        max_pixels: the largest image that is decoded, height * width.
-
-    Raises:
-        ValueError: an option is out of range; the message names it.
-    """
-    return ImageProcessor(
-        max_img_size=max_img_size,
-        splitted_image_size=splitted_image_size,
-        single_image_mode=single_image_mode,
-        vit_patch_size=vit_patch_size,
-        pixel_shuffle_factor=pixel_shuffle_factor,
-        allow_upscale=allow_upscale,
-        image_mean=image_mean,
-        image_std=image_std,
-        background=background,
-        max_pixels=max_pixels,
-    )
+get_image_processor = ImageProcessor  # nanoVLM's name
 
 
 def check_normalization(mean: Sequence[float], std: Sequence[float]) -> Normalization:

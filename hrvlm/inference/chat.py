@@ -157,35 +157,6 @@ class Chat:
         return answer, output.sequences_scores[0].item() * scale
 
 
-def generate(
-    model: str,
-    images: Sequence[Path],
-    prompt: str,
-    options: GenerateOptions | None = None,
-    *,
-    device: str | None = None,
-    dtype: str = "auto",
-    stream: bool = True,
-) -> Generated:
-    """Load a model and answer one question.
-
-    Args:
-        model: Directory (or hub id) of a VisionLanguageModel with its processor.
-        images: Files, in the order in which the prompt speaks of them.
-        prompt: The user's text, without image tokens.
-        options: Decoding.
-        device: Default: the GPU if there is one, else the CPU.
-        dtype: "float32", "bfloat16", or "auto" for the checkpoint's.
-        stream: Print the text on stdout as it comes (with beams: at the end).
-
-    Raises:
-        ValueError: there is no such model, an image can't be read, or the prompt does not fit.
-        OSError: a file can't be opened.
-    """
-    chat = start_chat(model, images, options, device=device, dtype=dtype)
-    return chat.ask(prompt, stream=stream)
-
-
 def start_chat(
     model: str,
     images: Sequence[Path],
@@ -194,7 +165,19 @@ def start_chat(
     device: str | None = None,
     dtype: str = "auto",
 ) -> Chat:
-    """Load images and a model; the arguments and errors are those of :func:`generate`."""
+    """Load images and a model.
+
+    Args:
+        model: Directory (or hub id) of a VisionLanguageModel with its processor.
+        images: Files, in the order in which the prompts speak of them.
+        options: Decoding.
+        device: Default: the GPU if there is one, else the CPU.
+        dtype: "float32", "bfloat16", or "auto" for the checkpoint's.
+
+    Raises:
+        ValueError: there is no such model, or an image can't be read.
+        OSError: a file can't be opened.
+    """
     return start_chats(model, [images], options, device=device, dtype=dtype)[0]
 
 

@@ -97,7 +97,12 @@ class DataSource:
         if self.data.endswith(".parquet"):
             return Parquet(self.data, streaming=True, shuffle=False, image_root=root)
         return FineVision(
-            self.data, self.name, self.split, streaming=True, shuffle=False, image_root=root
+            self.data,
+            streaming=True,
+            shuffle=False,
+            image_root=root,
+            name=self.name,
+            split=self.split,
         )
 
 

@@ -71,24 +71,6 @@ def edit_distance(a: str, b: str) -> int:
     return distance
 
 
-def character_error_rate(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Errors over characters, of a whole set of texts: sum of distances / sum of lengths.
-
-    The distance is Levenshtein's (:func:`edit_distance`), the length that of the reference, both in
-    code points. Long texts count more than short ones, and a rate can exceed 1.
-
-    Raises:
-        ValueError: the two differ in number, or all references are empty.
-    """
-    if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
-    length = sum(map(len, references))
-    if length == 0:
-        raise ValueError("references: all are empty, so there is no rate")
-    pairs = zip(predictions, references, strict=True)
-    return sum(edit_distance(reference, prediction) for prediction, reference in pairs) / length
-
-
 def nearest_reference(prediction: str, references: Sequence[str]) -> str:
     """The reference with the lowest character error rate (an empty one: matched or not at all)."""
     return min(

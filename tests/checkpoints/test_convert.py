@@ -9,14 +9,13 @@ from transformers import DINOv3ViTBackbone, DINOv3ViTModel
 
 from hrvlm import DINOv3Encoder
 from hrvlm.checkpoints.convert import (
-    CONFIGS,
     detect_layout,
     from_transformers,
-    get_config,
     infer_config,
     load_into,
     to_transformers,
 )
+from hrvlm.checkpoints.family import CONFIGS, get_config
 from tests.checkpoints.states import (
     assert_same,
     canonical_of,

@@ -13,11 +13,11 @@ from hrvlm import DINOv3Encoder
 from hrvlm.checkpoints.convert import (
     convert,
     from_transformers,
-    get_config,
     load_checkpoint,
     load_into,
     to_transformers,
 )
+from hrvlm.checkpoints.family import get_config
 from tests.checkpoints.states import assert_same, canonical_of, meta_state, periods_of
 from tests.encoder.encoders import config_of
 

@@ -7,13 +7,12 @@ from transformers import DINOv3ViTModel
 
 from hrvlm import DINOv3Encoder
 from hrvlm.checkpoints.convert import (
-    CONFIGS,
     from_transformers,
-    get_config,
     infer_config,
     load_into,
     to_transformers,
 )
+from hrvlm.checkpoints.family import CONFIGS, get_config
 from tests.numerics import relative_error
 
 # timm's name of each model of the family: those with a bias of q and v, then those without.

@@ -1,4 +1,4 @@
-"""Chats and the speed of answers; `hrvlm generate` for one question is in test_commands.py."""
+"""Chats and the speed of answers; `hrvlm generate` for one question is in tests/commands."""
 
 import json
 import math

@@ -3,7 +3,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrvlm.inference.text_metrics import (
-    character_error_rate,
     edit_distance,
     exact_match,
     nearest_reference,
@@ -32,15 +31,6 @@ def test_edit_distance_is_levenshteins(a, b):
 def test_edit_distance_beyond_a_machine_word():
     a, b = "abcde" * 40, "abde" * 45
     assert edit_distance(a, b) == edit_distance(b, a) == table_distance(a, b)
-
-
-def test_character_error_rate_weighs_texts_by_their_length():
-    assert character_error_rate(["kitten", ""], ["sitting", "abc"]) == (3 + 3) / (7 + 3)
-    assert character_error_rate(["four times as long"], ["abcd"]) > 1
-    with pytest.raises(ValueError, match="1 predictions for 2 references"):
-        character_error_rate(["a"], ["a", "b"])
-    with pytest.raises(ValueError, match="all are empty"):
-        character_error_rate(["a"], [""])
 
 
 def test_references():

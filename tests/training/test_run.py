@@ -18,7 +18,6 @@ from hrvlm.training.config import TrainingConfig, read_yaml
 from hrvlm.training.run import last_checkpoint, make_trainer, train, training_arguments
 from hrvlm.training.samples import SampleMaker
 from hrvlm.training.trainer import VLMTrainer, VLMTrainingArguments, freeze_parts, parameter_groups
-from tests.commands import runs
 from tests.tiny import (
     BYTES,
     SPECIAL,
@@ -31,6 +30,7 @@ from tests.tiny import (
     tokenizer_of,
     vision_config_of,
 )
+from tests.training import runs
 
 
 @pytest.fixture(scope="module", autouse=True)
