@@ -124,11 +124,17 @@ class _Registration(NamedTuple):
 
 
 _AUTO = "transformers.models.auto"
+# What the backbone's config derives from; importing it imports configuration_auto.
+_DINOV3 = "transformers.models.dinov3_vit.configuration_dinov3_vit"
 _REGISTRATIONS = (
     _Registration(f"{_AUTO}.configuration_auto", (_CONFIG,), register_config),
     _Registration(f"{_AUTO}.modeling_auto", (_CONFIG,), register_model, late=_MODEL),
-    _Registration(f"{_AUTO}.configuration_auto", (_BACKBONE_CONFIG,), register_backbone_config),
-    _Registration(f"{_AUTO}.modeling_auto", (_BACKBONE_CONFIG,), register_backbone, late=_BACKBONE),
+    _Registration(
+        f"{_AUTO}.configuration_auto", (_BACKBONE_CONFIG, _DINOV3), register_backbone_config
+    ),
+    _Registration(
+        f"{_AUTO}.modeling_auto", (_BACKBONE_CONFIG, _DINOV3), register_backbone, late=_BACKBONE
+    ),
     _Registration(f"{_AUTO}.image_processing_auto", (_CONFIG, _IMAGES), register_image_processors),
     _Registration(f"{_AUTO}.processing_auto", (_CONFIG, _PROCESSOR), register_processor),
 )

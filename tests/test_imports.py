@@ -158,6 +158,10 @@ def test_importing_loads_torch_alone_without_a_warning():
     assert both.isdisjoint(OPTIONAL)
 
 
+def test_names_of_transformers_are_found_after_importing_us():
+    run("import hrvlm\nfrom transformers import DINOv3ViTConfig, DINOv3ViTBackbone, AutoConfig")
+
+
 @pytest.mark.parametrize("hidden", [*((name,) for name in OPTIONAL), OPTIONAL], ids="+".join)
 def test_works_where_optional_packages_are_missing(hidden):
     code = HIDE.format(hidden=hidden) + everything() + OPS + NO_DEVICE
