@@ -23,7 +23,7 @@ from .stills import (
 )
 
 # Pillow decodes some files in Python: run-length BMP, plain PPM, PPM of another depth than 8 or 16.
-PYTHON_SAMPLES, PYTHON_BYTES = 1 << 21, 1 << 22
+PYTHON_SAMPLES, PYTHON_BYTES = 1_500_000, 3_000_000
 MAX_BLOCKS = 1 << 16  # of GIF's metadata, 255 bytes each
 
 # Not \xff+, which would try a run of fill bytes again from each of them.
@@ -288,6 +288,9 @@ def ppm(file: Reader) -> Still:
     if kind in (b"P1", b"P2", b"P3") or depth not in ((255, 65535) if kind == b"P5" else (255,)):
         samples = pixels * (3 if kind in (b"P3", b"P6") else 1)
         _check_python(f"PPM as text or with {depth} steps", samples, file.size)
+        # Pillow copies the rest of a block for each comment in it.
+        if kind in (b"P1", b"P2", b"P3") and file.upto(0, file.size).count(b"#") > MAX_SEGMENTS:
+            raise LimitError(f"more than {MAX_SEGMENTS} comments")
     pieces: list[Piece] = [b" ".join(tokens) + b"\n", (position + 1, file.size)]
     return Still("PPM", int(tokens[1]), int(tokens[2]), pieces, 4 * pixels, 20 * pixels)
 

@@ -220,9 +220,10 @@ REFUSED = {
     "TIFF, LZMA": (tiff(8, 8, compression=34925), "TIFF header .*compression 34925 is not read"),
     "BMP, run-length": (
         run_length_bmp(13_000),
-        "BMP file: run-length BMP is read up to 2097152 samples",
+        "BMP file: run-length BMP is read up to 1500000 samples",
     ),
     "PPM as text": (b"P2 12000 12000 255\n" + b"1 " * 1000, "PPM file: PPM as text"),
+    "PPM of comments": (b"P3 500 500 255\n" + b"1#\n" * 900_000, "PPM file: more than 4096 comm"),
     "PPM of 100 steps": (b"P6 9000 9000 100\n", "PPM file: PPM .* 100 steps"),
     "PPM, a comment of megabytes": (
         b"P6\n#" + b"c" * (1 << 22) + b"\n2 2 255\n" + bytes(12),
