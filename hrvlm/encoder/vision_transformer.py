@@ -186,6 +186,7 @@ class DINOv3Encoder(StrictModel):
         output_hidden_states: bool | None = None,
         out_indices: Sequence[int] | None = None,
         apply_layernorm: bool = True,
+        final_norm: bool = True,
         output_prefix_attentions: bool = False,
         rope_augment: bool = False,
         return_dict: bool | None = None,
@@ -207,6 +208,8 @@ class DINOv3Encoder(StrictModel):
             out_indices: Layers to return as `selected_hidden_states`: 0 is the embeddings, i the
                 output of block i, negative numbers count from the last block.
             apply_layernorm: Apply the final norm to the selected layers.
+            final_norm: Apply the final norm to the last hidden state and the `pooler_output`, too;
+                False for who does it together with what comes after.
             output_prefix_attentions: Return the attention of CLS and registers per layer and head.
             rope_augment: Draw a random shift, jitter and scale of each image's RoPE coordinates
                 (config ``pos_embed_shift``, ``pos_embed_jitter``, ``pos_embed_rescale``), as
@@ -238,6 +241,7 @@ class DINOv3Encoder(StrictModel):
                 keep=_kept_layers(out_indices, self.config.num_hidden_layers),
                 keep_all=bool(output_hidden_states),
                 apply_layernorm=apply_layernorm,
+                final_norm=final_norm,
                 prefix_attentions=output_prefix_attentions,
                 rope_augment=rope_augment,
             )
@@ -323,6 +327,7 @@ class DINOv3Encoder(StrictModel):
         keep: tuple[int, ...],
         keep_all: bool,
         apply_layernorm: bool,
+        final_norm: bool,
         prefix_attentions: bool,
         rope_augment: bool,
     ) -> dict[str, Any]:
@@ -339,7 +344,7 @@ class DINOv3Encoder(StrictModel):
                 attentions.append(weights)
             if keep_all or i in keep:
                 states[i] = x
-        normed = self.norm(x)
+        normed = self.norm(x) if final_norm else x
         selected = tuple(self.norm(states[i]) if apply_layernorm else states[i] for i in keep)
         return {
             "packed_last_hidden_state": normed,

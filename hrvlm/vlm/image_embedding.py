@@ -49,7 +49,9 @@ class ImageEmbedding:
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None and grids and ids is not None:
-            images = self.get_image_features(pixel_values, grids, return_dict=True)
+            images = self.get_image_features(
+                pixel_values, grids, return_dict=True, with_last_hidden_state=False
+            )
             features = torch.cat(images.pooler_output)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             placeholders = ids.eq(self.image_token_id()).unsqueeze(-1)
@@ -110,7 +112,9 @@ class ImageEmbedding:
         p, s = self.config.vit_patch_size, self.config.mp_pixel_shuffle_factor
         side = (self.config.square_size or p * s) // p
         black = torch.zeros(side * side, 3 * p * p, device=inputs_embeds.device)
-        images = self.get_image_features(black, [(side, side)], return_dict=True)
+        images = self.get_image_features(
+            black, [(side, side)], return_dict=True, with_last_hidden_state=False
+        )
         features = torch.cat(images.pooler_output)
         return inputs_embeds + (0 * features.float().sum()).to(inputs_embeds)
 

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hrvlm_kernels import PackedGrids, pixel_shuffle_linear
+from hrvlm_kernels import PackedGrids, layer_norm_pixel_shuffle, pixel_shuffle_linear
+from hrvlm_kernels.backends import choose_backend
+from hrvlm_kernels.ops.layer_norm_pixel_shuffle import MAX_CHANNELS, choose_route
+from hrvlm_kernels.ops.pixel_shuffle_linear import compute_dtype
 
 from ..encoder.plain_modules import input_dtype, is_plain
 from ..images.geometry import image_token_count, shuffled_grid
@@ -107,6 +110,7 @@ class ModalityProjector(nn.Module):
         if vit_hidden_dim is None or lm_hidden_dim is None:
             raise ValueError("give config, or both vit_hidden_dim and lm_hidden_dim")
         self.factor = mp_pixel_shuffle_factor
+        self.lm_hidden_dim = lm_hidden_dim
         self.num_prefix_tokens = num_prefix_tokens
         self.handle_special_tokens = mp_handle_special_tokens
         self.backend = backend
@@ -139,6 +143,7 @@ class ModalityProjector(nn.Module):
         gw: int | None = None,
         *,
         packed: PackedGrids | None = None,
+        norm: nn.Module | None = None,
     ) -> Tensor:
         """Project a batch of images of one size, or with `packed` images of any sizes.
 
@@ -152,6 +157,7 @@ class ModalityProjector(nn.Module):
             gh: PATCHES down.
             gw: PATCHES across. Without both, the image is taken to be square.
             packed: Layout of images packed one after the other, of PATCH grids.
+            norm: The encoder's last norm, if `x` is from before it (with `packed` only).
 
         Returns:
             ``[B, n / s**2, N]`` tokens row by row over the token grid; one more, the CLS, at the
@@ -165,7 +171,9 @@ class ModalityProjector(nn.Module):
         if packed is not None:
             if gh is not None or gw is not None:
                 raise ValueError("give gh and gw, or packed, not both")
-            return self._project(x, packed)
+            return self._project(x, packed, norm)
+        if norm is not None:
+            raise ValueError("norm goes with packed")
         if x.ndim != 3:
             raise ValueError(f"x must be [B, n, C] without packed, got {tuple(x.shape)}")
         if (gh is None) != (gw is None):
@@ -180,8 +188,46 @@ class ModalityProjector(nn.Module):
         per_image = image_token_count((gh, gw), self.factor, self.cls_proj is not None)
         return tokens.view(x.shape[0], per_image, tokens.shape[1])
 
-    def _project(self, x: Tensor, packed: PackedGrids) -> Tensor:
+    def takes_norm(self, norm: Any) -> bool:
+        """Whether it would apply the encoder's last norm while it shuffles, in one kernel.
+
+        So it is on the Triton backend where
+        :func:`~hrvlm_kernels.ops.layer_norm_pixel_shuffle.choose_route` says that this is better
+        than to shuffle while multiplying; and if the norm is called in no other way.
+        """
+        weight = getattr(norm, "weight", None)
+        return (
+            is_plain(norm, nn.LayerNorm)
+            and is_plain(self, ModalityProjector)
+            and weight is not None
+            and weight.shape[0] <= MAX_CHANNELS
+            and choose_route(self.lm_hidden_dim, weight.shape[0]) == "layernorm_gemm"
+            and choose_backend("layer_norm_pixel_shuffle", self.backend, weight) == "triton"
+        )
+
+    def _project(self, x: Tensor, packed: PackedGrids, norm: nn.Module | None = None) -> Tensor:
         packed.check_rows(x, "x")
+        if norm is not None and self.takes_norm(norm):
+            return self._normed_and_projected(x, packed, norm)
+        return self._projected(x if norm is None else norm(x), packed)
+
+    def _normed_and_projected(self, x: Tensor, packed: PackedGrids, norm: Any) -> Tensor:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = compute_dtype(x) if autocast else input_dtype(self.proj, x)
+        rows = layer_norm_pixel_shuffle(
+            x,
+            packed,
+            self.factor,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            dtype=dtype,
+            backend=self.backend,
+        )
+        tokens = self.proj(rows)
+        return tokens if self.cls_proj is None else self._with_cls(tokens, x, packed, norm)
+
+    def _projected(self, x: Tensor, packed: PackedGrids) -> Tensor:
         patches = _as_input(self.proj, x)
         if is_plain(self.proj, nn.Linear):
             tokens = pixel_shuffle_linear(
@@ -194,11 +240,15 @@ class ModalityProjector(nn.Module):
             )
         else:
             tokens = self.proj(patches[packed.shuffle_index(self.factor).long()].flatten(1))
-        if self.cls_proj is None:
-            return tokens
+        return tokens if self.cls_proj is None else self._with_cls(tokens, x, packed)
+
+    def _with_cls(self, tokens: Tensor, x: Tensor, packed: PackedGrids, norm: Any = None) -> Tensor:
+        """The projected CLS of each image after its tokens."""
         if not packed.num_prefix_tokens:
             raise ValueError("packed has no prefix tokens, and mp_append_cls needs the CLS token")
-        cls = self.cls_proj(_as_input(self.cls_proj, x[packed.cu_seqlens[:-1].long()]))
+        cls = x[packed.cu_seqlens[:-1].long()]
+        cls = cls if norm is None else norm(cls)
+        cls = self.cls_proj(_as_input(self.cls_proj, cls))  # type: ignore[misc, arg-type]
         # In this layout each image has one token more, in front; here it goes to the end.
         longer = PackedGrids.from_grids(
             packed.token_grids(self.factor), num_prefix_tokens=1, device=x.device

@@ -125,10 +125,11 @@ class ImageFeatures(BaseModelOutputWithPooling):
     """Output of ``get_image_features``, named as transformers' models name theirs.
 
     Attributes:
-        last_hidden_state: The encoder's output: packed ``[T, C]``, or ``[B, n, C]`` for siglip.
+        last_hidden_state: The encoder's output: packed ``[T, C]``, or ``[B, n, C]`` for siglip;
+            None where the projector applied the encoder's last norm, and it was not asked for.
         pooler_output: The projected features of each image, ``[tokens, C_lm]``.
     """
 
-    # ModelOutput wants a default for every field; both are always given.
+    # ModelOutput wants a default for every field.
     last_hidden_state: Tensor = None  # type: ignore[assignment]
     pooler_output: tuple[Tensor, ...] = None  # type: ignore[assignment]

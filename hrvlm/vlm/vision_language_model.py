@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from hrvlm_kernels import PackedGrids
 
 from ..checkpoints.strict import StrictModel
+from ..encoder.plain_modules import is_plain
 from ..encoder.vision_transformer import DINOv3Encoder, without_mask_token
 from ..images.patches import unpatchify
 from .backbones import join
@@ -149,6 +150,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
         image_grid_hw: Grids,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        with_last_hidden_state: bool = True,
         **kwargs: Any,
     ) -> ImageFeatures:
         """Encode and project images.
@@ -159,6 +161,8 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             output_attentions: Return the encoder's attention weights: siglip's, with "eager"
                 attention; DINOv3Encoder refuses. Default: the ``vision_config``'s.
             output_hidden_states: Return the encoder's hidden states. Default likewise.
+            with_last_hidden_state: False where the features are enough: `last_hidden_state` is
+                None then where the projector applies the encoder's last norm.
             **kwargs: ``return_dict=False`` for a tuple; others are ignored, transformers passes its
                 own here.
 
@@ -182,10 +186,14 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             )
             features = self.MP(hidden).flatten(0, 1)
         else:
-            output = self.vision_encoder(pixel_values, grids=grids, **flags)
+            later = not with_last_hidden_state and self._projector_takes_norm()
+            output = self.vision_encoder(pixel_values, grids=grids, final_norm=not later, **flags)
             hidden, packed = output.packed_last_hidden_state, output.packed
             states, attentions = output.packed_hidden_states, None
-            if self.config.mp_handle_special_tokens:
+            if later:
+                features = self.MP(hidden, packed=packed, norm=self.vision_encoder.norm)
+                hidden = None
+            elif self.config.mp_handle_special_tokens:
                 features = self.MP(hidden, packed=packed)
             else:
                 patches_only = PackedGrids.from_grids(grids, device=hidden.device)
@@ -195,6 +203,16 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             pooler_output=features.split(tokens),
             hidden_states=states,
             attentions=attentions,
+        )
+
+    def _projector_takes_norm(self) -> bool:
+        """Whether the encoder may leave its last norm to the projector, unseen by any hook."""
+        encoder, projector = self.vision_encoder, self.MP
+        return (
+            self.config.mp_handle_special_tokens
+            and is_plain(encoder, DINOv3Encoder)
+            and type(projector) is ModalityProjector
+            and projector.takes_norm(encoder.norm)
         )
 
     def _encode_squares(

@@ -29,6 +29,7 @@ from ..packed_grids import PackedGrids
 from .pixel_shuffle_linear import check_pixel_shuffle_inputs, compute_dtype, pixel_shuffle_linear
 from .torch_op import ops, register, register_backward
 
+MAX_CHANNELS = 8192
 ROUTES = ("auto", "fused", "layernorm_gemm")
 
 
@@ -254,8 +255,8 @@ def _check_norm(
     if x.ndim != 2:
         raise ValueError(f"x must be [T, C], got {tuple(x.shape)}")
     packed.check_rows(x, "x")
-    if not 0 < x.shape[1] <= 8192:
-        raise ValueError(f"x: C must be between 1 and 8192, got {x.shape[1]}")
+    if not 0 < x.shape[1] <= MAX_CHANNELS:
+        raise ValueError(f"x: C must be between 1 and {MAX_CHANNELS}, got {x.shape[1]}")
     for name, a in (("norm_weight", weight), ("norm_bias", bias)):
         if a is not None and (a.shape != x.shape[1:] or not a.is_floating_point()):
             raise ValueError(
