@@ -53,6 +53,7 @@ def evaluate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin again instead of going on.")
     ] = False,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch images that are URLs.")] = False,
     device: Device = None,
     dtype: StoredDType = "auto",
 ) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def evaluate(
     from ..inference.questions import DataSource
 
     source = DataSource(data, image_root, name, split)
-    options = EvaluateOptions(batch_size, max_new_tokens, num_beams, limit)
+    options = EvaluateOptions(batch_size, max_new_tokens, num_beams, limit, fetch)
     with progress("questions", limit) as advance:
         scores = run(
             model,

@@ -113,6 +113,7 @@ class DataConfig:
     eval: tuple[SourceConfig, ...] = ()
     max_sample_length: int | None = None
     sequence_packing: int | None = None
+    fetch: bool = False
 
 
 def data_config(section: Any) -> DataConfig:
@@ -134,6 +135,8 @@ def data_config(section: Any) -> DataConfig:
     for name in ("max_sample_length", "sequence_packing"):
         if (value := section.get(name)) is not None:
             positive_int(f"data.{name}", value)
+    if not isinstance(section.get("fetch", False), bool):
+        raise ValueError(f"data.fetch={section['fetch']!r}: expected true or false")
     return DataConfig(**section)
 
 

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..images.fetch import is_text_image
 from .config import FineVision, JsonL, Parquet, SourceConfig, Synthetic
-from .rows import Row
+from .rows import Row, plain_row
 
 
 class Source(Protocol):
@@ -263,18 +264,33 @@ class JsonLines(Sequence[Any]):
 
 
 def _located(row: Any, root: Path | None) -> Any:
-    """The row with the paths of its images below `root`."""
-    if root is None or not isinstance(row, Mapping):
+    """The row with the paths of its images below `root`; a row of no known form as it is."""
+    if root is None:
+        return row
+    try:
+        row = plain_row(row)
+    except ValueError:  # which who uses the row meets again
         return row
 
     def below(image: Any) -> Any:
         if isinstance(image, Mapping) and image.get("bytes") is None:
             image = image.get("path")
-        return root / image if isinstance(image, str) else image
+        if not isinstance(image, str) or (is_text_image(image) and not _is_file(root / image)):
+            return image
+        return root / image
 
     found = dict(row)
-    if isinstance(row.get("images"), list):
-        found["images"] = [below(image) for image in row["images"]]
-    elif row.get("image") is not None:
-        found["image"] = below(row["image"])
+    for name in ("images", "image"):
+        value = row.get(name)
+        if isinstance(value, list):
+            found[name] = [below(image) for image in value]
+        elif name == "image" and value is not None:
+            found[name] = below(value)
     return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # base64 is no name of a file
+        return False

@@ -47,10 +47,10 @@ class DINOv3Encoder(StrictModel):
     coordinates only when asked.
 
     Args:
-        config: ``DINOv3ViTConfig``; attributes ``backend`` and ``use_rope`` (default True) are read
-            from it too.
+        config: ``DINOv3ViTConfig``; attributes ``backend``, ``use_rope`` (default True) and
+            ``allow_fp16`` are read from it too.
         backend: One of :data:`hrvlm_kernels.backends.BACKENDS`; default: the config's, else "auto".
-        allow_fp16: Run in float16 although DINOv3's activations overflow it.
+        allow_fp16: Run in float16 although DINOv3's activations overflow it; default: the config's.
     """
 
     config_class = DINOv3ViTConfig
@@ -63,7 +63,7 @@ class DINOv3Encoder(StrictModel):
     _supports_sdpa = True
 
     def __init__(
-        self, config: DINOv3ViTConfig, *, backend: str | None = None, allow_fp16: bool = False
+        self, config: DINOv3ViTConfig, *, backend: str | None = None, allow_fp16: bool | None = None
     ):
         super().__init__(config)
         if config.attention_dropout:
@@ -72,7 +72,7 @@ class DINOv3Encoder(StrictModel):
                 f"got {config.attention_dropout}"
             )
         self.backend = check_backend(backend or getattr(config, "backend", None) or "auto")
-        self.allow_fp16 = allow_fp16
+        self._allow_fp16 = allow_fp16
         self.patch_size = patch_size_of(config)
         self.num_prefix_tokens = 1 + config.num_register_tokens
         self.embeddings = DINOv3Embeddings(config)
@@ -311,11 +311,21 @@ class DINOv3Encoder(StrictModel):
             results.append((patches, *extra) if extra else patches)
         return tuple(results)
 
+    @property
+    def allow_fp16(self) -> bool:
+        """Whether it runs in float16: as it was told, else as the config says now."""
+        asked = self._allow_fp16
+        return bool(getattr(self.config, "allow_fp16", False) if asked is None else asked)
+
+    @allow_fp16.setter
+    def allow_fp16(self, allow: bool) -> None:
+        self._allow_fp16 = allow
+
     def _refuse_fp16(self, x: Tensor) -> None:
         if x.dtype == torch.float16 and not self.allow_fp16:
             raise ValueError(
-                "float16: DINOv3's activations overflow it; use bfloat16 or float32, "
-                "or allow_fp16=True"
+                "float16: DINOv3's activations overflow it; use bfloat16 or float32, or "
+                "allow_fp16=True, an argument of from_pretrained and a field of the config"
             )
 
     def _encode(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import time
+from typing import Any
 
 from .formats import ImageError
 
@@ -12,9 +14,35 @@ MAX_BYTES = 64_000_000  # of a file that is fetched or written as text
 SECONDS = 60  # to fetch one
 
 
+def is_url(source: str) -> bool:
+    """Whether it is an address in the network."""
+    return source[:8].lower().startswith(("http://", "https://"))
+
+
 def is_text_image(source: str) -> bool:
     """Whether `fetch_image` takes the string: a URL, or longer than a word."""
-    return source.startswith(("http://", "https://", "data:")) or len(source) >= 64
+    return is_url(source) or source[:5].lower() == "data:" or len(source) >= 64
+
+
+def readable(source: Any, label: str, *, fetch: bool) -> Any:
+    """An image for `load_image`: a data URI, base64 string or URL as its bytes, others as they are.
+
+    Args:
+        source: The image.
+        label: Its name in errors.
+        fetch: Whether URLs are fetched.
+
+    Raises:
+        ImageError: as `fetch_image`, or it is a URL and these are not fetched.
+    """
+    if not isinstance(source, str) or not is_text_image(source) or os.path.exists(source):
+        return source
+    if is_url(source) and not fetch:
+        raise ImageError(
+            f"{label} is a URL, {source!r:.100}: fetched only where the configuration says "
+            "`fetch: true` (under `data`) or the command `--fetch`"
+        )
+    return fetch_image(source, label)
 
 
 def fetch_image(source: str, label: str) -> bytes:
@@ -24,7 +52,7 @@ def fetch_image(source: str, label: str) -> bytes:
         ImageError: the string is none of these, the server does not give the file, or it is larger
             than `MAX_BYTES` or takes longer than `SECONDS`.
     """
-    if source.startswith(("http://", "https://")):
+    if is_url(source):
         return _download(source, label)
     text = source[source.rfind(",") + 1 :]
     if len(text) > MAX_BYTES * 3 // 2:
@@ -32,9 +60,7 @@ def fetch_image(source: str, label: str) -> bytes:
     try:
         return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError(
-            f"{label}: no such file, and not base64 either: {source[:60]!r}..."
-        ) from None
+        raise ImageError(f"{label}: no such file, and not base64 either: {source!r:.200}") from None
 
 
 def _download(url: str, label: str) -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..files import write_text
+from ..images.fetch import readable
 from ..images.geometry import positive_int
 from ..images.intake import ImageError, load_image
 from .chat import GenerateOptions, answer_batch, load_vlm
@@ -38,6 +39,7 @@ class EvaluateOptions:
     max_new_tokens: int = 256
     num_beams: int = 1
     limit: int | None = None  # ask only the first so many questions
+    fetch: bool = False  # whether images that are URLs are fetched
 
     def __post_init__(self) -> None:
         """Refuse what can't be run, before a model is loaded."""
@@ -135,13 +137,18 @@ def evaluate(
             waiting = [question for question in batch if question.key not in done]
             if waiting and vlm is None:
                 processor, vlm = load_vlm(model, device=device, dtype=dtype)
-            write_predictions(file, answer(processor, vlm, waiting, options.decoding()))
+            lines = answer(processor, vlm, waiting, options.decoding(), options.fetch)
+            write_predictions(file, lines)
             on_questions(len(batch))
     return score(line for line in read_predictions(out) if line["id"] in keys)
 
 
 def answer(
-    processor: Any, vlm: Any, questions: list[Question], decoding: GenerateOptions
+    processor: Any,
+    vlm: Any,
+    questions: list[Question],
+    decoding: GenerateOptions,
+    fetch: bool = False,
 ) -> list[dict[str, Any]]:
     """One line of the file for each question: its answer and scores, or why there is none."""
     lines: dict[str, dict[str, Any]] = {}
@@ -151,7 +158,7 @@ def answer(
             lines[question.key] = {"id": question.key, "error": question.problem}
             continue
         try:
-            images = [_opened(processor, question, i) for i in range(len(question.images))]
+            images = [_opened(processor, question, i, fetch) for i in range(len(question.images))]
         except (ImageError, OSError, TypeError) as error:
             lines[question.key] = {"id": question.key, "error": _image_error(error)}
         else:
@@ -178,11 +185,12 @@ def _answers(
     return [_answers(processor, vlm, [c], decoding)[0] for c in conversations]
 
 
-def _opened(processor: Any, question: Question, index: int) -> Any:
-    images = processor.image_processor
-    source = question.images[index]
-    name = None if isinstance(source, Path) else f"row {question.key}, image {index}"
-    return load_image(source, name=name, background=images.background, max_pixels=images.max_pixels)
+def _opened(processor: Any, question: Question, index: int, fetch: bool) -> Any:
+    source, label = question.images[index], f"row {question.key}, image {index}"
+    name = None if isinstance(source, Path) else label
+    return load_image(
+        readable(source, label, fetch=fetch), name=name, **processor.reading_options()
+    )
 
 
 def _image_error(error: Exception) -> str:

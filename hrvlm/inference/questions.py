@@ -18,7 +18,9 @@ from ..data.rows import (
     check_markers,
     images_of,
     messages_of,
+    plain_row,
     records_of,
+    system_of,
     text_of,
     turns_of,
 )
@@ -35,6 +37,7 @@ class Question:
         turns: (user, assistant) of the turns before, and of this one with its first reference.
         references: Right answers: one, or those of several people.
         problem: Why it can't be asked, if so.
+        system: A text before all turns.
     """
 
     key: str
@@ -42,6 +45,7 @@ class Question:
     turns: tuple[tuple[str, str], ...] = ()
     references: tuple[str, ...] = ()
     problem: str | None = None
+    system: str | None = None
 
     @property
     def prompt(self) -> str:
@@ -50,7 +54,7 @@ class Question:
 
     def conversation(self, images: Sequence[Any]) -> list[dict[str, Any]]:
         """The messages up to this question, with the images opened."""
-        return messages_of(images, self.turns)[:-1]
+        return messages_of(images, self.turns, self.system)[:-1]
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ def questions_of(index: int, row: Any) -> list[Question]:
     Raises:
         ValueError: it is in none of the forms.
     """
-    images = tuple(images_of(row))
+    row = plain_row(row)
+    images, system = tuple(images_of(row)), system_of(row)
     texts, asked, answered = turns_of(row)
     turns: tuple[tuple[str, str], ...] = ()
     found = []
@@ -120,7 +125,7 @@ def questions_of(index: int, row: Any) -> list[Question]:
         references = _references(t, turn, answered)
         turns = (*turns, (text_of(t, turn, asked), references[0]))
         key = f"{index}.{t}" if len(texts) > 1 else str(index)
-        found.append(Question(key, images, turns, references))
+        found.append(Question(key, images, turns, references, system=system))
     check_markers(len(images), [user for user, _ in turns])
     marks = [sum(user.count(IMAGE_MARKER) for user, _ in q.turns) for q in found]
     if not marks[-1]:

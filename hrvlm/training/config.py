@@ -40,6 +40,7 @@ class ModelConfig:
         dtype: Of the weights, "float32" or "bfloat16"; ``training.bf16`` computes in bfloat16 with
             weights in float32, which loses no small update.
         attn_implementation: Of the language model, as transformers calls them.
+        allow_fp16: Let the encoder run in float16, which DINOv3's activations overflow.
     """
 
     path: str | None = None
@@ -50,6 +51,7 @@ class ModelConfig:
     names: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     attn_implementation: str | None = None
+    allow_fp16: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,9 +159,12 @@ def _index(place: list[Any], word: str, name: str) -> int:
 
 def _model_config(section: Any) -> ModelConfig:
     section = as_mapping(section, "model")
-    common = {name: section[name] for name in ("dtype", "attn_implementation") if name in section}
+    always = ("dtype", "attn_implementation", "allow_fp16")
+    common = {name: section[name] for name in always if name in section}
     rest = {name: value for name, value in section.items() if name not in common}
     check_dtype(common.get("dtype", "float32"), MODEL_DTYPES, "model.dtype")
+    if not isinstance(common.get("allow_fp16", False), bool):
+        raise ValueError(f"model.allow_fp16={common['allow_fp16']!r}: expected true or false")
     if "path" in rest:
         if len(rest) > 1:
             others = sorted(set(rest) - {"path"})

@@ -151,6 +151,8 @@ def load_model(config: ModelConfig) -> tuple[VisionLanguageModel, VLMProcessor]:
         processor = VLMProcessor.from_config(model.config, tokenizer)
     else:
         model, processor = _random_model(config.names, dtype)
+    if config.allow_fp16:
+        model.config.allow_fp16 = True
     if config.attn_implementation is not None:
         model.decoder.set_attn_implementation(config.attn_implementation)
     return model, processor
@@ -177,7 +179,7 @@ def make_trainer(
             "only: set training.per_device_train_batch_size=1 (and longer rows), or use sdpa"
         )
     lengths = [n for n in (data.max_sample_length, data.sequence_packing, context) if n is not None]
-    make = SampleMaker(processor, min(lengths, default=None), output_dir)
+    make = SampleMaker(processor, min(lengths, default=None), output_dir, fetch=data.fetch)
     train_data = training_set(data, make, args.seed)
     if isinstance(train_data, SampleStream) and args.max_steps <= 0:
         raise ValueError(

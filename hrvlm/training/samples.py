@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.rows import images_of, messages_of, text_of, turns_of
+from ..data.rows import images_of, messages_of, plain_row, system_of, text_of, turns_of
 from ..files import write_text
+from ..images.fetch import readable
 from ..images.geometry import positive_int
 from ..images.intake import load_image
 from .collators import IGNORE_INDEX
@@ -40,12 +41,20 @@ class SampleMaker:
         processor: The model's :class:`~hrvlm.vlm.processors.VLMProcessor`, with a fast tokenizer.
         max_length: Longest sample, in tokens; None for any.
         report: Directory for the list of what was left out; None for no list.
+        fetch: Whether images that are URLs are fetched.
 
     Raises:
         ValueError: the tokenizer can't tell which characters a token stands for.
     """
 
-    def __init__(self, processor: Any, max_length: int | None = None, report: Path | None = None):
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        report: Path | None = None,
+        *,
+        fetch: bool = False,
+    ):
         if not processor.tokenizer.is_fast:
             raise ValueError(
                 "processor: its tokenizer is not a fast one, which the labels need: they are on "
@@ -56,6 +65,7 @@ class SampleMaker:
         self.processor = processor
         self.max_length = max_length
         self.report = report
+        self.fetch = fetch
         self._skipped_in_a_row = 0
 
     def __call__(self, row: Mapping[str, Any], where: str) -> dict[str, Tensor] | None:
@@ -87,9 +97,10 @@ class SampleMaker:
 
     def _sample(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
         try:
+            row = plain_row(row)
             images, turns = images_of(row), _question_and_answer(row)
             opened = [self._opened(i, image) for i, image in enumerate(images)]
-            pieces = self._pieces(messages_of(opened, turns))
+            pieces = self._pieces(messages_of(opened, turns, system_of(row)))
         except ValueError as error:
             raise SkippedError(_BAD_ROW, str(error)) from error
         sample, strings = {}, iter(())
@@ -106,9 +117,9 @@ class SampleMaker:
         return {"input_ids": ids, "labels": labels, **sample}
 
     def _opened(self, index: int, image: Any) -> Any:
-        options = self.processor.image_processor
         try:
-            return load_image(image, background=options.background, max_pixels=options.max_pixels)
+            image = readable(image, "it", fetch=self.fetch)
+            return load_image(image, **self.processor.reading_options())
         except (ValueError, OSError, TypeError) as error:
             raise SkippedError(_BAD_IMAGE, f"image {index}: {error}") from error
 

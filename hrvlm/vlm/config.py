@@ -51,6 +51,7 @@ _VIT_NAMES = {
     "vit_n_registers": "num_register_tokens",
     "vit_use_rope": "use_rope",
     "backend": "backend",
+    "allow_fp16": "allow_fp16",
 }
 _LM_NAMES = {
     "lm_hidden_dim": "hidden_size",
@@ -110,6 +111,7 @@ _DERIVED = {  # what a config derives from a field unless told, and saves
 _DINOV3_ONLY = {  # names that siglip has with one value only, and why
     "vit_n_registers": (0, "siglip has no register tokens"),
     "vit_use_rope": (False, "siglip has learned positions; leave it out, or use dinov3"),
+    "allow_fp16": (False, "siglip runs in float16 as it is"),
     "backend": ("auto", "siglip runs as transformers' SiglipVisionModel"),
 }
 _NAMES = (
@@ -128,7 +130,8 @@ class VLMConfig(PreTrainedConfig):
 
     Attributes:
         vision_config: Of the encoder: a ``DINOv3ViTConfig`` (whose ``use_rope=False`` switches the
-            rotation off, and whose ``backend`` chooses the kernels) or a ``SiglipVisionConfig``.
+            rotation off, whose ``backend`` chooses the kernels and whose ``allow_fp16`` lets it run
+            in float16) or a ``SiglipVisionConfig``.
         text_config: Of the language model: the config of any causal LM of transformers.
         image_token_id: The placeholder's id in the LM's vocabulary; needed to run with images.
         mp_pixel_shuffle_factor: s: s x s patches make one token.
@@ -222,6 +225,15 @@ class VLMConfig(PreTrainedConfig):
     def vit_hidden_dim(self) -> int:
         """Channels of the encoder's tokens."""
         return self.vision_config.hidden_size
+
+    @property
+    def allow_fp16(self) -> bool:
+        """Whether the encoder runs in float16, which DINOv3's activations overflow."""
+        return bool(getattr(self.vision_config, "allow_fp16", False))
+
+    @allow_fp16.setter
+    def allow_fp16(self, allow: bool) -> None:
+        self.vision_config.allow_fp16 = allow
 
     @property
     def vit_use_rope(self) -> bool:

@@ -8,7 +8,6 @@ template, even where that knows text only: see `IMAGE_PRELUDE`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +18,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.utils.import_utils import is_torchvision_available
 
 from ..checkpoints.damage import naming_damaged_files
-from ..images.fetch import fetch_image, is_text_image
+from ..images.fetch import readable
 from ..images.geometry import image_token_count, positive_pair, shuffled_grid
 from ..images.intake import upright_rgb
 from ..images.processor import normalization_for, resize
@@ -297,8 +296,7 @@ class VLMProcessor(ProcessorMixin):
 
     def fetched(self, index: int, image: Any) -> Any:
         """Image `index` of a call, for the image processor: a URL or base64 string as its bytes."""
-        if isinstance(image, str) and is_text_image(image) and not os.path.exists(image):
-            image = fetch_image(image, f"image {index}")
+        image = readable(image, f"image {index}", fetch=True)
         if self.square_size is not None:
             rgb = upright_rgb(image, name=index, **self.reading_options())
             image = resize(rgb, self.square_size, self.square_size)

@@ -477,13 +477,17 @@ def test_stochastic_depth_drops_whole_images_in_training_only(rng):
 def test_float16_raises_unless_forced(rng):
     theirs, ours = pair_of()
     x = torch.randn(1, 3, 32, 32, generator=rng)
-    with pytest.raises(ValueError, match=r"float16: .* bfloat16 or float32"):
+    with pytest.raises(ValueError, match=r"float16: .* bfloat16 or float32, or allow_fp16=True"):
         copy.deepcopy(ours).half()(x)
     with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="float16"):
         ours(x)
     forced = DINOv3Encoder(ours.config, allow_fp16=True)
     forced.load_state_dict(theirs.state_dict())
     assert forced.half().eval()(x).last_hidden_state.dtype == torch.float16
+    ours.config.allow_fp16 = True
+    with torch.autocast("cpu", dtype=torch.float16):
+        ours(x)
+    ours.half()(x)
 
 
 def test_autocast_runs_in_bfloat16_and_stays_close(rng):

@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_where_it_was(kept, place, finished, tmp_path, monk
     monkeypatch.setattr(
         module,
         "answer",
-        lambda p, v, questions, o: asked.extend(questions) or answer(p, v, questions, o),
+        lambda p, v, questions, *o: asked.extend(questions) or answer(p, v, questions, *o),
     )
     result = run(place, out, "--json")
     assert result.exit_code == 0, result.output
@@ -203,6 +203,15 @@ def test_images_stand_where_the_texts_say():
     assert (image["image"], text["text"]) == ("A", "is a")
     kinds = [content["type"] for content in second.conversation(["A", "B"])[2]["content"]]
     assert kinds == ["text", "image", "text"]
+
+
+def test_urls_are_fetched_only_where_that_is_asked_for(place, tmp_path):
+    url = "http://127.0.0.1:9/a.png"  # the port of "discard", where nobody answers
+    row = {"image": url, "question": "?", "answer": "a"}
+    (place / "urls.jsonl").write_text(json.dumps(ROWS[4]) + "\n" + json.dumps(row) + "\n")
+    for arguments, message in ((), "fetched only where"), (["--fetch"], "can't be fetched"):
+        result = run(place, tmp_path / message, *arguments, data="urls.jsonl")
+        assert "row 1, image 0" in result.stderr and message in result.stderr, result.output
 
 
 def test_no_answer_at_all_is_an_error(place, tmp_path):

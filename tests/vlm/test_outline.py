@@ -5,14 +5,17 @@ import inspect
 
 import pytest
 import torch
-from transformers import GenerationMixin, PreTrainedModel, StaticCache
+from transformers import GenerationMixin, PreTrainedModel, StaticCache, pipeline
 
 from hrvlm.encoder.vision_transformer import DINOv3Encoder
+from hrvlm.vlm.config import VLMConfig
 from hrvlm.vlm.vision_language_model import VisionLanguageModel
 from tests.tiny import (
     config_of,
     images_of,
     model_of,
+    picture,
+    processor_of,
     siglip_config_of,
     text_config_of,
     vision_config_of,
@@ -225,3 +228,32 @@ def test_a_static_cache_is_checked_at_the_start_of_a_text(model):
     cache = StaticCache(config=model.config.text_config, max_cache_len=32)
     with pytest.raises(ValueError, match="got 7 image placeholders, expected 0"):
         model(input_ids=torch.tensor([TEXTS[0]]), past_key_values=cache)
+
+
+def test_one_switch_lets_float16_run_by_argument_config_pipeline_and_autocast(tmp_path):
+    model_of().save_pretrained(tmp_path)
+    processor = processor_of()
+    processor.save_pretrained(tmp_path)
+    content = [{"type": "image", "image": picture(60, 40)}, {"type": "text", "text": "hi"}]
+    chat = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    half = {"dtype": torch.float16}
+    refused = pytest.raises(ValueError, match="or allow_fp16=True")
+    with refused:
+        VisionLanguageModel.from_pretrained(tmp_path, **half)(**inputs)
+    config = VLMConfig.from_pretrained(tmp_path, allow_fp16=True)
+    assert config.allow_fp16 and config.vision_config.allow_fp16
+    for options in ({"allow_fp16": True}, {"config": config}):
+        model = VisionLanguageModel.from_pretrained(tmp_path, **half, **options)
+        assert model(**inputs).logits.dtype == torch.float16
+    model.save_pretrained(tmp_path / "saved")  # the switch with it
+    VisionLanguageModel.from_pretrained(tmp_path / "saved")(**inputs)
+    model = VisionLanguageModel.from_pretrained(tmp_path)
+    with torch.autocast("cpu", torch.float16):
+        with refused:
+            model(**inputs)
+        model.config.allow_fp16 = True
+        model(**inputs)
+    options = half | {"model_kwargs": {"allow_fp16": True}}
+    ask = pipeline("image-text-to-text", model=str(tmp_path), device="cpu", **options)
+    assert ask(text=chat, max_new_tokens=2)
