@@ -48,6 +48,10 @@ class DINOv3Embeddings(nn.Module):
     def __init__(self, config: DINOv3ViTConfig):
         super().__init__()
         size, p = config.hidden_size, patch_size_of(config)
+        if config.num_register_tokens < 0:
+            raise ValueError(
+                f"config.num_register_tokens={config.num_register_tokens}: expected 0 or more"
+            )
         self.cls_token = nn.Parameter(torch.randn(1, 1, size))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
         self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
@@ -118,6 +122,13 @@ class DINOv3Attention(nn.Module):
 
     def __init__(self, config: DINOv3ViTConfig):
         super().__init__()
+        size, heads = config.hidden_size, config.num_attention_heads
+        unit = 4 if getattr(config, "use_rope", True) else 1  # two axes, two halves
+        if heads < 1 or size % (unit * heads):
+            raise ValueError(
+                f"config.num_attention_heads={heads}: expected to divide config.hidden_size={size} "
+                f"into multiples of {unit}"
+            )
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_prefix_tokens = 1 + config.num_register_tokens

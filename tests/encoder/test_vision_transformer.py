@@ -585,3 +585,12 @@ def test_one_graph_serves_many_packings(rng):
         assert counters["stats"]["unique_graphs"] == 1 + (len(grids) == 1)
     # RoPE's frequencies are at hand: made in the graph, they would be copied in every forward.
     assert not any("pow" in str(node.target) for graph in graphs for node in graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_attention_heads": 5}, {"num_attention_heads": 32}, {"num_register_tokens": -1}]
+)
+def test_sizes_that_make_no_encoder_are_named(fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(ValueError, match=rf"config.{name}={value}: expected"):
+        DINOv3Encoder(config_of(**fields))
