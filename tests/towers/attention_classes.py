@@ -1,7 +1,9 @@
-"""All attention classes of the installed transformers that take ``cu_seqlens``, found by AST."""
+"""All vision attention classes of the installed transformers, found by AST, and a run of each."""
 
 import ast
+import copy
 import inspect
+import re
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +12,26 @@ import torch
 import transformers
 from torch import nn
 
+import hrvlm
+from tests.numerics import assert_contraction, relative_error
+
 _MODELS = Path(transformers.__file__).parent / "models"
+_VISION = re.compile(r"^class \w*(Vision|ViT|Dinov2|DINOv3|CLIP|Siglip|Pixtral)\w*Attention", re.M)
+
+
+# Classes of each source form, with the head_dim that their towers have.
+IN_KERNELS = {
+    ("cohere_compass", "CohereCompassVisionAttention"): 64,
+    ("exaone4_5", "Exaone4_5_VisionAttention"): 80,
+    ("glm4v", "Glm4vVisionAttention"): 128,
+    ("glm_ocr", "GlmOcrVisionAttention"): 64,
+    ("hunyuan_vl", "HunYuanVLVisionAttention"): 72,
+    ("kimi_k25", "Kimi_K25VisionAttention"): 72,
+    ("paddleocr_vl", "PaddleOCRVisionAttention"): 72,
+    ("qwen2_5_vl", "Qwen2_5_VLVisionAttention"): 80,
+    ("qwen3_vl", "Qwen3VLVisionAttention"): 72,
+    ("video_llama_3", "VideoLlama3VisionAttention"): 64,
+}
 
 
 class Config:
@@ -24,8 +45,25 @@ class Config:
         self.num_key_value_heads = heads // 2
         self.attention_bias = self.qkv_bias = True
         self.attention_dropout = self.attention_probs_dropout_prob = 0.0
-        self.rms_norm_eps = self.layer_norm_eps = 1e-6
+        self.rms_norm_eps = self.layer_norm_eps = self.norm_eps = 1e-6
         self._attn_implementation = implementation
+
+
+@cache
+def other_vision_classes():
+    """(model, class) of vision attention that looks up a function, and takes no ``cu_seqlens``."""
+    taken, found = set(attention_classes()), []
+    for path in sorted(_MODELS.glob("*/modeling_*.py")):
+        text = path.read_text()
+        if "ALL_ATTENTION_FUNCTIONS" not in text or not _VISION.search(text):
+            continue
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef) and _VISION.match(f"class {node.name}"):
+                names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                pair = (path.parent.name, node.name)
+                if "ALL_ATTENTION_FUNCTIONS" in names and pair not in taken:
+                    found.append(pair)
+    return found
 
 
 @cache
@@ -54,11 +92,17 @@ def attention_classes():
     return found
 
 
+def class_of(model, name):
+    """The class of that name."""
+    return getattr(import_module(f"transformers.models.{model}.modeling_{model}"), name)
+
+
 def build(model, name, *, heads=2, head_dim=32, implementation="sdpa"):
     """An attention module with random weights."""
-    cls = getattr(import_module(f"transformers.models.{model}.modeling_{model}"), name)
+    cls = class_of(model, name)
     torch.manual_seed(0)
-    module = cls(Config(heads, head_dim, implementation))
+    layer = {"layer_idx": 0} if "layer_idx" in inspect.signature(cls).parameters else {}
+    module = cls(Config(heads, head_dim, implementation), **layer)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return module
@@ -84,7 +128,43 @@ def inputs(module, lengths, *, seed=1):
     return given
 
 
+def run(module, lengths, dtype=torch.float32):
+    """Output and the gradients of the input and of the weights, for a random cotangent."""
+    module = module.to(dtype)
+    module.zero_grad()
+    given = {name: _cast(value, dtype) for name, value in inputs(module, lengths).items()}
+    given["hidden_states"].requires_grad_()
+    out = module(**given)
+    out = out[0] if isinstance(out, tuple) else out
+    rng = torch.Generator().manual_seed(2)
+    out.backward(torch.randn(out.shape, generator=rng).to(dtype))
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return {"output": out.detach(), "hidden_states": given["hidden_states"].grad, **gradients}
+
+
+def _cast(value, dtype):
+    if isinstance(value, tuple):
+        return tuple(_cast(each, dtype) for each in value)
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_float else value
+
+
+def check_kernels(model, name, head_dim, lengths):
+    """By the Triton kernels: as near to stock in float64 as stock in float32, or within 1e-6."""
+    module = build(model, name, head_dim=head_dim)
+    swapped = copy.deepcopy(module)
+    hrvlm.accelerate(swapped, backend="triton")
+    mine = run(swapped, lengths)
+    baseline, exact = run(copy.deepcopy(module), lengths), run(module, lengths, torch.float64)
+    assert mine.keys() == exact.keys()
+    for part, result in mine.items():
+        if relative_error(result, exact[part]) > 1e-6:
+            assert_contraction(result, exact[part], baseline[part])
+
+
 def _batched(module):
     """Whether the hidden states of `module` have an axis for the batch, of size 1."""
     source = inspect.getsource(type(module))
+    if "transpose(0, 1).unsqueeze(0)" in source:
+        return False
     return "hidden_states.shape[:-1]" in source or "batch_size, seq_len" in source
