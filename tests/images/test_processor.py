@@ -11,11 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
+from hrvlm.images import transformers_processor
 from hrvlm.images.geometry import tile_grid, token_grid
 from hrvlm.images.intake import ImageError
-from hrvlm.images.patches import unpatchify
-from hrvlm.images.processor import IMAGENET, SAT493M, SIGLIP, get_image_processor, normalization_for
+from hrvlm.images.patches import patchify, unpatchify
+from hrvlm.images.processor import (
+    IMAGENET,
+    SAT493M,
+    SIGLIP,
+    get_image_processor,
+    normalization_for,
+    normalize,
+)
 from hrvlm.images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
+from hrvlm_kernels import normalize_patchify
+from tests.kernels.helpers import interpreter_only
 
 BACKENDS = [VLMImageProcessor, VLMImageProcessorPil]
 
@@ -542,3 +552,34 @@ def test_resized_on_a_gpu():
     grid = processor.get_patch_grid(300, 500)
     here, there = (unpatchify(x.cpu(), grid, 16) for x in (here, there))
     assert steps(here, there, IMAGENET.std) <= 1 + 1e-4
+
+
+@pytest.mark.parametrize("backend", [VLMImageProcessor, VLMImageProcessorPil])
+def test_patches_are_the_normalised_bytes_to_the_bit(backend):
+    image = Image.fromarray(picture(100, 160, "black and white"))
+    processor = backend(max_img_size=128, image_mean=SAT493M.mean, image_std=SAT493M.std)
+    given = processor(image)
+    size = token_grid(100, 160, max_img_size=128)
+    pixels = processor._resized(image, size.height, size.width, processor._options({}))
+    assert pixels.dtype == torch.uint8
+    expected = patchify(normalize(pixels, *SAT493M), 16)
+    assert torch.equal(given["pixel_values"], expected)
+
+
+@interpreter_only
+@pytest.mark.parametrize("backend", [VLMImageProcessor, VLMImageProcessorPil])
+def test_the_kernel_of_a_gpu_gives_the_same_patches(backend, monkeypatch):
+    launched = []
+
+    def on_a_gpu(images, *numbers):
+        launched.append(tuple(images.shape))
+        return normalize_patchify(images, *numbers, backend="triton")
+
+    images = [picture(64, 128), picture(128, 64)]
+    processor = backend(max_img_size=128)
+    expected = processor(images)["pixel_values"]
+    monkeypatch.setattr(transformers_processor, "normalize_patchify", on_a_gpu)
+    torch.testing.assert_close(processor(images)["pixel_values"], expected)
+    assert launched == [(1, 3, 64, 128), (1, 3, 128, 64)]
+    processor(images, rescale_factor=1 / 256)
+    assert len(launched) == 2
