@@ -56,31 +56,42 @@ def register_model() -> None:
     from .vlm.config import VLMConfig
 
     model: Any = LateClass(_MODEL, "VisionLanguageModel", VLMConfig)
-    if _MODEL in sys.modules and _MODEL not in _Loader.running:
+    if _imported(_MODEL):
         model = model.load()
     for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto.register(VLMConfig, model, exist_ok=True)
 
 
 def register_backbone_config() -> None:
-    """AutoConfig, for the backbone's."""
-    from transformers.models.auto.configuration_auto import AutoConfig
+    """AutoConfig, for the backbone's: by a stand-in, since its base is a config of transformers.
 
-    from .encoder.backbone_config import DINOv3BackboneConfig
+    To import that here could be to import it twice: transformers' configs import this registry.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    AutoConfig.register(DINOv3BackboneConfig.model_type, DINOv3BackboneConfig, exist_ok=True)
+    config: Any = LateClass(_BACKBONE_CONFIG, "DINOv3BackboneConfig")
+    if _imported(_BACKBONE_CONFIG):
+        config = config.load()
+    CONFIG_MAPPING.register("hrvlm_dinov3", config, exist_ok=True)
 
 
 def register_backbone() -> None:
-    """AutoBackbone, by the class itself once it is imported."""
+    """AutoBackbone, once there is a config to know it by."""
+    if not _imported(_BACKBONE_CONFIG):
+        return
     from transformers.models.auto.modeling_auto import AutoBackbone
 
     from .encoder.backbone_config import DINOv3BackboneConfig
 
     backbone: Any = LateClass(_BACKBONE, "DINOv3Backbone", DINOv3BackboneConfig)
-    if _BACKBONE in sys.modules and _BACKBONE not in _Loader.running:
+    if _imported(_BACKBONE):
         backbone = backbone.load()
     AutoBackbone.register(DINOv3BackboneConfig, backbone, exist_ok=True)
+
+
+def _imported(module: str) -> bool:
+    """Whether all of it is."""
+    return module in sys.modules and module not in _Loader.running
 
 
 def register_image_processors() -> None:
@@ -124,17 +135,13 @@ class _Registration(NamedTuple):
 
 
 _AUTO = "transformers.models.auto"
-# What the backbone's config derives from; importing it imports configuration_auto.
-_DINOV3 = "transformers.models.dinov3_vit.configuration_dinov3_vit"
 _REGISTRATIONS = (
     _Registration(f"{_AUTO}.configuration_auto", (_CONFIG,), register_config),
     _Registration(f"{_AUTO}.modeling_auto", (_CONFIG,), register_model, late=_MODEL),
     _Registration(
-        f"{_AUTO}.configuration_auto", (_BACKBONE_CONFIG, _DINOV3), register_backbone_config
+        f"{_AUTO}.configuration_auto", (), register_backbone_config, late=_BACKBONE_CONFIG
     ),
-    _Registration(
-        f"{_AUTO}.modeling_auto", (_BACKBONE_CONFIG, _DINOV3), register_backbone, late=_BACKBONE
-    ),
+    _Registration(f"{_AUTO}.modeling_auto", (_BACKBONE_CONFIG,), register_backbone, late=_BACKBONE),
     _Registration(f"{_AUTO}.image_processing_auto", (_CONFIG, _IMAGES), register_image_processors),
     _Registration(f"{_AUTO}.processing_auto", (_CONFIG, _PROCESSOR), register_processor),
 )
@@ -151,13 +158,14 @@ class LateClass:
     """A class that is imported when something of it is asked for.
 
     Attributes:
-        config_class: As of the class; transformers looks at it when it registers one.
+        config_class: As of a model's class; transformers looks at it when it registers one.
     """
 
-    def __init__(self, module: str, name: str, config_class: type):
+    def __init__(self, module: str, name: str, config_class: type | None = None):
         self._module = module
         self.__name__ = name
-        self.config_class = config_class
+        if config_class is not None:
+            self.config_class = config_class
 
     def load(self) -> Any:
         """The class itself."""
