@@ -71,7 +71,7 @@ def seeds() -> dict[str, bytes]:
     add("AVIF animated", rgb, speed=10, frames=3)
     for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
         add(f"TIFF {compression}", rgb, compression=compression)
-    if int(PIL.__version__.split(".")[0]) >= 12:  # before, Pillow's own libtiff has none and crashes
+    if int(PIL.__version__.split(".")[0]) >= 12:  # 11 crashes without zstd
         with contextlib.suppress(OSError):  # not every libtiff has it
             add("TIFF zstd", rgb, compression="zstd")
     for compression in ("group3", "group4", "tiff_ccitt"):
