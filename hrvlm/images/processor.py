@@ -148,6 +148,8 @@ class ImageProcessor:
         positive_int("max_pixels", self.max_pixels)
         for name in ("single_image_mode", "allow_upscale"):
             true_or_false(name, getattr(self, name))
+        for name in ("max_img_size", "vit_patch_size", "pixel_shuffle_factor"):
+            positive_int(name, getattr(self, name))
         self.geometry(1, 1)
         if not self.single_image_mode:
             self._check_split()

@@ -185,7 +185,8 @@ def test_the_processor_as_an_object():
     [
         (dict(max_img_size=63), r"max_img_size=63"),
         (dict(max_img_size=512.0), r"max_img_size=512\.0"),
-        (dict(vit_patch_size=0), r"patch_size=0"),
+        (dict(vit_patch_size=0), r"^vit_patch_size=0"),
+        (dict(pixel_shuffle_factor=0), r"^pixel_shuffle_factor=0"),
         (dict(image_mean=(0.5, 0.5)), r"image_mean=\(0\.5, 0\.5\)"),
         (dict(image_mean=0.5), r"image_mean=0\.5"),
         (dict(image_std=(0.5, 0, 0.5)), r"image_std=.* greater than 0"),
