@@ -124,20 +124,17 @@ def _obstacle(module: nn.Module) -> str | None:
 
 
 def _towers(model: nn.Module) -> list[nn.Module]:
-    """The models that swapped attention is directly in; what calls functions of grids around them.
+    """What is around swapped attention, and all in it, that calls functions of grids.
 
-    And inside these, whatever else calls such functions.
+    And the models that swapped attention is directly in, whether they do or not.
     """
     towers: dict[nn.Module, None] = {}
     for outer in model.modules():
         swapped = [name for name, module in outer.named_modules() if hasattr(module, OPTION)]
-        if not swapped:
-            continue
-        if uses_grids(type(outer)):
-            towers |= {m: None for m in outer.modules() if uses_grids(type(m))}
         inner = [name for name, m in outer.named_modules() if name and _is_model(m)]
-        if _is_model(outer) and not all(_within(name, inner) for name in swapped):
-            towers[outer] = None
+        is_owner = _is_model(outer) and not all(_within(name, inner) for name in swapped)
+        if swapped and (is_owner or uses_grids(type(outer))):
+            towers |= {m: None for m in outer.modules() if uses_grids(type(m)) or m is outer}
     return [module for module in towers if not stock_class(module)]
 
 

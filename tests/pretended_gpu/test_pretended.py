@@ -9,6 +9,8 @@ pretended_gpu.install()
 
 from transformers import DINOv3ViTConfig
 
+import hrvlm
+from benchmarks.towers.tiny import inputs_of, output_of, tower_of
 from hrvlm import DINOv3Encoder
 from hrvlm_kernels import (
     PackedGrids,
@@ -199,3 +201,19 @@ def test_tensor_maps(change, message):
 def test_it_comes_before_the_kernels_package():
     with pytest.raises(RuntimeError, match="real GPU"):
         pretended_gpu.install()
+
+
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_an_accelerated_tower_waits_once_for_grids_on_the_device(where):
+    tower, inputs = tower_of("qwen2_5_vl").cuda(), inputs_of("qwen2_5_vl")
+    on_device = {name: value.cuda() for name, value in inputs.items()}
+    fresh = on_device | {"grid_thw": inputs["grid_thw"].to(where)}
+    with torch.no_grad():
+        expected = output_of(tower, on_device).cpu()
+        assert len(RECORD.syncs) > 4
+        hrvlm.accelerate(tower)
+        RECORD.clear()
+        out = output_of(tower, fresh)
+    assert len(RECORD.syncs) == (where == "cuda"), RECORD.syncs
+    assert not RECORD.uploads
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)

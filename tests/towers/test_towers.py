@@ -14,11 +14,11 @@ from transformers import (
 )
 
 import hrvlm
+from benchmarks.towers.tiny import TOWERS, gradients_of, inputs_of, output_of, tower_of
 from hrvlm.towers import layouts
 from tests.numerics import relative_error
 from tests.towers.attention_classes import build
 from tests.towers.attention_classes import inputs as attention_inputs
-from tests.towers.tiny_towers import TOWERS, gradients_of, inputs_of, output_of, tower_of
 
 
 def assert_equal_gradients(mine, theirs, tolerance=1e-6):
