@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from .vlm.modality_projector import pixel_unshuffle as pixel_unshuffle
     from .vlm.output import VLMOutput as VLMOutput
     from .vlm.processors import VLMProcessor as VLMProcessor
-    from .vlm.processors import get_image_string as get_image_string
-    from .vlm.processors import get_tokenizer as get_tokenizer
+    from .vlm.tokenizer import get_image_string as get_image_string
+    from .vlm.tokenizer import get_tokenizer as get_tokenizer
     from .vlm.vision_language_model import VisionLanguageModel as VisionLanguageModel
 
 _HOME = {
@@ -84,8 +84,8 @@ _HOME = {
     "accelerate": "towers.acceleration",
     "convert": "checkpoints.convert",
     "get_image_processor": "images.processor",
-    "get_image_string": "vlm.processors",
-    "get_tokenizer": "vlm.processors",
+    "get_image_string": "vlm.tokenizer",
+    "get_tokenizer": "vlm.tokenizer",
     "image_token_count": "images.geometry",
     "load_checkpoint": "checkpoints.convert",
     "load_image": "images.intake",

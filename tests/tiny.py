@@ -8,7 +8,8 @@ from transformers import DINOv3ViTConfig, LlamaConfig, PreTrainedTokenizerFast, 
 from hrvlm.images.transformers_processor import VLMImageProcessorPil
 from hrvlm.reader.model import byte_backend
 from hrvlm.vlm.config import VLMConfig
-from hrvlm.vlm.processors import IMAGE_TOKEN, VLMProcessor
+from hrvlm.vlm.processors import VLMProcessor
+from hrvlm.vlm.tokenizer import IMAGE_TOKEN
 from hrvlm.vlm.vision_language_model import VisionLanguageModel
 
 PATCH, FACTOR = 8, 2

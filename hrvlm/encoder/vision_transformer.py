@@ -23,7 +23,7 @@ from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import check_backend
 
 from ..checkpoints import mapping
-from ..checkpoints.convert import foreign_base, is_foreign, load_foreign
+from ..checkpoints.foreign import foreign_base, is_foreign, load_foreign
 from ..checkpoints.strict import StrictModel
 from .inputs import Grids, flat_mask, pack_inputs
 from .intermediate import as_maps, block_indices, by_image

@@ -98,7 +98,7 @@ def _random_encoder() -> DINOv3Encoder:
 
 def _pretrained_encoder(model: str) -> tuple[DINOv3Encoder, Normalization | None]:
     """The encoder, and mean and std of its own image processor if it has one."""
-    from ..checkpoints.convert import is_foreign, open_checkpoint
+    from ..checkpoints.foreign import is_foreign, open_checkpoint
     from ..encoder.vision_transformer import DINOv3Encoder
 
     if is_foreign(model):

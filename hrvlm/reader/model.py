@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ..vlm.config import VLMConfig
-from ..vlm.processors import IMAGE_TOKEN, VLMProcessor
+from ..vlm.processors import VLMProcessor
+from ..vlm.tokenizer import IMAGE_TOKEN
 from ..vlm.vision_language_model import VisionLanguageModel
 
 PROMPT = "Read."  # what it was trained to be asked

@@ -20,7 +20,8 @@ from ..encoder.plain_modules import cast_parameters
 from ..files import write_text
 from ..inference.loading import check_model_type, quiet_loading
 from ..machine import torch_dtype
-from ..vlm.processors import VLMProcessor, get_tokenizer
+from ..vlm.processors import VLMProcessor
+from ..vlm.tokenizer import get_tokenizer
 from ..vlm.vision_language_model import VisionLanguageModel
 from .collators import VQACollator
 from .config import ModelConfig, TrainingConfig

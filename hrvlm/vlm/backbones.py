@@ -16,13 +16,13 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from ..checkpoints.convert import is_foreign
 from ..checkpoints.damage import naming_damaged_files
+from ..checkpoints.foreign import is_foreign
 from ..checkpoints.strict import load_strictly
 from ..encoder.plain_modules import cast_parameters, is_float
 from ..encoder.vision_transformer import DINOv3Encoder, without_mask_token
 from .config import VLMConfig
-from .processors import get_tokenizer
+from .tokenizer import get_tokenizer
 
 if TYPE_CHECKING:
     from .vision_language_model import VisionLanguageModel

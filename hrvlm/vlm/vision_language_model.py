@@ -90,7 +90,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
                 DINOv3ViTModel or SiglipVisionModel.
             language: Hub id or directory of a causal LM, or a loaded one. Loaded parts become parts
                 of the new model; they are not copied.
-            tokenizer: Hub id or directory, read by :func:`hrvlm.vlm.processors.get_tokenizer`, or a
+            tokenizer: Hub id or directory, read by :func:`hrvlm.vlm.tokenizer.get_tokenizer`, or a
                 tokenizer with an ``image_token``. The vocabulary grows to hold its tokens.
             dtype: Of all parts; default: the language model's.
             **options: Attributes of :class:`~hrvlm.vlm.config.VLMConfig`, as ``max_img_size``.

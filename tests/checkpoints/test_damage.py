@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hrvlm import DINOv3Encoder, VisionLanguageModel, VLMProcessor
-from hrvlm.checkpoints.convert import convert, load_checkpoint, load_into, open_checkpoint
+from hrvlm.checkpoints.convert import convert, load_checkpoint, load_into
+from hrvlm.checkpoints.foreign import open_checkpoint
 from hrvlm.inference.chat import load_vlm
 from hrvlm.inference.loading import load_encoder
 from tests.checkpoints.damage import mutate, mutate_json, mutate_pickle_in_zip

@@ -48,7 +48,8 @@ def model(tmp_path_factory):
 def vlm(tmp_path_factory):
     """A tiny vision-language model with random weights and its processor."""
     from hrvlm.vlm.config import VLMConfig
-    from hrvlm.vlm.processors import VLMProcessor, get_tokenizer
+    from hrvlm.vlm.processors import VLMProcessor
+    from hrvlm.vlm.tokenizer import get_tokenizer
     from hrvlm.vlm.vision_language_model import VisionLanguageModel
 
     folder = tmp_path_factory.mktemp("vlm")

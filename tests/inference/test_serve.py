@@ -18,7 +18,7 @@ import pytest
 from transformers.utils.import_utils import is_serve_available
 
 from hrvlm.inference.chat import GenerateOptions, start_chat
-from hrvlm.vlm.processors import IMAGE_TOKEN
+from hrvlm.vlm.tokenizer import IMAGE_TOKEN
 from tests.images.bombs import run_length_bmp
 from tests.tiny import model_of, picture, processor_of
 

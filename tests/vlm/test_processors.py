@@ -9,13 +9,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
 from hrvlm.images.processor import IMAGENET, SAT493M, SIGLIP
-from hrvlm.vlm.processors import (
-    CHAT_TEMPLATE,
-    IMAGE_TOKEN,
-    VLMProcessor,
-    get_image_string,
-    get_tokenizer,
-)
+from hrvlm.vlm.processors import VLMProcessor
+from hrvlm.vlm.tokenizer import CHAT_TEMPLATE, IMAGE_TOKEN, get_image_string, get_tokenizer
 from tests.tiny import (
     FACTOR,
     PATCH,

@@ -1,0 +1,217 @@
+"""Checkpoints that are no directory of transformers, opened as if they were.
+
+The layouts are those of :mod:`hrvlm.checkpoints.convert`, which writes what is opened here.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..images.processor import IMAGENET, SAT493M
+from .differences import KeyDifferences, compare
+from .family import CONFIGS, check_overrides, config_of, make_config
+from .files import WEIGHT_SUFFIXES, load_checkpoint, read_json, summary
+from .tensors import CheckpointInfo, Reading, architecture, expected_shapes, read
+
+if TYPE_CHECKING:
+    from transformers import DINOv3ViTConfig
+
+_PIXEL_STATISTICS = {"imagenet": IMAGENET, "sat493m": SAT493M}
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint of any layout, as :func:`convert` would write it.
+
+    Attributes:
+        tensors: Weights under the keys of transformers' files.
+        config: That fits them.
+        preprocessor: The document of an image processor.
+        info: What was found.
+    """
+
+    tensors: dict[str, Tensor]
+    config: DINOv3ViTConfig
+    preprocessor: dict[str, Any]
+    info: CheckpointInfo
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    config: DINOv3ViTConfig | None = None,
+    pixel_statistics: str | None = None,
+    strict: bool = True,
+    **overrides: Any,
+) -> OpenedCheckpoint:
+    """Read a checkpoint of any known layout; the arguments are those of :func:`convert`.
+
+    Args:
+        source: A path for :func:`load_checkpoint`, or a state dict.
+        config: Default: the config.json of transformers beside the weights, else what fits them.
+        pixel_statistics: As in :func:`convert`.
+        strict: Raise where keys are missing or unexpected, or the config does not fit.
+        **overrides: Fields of DINOv3ViTConfig.
+
+    Raises:
+        FileNotFoundError: `source` does not exist.
+        ValueError: as :func:`load_checkpoint`, :func:`to_transformers` and :func:`infer_config`, or
+            the config does not fit the weights.
+        TypeError: an override is no field of DINOv3ViTConfig.
+    """
+    given = config is not None
+    if pixel_statistics is not None and pixel_statistics not in _PIXEL_STATISTICS:
+        raise ValueError(
+            f"pixel_statistics must be {' or '.join(_PIXEL_STATISTICS)}, got {pixel_statistics!r}"
+        )
+    check_overrides(overrides)
+    weights = weights_of(source)
+    stored, preprocessor = _documents_beside(source)
+    with naming(source):
+        reading = read(weights, strict=strict)
+        if config is None and stored:
+            config = _stored_config(source, stored, overrides)
+        elif config is None:
+            config = config_of(reading, overrides)
+        if strict and (difference := _config_difference(reading.tensors, config)):
+            raise ValueError(f"the config does not fit the weights:\n{difference}")
+    if not given:
+        config.dtype = reading.tensors["embeddings.patch_embeddings.weight"].dtype
+    if preprocessor is None or pixel_statistics is not None:
+        preprocessor = _preprocessor_config(pixel_statistics or _likely_statistics(reading))
+    return OpenedCheckpoint(reading.tensors, config, preprocessor, reading.info)
+
+
+def is_foreign(source: str | os.PathLike[str]) -> bool:
+    """Whether `source` is for :func:`open_checkpoint`, and not a directory of transformers.
+
+    That is a weight file, be it there or not, or a local directory with weights but no config.json
+    of transformers.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return path.is_file() or path.suffix in WEIGHT_SUFFIXES
+    if (path / "adapter_config.json").is_file():
+        return False
+    return "model_type" not in (read_json(path / "config.json") or {})
+
+
+def foreign_base(directory: str | os.PathLike[str]) -> str | None:
+    """What the adapter in `directory` was trained on, where that is foreign; else None."""
+    base = (read_json(Path(directory, "adapter_config.json")) or {}).get("base_model_name_or_path")
+    return base if isinstance(base, str) and is_foreign(base) else None
+
+
+def load_foreign(
+    load: Callable[..., Any], path: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> Any:
+    """Call ``load``, a ``from_pretrained``, with what :func:`open_checkpoint` makes of `path`.
+
+    Args:
+        load: Of a model of DINOv3ViTConfig.
+        path: See :func:`is_foreign`.
+        *args: Passed on.
+        **kwargs: Fields of the config where no ``config`` is given; the others are passed on.
+    """
+    from transformers import DINOv3ViTConfig
+
+    config, overrides = kwargs.pop("config", None), {}
+    if config is None:
+        names = {field.name for field in fields(DINOv3ViTConfig)} - {"dtype"}
+        overrides = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+    elif not isinstance(config, DINOv3ViTConfig):
+        config = DINOv3ViTConfig.from_pretrained(config)
+    else:
+        config = copy.deepcopy(config)
+    lenient = not kwargs.get("strict", True) or kwargs.get("ignore_mismatched_sizes", False)
+    opened = open_checkpoint(path, config=config, strict=not lenient, **overrides)
+    kwargs.pop("subfolder", None)
+    opened.config.name_or_path = str(path)  # for errors; loading forgets it
+    loaded = load(None, *args, config=opened.config, state_dict=opened.tensors, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.name_or_path = model.config.name_or_path = str(path)
+    return loaded
+
+
+def weights_of(source: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict, or that of a file."""
+    return source if isinstance(source, Mapping) else load_checkpoint(source)
+
+
+@contextmanager
+def naming(source: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[None]:
+    """Errors of what is in a file name it."""
+    try:
+        yield
+    except Exception as error:  # tensors of a damaged file may have any shape and dtype
+        if isinstance(source, Mapping) or str(source) in str(error):
+            raise
+        what = str(error) if isinstance(error, ValueError) else summary(error)
+        raise ValueError(f"{source}: {what}") from error
+
+
+def _documents_beside(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Config and preprocessor config in the directory of a transformers checkpoint, else None."""
+    if isinstance(source, Mapping):
+        return None, None
+    home = _home(source)
+    stored = read_json(home / "config.json")
+    if stored is None or stored.get("model_type") != "dinov3_vit":
+        return None, None
+    return stored, read_json(home / "preprocessor_config.json")
+
+
+def _home(source: str | os.PathLike[str]) -> Path:
+    path = Path(source).expanduser()
+    return path if path.is_dir() else path.parent
+
+
+def _stored_config(
+    source: Any, stored: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> DINOv3ViTConfig:
+    try:
+        return make_config(stored, overrides)
+    except Exception as error:  # the fields of a damaged config may have any type and value
+        path = _home(source) / "config.json"
+        raise ValueError(f"{path}: no config of a DINOv3 ViT ({summary(error)})") from error
+
+
+def _config_difference(
+    tensors: Mapping[str, Tensor], config: DINOv3ViTConfig
+) -> KeyDifferences | str:
+    found = architecture(tensors)["num_hidden_layers"]
+    if config.num_hidden_layers != found:  # told first: the config may say any number
+        return f"num_hidden_layers={config.num_hidden_layers}, the weights have {found}"
+    return compare(tensors, expected_shapes(vars(config)))
+
+
+def _likely_statistics(reading: Reading) -> str:
+    size = reading.tensors["embeddings.patch_embeddings.weight"].shape[0]
+    large = size == CONFIGS["vitl16"]["hidden_size"]
+    local = any(".local_cls_norm." in f".{key}" for key in reading.info.left_out)
+    return "sat493m" if large and local else "imagenet"
+
+
+def _preprocessor_config(statistics: str) -> dict[str, Any]:
+    mean, std = _PIXEL_STATISTICS[statistics]
+    return {
+        "image_processor_type": "DINOv3ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": 224, "width": 224},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
