@@ -14,7 +14,7 @@ graph of one forward. Shapes are those of one layer on images of 768 px.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from benchmarks.case import (
     Rival,
     Run,
     Settings,
+    runner,
 )
 from benchmarks.encoder_models import Grids
 from hrvlm.images.patches import pack_images, patchify
@@ -139,51 +140,28 @@ def _prepare(
     def ours(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         return op.ours(*inputs, backend=backend)
 
-    def runner(function: Function) -> Callable[[], Run]:
-        return lambda: _runner(function, inputs, grads, direction)
+    def started(function: Function) -> Callable[[], Run]:
+        return lambda: runner(function, inputs, grads, direction)
 
     def compiled() -> Run:
-        return _runner(torch.compile(op.aten, dynamic=False), inputs, grads, direction)
+        return runner(torch.compile(op.aten, dynamic=False), inputs, grads, direction)
 
     def halves() -> Run:
         parts = torch.cat(inputs, dim=1).chunk(2, dim=1)
-        return _runner(ours, parts, grads, direction)
+        return runner(ours, parts, grads, direction)
 
     def expected() -> Outputs:
         wide = [a.float() for a in inputs]
-        return _runner(op.aten, wide, [g.float() for g in grads], direction)()
+        return runner(op.aten, wide, [g.float() for g in grads], direction)()
 
     rivals = [
-        Rival(OURS, runner(ours), role="ours"),
-        Rival("ATen, eager", runner(op.aten)),
+        Rival(OURS, started(ours), role="ours"),
+        Rival("ATen, eager", started(op.aten)),
         Rival("ATen, compiled", compiled, compiles=True),
     ]
     if not op.narrow:
         rivals.append(Rival("hrvlm, halves of one product", halves))
     return Prepared(rivals, expected)
-
-
-def _runner(
-    function: Function, inputs: Sequence[Tensor], grads: Sequence[Tensor], direction: str
-) -> Run:
-    """A function that computes the outputs, or the gradients from one forward."""
-
-    def forward(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        out = function(*inputs)
-        return (out,) if isinstance(out, Tensor) else out
-
-    if direction == ALONE:
-
-        def run() -> Outputs:
-            with torch.no_grad():
-                return forward(inputs)
-
-        return run
-    leaves = [a.detach().requires_grad_() for a in inputs]
-    with torch._functorch.config.patch(donated_buffer=False):
-        out = forward(leaves)
-        torch.autograd.grad(out, leaves, grads, retain_graph=True)
-    return lambda: torch.autograd.grad(out, leaves, grads, retain_graph=True)
 
 
 def _patchify_cases(settings: Settings, dtype: torch.dtype) -> Iterator[Case]:

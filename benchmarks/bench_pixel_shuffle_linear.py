@@ -29,6 +29,7 @@ from benchmarks.case import (
     Rival,
     Run,
     Settings,
+    runner,
 )
 from hrvlm.images.geometry import token_grid
 from hrvlm_kernels import (
@@ -176,7 +177,7 @@ def _prepare(device: torch.device, shape: Shape, direction: str, dtype: torch.dt
 
             if "compiled" in name:
                 run = torch.compile(run, dynamic=False)
-            return _runner(run, inputs, g, direction)
+            return runner(run, inputs, g, direction)
 
         return build
 
@@ -184,14 +185,14 @@ def _prepare(device: torch.device, shape: Shape, direction: str, dtype: torch.dt
         x, *rest = (a.float() for a in inputs)
         if normed:
             x = F.layer_norm(x, (channels,), *(a.float() for a in norm), EPS)
-        return _runner(
+        return runner(
             lambda x, weight, bias: reference.pixel_shuffle_linear(x, packed, factor, weight, bias),
             (x, *rest), g.float(), direction,
         )()  # fmt: skip
 
     def bare_gemm() -> Run:
         shuffled = reference.pixel_shuffle(x, packed, factor)
-        return _runner(F.linear, (shuffled, *inputs[1:]), g, direction)
+        return runner(F.linear, (shuffled, *inputs[1:]), g, direction)
 
     projects = {OURS: ours}
     if normed:
@@ -201,7 +202,7 @@ def _prepare(device: torch.device, shape: Shape, direction: str, dtype: torch.dt
     rivals = [
         Rival(
             name,
-            lambda project=project: _runner(project, inputs, g, direction),
+            lambda project=project: runner(project, inputs, g, direction),
             role="ours" if name == OURS else "peer",
         )
         for name, project in projects.items()
@@ -229,22 +230,6 @@ def _random(
     )
     norm = (1 + randn(shape.channels, scale=0.1)).to(dtype), randn(shape.channels)
     return inputs, norm, randn(packed.shuffle_index(shape.factor).shape[0], width)
-
-
-def _runner(project: Project, inputs: tuple[Tensor, ...], g: Tensor, direction: str) -> Run:
-    """A function that computes the output, or the three gradients from one forward."""
-    if direction != "backward":
-
-        def forward() -> Outputs:
-            with torch.no_grad():
-                return [project(*inputs)]
-
-        return forward
-    leaves = [a.detach().requires_grad_() for a in inputs]
-    with torch._functorch.config.patch(donated_buffer=False):
-        out = project(*leaves)
-        torch.autograd.grad(out, leaves, g, retain_graph=True)
-    return lambda: torch.autograd.grad(out, leaves, g, retain_graph=True)
 
 
 def bench_pixel_shuffle_linear(run_case, case):

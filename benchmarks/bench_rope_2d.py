@@ -27,6 +27,7 @@ from benchmarks.case import (
     Run,
     Settings,
     Unavailable,
+    runner,
 )
 from hrvlm_kernels import PackedGrids, reference, rope_2d
 from hrvlm_kernels.reference import rope_angles
@@ -172,12 +173,12 @@ def _prepare(
         def exact(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             return reference.rope_2d(q, k, packed.coords, inv_freq, upcast=torch.float32)
 
-        return _runner(exact, (q.float(), k.float()), [g.float() for g in grads], direction)()
+        return runner(exact, (q.float(), k.float()), [g.float() for g in grads], direction)()
 
     def peer(make: MakeRotate) -> Callable[[], Run]:
-        return lambda: _runner(make(packed, inv_freq, dtype), (q, k), grads, direction)
+        return lambda: runner(make(packed, inv_freq, dtype), (q, k), grads, direction)
 
-    rivals = [Rival(OURS, lambda: _runner(ours, (q, k), grads, direction), role="ours")]
+    rivals = [Rival(OURS, lambda: runner(ours, (q, k), grads, direction), role="ours")]
     rivals += [Rival(name, peer(make), compiles="compiled" in name) for name, make in PEERS.items()]
     rivals.append(Rival("copy of q and k", lambda: lambda: [_copy(q), _copy(k)], role="bound"))
     return Prepared(rivals, expected)
@@ -185,27 +186,6 @@ def _prepare(
 
 def _copy(a: Tensor) -> Tensor:
     return a.clone(memory_format=torch.contiguous_format)
-
-
-def _runner(
-    rotate: Rotate,
-    inputs: tuple[Tensor, ...],
-    grads: tuple[Tensor, ...] | list[Tensor],
-    direction: str,
-) -> Run:
-    """A function that computes the rotated q and k, or their gradients from one forward."""
-    if direction == "forward":
-
-        def forward() -> Outputs:
-            with torch.no_grad():
-                return rotate(*inputs)
-
-        return forward
-    leaves = [a.detach().requires_grad_() for a in inputs]
-    with torch._functorch.config.patch(donated_buffer=False):
-        out = rotate(*leaves)
-        torch.autograd.grad(out, leaves, grads, retain_graph=True)
-    return lambda: torch.autograd.grad(out, leaves, grads, retain_graph=True)
 
 
 def bench_rope_2d(run_case, case):

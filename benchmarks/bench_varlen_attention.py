@@ -29,6 +29,7 @@ from benchmarks.case import (
     Rival,
     Run,
     Settings,
+    runner,
 )
 from hrvlm_kernels import PackedGrids, reference, rope_2d, varlen_attention
 
@@ -126,9 +127,9 @@ def _prepare(
         def build() -> Run:
             attend = make(packed)
             if rope is None:
-                return _runner(attend, (q, k, v), g, direction)
+                return runner(attend, (q, k, v), g, direction)
             rotated = "auto" if device.type == "cuda" else "eager"
-            return _runner(
+            return runner(
                 lambda q, k, v: attend(*rope_2d(q, k, *rope, backend=rotated), v),
                 (q, k, v), g, direction,
             )  # fmt: skip
@@ -143,15 +144,15 @@ def _prepare(
                 q, k = reference.rope_2d(q, k, *rope)
             return reference.varlen_attention(q, k, v, packed)[0]
 
-        return _runner(attend, exact, g.float(), direction)()
+        return runner(attend, exact, g.float(), direction)()
 
-    rivals = [Rival(OURS, lambda: _runner(ours, (q, k, v), g, direction), role="ours")]
+    rivals = [Rival(OURS, lambda: runner(ours, (q, k, v), g, direction), role="ours")]
     peers = attention_peers.PEERS
     if not direction.startswith("backward"):
         peers = peers | {"Gluon candidate": attention_peers.gluon_candidate}
     else:
         rivals.append(
-            Rival("hrvlm, deterministic=False", lambda: _runner(atomic, (q, k, v), g, direction))
+            Rival("hrvlm, deterministic=False", lambda: runner(atomic, (q, k, v), g, direction))
         )
         peers = peers | attention_peers.DETERMINISTIC
     rivals += [
@@ -159,28 +160,6 @@ def _prepare(
         for name, make in peers.items()
     ]
     return Prepared(rivals, expected)
-
-
-def _runner(
-    attend: attention_peers.Attention,
-    inputs: tuple[Tensor, ...] | list[Tensor],
-    g: Tensor,
-    direction: str,
-) -> Run:
-    """A function that computes the output, or the gradients of q, k and v from one forward."""
-    if not direction.startswith("backward"):
-
-        def forward() -> Outputs:
-            with torch.no_grad():
-                return [attend(*inputs)]
-
-        return forward
-    leaves = [a.detach().requires_grad_() for a in inputs]
-    # Buffers given away in a first backward would be missing in the second.
-    with torch._functorch.config.patch(donated_buffer=False):
-        out = attend(*leaves)
-        torch.autograd.grad(out, leaves, g, retain_graph=True)
-    return lambda: torch.autograd.grad(out, leaves, g, retain_graph=True)
 
 
 def bench_varlen_attention(run_case, case):

@@ -31,6 +31,36 @@ Outputs = Sequence[Tensor]
 Run = Callable[[], Outputs]
 
 
+def runner(
+    op: Callable[..., Tensor | Outputs],
+    inputs: Sequence[Tensor],
+    cotangents: Tensor | Sequence[Tensor],
+    direction: str,
+) -> Run:
+    """A function that computes an op's outputs, or the gradients of all inputs from one forward.
+
+    Args:
+        op: Of the inputs.
+        inputs: Its tensors.
+        cotangents: One for each output.
+        direction: "backward", whatever follows, for the gradients.
+    """
+    if not direction.startswith("backward"):
+
+        def forward() -> Outputs:
+            with torch.no_grad():
+                out = op(*inputs)
+                return [out] if isinstance(out, Tensor) else out
+
+        return forward
+    leaves = [a.detach().requires_grad_() for a in inputs]
+    # Buffers given away in a first backward would be missing in the second.
+    with torch._functorch.config.patch(donated_buffer=False):
+        out = op(*leaves)
+        torch.autograd.grad(out, leaves, cotangents, retain_graph=True)
+    return lambda: torch.autograd.grad(out, leaves, cotangents, retain_graph=True)
+
+
 class Unavailable(Exception):
     """A rival can't run here; the message says why."""
 
