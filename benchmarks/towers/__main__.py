@@ -35,6 +35,7 @@ TITLES = {
     "glm_ocr": "GLM-OCR",
     "paddleocr_vl": "PaddleOCR-VL",
     "kimi_k25": "MoonViT (Kimi K2.5)",
+    "pixtral": "Pixtral",
 }
 
 
@@ -61,7 +62,7 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, row in result["towers"].items():
-        syncs = f"{row['syncs_after']}, {row['syncs_grids_on_host']} with grids on the host"
+        syncs = f"{row['syncs_after']}, {row['syncs_grids_on_host']} with sizes on the host"
         launches = f"{row['launches_before']} -> {row['launches_after']}"
         lines.append(
             f"| {TITLES[name]}, {row['layers']} layers | {row['output']:.0e} | "

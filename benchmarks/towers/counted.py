@@ -28,7 +28,8 @@ def counts(name: str) -> dict[str, int]:
     before, launches_before = _forward(tower, inputs)
     report = hrvlm.accelerate(tower)
     after, launches_after = _forward(tower, inputs)
-    on_host, _ = _forward(tower, inputs | {"grid_thw": inputs_of(name)["grid_thw"]})
+    grids = {k: v for k, v in inputs_of(name).items() if not v.is_floating_point()}
+    on_host, _ = _forward(tower, inputs | grids)
     return {
         "layers": sum(len(part.names) for part in report.swapped),
         "syncs_before": before,

@@ -100,6 +100,19 @@ TOWERS = {
         },
         _SINGLE,
     ),
+    "pixtral": (
+        "PixtralVisionModel",
+        "PixtralVisionConfig",
+        {
+            "num_hidden_layers": 2,
+            "hidden_size": 128,
+            "num_attention_heads": 2,
+            "intermediate_size": 96,
+            "patch_size": PATCH,
+            "image_size": 40,
+        },
+        (),
+    ),
 }
 
 
@@ -120,10 +133,15 @@ def tower_of(name, implementation="sdpa", **changes):
 def inputs_of(name, grids=GRIDS, seed=1):
     """Keyword arguments of the tower's forward: patches of all images, and their grids."""
     grids = torch.tensor(grids)
+    rng = torch.Generator().manual_seed(seed)
+    if name == "pixtral":  # images on a canvas, and their sizes
+        sizes = PATCH * grids[:, 1:]
+        canvas = torch.randn(len(grids), 3, *sizes.amax(0).tolist(), generator=rng)
+        return {"pixel_values": canvas, "image_sizes": sizes}
     patches = torch.randn(
         int(grids.prod(1).sum()),
         *TOWERS[name][3],
-        generator=torch.Generator().manual_seed(seed),
+        generator=rng,
     )
     if name == "paddleocr_vl":
         return {"pixel_values": patches[None], "grid_thw": grids}
@@ -133,7 +151,7 @@ def inputs_of(name, grids=GRIDS, seed=1):
 def output_of(tower, inputs):
     """What the tower hands on, as one tensor."""
     out = tower(**inputs)
-    pooled = out.pooler_output
+    pooled = getattr(out, "pooler_output", None)
     return out.last_hidden_state if not isinstance(pooled, torch.Tensor) else pooled
 
 

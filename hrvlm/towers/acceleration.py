@@ -10,7 +10,8 @@ class back.
 
 Which modules these are is decided by what their code does, never by their names:
 :mod:`.packed_attention` says what an attention must take and call, :mod:`.grids` which towers
-compute their layouts from grids. DINOv3, which takes no grids, has its own module.
+compute their layouts from grids, :mod:`.block_masks` which make a dense mask. DINOv3 has its own
+module.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from hrvlm_kernels.backends import check_backend
 
 from . import dinov3
+from .block_masks import makes_block_mask, takes_mask
 from .grids import tower_methods, uses_grids
 from .packed_attention import OPTION, is_attention, obstacle, packed_methods
 from .report import Acceleration, Found, parts
@@ -56,8 +58,9 @@ def accelerate(
     check_backend(backend)
     swapped: list[Found] = [(n, m, "") for n, m in dinov3.swap(model, backend, rope_augment)]
     left: list[Found] = []
+    masked = _in_block_masks(model)
     for name, module in _attention(model):
-        reason = None if stock_class(module) else _obstacle(module)
+        reason = None if stock_class(module) else _obstacle(module, module in masked)
         if reason:
             left.append((name, module, reason))
             continue
@@ -113,10 +116,16 @@ def _takes(cls: type[nn.Module]) -> bool:
     return obstacle(cls) != "its forward takes no cu_seqlens"
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def _in_block_masks(model: nn.Module) -> set[nn.Module]:
+    """Attention that gets the block mask of a tower around it."""
+    towers = [module for module in model.modules() if makes_block_mask(type(module))]
+    return {m for tower in towers for m in tower.modules() if takes_mask(type(m))}
+
+
+def _obstacle(module: nn.Module, is_masked: bool) -> str | None:
     if has_own_forward(module):
         return "its forward was replaced on the instance"
-    reason = obstacle(type(module))
+    reason = None if is_masked else obstacle(type(module))
     config: Any = getattr(module, "config", None)
     if reason is None and is_flash_attention_requested(config):
         reason = f"it runs {config._attn_implementation} already"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .block_masks import block_methods, makes_block_mask
 from .layouts import begin_forward, end_forward, on_host, upload
 from .rebinding import global_names, innermost, rebind
 
@@ -29,6 +30,8 @@ def uses_grids(cls: type[nn.Module]) -> bool:
 
 def tower_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     """What an accelerated tower has of its own: functions of grids computed on the host."""
+    if makes_block_mask(cls):
+        return block_methods(cls)
     methods: dict[str, Callable[..., Any]] = {
         name: rebind(method, helpers) for name, method, helpers in _methods(cls)
     }

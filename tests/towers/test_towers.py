@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.models.pixtral import modeling_pixtral
 
 import hrvlm
 from benchmarks.towers.tiny import TOWERS, gradients_of, inputs_of, output_of, tower_of
@@ -54,7 +57,7 @@ def test_equals_stock_shares_its_weights_and_is_undone(name, monkeypatch):
     out, mine = gradients_of(tower, inputs)
     assert relative_error(out, expected) <= 1e-6
     assert_equal_gradients(mine, gradients)
-    assert len(made) == len(set(made)) == (2 if name == "qwen2_5_vl" else 1)
+    assert len(made) == len(set(made)) == {"qwen2_5_vl": 2, "pixtral": 0}.get(name, 1)
     assert all(p is parameters[n] for n, p in tower.named_parameters())
     assert list(tower.state_dict()) == keys and str(tower) == structure
 
@@ -76,6 +79,39 @@ def test_frames_of_videos(name, grids):
     out, mine = gradients_of(tower, inputs)
     assert relative_error(out, expected) <= 1e-6
     assert_equal_gradients(mine, gradients)
+
+
+def test_pixtral_makes_no_dense_mask_and_its_checkpointing_none(monkeypatch):
+    tower, inputs = tower_of("pixtral"), inputs_of("pixtral")
+    expected, gradients = gradients_of(tower, inputs)
+    hrvlm.accelerate(tower)
+    monkeypatch.delattr(modeling_pixtral, "generate_block_attention_mask")
+    for use_reentrant in (False, True):
+        tower.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        inputs["pixel_values"].requires_grad_()
+        out, mine = gradients_of(tower.train(), inputs)
+        assert relative_error(out, expected) <= 1e-6
+        assert_equal_gradients(mine, gradients)
+    hrvlm.restore(tower)
+    with pytest.raises(NameError, match="generate_block_attention_mask"):
+        tower(**inputs)
+
+
+def test_mistral3_by_its_pixtral():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "head_dim": 16}
+    vision = {"model_type": "pixtral", **sizes, "patch_size": 4, "image_size": 40}
+    text = {"model_type": "mistral", **sizes, "vocab_size": 32, "num_key_value_heads": 2}
+    config = Mistral3Config(vision_config=vision, text_config=text, image_token_index=31)
+    model = Mistral3ForConditionalGeneration(config).eval()
+    inputs = inputs_of("pixtral", ((1, 4, 6), (1, 8, 2)))
+    call = {"input_ids": torch.tensor([[1, *[31] * 10, 2]]), **inputs}
+    with torch.no_grad():
+        expected = model(**call).logits
+        report = hrvlm.accelerate(model)
+        assert [part.cls for part in report.swapped] == ["PixtralAttention"]
+        assert [part.cls for part in report.left_alone] == ["MistralAttention"]
+        assert relative_error(model(**call).logits, expected) <= 1e-6
 
 
 def test_another_scale_would_be_noticed():
