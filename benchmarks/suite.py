@@ -40,12 +40,11 @@ from benchmarks.case import (
     Settings,
     Unavailable,
 )
+from benchmarks.ceilings import Ceilings, measure_ceilings
 from hrvlm.files import write_text
 from hrvlm.machine import describe_device, synchronize
 from hrvlm.measuring.timing import (
-    Ceilings,
     Timing,
-    measure_ceilings,
     median_ratio,
     peak_memory,
     take_turns,

@@ -15,11 +15,12 @@ import torch
 from triton import CompilationError
 
 from benchmarks.case import CaseResult, RivalResult
+from benchmarks.ceilings import Ceilings
 from benchmarks.compiled import jobs
 from benchmarks.suite import now
 from benchmarks.tuning import table_file
 from benchmarks.tuning.table_file import Table
-from hrvlm.measuring.timing import Ceilings, Timing, median_ratio
+from hrvlm.measuring.timing import Timing, median_ratio
 from hrvlm.verification.cases import CASES, Random
 from hrvlm_kernels.triton_kernels import tile_tables
 
