@@ -18,6 +18,7 @@ from .commands.doctor import doctor
 from .commands.encode import encode
 from .commands.evaluate import evaluate
 from .commands.generate import generate
+from .commands.merge import merge
 from .commands.plan import plan
 from .commands.serve import serve
 from .commands.train import train
@@ -36,6 +37,7 @@ COMMANDS = (
     encode,
     plan,
     train,
+    merge,
     generate,
     evaluate,
     bench,

@@ -122,6 +122,10 @@ def check_model_type(model: str, expected: str) -> None:
         raise ValueError(f"model {model!r} is a file, expected a directory or a hub id")
     if not path.is_dir() and (model.startswith((".", "~", "/")) or model.count("/") > 1):
         raise ValueError(f"model {model!r}: no such directory (and no hub id, OWNER/NAME)")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").exists():
+        raise ValueError(
+            f"model {model!r} holds adapters alone: `hrvlm merge` makes a model of them"
+        )
     try:
         with naming_damaged_files(model):
             stored, _ = PretrainedConfig.get_config_dict(model)

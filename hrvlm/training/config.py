@@ -8,6 +8,7 @@ data:
     train: {kind: jsonl, path: train.jsonl}   one source, or a list of them
     eval: {kind: jsonl, path: eval.jsonl}
 training: {output_dir: runs/second, max_steps: 1000, learning_rate_vision: 1.0e-5, ...}
+lora: {targets: {language: all}, rank: 16}    adapters instead of all weights; may be left out
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from ..data.config import DataConfig, data_config
 from ..files import as_mapping, check_names, parse_yaml, read_mapping
 from ..machine import MODEL_DTYPES, check_dtype
+from .adapters import LoraOptions, lora_options
 
 _PARTS = ("vision", "language", "tokenizer")
 
@@ -62,12 +64,14 @@ class TrainingConfig:
         model: What is trained.
         data: On what.
         training: Fields of :class:`~hrvlm.training.trainer.VLMTrainingArguments`.
+        lora: Adapters that are trained in the place of the model's weights, if any.
         sections: What all this was read from.
     """
 
     model: ModelConfig
     data: DataConfig
     training: Mapping[str, Any]
+    lora: LoraOptions | None = None
     sections: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -91,7 +95,7 @@ class TrainingConfig:
             ValueError: a name is unknown (the nearest one is named) or missing; a value is wrong.
         """
         known = ("model", "data", "training")
-        check_names(sections, known, "")
+        check_names(sections, [*known, "lora"], "")
         if missing := [name for name in known if name not in sections]:
             raise ValueError(f"section {missing[0]!r} is missing; expected {[*known]}")
         training = as_mapping(sections["training"], "training")
@@ -99,7 +103,21 @@ class TrainingConfig:
         if training.get("output_dir") is None:
             raise ValueError("training.output_dir is missing: where checkpoints go")
         model, data = _model_config(sections["model"]), data_config(sections["data"])
-        return cls(model, data, training, dict(sections))
+        lora = None if sections.get("lora") is None else lora_options(sections["lora"])
+        if lora is not None:
+            _check_with_lora(model, training)
+        return cls(model, data, training, lora, dict(sections))
+
+
+def _check_with_lora(model: ModelConfig, training: Mapping[str, Any]) -> None:
+    if model.path is None:
+        raise ValueError(
+            "lora needs model.path: adapters are saved alone, and their base has to stay somewhere"
+        )
+    if training.get("freeze"):
+        raise ValueError("training.freeze: with lora, what lora.targets leaves out is frozen")
+    if training.get("optimizer", "adamw") != "adamw":
+        raise ValueError(f"training.optimizer={training['optimizer']!r}: lora needs adamw")
 
 
 def read_yaml(path: str | PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:

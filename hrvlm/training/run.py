@@ -23,6 +23,7 @@ from ..machine import torch_dtype
 from ..vlm.processors import VLMProcessor
 from ..vlm.tokenizer import get_tokenizer
 from ..vlm.vision_language_model import VisionLanguageModel
+from .adapters import quantization, with_adapters
 from .collators import VQACollator
 from .config import ModelConfig, TrainingConfig
 from .samples import REPORT_FILE, SKIPS_FILE, SampleMaker, write_report
@@ -74,7 +75,7 @@ def train(config: TrainingConfig, *, resume: bool = False) -> TrainResult:
     checkpoint = checkpoint_to_resume(output_dir, resume)
     set_seed(args.seed)
     with quiet_loading(config.model.path):
-        model, processor = load_model(config.model)
+        model, processor = _model_to_train(config, args)
     trainer = make_trainer(config, args, model, processor)
     main = trainer.is_world_process_zero()
     if main:
@@ -90,6 +91,8 @@ def train(config: TrainingConfig, *, resume: bool = False) -> TrainResult:
             f"data.train: no row could be used {reasons}; {output_dir / REPORT_FILE} names them"
         )
     metrics = dict(result.metrics)
+    if checkpoint is not None:
+        metrics = of_steps_run(metrics, step_of(checkpoint), trainer.state.global_step)
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     trainer.save_model()
@@ -98,6 +101,38 @@ def train(config: TrainingConfig, *, resume: bool = False) -> TrainResult:
     trainer.save_state()
     report = write_report(output_dir)
     return TrainResult(str(output_dir), trainer.state.global_step, metrics, report["skipped"], True)
+
+
+def _model_to_train(config: TrainingConfig, args: VLMTrainingArguments) -> tuple[Any, VLMProcessor]:
+    """The model, with adapters where these are what is trained."""
+    lora, base = config.lora, config.model.path
+    if lora is None or base is None:
+        return load_model(config.model)
+    options = {}
+    if lora.four_bit:
+        options = quantization(torch.bfloat16 if args.bf16 else torch.float32, args.device)
+    model, processor = load_model(config.model, **options)
+    checkpointing = bool(args.gradient_checkpointing)
+    return with_adapters(model, lora, base, checkpointing=checkpointing), processor
+
+
+def of_steps_run(metrics: dict[str, float], start: int, end: int) -> dict[str, float]:
+    """Trainer's metrics of a resumed run, which divide by the steps before the resume too.
+
+    Args:
+        metrics: Of a run that went on from step `start`.
+        start: Steps before.
+        end: Steps in all.
+    """
+    run = end - start
+    means = ("train_loss", "train_samples_per_second", "train_steps_per_second")
+    if run == 0:
+        return {name: value for name, value in metrics.items() if name not in means}
+    share = {"train_loss": end / run}
+    return {
+        name: value * share.get(name, run / end) if name in means else value
+        for name, value in metrics.items()
+    }
 
 
 def training_arguments(config: TrainingConfig) -> VLMTrainingArguments:
@@ -124,8 +159,12 @@ def _as_meant(name: str, value: Any) -> Any:
     return "no" if value is False and name.endswith("_strategy") else value
 
 
-def load_model(config: ModelConfig) -> tuple[VisionLanguageModel, VLMProcessor]:
+def load_model(config: ModelConfig, **options: Any) -> tuple[VisionLanguageModel, VLMProcessor]:
     """The model to start from, with its processor.
+
+    Args:
+        config: Which.
+        **options: Of ``from_pretrained``, for a model by its path.
 
     Raises:
         ValueError: the checkpoint is of another kind.
@@ -133,7 +172,7 @@ def load_model(config: ModelConfig) -> tuple[VisionLanguageModel, VLMProcessor]:
     dtype = torch_dtype(config.dtype)
     if config.path is not None:
         check_model_type(config.path, "hrvlm")
-        model = VisionLanguageModel.from_pretrained(config.path, dtype=dtype)
+        model = VisionLanguageModel.from_pretrained(config.path, dtype=dtype, **options)
         processor = VLMProcessor.from_pretrained(config.path)
     elif config.vision is not None and config.language is not None:
         tokenizer = get_tokenizer(
@@ -270,7 +309,12 @@ def last_checkpoint(directory: Path) -> Path | None:
         for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (path / _STATE_FILE).is_file() and path.name.rpartition("-")[2].isdigit()
     ]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved after."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def checkpoint_to_resume(directory: Path, resume: bool) -> Path | None:

@@ -21,11 +21,11 @@ from transformers import Trainer, TrainingArguments
 from ..checkpoints.differences import KeyDifferences
 from ..encoder.layers import without_fused_keys
 from .optimizers import CombinedOptimizer, is_hidden_matrix
+from .parts import MODULES, PARTS
 from .stream import SampleStream
 
-PARTS = ("vision", "projector", "language")
 OPTIMIZERS = ("adamw", "muon")
-_MODULES = {"vision_encoder": "vision", "MP": "projector", "decoder": "language"}
+_PART_OF = {module: part for part, module in MODULES.items()}
 
 
 @dataclass
@@ -210,7 +210,7 @@ class VLMTrainer(Trainer):
 
 def part_of(name: str) -> str:
     """The part that a parameter belongs to, by its name; "other" for modules added to the model."""
-    return next((_MODULES[word] for word in name.split(".") if word in _MODULES), "other")
+    return next((_PART_OF[word] for word in name.split(".") if word in _PART_OF), "other")
 
 
 def parameter_groups(model: nn.Module, args: VLMTrainingArguments) -> list[dict[str, Any]]:
@@ -246,7 +246,7 @@ def freeze_parts(model: Any, parts: Iterable[str]) -> None:
 
     DINOv3Encoder has its own ``freeze``, which keeps no graph.
     """
-    for name, part in _MODULES.items():
+    for part, name in MODULES.items():
         if part not in parts:
             continue
         module = getattr(model, name)
