@@ -10,8 +10,8 @@ class back.
 
 Which modules these are is decided by what their code does, never by their names:
 :mod:`.packed_attention` says what an attention must take and call, :mod:`.grids` which towers
-compute their layouts from grids, :mod:`.block_masks` which make a dense mask. DINOv3 has its own
-module.
+compute their layouts from grids, :mod:`.block_masks` which make a dense mask, :mod:`.padding` which
+mask padding. DINOv3 has its own module.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from . import dinov3
 from .block_masks import makes_block_mask, takes_mask
 from .grids import tower_methods, uses_grids
 from .packed_attention import OPTION, is_attention, obstacle, packed_methods
+from .padding import encoder_methods, masks_padding, padded_methods
 from .report import Acceleration, Found, parts
 from .swapping import has_own_forward, set_class, stock_class, swapped_class
 
@@ -58,7 +59,7 @@ def accelerate(
     check_backend(backend)
     swapped: list[Found] = [(n, m, "") for n, m in dinov3.swap(model, backend, rope_augment)]
     left: list[Found] = []
-    masked = _in_block_masks(model)
+    masked = _in_masks(model)
     for name, module in _attention(model):
         reason = None if stock_class(module) else _obstacle(module, module in masked)
         if reason:
@@ -73,7 +74,12 @@ def accelerate(
         reasons = "".join(f"\n  {part}" for part in report.left_alone) or " it has no attention"
         raise ValueError(f"model: nothing to swap in {type(model).__name__}:{reasons}")
     for module in _towers(model):
-        set_class(module, swapped_class(type(module), tower_methods))
+        if masks_padding(module):
+            encoder: Any = module.encoder
+            set_class(encoder, swapped_class(type(encoder), encoder_methods))
+            set_class(module, swapped_class(type(module), padded_methods))
+        else:
+            set_class(module, swapped_class(type(module), tower_methods))
     return report
 
 
@@ -116,10 +122,18 @@ def _takes(cls: type[nn.Module]) -> bool:
     return obstacle(cls) != "its forward takes no cu_seqlens"
 
 
-def _in_block_masks(model: nn.Module) -> set[nn.Module]:
-    """Attention that gets the block mask of a tower around it."""
-    towers = [module for module in model.modules() if makes_block_mask(type(module))]
-    return {m for tower in towers for m in tower.modules() if takes_mask(type(m))}
+def _in_masks(model: nn.Module) -> set[nn.Module]:
+    """Attention whose mask comes from a tower around it, which makes a layout in its place.
+
+    All of a tower's or none, since a mask has to be one for the others.
+    """
+    found: set[nn.Module] = set()
+    for tower in model.modules():
+        if makes_block_mask(type(tower)) or masks_padding(tower):
+            masked = [m for m in tower.modules() if is_attention(type(m)) and takes_mask(type(m))]
+            if not any(map(has_own_forward, masked)):
+                found.update(masked)
+    return found
 
 
 def _obstacle(module: nn.Module, is_masked: bool) -> str | None:
