@@ -19,7 +19,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := demo
 .NOTPARALLEL:
-.PHONY: demo test test-newest test-oldest lint compiled tune gpu sanitize fuzz-images clean pretended
+.PHONY: demo test test-newest test-oldest lint compiled tune gpu sanitize fuzz-images exports clean pretended
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -83,6 +83,10 @@ compiled: $(INSTALLED_DEV)
 	@for chip in sm_80 sm_90; do OMP_NUM_THREADS=1 KERNELS_ON=$$chip \
 	  $(BIN)/python -m pytest --benchmark-disable $(WORKERS) -k "not compile" tests/kernels; done
 	@$(BIN)/python -m benchmarks.compiled.page
+
+exports: $(INSTALLED_DEV)
+	@OMP_NUM_THREADS=1 HRVLM_EXPORTS=1 $(BIN)/python -m pytest --benchmark-disable $(WORKERS) \
+	  tests/export tests/vlm/test_compiled.py
 
 tune:
 	$(BARE) -m benchmarks.tuning $(TUNE_ARGS)

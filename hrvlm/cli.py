@@ -17,6 +17,7 @@ from .commands.convert import convert
 from .commands.doctor import doctor
 from .commands.encode import encode
 from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.generate import generate
 from .commands.merge import merge
 from .commands.plan import plan
@@ -44,6 +45,7 @@ COMMANDS = (
     bench_generate,
     serve,
     convert,
+    export,
     verify,
     doctor,
 )

@@ -35,6 +35,7 @@ RANKS = (
 KERNEL_RANKS = (
     "backends packed_tables",
     "packed_grids",
+    "traced_grids",
     "reference",
     "triton_kernels",
     "ops",

@@ -115,7 +115,7 @@ def check_metadata(wheel):
     assert metadata["Version"] == hrvlm.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    extras = {"dev", "flash-attn", "heif", "hub", "lora", "scale", "serve", "train"}
+    extras = {"dev", "export", "flash-attn", "heif", "hub", "lora", "scale", "serve", "train"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert "Apache License" in text("licenses/LICENSE")
     assert text("top_level.txt").split() == ["hrvlm", "hrvlm_kernels"]

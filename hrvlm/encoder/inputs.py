@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from hrvlm_kernels import PackedGrids
+from hrvlm_kernels.backends import makes_graph
+from hrvlm_kernels.traced_grids import TracedGrids
 
 from ..images.patches import pack_images, patchify
 
@@ -63,9 +65,26 @@ def pack_inputs(
             )
         batch, _, height, width = pixel_values.shape
         patches = patchify(pixel_values, patch_size).flatten(0, 1)
-        grids = [(height // patch_size, width // patch_size)] * batch
+        grids = batch_layout(
+            batch,
+            (height // patch_size, width // patch_size),
+            num_prefix_tokens=encoder.num_prefix_tokens,
+            device=patches.device,
+        )
+        if isinstance(grids, TracedGrids):
+            return PackedInputs(patches, grids, batch)
     else:
         patches, grids = pack_images(pixel_values, patch_size)
+    if isinstance(grids, Tensor) and makes_graph():
+        packed: PackedGrids = TracedGrids.from_tensor(
+            grids, patches.shape[0], num_prefix_tokens=encoder.num_prefix_tokens
+        )
+        return PackedInputs(patches, packed, None)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise ValueError(
+            "torch.jit.trace: give the encoder a batch [B, 3, H, W], or packed patches with their "
+            "grids as an int tensor; the layout of a list is made on the host, and not traced"
+        )
     packed = _layout(grids, encoder.num_prefix_tokens, patches.device)
     expected = (
         packed.patch_rows().shape[0],  # not from lengths: a graph would hold for their number
@@ -77,6 +96,19 @@ def pack_inputs(
             f"({len(packed)} images, {num_channels} channels, patch size {patch_size})"
         )
     return PackedInputs(patches, packed, batch)
+
+
+def batch_layout(
+    batch: int, grid: tuple[int, int], *, num_prefix_tokens: int, device: torch.device
+) -> PackedGrids:
+    """The layout of `batch` images of one patch grid; its numbers stay free in a graph."""
+    if makes_graph():
+        return TracedGrids.from_batch(
+            batch, grid, num_prefix_tokens=num_prefix_tokens, device=device
+        )
+    return PackedGrids.from_grids(
+        [grid] * batch, num_prefix_tokens=num_prefix_tokens, device=device
+    )
 
 
 def flat_mask(mask: Tensor | Sequence[Tensor] | None, patches: Tensor) -> Tensor | None:

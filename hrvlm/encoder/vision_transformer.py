@@ -21,6 +21,7 @@ from transformers import initialization as init
 
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import check_backend
+from hrvlm_kernels.traced_grids import TracedGrids
 
 from ..checkpoints import mapping
 from ..checkpoints.foreign import foreign_base, is_foreign, load_foreign
@@ -247,7 +248,8 @@ class DINOv3Encoder(StrictModel):
             )
         output: EncoderOutput | PackedEncoderOutput
         if batch is None:
-            output = PackedEncoderOutput(packed=packed, **fields)
+            exported = isinstance(packed, TracedGrids)  # of no use outside its graph
+            output = PackedEncoderOutput(packed=None if exported else packed, **fields)  # type: ignore[arg-type]
         else:
             output = EncoderOutput(**_batched(fields, (batch, packed.max_seqlen)))
         return_dict = self.config.return_dict if return_dict is None else return_dict

@@ -32,6 +32,7 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import (
 
 from hrvlm_kernels import PackedGrids, varlen_attention
 
+from ..encoder.inputs import batch_layout
 from ..encoder.layers import patch_size_of, rope_frequencies
 from .swapping import has_own_forward, set_class
 
@@ -80,8 +81,9 @@ class AcceleratedRope(DINOv3ViTRopePositionEmbedding):
                 f"pixel_values: images of {height}x{width} pixels are not whole patches of "
                 f"{patch}x{patch}; resize or pad both sides to multiples of {patch}"
             )
-        packed = PackedGrids.from_grids(
-            [(height // patch, width // patch)] * batch,
+        packed = batch_layout(
+            batch,
+            (height // patch, width // patch),
             num_prefix_tokens=1 + self.config.num_register_tokens,
             device=pixel_values.device,
         )

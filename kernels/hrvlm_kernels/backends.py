@@ -64,11 +64,23 @@ def resolve(op: str, backend: str, x: Tensor) -> str:
     return backend
 
 
+def makes_graph() -> bool:
+    """Whether what runs is written down for elsewhere: torch.export, or torch.jit.trace.
+
+    Not torch.compile, which takes is_exporting for true (and so do exports with ``strict=True``).
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
 def choose_backend(op: str, backend: str, x: Tensor) -> str:
-    """:func:`resolve`, a constant to torch.compile.
+    """:func:`resolve`, a constant to torch.compile; torch's own ops where a graph is exported.
 
     Device and dtype of `x` decide, never its sizes, so that one graph serves them all.
     """
+    if backend == "auto" and makes_graph():
+        backend = "sdpa"
     if torch.compiler.is_compiling():
         return _choose(op, backend, x.device, x.dtype)
     return resolve(op, backend, x)

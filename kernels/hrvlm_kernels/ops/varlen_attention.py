@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..backends import choose_backend
 from ..packed_grids import PackedGrids
+from ..traced_grids import TracedGrids
 from .rope_2d import check_rope_inputs, rope_2d
 from .torch_op import ops, register, register_backward
 
@@ -171,7 +172,7 @@ def varlen_attention(
     coords, inv_freq = rope if rope is not None else (None, None)
     if coords is not None and inv_freq is not None:
         check_rope_inputs(q, k, coords, inv_freq)
-    chosen = _choose(q, backend)
+    chosen = "sdpa" if isinstance(packed, TracedGrids) else _choose(q, backend)
     if chosen == "triton":
         _check_constant(coords, inv_freq)
         if scale <= 0:  # the kernels take the largest q.k for the largest score
@@ -184,6 +185,8 @@ def varlen_attention(
         q, k = rope_2d(q, k, coords, inv_freq, backend=backend)
     if chosen == "flash_attn":
         return _flash_attn(q, k, v, packed, scale, deterministic)
+    if isinstance(packed, TracedGrids):
+        return packed.attention(q, k, v, scale)
     if chosen == "sdpa":
         return _sdpa(q, k, v, packed, scale)
     from .. import reference

@@ -1,0 +1,1 @@
+"""The encoder as a file for other runtimes, one for any size."""

@@ -1,0 +1,56 @@
+"""The model under torch.compile with its defaults, and generation with a cache of fixed length."""
+
+import os
+
+import pytest
+import torch
+from transformers.generation import CompileConfig
+
+from tests.tiny import model_of
+from tests.vlm.test_vision_language_model import IMAGE, alone, batch_of
+
+SIZES = [[(4, 6)], [(2, 2), (4, 4)], [(8, 2)], [(2, 6), (2, 6), (6, 4)], [(4, 8)], [(6, 2), (2, 4)]]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batch_with(grids):
+    text = [7, *(i for hp, wp in grids for i in [*[IMAGE] * (hp * wp // 4), 9])]
+    return batch_of([text], grids)
+
+
+@pytest.mark.skipif("HRVLM_EXPORTS" not in os.environ, reason="run by `make exports`: a minute")
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiled_model_takes_image_after_image_of_other_sizes(training):
+    model = model_of().train(training)
+    compiled = torch.compile(model, backend="eager")
+    for grids in SIZES:
+        batch = batch_with(grids)
+        want, got = (run(**batch, labels=batch["input_ids"]) for run in (model, compiled))
+        torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
+        if training:
+            gradients = []
+            for loss in (want.loss, got.loss):
+                model.zero_grad()
+                loss.backward()
+                gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+            torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_steps_with_a_static_cache_are_one_graph():
+    model, inputs = model_of(), alone(batch_of(), 0)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    options["cache_implementation"] = "static"
+    want = model.generate(**inputs, **options, disable_compile=True)
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    got = model.generate(**inputs, **options, compile_config=config)
+    assert torch.equal(got, want)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
