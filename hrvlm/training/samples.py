@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..files import write_text
 from ..images.fetch import readable
 from ..images.geometry import positive_int
 from ..images.intake import load_image
+from ..vlm.answers import answer_pieces, tokens_of
 from .collators import IGNORE_INDEX
 
 SKIPS_FILE, REPORT_FILE = "skipped.jsonl", "data_report.json"
@@ -100,7 +101,7 @@ class SampleMaker:
             row = plain_row(row)
             images, turns = images_of(row), _question_and_answer(row)
             opened = [self._opened(i, image) for i, image in enumerate(images)]
-            pieces = self._pieces(messages_of(opened, turns, system_of(row)))
+            pieces = answer_pieces(self._rendered, messages_of(opened, turns, system_of(row)))
         except ValueError as error:
             raise SkippedError(_BAD_ROW, str(error)) from error
         sample, strings = {}, iter(())
@@ -109,7 +110,10 @@ class SampleMaker:
             pixels = self.processor.image_processor(prepared, return_tensors="pt")
             sample = {name: pixels[name] for name in ("pixel_values", "image_grid_hw")}
             strings = (self.processor.replace_image_token(pixels, i) for i in range(len(opened)))
-        ids, labels = self._tokens(pieces, strings)
+        processor = self.processor
+        tokens, said = tokens_of(processor.tokenizer, pieces, processor.image_token, strings)
+        ids = torch.tensor(tokens)
+        labels = ids.where(torch.tensor(said, dtype=torch.bool), IGNORE_INDEX)
         if self.max_length is not None and len(ids) > self.max_length:
             raise SkippedError(_TOO_LONG, f"{len(ids)} tokens, above {self.max_length}")
         if not labels[1:].ne(IGNORE_INDEX).any():
@@ -123,60 +127,8 @@ class SampleMaker:
         except (ValueError, OSError, TypeError) as error:
             raise SkippedError(_BAD_IMAGE, f"image {index}: {error}") from error
 
-    def _pieces(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
-        """The rendered chat cut into what is given and what is learned (True).
-
-        A chat up to an answer is rendered with the header of that answer, as it is in generation;
-        what the answer adds to it is learned.
-        """
-        pieces, text = [], ""
-        for end, message in enumerate(messages, 1):
-            if message["role"] != "assistant":
-                continue
-            before = self._rendered(messages[: end - 1], add_generation_prompt=True)
-            after = self._rendered(messages[:end])
-            if not (before.startswith(text) and after.startswith(before)):
-                raise ValueError(
-                    "the chat template writes the beginning of a chat otherwise when the chat goes "
-                    "on, so that the answers can't be found; give another chat_template"
-                )
-            pieces += [(before[len(text) :], False), (after[len(before) :], True)]
-            text = after
-        return pieces
-
-    def _rendered(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def _rendered(self, messages: Any, **options: Any) -> str:
         return self.processor.apply_chat_template(messages, tokenize=False, **options)
-
-    def _tokens(
-        self, pieces: list[tuple[str, bool]], strings: Iterator[str]
-    ) -> tuple[Tensor, Tensor]:
-        """Token ids of the whole text, and labels: the ids where the characters are learned."""
-        text, learned = "", []
-        for piece, is_answer in pieces:
-            parts = piece.split(self.processor.image_token)
-            start = len(text)
-            text += parts[0] + "".join(next(strings) + part for part in parts[1:])
-            if is_answer:
-                learned.append((start, len(text)))
-        tokenizer = self.processor.tokenizer
-        has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        encoded = tokenizer(
-            text,
-            add_special_tokens=not has_bos,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        ids = torch.tensor(encoded["input_ids"])
-        labels = torch.full_like(ids, IGNORE_INDEX)
-        spans = iter(learned)
-        span = next(spans, None)
-        for i, (first, last) in enumerate(encoded["offset_mapping"]):
-            while span is not None and first >= span[1]:
-                span = next(spans, None)
-            if span is not None and first >= span[0] and last > first:
-                labels[i] = ids[i]
-        return ids, labels
 
     def _write(self, reason: str, where: str, details: str) -> None:
         """Append a line; one write, so that the lines of several processes do not mix."""

@@ -8,9 +8,11 @@ template, even where that knows text only: see `IMAGE_PRELUDE`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -22,6 +24,7 @@ from ..images.geometry import image_token_count, shuffled_grid
 from ..images.intake import upright_rgb
 from ..images.processor import normalization_for, resize
 from ..images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
+from .answers import answer_pieces, tokens_of
 from .config import VLMConfig
 from .tokenizer import CHAT_TEMPLATE, IMAGE_PRELUDE, get_image_string, image_token_of
 
@@ -239,9 +242,7 @@ class VLMProcessor(ProcessorMixin):
         Raises:
             TypeError: the conversation is no list of messages.
             ValueError: a message is not of that form, the chat template refuses the conversation,
-                a text contains the image token, or ``return_assistant_tokens_mask`` is
-                asked for in a chat with images (transformers would compute it for the text before
-                the placeholders are in).
+                a text contains the image token, or the answers can't be found.
         """
         has_images = False
         for where, kind, text in _blocks(conversation):
@@ -251,16 +252,63 @@ class VLMProcessor(ProcessorMixin):
                     f"{where}: the text contains the image token {self.image_token!r}; put images "
                     'into the list of contents, as {"type": "image", ...}'
                 )
-        if has_images and kwargs.get("return_assistant_tokens_mask"):
+        masks = bool(kwargs.pop("return_assistant_tokens_mask", False))
+        if masks and not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             raise ValueError(
-                "return_assistant_tokens_mask=True: not available in chats with images"
+                "return_assistant_tokens_mask=True needs tokenize=True and return_dict=True"
             )
         named = isinstance(self.chat_template, dict) and chat_template in self.chat_template
         template = chat_template if named else self._with_images(chat_template)
         try:
-            return super().apply_chat_template(conversation, template, **kwargs)
+            # Transformers finds the marks of a template where they are in the text before images.
+            marked = masks and not has_images and self._marks_answers(chat_template)
+            inputs: Any = super().apply_chat_template(
+                conversation, template, return_assistant_tokens_mask=marked, **kwargs
+            )
+            if masks and not marked:
+                found = self._assistant_masks(conversation, inputs, template, kwargs)
+                inputs["assistant_masks"] = found
         except TemplateError as error:
             raise ValueError(f"the chat template does not take this chat: {error}") from error
+        return inputs
+
+    def _marks_answers(self, chat_template: str | None) -> bool:
+        """Whether a template has ``{% generation %}``."""
+        template: Any = self.chat_template
+        if isinstance(template, dict):
+            template = template.get(chat_template or "default", chat_template)
+        elif chat_template is not None:
+            template = chat_template
+        return re.search(r"{%-?\s*generation\b", template or "") is not None
+
+    def _assistant_masks(
+        self, conversation: Any, inputs: BatchFeature, template: str | None, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """1 where a token is of an answer, in the layout of ``input_ids``; see `answers.py`."""
+        used = {k: v for k, v in options.items() if k not in ("tokenize", "return_dict")}
+
+        def render(messages: Any, add_generation_prompt: bool = False) -> str:
+            given = used | {"add_generation_prompt": add_generation_prompt}
+            return super(VLMProcessor, self).apply_chat_template(messages, template, **given)
+
+        batched = isinstance(conversation[0], list | tuple)
+        rows = torch.as_tensor(inputs["input_ids"])
+        real = torch.as_tensor(inputs["attention_mask"]).bool()
+        count = len(inputs.get("image_grid_hw", ()))
+        images = (self.replace_image_token(inputs, i) for i in range(count))
+        masks = torch.zeros_like(rows)
+        for i, chat in enumerate(conversation if batched else [conversation]):
+            pieces = answer_pieces(render, chat)
+            whole = render(chat, used.get("add_generation_prompt", False))
+            pieces.append((whole[sum(len(piece) for piece, _ in pieces) :], False))
+            ids, said = tokens_of(self.tokenizer, pieces, self.image_token, images)
+            if ids != rows[i][real[i]].tolist():
+                raise ValueError(
+                    f"conversation {i}: its {len(ids)} tokens are not those of the inputs, which "
+                    "were cut or tokenised with other options; so its answers can't be marked"
+                )
+            masks[i, real[i]] = torch.tensor(said, dtype=masks.dtype)
+        return masks
 
 
 def _leaves(images: Any) -> list[Any]:

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
+from hrvlm.data.rows import messages_of
 from hrvlm.images.processor import IMAGENET, SAT493M, SIGLIP
+from hrvlm.training.samples import SampleMaker
 from hrvlm.vlm.processors import VLMProcessor
 from hrvlm.vlm.tokenizer import CHAT_TEMPLATE, IMAGE_TOKEN, get_image_string, get_tokenizer
 from tests.tiny import (
@@ -360,9 +362,52 @@ def test_an_image_token_typed_in_a_chat_is_refused(processor, content, role):
         processor.apply_chat_template([[CHAT[0]], chat])
 
 
-def test_assistant_masks_are_refused_where_they_would_be_wrong(processor):
-    with pytest.raises(ValueError, match="return_assistant_tokens_mask"):
-        processor.apply_chat_template(CHAT, tokenize=True, return_assistant_tokens_mask=True)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_assistant_masks_mark_the_answers_of_chats_with_images(processor, prompt):
+    """The tokens that training learns, and no others: with any number of images, padded or not."""
+    turns = [
+        {"user": "<image>What? é", "assistant": "A häuschen."},
+        {"user": "?", "assistant": "x"},
+    ]
+    rows = [
+        {"images": [picture(60, 40)], "texts": turns},
+        {
+            "images": [picture(16, 16), picture(32, 48)],
+            "texts": [{"user": "", "assistant": "both"}],
+        },
+        {"images": [], "texts": turns[1:]},
+    ]
+    chats = [
+        messages_of(row["images"], [(turn["user"], turn["assistant"]) for turn in row["texts"]])
+        for row in rows
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    batch = processor.apply_chat_template(chats, add_generation_prompt=prompt, **options)
+    make = SampleMaker(processor)
+    for i, (row, chat) in enumerate(zip(rows, chats, strict=True)):
+        sample, real = make(row, "row"), batch["attention_mask"][i].bool()
+        learned = sample["labels"] != -100
+        mask = batch["assistant_masks"][i]
+        assert not mask[~real].any()
+        assert torch.equal(mask[real][: len(learned)].bool(), learned)
+        assert not mask[real][len(learned) :].any()
+        alone = processor.apply_chat_template(chat, add_generation_prompt=prompt, **options)
+        assert torch.equal(alone["assistant_masks"][0], mask[real])
+    with pytest.raises(ValueError, match="needs tokenize=True and return_dict=True"):
+        processor.apply_chat_template(chats, return_assistant_tokens_mask=True)
+
+
+def test_marks_of_a_template_are_used_in_chats_without_images(processor):
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}[a]{% generation %}"
+        "{{ m['content'] }}{% endgeneration %}image{% else %}{{ m['content'] }}{% endif %}"
+        "{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    got = processor.apply_chat_template(chat, template, **options)
+    said = got["input_ids"][0][torch.as_tensor(got["assistant_masks"])[0].bool()]
+    assert processor.tokenizer.decode(said) == "yes"
 
 
 def test_images_and_text_in_the_other_order_are_named(processor):
