@@ -16,6 +16,7 @@ import hrvlm
 from tests.numerics import assert_contraction, relative_error
 
 _MODELS = Path(transformers.__file__).parent / "models"
+_CLASS = re.compile(r"^class \w.*?(?=^[A-Za-z@_]|\Z)", re.M | re.S)
 _VISION = re.compile(r"^class \w*(Vision|ViT|Dinov2|DINOv3|CLIP|Siglip|Pixtral)\w*Attention", re.M)
 
 
@@ -50,19 +51,19 @@ class Config:
 
 
 @cache
-def other_vision_classes():
-    """(model, class) of vision attention that looks up a function, and takes no ``cu_seqlens``."""
-    taken, found = set(attention_classes()), []
+def _forwards():
+    """{model: {class: its node and that of its forward}} of what may be vision attention."""
+    found = {}
     for path in sorted(_MODELS.glob("*/modeling_*.py")):
         text = path.read_text()
-        if "ALL_ATTENTION_FUNCTIONS" not in text or not _VISION.search(text):
-            continue
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.ClassDef) and _VISION.match(f"class {node.name}"):
-                names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-                pair = (path.parent.name, node.name)
-                if "ALL_ATTENTION_FUNCTIONS" in names and pair not in taken:
-                    found.append(pair)
+        if "cu_seqlens" in text or _VISION.search(text):
+            for chunk in _CLASS.findall(text):  # only these are parsed: a tenth of the file
+                if "cu_seqlens" in chunk or _VISION.match(chunk):
+                    (node,) = ast.parse(chunk).body
+                    methods = (m for m in node.body if isinstance(m, ast.FunctionDef))
+                    forward = next((m for m in methods if m.name == "forward"), None)
+                    if forward:
+                        found.setdefault(path.parent.name, {})[node.name] = node, forward
     return found
 
 
@@ -73,23 +74,45 @@ def attention_classes():
     A class is a leaf unless it makes a module of another that takes them.
     """
     found = []
-    for path in sorted(_MODELS.glob("*/modeling_*.py")):
-        text = path.read_text()
-        if "cu_seqlens" not in text:
-            continue
-        takes = {}
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.ClassDef):
-                for method in node.body:
-                    if isinstance(method, ast.FunctionDef) and method.name == "forward":
-                        names = {a.arg for a in (*method.args.args, *method.args.kwonlyargs)}
-                        if "cu_seqlens" in names:
-                            takes[node.name] = node
+    for model, classes in _forwards().items():
+        takes = {name: node for name, (node, forward) in classes.items() if _takes(forward)}
         for name, node in takes.items():
-            called = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-            if not called & takes.keys() - {name}:
-                found.append((path.parent.name, name))
+            if not _names(node) & takes.keys() - {name}:
+                found.append((model, name))
     return found
+
+
+def other_vision_classes():
+    """(class, a class with its forward alone) of vision attention without ``cu_seqlens``."""
+    for classes in _forwards().values():
+        for name, (_, forward) in classes.items():
+            vision = _VISION.match(f"class {name}") and "ALL_ATTENTION_FUNCTIONS" in _names(forward)
+            if vision and not _takes(forward):
+                yield name, type(name, (nn.Module,), {"forward": _compiled(forward)})
+
+
+def _takes(forward):
+    return "cu_seqlens" in {a.arg for a in (*forward.args.args, *forward.args.kwonlyargs)}
+
+
+def _names(node):
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def _compiled(forward):
+    """A function of the node, without its module: what it is made of can be read, not run."""
+    forward = copy.deepcopy(forward)
+    forward.decorator_list, forward.returns = [], None
+    for argument in ast.walk(forward.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    forward.args.defaults = [ast.Constant(None) for _ in forward.args.defaults]
+    forward.args.kw_defaults = [
+        default and ast.Constant(None) for default in forward.args.kw_defaults
+    ]
+    module = ast.fix_missing_locations(ast.Module([forward], []))
+    exec(compile(module, "forward", "exec"), namespace := {})
+    return namespace["forward"]
 
 
 def class_of(model, name):

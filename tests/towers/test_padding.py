@@ -3,7 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Idefics3VisionConfig, Siglip2VisionConfig, Siglip2VisionModel
+from transformers import (
+    Idefics3VisionConfig,
+    Lfm2VlConfig,
+    Lfm2VlForConditionalGeneration,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+)
 from transformers.models.idefics2 import modeling_idefics2
 from transformers.models.idefics3 import modeling_idefics3
 from transformers.models.smolvlm import modeling_smolvlm
@@ -112,3 +118,32 @@ def test_hidden_states_have_their_padding(tower):
         for state, stock in zip(states, expected, strict=True):
             assert relative_error(state[mask], stock[mask]) <= 1e-6
             assert not state[~mask].any()
+
+
+def test_by_the_kernels():
+    torch.manual_seed(0)
+    model, call = siglip2()
+    expected, _, _ = results(model.eval(), call)
+    hrvlm.accelerate(model, backend="triton")
+    kept, _, _ = results(model, call)
+    for out, stock in zip(kept, expected, strict=True):
+        assert relative_error(out, stock) <= 1e-6
+
+
+def test_lfm2_vl_by_its_siglip2():
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "layer_types": ["full_attention"]}
+    vision = {**SIZES, "model_type": "siglip2_vision_model", "num_patches": 16}
+    config = Lfm2VlConfig(
+        vision_config=vision, text_config=text, image_token_id=63, downsample_factor=1
+    )
+    torch.manual_seed(0)
+    model = Lfm2VlForConditionalGeneration(config).eval()
+    _, call = siglip2()
+    tokens = int(call["pixel_attention_mask"].sum())
+    call["input_ids"] = torch.tensor([[1, *[63] * tokens, 2]])
+    with torch.no_grad():
+        expected = model(**call).logits
+        report = hrvlm.accelerate(model)
+        assert [part.cls for part in report.swapped] == ["Siglip2Attention"]
+        assert relative_error(model(**call).logits, expected) <= 1e-6
