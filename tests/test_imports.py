@@ -34,7 +34,7 @@ RANKS = (
 )
 KERNEL_RANKS = (
     "backends packed_tables",
-    "packed_grids",
+    "packed_grids attention_problem",
     "traced_grids",
     "reference",
     "triton_kernels",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hrvlm_kernels import PackedGrids, reference
+from hrvlm_kernels.attention_problem import Problem
 from hrvlm_kernels.ops.varlen_attention import varlen_attention
 from tests.kernels.helpers import gradients
 from tests.numerics import assert_contraction
@@ -32,6 +33,12 @@ class Case:
     @property
     def inputs(self):
         return self.q, self.k, self.v
+
+    @property
+    def problem(self):
+        """As the launchers take it."""
+        scale = self.scale or self.q.shape[-1] ** -0.5
+        return Problem(*self.inputs, self.packed.segments, self.rope, scale, True)
 
 
 def make_case(

@@ -85,7 +85,7 @@ ATOMIC = {
     "rows of another tile": ("p_dq + i_m.to(tl.int64)[:, None]", "p_dq + i_d[:, None]"),
     "keys past the end": ("p = tl.where(m_n[:, None], p, 0.0)", "p = p"),
     "not scaled": ("dq_sum.mul_(scale)", "dq_sum.mul_(1.0)"),
-    "not rotated back": ("none, *rope, True)", "none, *rope, False)"),
+    "not rotated back": ("none, *rope, True,", "none, *rope, False,"),
 }
 
 

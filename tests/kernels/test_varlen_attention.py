@@ -1,6 +1,7 @@
 """The forward kernel of varlen_attention against the reference; gradients have their own file."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,13 +51,8 @@ def run_forward(case, tilings=None, short_tilings=None):
     tokens, heads, _ = case.q.shape
     out = torch.full(case.q.shape, float("nan"), dtype=case.q.dtype)
     lse = torch.full((heads, tokens), float("nan"))
-    packed, (coords, inv_freq) = case.packed, case.rope or (None, None)
-    scale = case.scale or case.q.shape[-1] ** -0.5
-    kernels.forward(
-        *case.inputs, out, lse, packed.cu_seqlens, packed.tiles(64), packed.tiles(128),
-        packed.short_segments, coords, inv_freq, scale, tilings,
-        () if tilings is not None else short_tilings,
-    )  # fmt: skip
+    short_tilings = () if tilings is not None else short_tilings
+    kernels.forward(case.problem, out, lse, tilings, short_tilings)
     return out, lse
 
 
@@ -369,11 +365,7 @@ def test_offsets_beyond_int32_in_every_block(tmp_path):
         expected, _ = run_forward(case, [tiling])
         k = far_rows(case.k, tmp_path, stride=2**25)
         out = torch.full_like(expected, float("nan"))
-        packed, lse = case.packed, torch.empty(1, 130)
-        kernels.forward(
-            case.q, k, case.v, out, lse, packed.cu_seqlens, packed.tiles(64), packed.tiles(128),
-            packed.short_segments, None, None, 0.25, [tiling],
-        )  # fmt: skip
+        kernels.forward(replace(case, k=k).problem, out, torch.empty(1, 130), [tiling])
         assert torch.equal(out, expected)
 
 

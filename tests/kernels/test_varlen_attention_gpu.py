@@ -173,13 +173,9 @@ def skip_unless_hopper():
 def check_order(order, head_dim, rope):
     tiling = Tiling(128, 64, 8, 2, order)
     case = gpu_case(head_dim=head_dim, rope=rope)
-    packed, (coords, inv_freq) = case.packed, case.rope or (None, None)
     out = torch.full_like(case.q, float("nan"))
     lse = torch.full(case.q.shape[:2][::-1], float("nan"), device=DEVICE)
-    arguments = (
-        *case.inputs, out, lse, packed.cu_seqlens, packed.tiles(64), packed.tiles(128),
-        packed.short_segments, coords, inv_freq, head_dim**-0.5, [tiling],
-    )  # fmt: skip
+    arguments = case.problem, out, lse, [tiling]
     for short_tilings in ((), None):  # alone, and beside the kernel for short images
         out.fill_(float("nan"))
         forward.forward(*arguments, short_tilings)

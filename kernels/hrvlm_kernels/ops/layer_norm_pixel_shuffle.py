@@ -33,24 +33,7 @@ MAX_CHANNELS = 8192
 ROUTES = ("auto", "fused", "layernorm_gemm")
 
 
-def _forward(
-    x: Tensor,
-    index: Tensor,
-    cu_seqlens: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    num_prefix_tokens: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    from ..triton_kernels.layer_norm_pixel_shuffle import forward
-
-    out = _forward_fake(x, index, cu_seqlens, weight, bias, eps, num_prefix_tokens, dtype)
-    forward(x, index, weight, bias, eps, out)
-    return out
-
-
-def _forward_fake(
+def _empty_rows(
     x: Tensor,
     index: Tensor,
     cu_seqlens: Tensor,
@@ -63,34 +46,9 @@ def _forward_fake(
     return torch.empty(index.shape[0], index.shape[1] * x.shape[1], dtype=dtype, device=x.device)
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    index: Tensor,
-    cu_seqlens: Tensor,
-    weight: Tensor,
-    eps: float,
-    num_prefix_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ..triton_kernels.layer_norm_pixel_shuffle import backward
-
+def _empty_grads(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dw, db = backward(dy, x, index, cu_seqlens, weight, eps, num_prefix_tokens, dx).sum(1).unbind()
-    return dx, dw, db.clone()  # outputs of an op may not share memory
-
-
-def _backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    index: Tensor,
-    cu_seqlens: Tensor,
-    weight: Tensor,
-    eps: float,
-    num_prefix_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dw, db = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
-    return dx, dw, db
+    return dx, torch.empty(2, x.shape[1], dtype=torch.float32, device=x.device)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -101,28 +59,29 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, index, cu_seqlens, weight = ctx.saved_tensors
-    dx, dw, db = ops.layer_norm_pixel_shuffle_backward(
+    dx, sums = ops.layer_norm_pixel_shuffle_backward(
         dy, x, index, cu_seqlens, weight, ctx.eps, ctx.num_prefix_tokens
     )
-    db = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
-    return dx, None, None, dw.to(weight.dtype), db, None, None, None
+    db = None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype)
+    return dx, None, None, sums[0].to(weight.dtype), db, None, None, None
 
 
 register(
     "layer_norm_pixel_shuffle",
     "(Tensor x, Tensor index, Tensor cu_seqlens, Tensor weight, Tensor? bias, float eps, "
     "int num_prefix_tokens, ScalarType dtype) -> Tensor",
-    _forward,
-    fake=_forward_fake,
+    "layer_norm_pixel_shuffle:forward",
+    fake=_empty_rows,
     setup_context=_save,
     backward=_differentiate,
+    arguments=lambda x, index, _, weight, bias, eps, *others: (x, index, weight, bias, eps),
 )
 register_backward(
     "layer_norm_pixel_shuffle_backward",
     "(Tensor dy, Tensor x, Tensor index, Tensor cu_seqlens, Tensor weight, float eps, "
-    "int num_prefix_tokens) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    fake=_backward_fake,
+    "int num_prefix_tokens) -> (Tensor, Tensor)",
+    "layer_norm_pixel_shuffle:backward",
+    fake=_empty_grads,
 )
 
 

@@ -26,33 +26,11 @@ from ..packed_grids import PackedGrids
 from .torch_op import ops, register, register_backward
 
 
-def _forward(
-    x: Tensor,
-    index: Tensor,
-    cu_seqlens: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    num_prefix_tokens: int,
-) -> Tensor:
-    from ..triton_kernels.pixel_shuffle_linear import forward
-
-    out = _forward_fake(x, index, cu_seqlens, weight, bias, num_prefix_tokens)
-    forward(x, index, weight, bias, out)
-    return out
-
-
-def _forward_fake(
-    x: Tensor,
-    index: Tensor,
-    cu_seqlens: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    num_prefix_tokens: int,
-) -> Tensor:
+def _empty_output(x: Tensor, index: Tensor, cu_seqlens: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return torch.empty(index.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
 
 
-def _dx(
+def _empty_dx(
     dy: Tensor,
     weight: Tensor,
     index: Tensor,
@@ -60,35 +38,11 @@ def _dx(
     num_prefix_tokens: int,
     total_tokens: int,
 ) -> Tensor:
-    from ..triton_kernels.pixel_shuffle_linear_backward import backward_dx
-
-    dx = _dx_fake(dy, weight, index, cu_seqlens, num_prefix_tokens, total_tokens)
-    backward_dx(dy, weight, index, cu_seqlens, num_prefix_tokens, dx)
-    return dx
+    width = weight.shape[1] // index.shape[1]
+    return torch.empty(total_tokens, width, dtype=dy.dtype, device=dy.device)
 
 
-def _dx_fake(
-    dy: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    cu_seqlens: Tensor,
-    num_prefix_tokens: int,
-    total_tokens: int,
-) -> Tensor:
-    return torch.empty(
-        total_tokens, weight.shape[1] // index.shape[1], dtype=dy.dtype, device=dy.device
-    )
-
-
-def _dweight(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    from ..triton_kernels.pixel_shuffle_linear_backward import backward_dweight
-
-    dw = _dweight_fake(dy, x, index)
-    backward_dweight(dy, x, index, dw)
-    return dw
-
-
-def _dweight_fake(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
+def _empty_dweight(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
     return torch.empty(dy.shape[1], index.shape[1] * x.shape[1], dtype=x.dtype, device=x.device)
 
 
@@ -119,23 +73,25 @@ register(
     "pixel_shuffle_linear",
     "(Tensor x, Tensor index, Tensor cu_seqlens, Tensor weight, Tensor? bias, "
     "int num_prefix_tokens) -> Tensor",
-    _forward,
-    fake=_forward_fake,
+    "pixel_shuffle_linear:forward",
+    fake=_empty_output,
     setup_context=_save,
     backward=_backward,
+    arguments=lambda x, index, _, weight, bias, prefix: (x, index, weight, bias),
 )
 register_backward(
     "pixel_shuffle_linear_dx",
     "(Tensor dy, Tensor weight, Tensor index, Tensor cu_seqlens, int num_prefix_tokens, "
     "SymInt total_tokens) -> Tensor",
-    _dx,
-    fake=_dx_fake,
+    "pixel_shuffle_linear_backward:backward_dx",
+    fake=_empty_dx,
+    arguments=lambda *args: args[:-1],
 )
 register_backward(
     "pixel_shuffle_linear_dweight",
     "(Tensor dy, Tensor x, Tensor index) -> Tensor",
-    _dweight,
-    fake=_dweight_fake,
+    "pixel_shuffle_linear_backward:backward_dweight",
+    fake=_empty_dweight,
 )
 
 

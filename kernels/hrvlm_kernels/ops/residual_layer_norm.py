@@ -27,34 +27,14 @@ from .torch_op import ops, register, register_backward
 MAX_WIDTH = 4096  # the backward of wider rows spills
 
 
-def _forward(
-    x: Tensor, update: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    from ..triton_kernels.residual_layer_norm import forward
-
-    out, normed = _forward_fake(x)
-    forward(x, update, scale, weight, bias, eps, out, normed)
-    return out, normed
-
-
-def _forward_fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _empty_outputs(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     out, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     return out, normed
 
 
-def _backward(
-    g: Tensor, h: Tensor, out: Tensor, update: Tensor, scale: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ..triton_kernels.residual_layer_norm import backward
-
-    dx, dupdate = _forward_fake(out)
-    sums = backward(g, h, out, update, scale, weight, eps, dx, dupdate).sum(1)
-    return dx, dupdate, sums
-
-
-def _backward_fake(g: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    sums = torch.empty(3, g.shape[1], dtype=torch.float32, device=g.device)
-    return *_forward_fake(g), sums
+def _empty_grads(g: Tensor, h: Tensor, out: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    sums = torch.empty(3, out.shape[1], dtype=torch.float32, device=out.device)
+    return *_empty_outputs(out), sums
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -75,8 +55,8 @@ register(
     "residual_layer_norm",
     "(Tensor x, Tensor update, Tensor scale, Tensor weight, Tensor? bias, float eps) "
     "-> (Tensor, Tensor)",
-    _forward,
-    fake=_forward_fake,
+    "residual_layer_norm:forward",
+    fake=_empty_outputs,
     setup_context=_save,
     backward=_differentiate,
 )
@@ -84,8 +64,8 @@ register_backward(
     "residual_layer_norm_backward",
     "(Tensor g, Tensor h, Tensor out, Tensor update, Tensor scale, Tensor weight, float eps) "
     "-> (Tensor, Tensor, Tensor)",
-    _backward,
-    fake=_backward_fake,
+    "residual_layer_norm:backward",
+    fake=_empty_grads,
 )
 
 

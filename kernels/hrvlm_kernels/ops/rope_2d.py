@@ -22,16 +22,6 @@ from ..backends import choose_backend
 from .torch_op import add_op_namespace_prefix, ops, register
 
 
-def _rope_2d(
-    q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    from ..triton_kernels.rope_2d import rotate_heads
-
-    q_out, k_out = _empty_outputs(q, k, coords, inv_freq, inverse)
-    rotate_heads(q, k, q_out, k_out, coords, inv_freq, inverse)
-    return q_out, k_out
-
-
 def _empty_outputs(
     q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -55,7 +45,7 @@ def _rotate_back(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | Non
 register(
     "rope_2d",
     "(Tensor q, Tensor k, Tensor coords, Tensor inv_freq, bool inverse) -> (Tensor, Tensor)",
-    _rope_2d,
+    "rope_2d:rotate_heads",
     fake=_empty_outputs,
     setup_context=_save_positions,
     backward=_rotate_back,
@@ -66,7 +56,7 @@ register(
 def _rope_2d_in_place(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
     from ..triton_kernels.rope_2d import rotate_heads
 
-    rotate_heads(q, k, q, k, coords, inv_freq, False)
+    rotate_heads(q, k, coords, inv_freq, False, q, k)
 
 
 class _RotatedInPlace(torch.autograd.Function):

@@ -21,28 +21,12 @@ from ..backends import choose_backend
 from .torch_op import ops, register, register_backward
 
 
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    from ..triton_kernels.swiglu import forward
-
-    out = _forward_fake(gate, up)
-    forward(gate, up, out)
-    return out
-
-
-def _forward_fake(gate: Tensor, up: Tensor) -> Tensor:
+def _empty_output(gate: Tensor, up: Tensor) -> Tensor:
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-def _backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    from ..triton_kernels.swiglu import backward
-
-    dgate, dup = _backward_fake(g, gate, up)
-    backward(g, gate, up, dgate, dup)
-    return dgate, dup
-
-
-def _backward_fake(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return _forward_fake(gate, up), _forward_fake(gate, up)
+def _empty_grads(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_output(gate, up), _empty_output(gate, up)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -56,16 +40,16 @@ def _differentiate(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
 register(
     "swiglu",
     "(Tensor gate, Tensor up) -> Tensor",
-    _forward,
-    fake=_forward_fake,
+    "swiglu:forward",
+    fake=_empty_output,
     setup_context=_save,
     backward=_differentiate,
 )
 register_backward(
     "swiglu_backward",
     "(Tensor g, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-    _backward,
-    fake=_backward_fake,
+    "swiglu:backward",
+    fake=_empty_grads,
 )
 
 

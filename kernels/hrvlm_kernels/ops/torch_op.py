@@ -8,6 +8,7 @@ namespace is the name under which this copy was imported, as Hub kernels must ha
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,22 +27,38 @@ def add_op_namespace_prefix(name: str) -> str:
 def register(
     name: str,
     schema: str,
-    run: Callable[..., Any],
+    launcher: str,
     *,
     fake: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    arguments: Callable[..., tuple[Any, ...]] | None = None,
 ) -> None:
     """Define the op `name`: its kernel, the shapes of its outputs, and its gradient.
+
+    A call allocates the outputs as `fake` does, imports the launcher, which needs Triton, and lets
+    it write them.
 
     Args:
         name: Without the namespace.
         schema: Arguments and results, ``"(Tensor x) -> Tensor"``.
-        run: The implementation for the CPU (interpreter) and GPUs.
-        fake: The same on fake tensors.
+        launcher: ``"module:function"`` in triton_kernels/; takes the arguments, then the outputs.
+        fake: Empty outputs for the arguments, fake tensors or real ones.
         setup_context: What `backward` needs, as ``torch.library.register_autograd`` takes it.
         backward: The gradient formula.
+        arguments: What the launcher gets of the op's arguments; default: all of them.
     """
+    module, _, function = launcher.partition(":")
+
+    def run(*args: Any) -> Any:
+        outputs = fake(*args)
+        start = getattr(import_module(f"..triton_kernels.{module}", __package__), function)
+        start(
+            *(args if arguments is None else arguments(*args)),
+            *(outputs if isinstance(outputs, tuple) else (outputs,)),
+        )
+        return outputs
+
     _lib.define(name + schema)
     for device in ("CPU", "CUDA"):
         _lib.impl(name, run, device)
@@ -51,7 +68,12 @@ def register(
 
 
 def register_backward(
-    name: str, schema: str, run: Callable[..., Any], *, fake: Callable[..., Any]
+    name: str,
+    schema: str,
+    launcher: str,
+    *,
+    fake: Callable[..., Any],
+    arguments: Callable[..., tuple[Any, ...]] | None = None,
 ) -> None:
     """Define an op that computes a gradient; a gradient of the gradient raises."""
 
@@ -61,7 +83,10 @@ def register_backward(
             'use backend="eager" for second derivatives'
         )
 
-    register(name, schema, run, fake=fake, setup_context=_save_nothing, backward=refuse)
+    register(
+        name, schema, launcher, fake=fake, setup_context=_save_nothing, backward=refuse,
+        arguments=arguments,
+    )  # fmt: skip
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

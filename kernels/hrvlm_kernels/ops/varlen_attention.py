@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention_problem import Problem
 from ..backends import choose_backend
 from ..packed_grids import PackedGrids
 from ..traced_grids import TracedGrids
@@ -32,28 +33,6 @@ _LAYOUT = (
     "Tensor cu_seqlens, Tensor tiles_64, Tensor tiles_128, Tensor short_segments, Tensor? coords, "
     "Tensor? inv_freq, float scale, bool deterministic"
 )
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    tiles_64: Tensor,
-    tiles_128: Tensor,
-    short_segments: Tensor,
-    coords: Tensor | None,
-    inv_freq: Tensor | None,
-    scale: float,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    from ..triton_kernels.varlen_attention import forward
-
-    out, lse = _empty_outputs(q)
-    forward(
-        q, k, v, out, lse, cu_seqlens, tiles_64, tiles_128, short_segments, coords, inv_freq, scale
-    )  # fmt: skip
-    return out, lse
 
 
 def _empty_outputs(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -74,31 +53,10 @@ def _attention_grad(ctx: Any, g: Tensor, _: None) -> tuple[Tensor | None, ...]:
     return *grads, *[None] * 8
 
 
-def _backward(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    tiles_64: Tensor,
-    tiles_128: Tensor,
-    short_segments: Tensor,
-    coords: Tensor | None,
-    inv_freq: Tensor | None,
-    scale: float,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ..triton_kernels.varlen_attention_backward import backward
-
-    grads = _empty_grads(g, q, k, v)
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    backward(
-        g, q, k, v, out, lse, *grads, cu_seqlens, tiles_64, tiles_128, coords, inv_freq, scale,
-        deterministic,
-    )  # fmt: skip
-    return grads
+def _backward_arguments(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *layout: Any
+) -> tuple[Any, ...]:
+    return Problem.from_arguments(q, k, v, *layout), g, out, lse
 
 
 def _empty_grads(
@@ -111,17 +69,19 @@ def _empty_grads(
 register(
     "varlen_attention",
     f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor)",
-    _forward,
+    "varlen_attention:forward",
     fake=_empty_outputs,
     setup_context=_save,
     backward=_attention_grad,
+    arguments=lambda *args: (Problem.from_arguments(*args),),
 )
 register_backward(
     "varlen_attention_backward",
     f"(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LAYOUT}) "
     "-> (Tensor, Tensor, Tensor)",
-    _backward,
+    "varlen_attention_backward:backward",
     fake=_empty_grads,
+    arguments=_backward_arguments,
 )
 
 

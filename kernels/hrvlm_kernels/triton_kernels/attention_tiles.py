@@ -5,11 +5,15 @@ No attention kernel imports another one; what two of them need is here.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention_problem import Problem
+from ..packed_tables import Segments
 from .rope_2d import TWO_PI, cos_sin, rotate_heads
 from .tilings import Tiling
 
@@ -103,17 +107,10 @@ def rotates_in_kernel(x: Tensor) -> bool:
     return x.dtype.itemsize == 2 and x.shape[2] == padded_head_dim(x.shape[2])
 
 
-def rope_tensors(coords: Tensor | None, inv_freq: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Both as the kernels read them, without strides; None where there is no RoPE."""
-    if coords is None or inv_freq is None:
-        return None
-    return coords.contiguous(), inv_freq.contiguous()
-
-
 def rotated(a: Tensor, b: Tensor, coords: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """`a` and `b` rotated, in new contiguous tensors; their device is the current one."""
     a_out, b_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a, b))
-    rotate_heads(a, b, a_out, b_out, coords, inv_freq, False)
+    rotate_heads(a, b, coords, inv_freq, False, a_out, b_out)
     return a_out, b_out
 
 
@@ -122,10 +119,36 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def tile_list(tiles_64: Tensor, tiles_128: Tensor, tiling: Tiling) -> tuple[Tensor, int]:
+def as_kernels_read_it(problem: Problem) -> Problem:
+    """`problem` with heads, positions and frequencies that are dense, copied only if they must."""
+    q, k, v = (unit_stride(a) for a in (problem.q, problem.k, problem.v))
+    rope = problem.rope and (problem.rope[0].contiguous(), problem.rope[1].contiguous())
+    return replace(problem, q=q, k=k, v=v, rope=rope)
+
+
+def tile_list(segments: Segments, tiling: Tiling) -> tuple[Tensor, int]:
     """The tile list that a kernel walks over, and how many of its own tiles make one of the list.
 
     Tiles below 64 rows share the list of 64: a few of them may lie past the end of their segment,
     where they load and store nothing.
     """
-    return (tiles_128, 1) if tiling.rows == 128 else (tiles_64, 64 // tiling.rows)
+    if tiling.rows == 128:
+        return segments.tiles_128, 1
+    return segments.tiles_64, 64 // tiling.rows
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Of the tokens and heads of each."""
+    return [step for a in tensors for step in a.stride()[:2]]
+
+
+def constants(problem: Problem, tiling: Tiling) -> dict[str, int]:
+    """The arguments that all kernels of attention have."""
+    heads, head_dim = problem.q.shape[1:]
+    return {
+        "H": heads,
+        "GROUP": heads // problem.k.shape[1],
+        "D": head_dim,
+        "num_warps": tiling.num_warps,
+        "num_stages": tiling.num_stages,
+    }

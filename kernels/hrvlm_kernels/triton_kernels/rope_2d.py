@@ -132,11 +132,11 @@ def select_config(arch: str, head_dim: int, dtype: torch.dtype) -> RopeConfig:
 def rotate_heads(
     q: Tensor,
     k: Tensor,
-    q_out: Tensor,
-    k_out: Tensor,
     coords: Tensor,
     inv_freq: Tensor,
     inverse: bool,
+    q_out: Tensor,
+    k_out: Tensor,
 ) -> None:
     """Write the rotated q and k; tensors of any strides, checked by the caller."""
     tokens, q_heads, head_dim = q.shape

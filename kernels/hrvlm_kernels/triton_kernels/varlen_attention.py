@@ -29,6 +29,8 @@ Only the tables choose between them (or `tilings`, in the tests and in benchmark
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 import triton
@@ -36,20 +38,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..attention_problem import Problem
 from .attention_tiles import (
     LOG2_E,
     PRECISION,
+    as_kernels_read_it,
+    constants,
     load_rows,
     locate,
     padded_head_dim,
-    rope_tensors,
     rotate,
     rotated,
     rotates_in_kernel,
     softmax_step,
     store_rows,
+    strides,
     tile_list,
-    unit_stride,
 )
 from .launch import architecture, device_guard, launch, tile_choices
 from .tilings import Tiling, table_head_dim
@@ -143,18 +147,9 @@ def _can_take(tiling: Tiling, k: Tensor, v: Tensor) -> bool:
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    x: Problem,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor,
-    tiles_64: Tensor,
-    tiles_128: Tensor,
-    short_segments: Tensor,
-    coords: Tensor | None,
-    inv_freq: Tensor | None,
-    scale: float,
     tilings: Sequence[Tiling] | None = None,
     short_tilings: Sequence[Tiling] | None = None,
 ) -> None:
@@ -163,43 +158,38 @@ def forward(
     `tilings` forces the tile sizes; `short_tilings` those of the kernel for short images, which an
     empty list keeps from running.
     """
-    tokens, heads, head_dim = q.shape
-    width = padded_head_dim(head_dim)
     if out.numel() == 0:
         return
-    with device_guard(q):
-        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-        rope = rope_tensors(coords, inv_freq)
-        folded = rope if rotates_in_kernel(q) else None
-        skip = 0
-        if folded is not None:
+    row = architecture(x.q.device), x.q.shape[2], x.q.dtype
+    with device_guard(x.q):
+        x, skip = as_kernels_read_it(x), 0
+        if x.rope is not None and rotates_in_kernel(x.q):
             if short_tilings is None:
-                short_tilings = select_short_tilings(architecture(q.device), head_dim, q.dtype)
+                short_tilings = select_short_tilings(*row)
             if short_tilings:
                 skip = short_tilings[0].step
-                forward_short(q, k, v, out, lse, short_segments, *folded, scale, short_tilings)
-                if short_segments.shape[0] == 3 * cu_seqlens.shape[0]:
+                forward_short(x, out, lse, short_tilings)
+                if x.segments.short.shape[0] == 3 * x.segments.cu_seqlens.shape[0]:
                     return  # every segment is short
-            _, k = rotated(q[:, :0], k, *folded)
-        elif rope is not None:
-            q, k = rotated(q, k, *rope)
+            x = replace(x, k=rotated(x.q[:, :0], x.k, *x.rope)[1])
+        elif x.rope is not None:
+            q, k = rotated(x.q, x.k, *x.rope)
+            x = replace(x, q=q, k=k, rope=None)
         if tilings is None:
-            tilings = select_tilings(architecture(q.device), head_dim, q.dtype)
-            tilings = [tiling for tiling in tilings if _can_take(tiling, k, v)]
+            tilings = [tiling for tiling in select_tilings(*row) if _can_take(tiling, x.k, x.v)]
+        launch("varlen_attention", tilings, partial(_start, x, out, lse, skip))
 
-        def start(tiling: Tiling) -> None:
-            tiles, parts = tile_list(tiles_64, tiles_128, tiling)
-            k_blocks = v_blocks = None
-            if tiling.order == "ahead":
-                block = [tiling.step, 1, width]
-                k_blocks, v_blocks = (TensorDescriptor.from_tensor(x, block) for x in (k, v))
-            varlen_attention_forward[(tiles.shape[0] * parts * heads,)](
-                q, k, v, k_blocks, v_blocks, out, lse, cu_seqlens, tiles, *(folded or (None, None)),
-                tokens, scale,
-                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
-                H=heads, GROUP=heads // k.shape[1], D=head_dim, BD=width, BM=tiling.rows,
-                BN=tiling.step, PARTS=parts, AHEAD=tiling.order == "ahead", ROPE=folded is not None,
-                SKIP=skip, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
-            )  # fmt: skip
 
-        launch("varlen_attention", tilings, start)
+def _start(x: Problem, out: Tensor, lse: Tensor, skip: int, tiling: Tiling) -> None:
+    tiles, parts = tile_list(x.segments, tiling)
+    width = padded_head_dim(x.q.shape[2])
+    k_blocks = v_blocks = None
+    if tiling.order == "ahead":
+        block = [tiling.step, 1, width]
+        k_blocks, v_blocks = (TensorDescriptor.from_tensor(a, block) for a in (x.k, x.v))
+    varlen_attention_forward[(tiles.shape[0] * parts * x.q.shape[1],)](
+        x.q, x.k, x.v, k_blocks, v_blocks, out, lse, x.segments.cu_seqlens, tiles,
+        *(x.rope or (None, None)), x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, out),
+        BD=width, BM=tiling.rows, BN=tiling.step, PARTS=parts, AHEAD=tiling.order == "ahead",
+        ROPE=x.rope is not None, SKIP=skip, **constants(x, tiling),
+    )  # fmt: skip

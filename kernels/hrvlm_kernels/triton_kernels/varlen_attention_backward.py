@@ -19,7 +19,7 @@ heads around the loop over queries spills, and Triton 3.6 makes an empty kernel 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -27,17 +27,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention_problem import Problem
 from .attention_tiles import (
     LOG2_E,
     PRECISION,
+    as_kernels_read_it,
+    constants,
     load_rows,
     locate,
     padded_head_dim,
-    rope_tensors,
     rotate,
     rotated,
     rotates_in_kernel,
     store_rows,
+    strides,
     tile_list,
     unit_stride,
 )
@@ -199,96 +202,64 @@ def select_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> BackwardTili
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """What both kernels read; `rope` (coords, inv_freq) only where it is folded into them."""
+class _Inputs(Problem):
+    """What both kernels read; `rope` only where it is folded into them."""
 
     g: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
     out: Tensor
     lse: Tensor
     delta: Tensor
-    cu_seqlens: Tensor
-    tiles_64: Tensor
-    tiles_128: Tensor
-    rope: tuple[Tensor, Tensor] | None
-    scale: float
-
-    def constants(self, tiling: Tiling) -> dict[str, int | bool]:
-        heads, head_dim = self.q.shape[1:]
-        return {
-            "H": heads,
-            "GROUP": heads // self.k.shape[1],
-            "D": head_dim,
-            "BD": padded_head_dim(head_dim),
-            "ROPE": self.rope is not None,
-            "num_warps": tiling.num_warps,
-            "num_stages": tiling.num_stages,
-        }
 
 
 def _start_dq(x: _Inputs, dq: Tensor, delta_only: bool, tiling: Tiling) -> None:
-    tiles, parts = tile_list(x.tiles_64, x.tiles_128, tiling)
-    strides = [n for a in (x.q, x.k, x.v, x.out, x.g, dq) for n in a.stride()[:2]]
+    tiles, parts = tile_list(x.segments, tiling)
     varlen_attention_dq[(tiles.shape[0] * parts * x.q.shape[1],)](
-        x.q, x.k, x.v, x.out, x.g, dq, x.lse, x.delta, x.cu_seqlens, tiles,
-        *(x.rope or (None, None)), x.q.shape[0], x.scale, *strides,
-        BM=tiling.rows, BN=tiling.step, PARTS=parts, DELTA_ONLY=delta_only, **x.constants(tiling),
+        x.q, x.k, x.v, x.out, x.g, dq, x.lse, x.delta, x.segments.cu_seqlens, tiles,
+        *(x.rope or (None, None)), x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, x.out, x.g, dq),
+        BD=padded_head_dim(x.q.shape[2]), BM=tiling.rows, BN=tiling.step, PARTS=parts,
+        DELTA_ONLY=delta_only, ROPE=x.rope is not None, **constants(x, tiling),
     )  # fmt: skip
 
 
 def _start_dkdv(x: _Inputs, dq_sum: Tensor | None, dk: Tensor, dv: Tensor, tiling: Tiling) -> None:
-    tiles, parts = tile_list(x.tiles_64, x.tiles_128, tiling)
-    dq_strides = (0, 0) if dq_sum is None else dq_sum.stride()[:2]
-    strides = [n for a in (x.q, x.k, x.v, x.g) for n in a.stride()[:2]]
+    tiles, parts = tile_list(x.segments, tiling)
     varlen_attention_dkdv[(tiles.shape[0] * parts * x.q.shape[1],)](
-        x.q, x.k, x.v, x.g, dq_sum, dk, dv, x.lse, x.delta, x.cu_seqlens, tiles,
-        *(x.rope or (None, None)), x.q.shape[0], x.scale,
-        *strides, *dq_strides, *dk.stride()[:2], *dv.stride()[:2],
-        BM=tiling.step, BN=tiling.rows, PARTS=parts, ATOMIC=dq_sum is not None,
-        **x.constants(tiling),
+        x.q, x.k, x.v, x.g, dq_sum, dk, dv, x.lse, x.delta, x.segments.cu_seqlens, tiles,
+        *(x.rope or (None, None)), x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, x.g),
+        *((0, 0) if dq_sum is None else strides(dq_sum)), *strides(dk, dv),
+        BD=padded_head_dim(x.q.shape[2]), BM=tiling.step, BN=tiling.rows, PARTS=parts,
+        ATOMIC=dq_sum is not None, ROPE=x.rope is not None, **constants(x, tiling),
     )  # fmt: skip
 
 
 def backward(
+    x: Problem,
     g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     out: Tensor,
     lse: Tensor,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    cu_seqlens: Tensor,
-    tiles_64: Tensor,
-    tiles_128: Tensor,
-    coords: Tensor | None,
-    inv_freq: Tensor | None,
-    scale: float,
-    deterministic: bool,
     tilings: BackwardTilings | None = None,
 ) -> None:
     """Write `dq`, `dk` and `dv`; `tilings` forces the tile sizes."""
-    if q.numel() == 0:
+    if x.q.numel() == 0:
         return
     if tilings is None:
-        tilings = select_tilings(architecture(q.device), q.shape[2], q.dtype)
-    with device_guard(q):
-        rope = rope_tensors(coords, inv_freq)
+        tilings = select_tilings(architecture(x.q.device), x.q.shape[2], x.q.dtype)
+    deterministic = x.deterministic or torch.are_deterministic_algorithms_enabled()
+    atomic = bool(tilings.atomic) and not deterministic
+    with device_guard(x.q):
+        x = as_kernels_read_it(x)
+        rope, folded = x.rope, rotates_in_kernel(x.q)
         if rope is not None:
-            q, k = rotated(q, k, *rope)
-        folded = rope if rotates_in_kernel(q) else None
-        g, q, k, v, out = (unit_stride(a) for a in (g, q, k, v, out))
-        inputs = _Inputs(
-            g, q, k, v, out, lse, torch.empty_like(lse), cu_seqlens, tiles_64, tiles_128,
-            folded, scale,
-        )  # fmt: skip
-        atomic = bool(tilings.atomic) and not deterministic
-        dq_sum = _float32_like(q).zero_() if atomic else None
-        grouped = k.shape[1] < q.shape[1]
-        parts = (_float32_like(q), _float32_like(q)) if grouped else (dk, dv)
+            q, k = rotated(x.q, x.k, *rope)
+            x = replace(x, q=q, k=k, rope=rope if folded else None)
+        g, out = unit_stride(g), unit_stride(out)
+        inputs = _Inputs(**vars(x), g=g, out=out, lse=lse, delta=torch.empty_like(lse))
+        dq_sum = _float32_like(x.q).zero_() if atomic else None
+        grouped = x.k.shape[1] < x.q.shape[1]
+        parts = (_float32_like(x.q), _float32_like(x.q)) if grouped else (dk, dv)
 
         launch("varlen_attention dq", tilings.dq, partial(_start_dq, inputs, dq, atomic))
         launch(
@@ -298,11 +269,11 @@ def backward(
         )
         if grouped:
             for total, part in zip((dk, dv), parts, strict=True):
-                total.copy_(part.unflatten(1, (k.shape[1], -1)).sum(2))
+                total.copy_(part.unflatten(1, (x.k.shape[1], -1)).sum(2))
         if dq_sum is not None:
-            _finish_dq(dq_sum, dq, folded, scale)
-        if rope is not None and folded is None:
-            rotate_heads(dq, dk, dq, dk, *rope, True)
+            _finish_dq(dq_sum, dq, x.rope, x.scale)
+        if rope is not None and not folded:
+            rotate_heads(dq, dk, *rope, True, dq, dk)
 
 
 def _float32_like(x: Tensor) -> Tensor:
@@ -316,5 +287,5 @@ def _finish_dq(
     dq_sum.mul_(scale)
     if rope is not None:
         none = dq_sum[:, :0]
-        rotate_heads(dq_sum, none, dq_sum, none, *rope, True)
+        rotate_heads(dq_sum, none, *rope, True, dq_sum, none)
     dq.copy_(dq_sum)

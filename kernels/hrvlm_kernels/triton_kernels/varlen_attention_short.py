@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import LOG2_E, PRECISION, load_rows, rotate, store_rows
+from ..attention_problem import Problem
+from .attention_tiles import LOG2_E, PRECISION, constants, load_rows, rotate, store_rows, strides
 from .launch import launch, tile_choices
 from .tilings import Tiling, table_head_dim
 
@@ -64,33 +65,21 @@ def select_short_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> tuple[
     return tile_choices("SHORT", arch, table_head_dim(head_dim), dtype.itemsize)
 
 
-def forward_short(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    segments: Tensor,
-    coords: Tensor,
-    inv_freq: Tensor,
-    scale: float,
-    tilings: Sequence[Tiling],
-) -> None:
-    """Write `out` and `lse` of the segments listed, as ``PackedGrids.short_segments`` has them.
+def forward_short(x: Problem, out: Tensor, lse: Tensor, tilings: Sequence[Tiling]) -> None:
+    """Write `out` and `lse` of the short segments, given a problem with RoPE.
 
     The current device must be that of the tensors.
     """
-    heads, head_dim = q.shape[1:]
-    programs = (segments.shape[0] // 3 - 1) * heads
-    if not programs:
+    segments, rope = x.segments.short, x.rope
+    programs = (segments.shape[0] // 3 - 1) * x.q.shape[1]
+    if not programs or rope is None:
         return
 
     def start(tiling: Tiling) -> None:
         varlen_attention_short[(programs,)](
-            q, k, v, out, lse, segments, coords, inv_freq, q.shape[0], scale,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
-            H=heads, GROUP=heads // k.shape[1], D=head_dim, BM=tiling.rows, BN=tiling.step,
-            num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+            x.q, x.k, x.v, out, lse, segments, *rope, x.q.shape[0], x.scale,
+            *strides(x.q, x.k, x.v, out),
+            BM=tiling.rows, BN=tiling.step, **constants(x, tiling),
         )  # fmt: skip
 
     launch("varlen_attention of short images", tilings, start)
