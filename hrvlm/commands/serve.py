@@ -18,7 +18,8 @@ from .command import command
 def serve(context: typer.Context) -> None:
     """An OpenAI-compatible server with our models.
 
-    It is `transformers serve`, and takes all its arguments.
+    It is `transformers serve`, and takes all its arguments; with --fetch it fetches images that are
+    URLs, which clients may then make it do.
     """
     from ..inference.serve import serve as run
 

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 _IMAGE_TYPES = ("image_url", "input_image")
 
 
-def register_for_serving() -> None:
+def register_for_serving(*, fetch: bool = False) -> None:
     """Let the server of transformers load a VisionLanguageModel, in this process.
 
     Images that a client sends are decoded in workers (`worker.py`); files of the server's own
-    are not read for a client.
+    are not read for a client, and addresses in the network only with `fetch`: the server may reach
+    what the client may not.
 
     The name goes into the server's table of models that take images. Auto classes that walk through
     that table would look for a module of transformers, so this is for a process that only serves.
@@ -44,12 +45,14 @@ def register_for_serving() -> None:
     VLMProcessor.fetched = _decoded_before  # type: ignore[assignment, method-assign]
     handlers: tuple[Any, ...] = (ChatCompletionHandler, ResponseHandler)
     for handler in handlers:
-        handler.handle_request = _naming_bad_requests(handler.handle_request)
+        handler.handle_request = _naming_bad_requests(handler.handle_request, fetch)
     manager: Any = ModelManager
     manager.get_gen_models = _models(manager.get_gen_models)
 
 
-def _naming_bad_requests(handle: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _naming_bad_requests(
+    handle: Callable[..., Awaitable[Any]], fetch: bool
+) -> Callable[..., Awaitable[Any]]:
     """A handler that decodes the images of a request first, and answers 400 if it is wrong."""
     decoding = asyncio.Semaphore(os.cpu_count() or 1)
 
@@ -63,7 +66,7 @@ def _naming_bad_requests(handle: Callable[..., Awaitable[Any]]) -> Callable[...,
             for index, part in enumerate(_image_parts(body.get("messages") or body.get("input"))):
                 async with decoding:  # the loop goes on with the requests of others
                     part["image_url"] = {
-                        "url": await asyncio.to_thread(_decoded, processor, index, part)
+                        "url": await asyncio.to_thread(_decoded, processor, index, part, fetch)
                     }
             return await handle(handler, body, request_id)
         except KeyError as error:
@@ -96,9 +99,9 @@ def _image_parts(messages: Any) -> Iterator[dict[str, Any]]:
                 yield part
 
 
-def _decoded(processor: VLMProcessor, index: int, part: dict[str, Any]) -> Any:
+def _decoded(processor: VLMProcessor, index: int, part: dict[str, Any], fetch: bool) -> Any:
     """A stranger's image: by URL or base64 only, decoded in a worker."""
-    from ..images.fetch import fetch_image, is_text_image
+    from ..images.fetch import fetch_image, is_text_image, is_url
     from ..images.formats import ImageError
     from ..images.worker import load_image_in_worker
 
@@ -106,6 +109,10 @@ def _decoded(processor: VLMProcessor, index: int, part: dict[str, Any]) -> Any:
     url = given.get("url") if isinstance(given, dict) else given
     if not isinstance(url, str) or not is_text_image(url):
         raise ImageError(f"image {index}: expected a URL or a data URI, got {url!r:.60}")
+    if is_url(url) and not fetch:
+        raise ImageError(
+            f"image {index} is a URL, {url!r:.100}: this server fetches none (hrvlm serve --fetch)"
+        )
     data = fetch_image(url, f"image {index}")
     return load_image_in_worker(data, name=index, **processor.reading_options())
 
@@ -143,6 +150,8 @@ def _models(in_cache: Callable[..., list[dict[str, Any]]]) -> Callable[..., list
 def serve(arguments: Sequence[str]) -> None:
     """Run ``transformers serve`` with these arguments, until it is stopped.
 
+    ``--fetch`` among them is ours: images of clients that are URLs are fetched.
+
     Raises:
         ImportError: the server's dependencies are not installed (``pip install 'hrvlm[serve]'``).
     """
@@ -150,7 +159,8 @@ def serve(arguments: Sequence[str]) -> None:
 
     if not is_serve_available():
         raise ImportError("the server needs more packages: pip install 'hrvlm[serve]'")
-    register_for_serving()
+    register_for_serving(fetch="--fetch" in arguments)
+    arguments = [argument for argument in arguments if argument != "--fetch"]
     from transformers.cli.transformers import app
 
     app(["serve", *arguments], prog_name="transformers")

@@ -12,11 +12,16 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
+from huggingface_hub import constants
 from transformers.utils.import_utils import is_serve_available
 
+from hrvlm.images.formats import ImageError
+from hrvlm.inference import serve
 from hrvlm.inference.chat import GenerateOptions, start_chat
 from hrvlm.vlm.tokenizer import IMAGE_TOKEN
 from tests.images.bombs import run_length_bmp
@@ -127,8 +132,31 @@ def test_the_served_model_is_listed_without_a_cache(server):
     assert [entry["id"] for entry in json.loads(request(f"{url}/v1/models"))["data"]] == [model]
 
 
+class OnePicture(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(png(picture(9, 5)))
+
+    def log_message(self, *args):
+        pass
+
+
+def test_an_address_is_asked_only_by_a_server_that_fetches(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), OnePicture) as running:
+        Thread(target=running.serve_forever, daemon=True).start()
+        part = {"image_url": {"url": f"http://127.0.0.1:{running.server_port}/a.png"}}
+        image = serve._decoded(processor_of(), 0, part, fetch=True)
+        with pytest.raises(ImageError, match="image 0 is a URL"):
+            serve._decoded(processor_of(), 0, part, fetch=False)
+        running.shutdown()
+    assert image.tobytes() == picture(9, 5).convert("RGB").tobytes()
+
+
 GARBAGE = {
     "a stranger's path": (question("?", "/etc/hostname"), "image 0.*expected a URL"),
+    "an address": (question("?", "http://127.0.0.1:1/a.png"), "image 0 is a URL.*--fetch"),
     "no image": (question("?", data_uri(b"x" * 90)), "image 0.*not an image"),
     "a bomb": (question("?", data_uri(run_length_bmp(9000))), "image 0.*run-length BMP"),
     "the second": (question("?", data_uri(png(picture(9, 9))), "no"), "image 1.*expected a URL"),
