@@ -54,6 +54,11 @@ def as_grids(image_grid_hw: Tensor | Sequence[Sequence[int]]) -> list[Grid]:
     """
     rows: Any = image_grid_hw
     if hasattr(rows, "tolist"):
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            raise ValueError(
+                "image_grid_hw: a tensor, whose numbers torch.export does not know: give a list of "
+                "pairs of ints, for which the program then holds"
+            )
         rows = rows.tolist()
     grids = []
     for i, row in enumerate(rows):

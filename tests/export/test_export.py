@@ -22,6 +22,8 @@ from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.traced_grids import TracedGrids
 from tests.commands.helpers import run
 from tests.encoder.encoders import config_of, pair_of
+from tests.tiny import model_of
+from tests.vlm.test_vision_language_model import alone, batch_of
 
 heavy = pytest.mark.skipif("HRVLM_EXPORTS" not in os.environ, reason="run by `make exports`")
 
@@ -88,6 +90,17 @@ def test_only_a_graph_has_a_traced_layout(rng, monkeypatch):
     compiled(images)
     with pytest.raises(AssertionError, match="a traced layout"):
         torch.export.export(encoder, (images,))
+
+
+@torch.no_grad()
+def test_the_whole_model_is_exported_for_grids_that_are_given_as_ints():
+    model, batch = model_of(), alone(batch_of(), 0)
+    batch["image_grid_hw"] = torch.tensor(batch["image_grid_hw"])
+    with pytest.raises(ValueError, match=r"torch\.export does not know: give a list of pairs"):
+        torch.export.export(model, (), kwargs=batch | {"use_cache": False})
+    batch["image_grid_hw"] = batch["image_grid_hw"].tolist()
+    program = torch.export.export(model, (), kwargs=batch | {"use_cache": False})
+    close(program.module()(**batch, use_cache=False).logits, model(**batch).logits)
 
 
 def test_a_graph_says_that_it_has_no_parts_by_image():
