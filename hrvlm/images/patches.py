@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from .geometry import positive_int
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError, naming the argument, unless it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor, got {type(value).__name__}; get_image_processor and "
+            "VLMImageProcessor make one of an image of any kind"
+        )
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
@@ -20,8 +31,11 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
         dx), the order of a convolution's ``weight.flatten(1)``.
 
     Raises:
+        TypeError: it is no tensor.
         ValueError: H or W is not a positive multiple of `patch_size`.
     """
+    check_tensor("image", image)
+    positive_int("patch_size", patch_size)
     *lead, channels, height, width = image.shape
     p = patch_size
     if not height or not width or height % p or width % p:
@@ -53,7 +67,7 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     )
 
 
-def pack_images(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, list[tuple[int, int]]]:
+def pack_images(images: Iterable[Tensor], patch_size: int) -> tuple[Tensor, list[tuple[int, int]]]:
     """Patches of images of different shapes, one image after the other.
 
     Args:
@@ -64,11 +78,18 @@ def pack_images(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, list
         ``[N, 3*p*p]`` and the patch grid of each image.
 
     Raises:
+        TypeError: `images` is no list, or an image (named by its index) no tensor.
         ValueError: an image (named by its index) is not ``[3, H, W]``, or its sides are no
             multiples of `patch_size`.
     """
+    if not isinstance(images, Iterable) or isinstance(images, str | bytes):
+        raise TypeError(
+            f"images: expected a list of tensors [3, H, W], got {type(images).__name__}; "
+            "get_image_processor makes one of an image of any kind"
+        )
     rows, grids = [], []
     for i, image in enumerate(images):
+        check_tensor(f"image {i}", image)
         if image.ndim != 3:
             raise ValueError(f"image {i}: expected [3, H, W], got {tuple(image.shape)}")
         try:

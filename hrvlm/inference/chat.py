@@ -190,7 +190,13 @@ def start_chats(
     dtype: str = "auto",
 ) -> list[Chat]:
     """A chat about each group of images, all with one model; see :func:`start_chat`."""
-    pictures = [[load_image(path) for path in images] for images in groups]
+    check_dtype(dtype, ("auto", *MODEL_DTYPES))
+    check_model_type(model, VLMConfig.model_type)
+    with quiet_loading(model):
+        processor = VLMProcessor.from_pretrained(model)
+    # Before the model, which takes long to load.
+    reading = processor.reading_options()
+    pictures = [[load_image(path, **reading) for path in images] for images in groups]
     processor, vlm = load_vlm(model, device=device, dtype=dtype)
     return [Chat(processor, vlm, images, options) for images in pictures]
 

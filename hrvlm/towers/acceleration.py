@@ -56,6 +56,7 @@ def accelerate(
         ValueError: there is nothing to swap (the reasons are listed), a DINOv3 has an attention
             class of its own, or `backend` is unknown.
     """
+    _check_module(model)
     check_backend(backend)
     swapped: list[Found] = [(n, m, "") for n, m in dinov3.swap(model, backend, rope_augment)]
     left: list[Found] = []
@@ -92,6 +93,7 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a forward was replaced on the instance of an accelerated module.
     """
+    _check_module(model)
     swapped = [(name, m, stock) for name, m in model.named_modules() if (stock := stock_class(m))]
     for name, module, _ in swapped:
         if has_own_forward(module):
@@ -103,6 +105,11 @@ def restore(model: nn.Module) -> nn.Module:
         set_class(module, stock)
         vars(module).pop(OPTION, None)
     return model
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
 
 
 def _attention(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

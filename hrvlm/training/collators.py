@@ -99,6 +99,10 @@ class BaseCollator:
 
     def _row(self, index: int, sample: Mapping[str, Any]) -> dict[str, Tensor]:
         """One sample with tensors only."""
+        if not isinstance(sample, Mapping):
+            raise TypeError(
+                f"sample {index}: expected a mapping with input_ids, got {type(sample).__name__}"
+            )
         if "input_ids" not in sample:
             raise ValueError(f"sample {index}: it has no input_ids, only {sorted(sample)}")
         row = {"input_ids": _vector(index, "input_ids", sample["input_ids"])}

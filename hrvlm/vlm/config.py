@@ -237,6 +237,8 @@ class VLMConfig(PreTrainedConfig):
             ValueError: a name is unknown (the nearest one, or what replaced it, is named), a value
                 does not fit, or two names of one option differ.
         """
+        if not isinstance(names, Mapping):
+            raise ValueError(f"names: expected a mapping of names to values, got {names!r:.60}")
         for name in names:
             if name not in _NAMES:
                 raise ValueError(_unknown(name))

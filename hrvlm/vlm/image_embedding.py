@@ -42,6 +42,12 @@ class ImageEmbedding:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
+        for name, value in (("input_ids", input_ids), ("pixel_values", pixel_values)):
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name}: expected a tensor, got {type(value).__name__}; VLMProcessor makes "
+                    "the inputs of texts and images"
+                )
         grids = grids_of(pixel_values, image_grid_hw)
         ids = self.ids_of(input_ids, inputs_embeds) if grids else input_ids
         if ids is not None and (grids or begins) and not torch.compiler.is_compiling():

@@ -84,6 +84,8 @@ def as_config(
     """
     if isinstance(config, PreTrainedConfig):
         return config
+    if not isinstance(config, dict | None):
+        raise ValueError(f"{field}={config!r:.60}: expected a config or a dictionary of its fields")
     if config is None:
         values = _TEXT_DEFAULTS if field == "text_config" else _VISION_DEFAULTS[default_type]
     else:

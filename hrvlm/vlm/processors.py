@@ -141,6 +141,8 @@ class VLMProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else text
         if text is not None:
+            if not texts:
+                raise ValueError("text: expected at least one text, got none")
             if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
                 raise TypeError(
                     f"text: expected a text or a list of texts, got {_kind(text)}; images come "

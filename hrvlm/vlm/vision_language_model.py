@@ -301,7 +301,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
                 context, a token id is outside the vocabulary, arguments contradict each other, or
                 attention weights are asked for that the language model does not compute.
         """
-        if input_ids is not None and input_ids.shape[0] == 0:
+        if isinstance(input_ids, Tensor) and input_ids.shape[0] == 0:
             return self._forward_empty(input_ids, labels)
         outputs, others = self.run(
             self.decoder,

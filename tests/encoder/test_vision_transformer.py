@@ -4,8 +4,10 @@ import copy
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
@@ -594,3 +596,20 @@ def test_sizes_that_make_no_encoder_are_named(fields):
     ((name, value),) = fields.items()
     with pytest.raises(ValueError, match=rf"config.{name}={value}: expected"):
         DINOv3Encoder(config_of(**fields))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "images: expected a list of tensors.*got NoneType"),
+        ("a.png", "images: expected a list of tensors.*got str"),
+        (Image.new("RGB", (32, 32)), "images: expected a list of tensors.*got Image"),
+        ([torch.zeros(3, 32, 32), Image.new("RGB", (32, 32))], "image 1: expected a tensor, got"),
+        (np.zeros((1, 3, 32, 32)), "image 0: expected a tensor, got ndarray"),
+    ],
+    ids=["None", "path", "picture", "second", "array"],
+)
+def test_what_is_no_tensor_is_named(images, message):
+    _, ours = pair_of()
+    with pytest.raises(TypeError, match=message):
+        ours(images)

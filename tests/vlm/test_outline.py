@@ -257,3 +257,17 @@ def test_one_switch_lets_float16_run_by_argument_config_pipeline_and_autocast(tm
     options = half | {"model_kwargs": {"allow_fp16": True}}
     ask = pipeline("image-text-to-text", model=str(tmp_path), device="cpu", **options)
     assert ask(text=chat, max_new_tokens=2)
+
+
+def test_inputs_of_other_types_are_named(model):
+    for name, options in (
+        ("input_ids", {"input_ids": [[1, 2]]}),
+        ("input_ids", {"input_ids": "say"}),
+        ("pixel_values", {"input_ids": torch.ones(1, 2).long(), "pixel_values": [picture(8, 8)]}),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name}: expected a tensor, got .*VLMProcessor"):
+            model(**options)
+    with pytest.raises(ValueError, match="vision_config='dinov3': expected a config"):
+        VLMConfig(vision_config="dinov3")
+    with pytest.raises(ValueError, match=r"names: expected a mapping"):
+        VLMConfig.from_names(["vit_n_blocks"])
