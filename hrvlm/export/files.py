@@ -174,7 +174,10 @@ def export(
         raise ValueError(f"{path}: a file of the format {format!r} is called *{kind.suffix}")
     missing = [name for name in kind.packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"format {format!r} needs more packages: pip install 'hrvlm[export]'")
+        raise ImportError(
+            f"format {format!r} needs {', '.join(missing)}, not installed here: "
+            "pip install 'hrvlm[export]' (openvino: pip install openvino)"
+        )
     graph = graph_of(encoder, form)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
