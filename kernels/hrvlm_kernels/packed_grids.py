@@ -28,6 +28,8 @@ from .packed_tables import (
     TILE_SIZES,
     Grid,
     Segments,
+    check_int,
+    is_int,
     patch_centres,
     short_segments,
     shuffle_index,
@@ -91,7 +93,7 @@ class PackedGrids:
             ValueError: a grid is not two positive ints, or the pack has more tokens than an int32
                 can count.
         """
-        _check_count("num_prefix_tokens", num_prefix_tokens)
+        check_int("num_prefix_tokens", num_prefix_tokens, 0)
         pairs = tuple(_as_grid(i, grid) for i, grid in enumerate(grids))
         lengths = tuple(num_prefix_tokens + hp * wp for hp, wp in pairs)
         return _cached(pairs, lengths, num_prefix_tokens, _canonical(device))
@@ -104,7 +106,7 @@ class PackedGrids:
             ValueError: a length is negative, or their sum does not fit in int32.
         """
         for i, n in enumerate(lengths):
-            _check_count(f"lengths[{i}]", n)
+            check_int(f"lengths[{i}]", n, 0)
         return _cached(None, tuple(int(n) for n in lengths), 0, _canonical(device))
 
     @staticmethod
@@ -175,8 +177,7 @@ class PackedGrids:
         """
         if self.grids is None:
             raise ValueError("token_grids: this pack was made from lengths and has no patch grids")
-        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-            raise ValueError(f"factor must be a positive int, got {factor!r}")
+        check_int("factor", factor, 1)
         for i, (hp, wp) in enumerate(self.grids):
             if hp % factor or wp % factor:
                 raise ValueError(
@@ -280,18 +281,9 @@ _build_cached = lru_cache(maxsize=_CACHE_SIZE)(_build)
 
 def _as_grid(i: int, grid: Sequence[int]) -> Grid:
     pair = tuple(grid)
-    if len(pair) != 2 or not all(_is_int(n) and n > 0 for n in pair):
+    if len(pair) != 2 or not all(is_int(n, 1) for n in pair):
         raise ValueError(f"image {i}: a patch grid is two positive ints (hp, wp), got {pair}")
     return int(pair[0]), int(pair[1])
-
-
-def _is_int(n: object) -> bool:
-    return isinstance(n, int) and not isinstance(n, bool)
-
-
-def _check_count(name: str, n: object) -> None:
-    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-        raise ValueError(f"{name} must be an int >= 0, got {n!r}")
 
 
 def _canonical(device: torch.device | str) -> torch.device:

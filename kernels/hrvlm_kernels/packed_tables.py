@@ -1,4 +1,4 @@
-"""The integer tables behind PackedGrids: made on the host, uploaded as one buffer."""
+"""The integers behind PackedGrids: their rule, and tables of them, uploaded as one buffer."""
 
 from __future__ import annotations
 
@@ -24,6 +24,17 @@ class Segments(NamedTuple):
     tiles_64: Tensor  # [n, 2]: (segment, its block of 64 rows), longest segment first
     tiles_128: Tensor  # likewise
     short: Tensor  # [3 * (n + 1)], as PackedGrids.short_segments
+
+
+def is_int(n: object, least: int) -> bool:
+    """Whether `n` is an int from `least` on; a bool is none."""
+    return isinstance(n, int) and not isinstance(n, bool) and n >= least
+
+
+def check_int(name: str, n: object, least: int) -> None:
+    """Raise ValueError, about the argument called `name`, unless `n` is an int from `least` on."""
+    if not is_int(n, least):
+        raise ValueError(f"{name} must be an int >= {least}, got {n!r}")
 
 
 def upload_together(parts: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

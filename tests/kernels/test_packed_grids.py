@@ -174,7 +174,9 @@ def test_default_device_context_is_ignored():
         (lambda: PackedGrids.from_grids([(2, 2), (0, 3)]), r"image 1: .*\(0, 3\)"),
         (lambda: PackedGrids.from_grids([(2, 2, 2)]), r"image 0: .*\(2, 2, 2\)"),
         (lambda: PackedGrids.from_grids([(2.0, 2)]), "image 0"),
+        (lambda: PackedGrids.from_grids([(2, True)]), "image 0"),
         (lambda: PackedGrids.from_grids([(2, 2)], num_prefix_tokens=-1), "num_prefix_tokens"),
+        (lambda: PackedGrids.from_grids([(2, 2)], num_prefix_tokens=True), "int >= 0, got True"),
         (lambda: PackedGrids.from_lengths([3, -1]), r"lengths\[1\]"),
         (lambda: PackedGrids.from_cu_seqlens([1, 2]), "start at 0"),
         (lambda: PackedGrids.from_cu_seqlens([0, 5, 3]), r"lengths\[1\]"),
@@ -184,6 +186,7 @@ def test_default_device_context_is_ignored():
             "image 1: patch grid 6x9 .* factor 2",
         ),
         (lambda: PackedGrids.from_grids([(4, 4)]).shuffle_index(0), "factor"),
+        (lambda: PackedGrids.from_grids([(4, 4)]).token_grids(True), "factor must be .* got True"),
         (
             lambda: PackedGrids.from_grids([(4, 4)]).split(torch.zeros(15)),
             r"x has 15 rows.*\(4, 4\).*16",

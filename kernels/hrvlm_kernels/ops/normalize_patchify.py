@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend
+from ..packed_tables import check_int
 from .torch_op import add_op_namespace_prefix, ops
 
 CHANNELS = 3
@@ -98,8 +99,7 @@ def normalize_patchify(
 
 
 def _check_numbers(patch_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-    if not isinstance(patch_size, int) or patch_size < 1:
-        raise ValueError(f"patch_size must be an int of at least 1, got {patch_size!r}")
+    check_int("patch_size", patch_size, 1)
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != CHANNELS:
             raise ValueError(f"{name} must be {CHANNELS} numbers, got {values!r}")
