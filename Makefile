@@ -34,7 +34,9 @@ BIN := $(VENV)/bin
 PIP_ARGS := install --quiet --disable-pip-version-check --no-input
 PIP_INSTALL := $(BIN)/python -m pip $(PIP_ARGS) -c constraints.txt
 BARE := PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
-PRETENDED := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p pretended_gpu.pytest_plugin -q --benchmark-disable
+COMMIT = $$(git describe --always --dirty --exclude='*' 2>/dev/null || echo unknown)
+PRETENDED = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p pretended_gpu.pytest_plugin -q --benchmark-disable \
+  --commit-of-report $(COMMIT)
 EXAMPLES := $(sort $(wildcard examples/*.png examples/*.jpg))
 
 # The stamps carry a checksum of what they depend on: a change of any of the three installs again, nothing else does.

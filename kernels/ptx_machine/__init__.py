@@ -24,7 +24,8 @@ the whole run; ``TRITON_INTERPRET=0 pytest tests/ptx_machine/compiled -k matmul`
 It executes PTX, not the machine code that ptxas makes of it, and measures no time. What else it
 does not see: races between threads of one warp; fused multiply-adds are rounded twice (one in 2**29
 differs); what the hardware approximates (ex2, lg2, sin, rcp, rsqrt, div.full) is exact to its type;
-of the programs that read a byte of global memory, two are remembered.
+of the programs that read a byte of global memory, two are remembered, and races in a tensor of more
+than 256 MiB are not looked for.
 """
 
 from __future__ import annotations

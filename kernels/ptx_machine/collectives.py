@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .clocks import WARP
+
 if TYPE_CHECKING:
     from .group import Group
     from .syntax import Instruction
-
-WARP = 32
 
 
 def matrices(registers: list[np.ndarray], transposed: bool) -> np.ndarray:

@@ -93,7 +93,6 @@ class PtxDriver(DriverBase):
         self.edit: Callable[[str, str], str] | None = None  # (kernel name, PTX) -> PTX
         self.launches: list[tuple[str, float]] = []
         self.instructions = 0
-        self.shared_at_least = 0  # for edited PTX that needs more than its kernel did
 
     @classmethod
     def is_active(cls) -> bool:
@@ -178,9 +177,8 @@ class PtxDriver(DriverBase):
         _check_parameters(program, params)
         threads = program.kernel.threads or 32 * metadata.num_warps
         machine = Machine(
-            program, grid, threads, max(metadata.shared, self.shared_at_least), params, memory,
-            self.report, self.options,
-        )  # fmt: skip
+            program, grid, threads, metadata.shared, params, memory, self.report, self.options
+        )
         try:
             machine.run()
         finally:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 class Options:
     """How to run; fields may be changed between launches."""
 
-    check: bool = True  # reads of unwritten shared memory, and races there
+    check: bool = True  # shared memory: races, unwritten bytes, order of the async proxy
     check_global: bool = True  # races in global memory
     lanes: int = 2048  # threads that run as one numpy operation, whole CTAs
-    check_proxies: bool = False  # order of wgmma and TMA against ordinary accesses (sm_90; slow)
     shuffle_warps: bool = False  # warps one by one, in a random order, from barrier to barrier
     shuffle_ctas: bool = False  # CTAs in a random order
     seed: int = 0  # of both

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .clocks import WARP
 from .values import i64, u32
-
-WARP = 32
 
 
 def shuffle(

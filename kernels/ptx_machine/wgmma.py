@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .clocks import WARP
 from .formats import ITEMSIZE, cut, decode, encode
 from .report import ExecutionError, MemcheckError
 from .wgmma_layout import (
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from .group import Group
     from .syntax import Instruction
 
-WARPGROUP, WARP = 128, 32
+WARPGROUP = 128
 READ_NOTE = "operand in registers read before its wait: undefined by the ISA, and harmless"
 COPY_NOTE = "registers copied between wgmma.fence and the product (Triton 3.6)"
 

@@ -26,8 +26,7 @@ ROWS: list[dict] = []
 @functools.cache
 def machine_of(chip: int) -> ptx_machine.PtxDriver:
     """Made once: it keeps the programs that it has translated."""
-    driver = ptx_machine.install(chip)
-    return driver
+    return ptx_machine.install(chip)
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
 """Ops and whole models as compiled for sm_80: right by the rules, and nothing found."""
 
+from itertools import product
+
 import pytest
 
-from tests.compiled.cases import check_launchers, selected
+from hrvlm_kernels.backends import OPS
+from tests.compiled.cases import DTYPES, all_cases, check_launchers, selected
 from tests.compiled.models import model_cases
 from tests.compiled.towers import tower_cases
 
@@ -15,6 +18,14 @@ pytestmark = pytest.mark.parametrize("chip", [CHIP], ids="sm_{}".format)
 )
 def test_case(run_case, case):
     run_case(case)
+
+
+def test_every_op_has_cases_of_every_dtype(chip):
+    cases = list(all_cases())
+    assert set(product(OPS, DTYPES)) <= {(case.op, case.dtype) for case in cases}
+    assert {case.op for case in cases if case.core} >= set(
+        OPS
+    )  # in `make test`, on a chip at least
 
 
 def test_the_launchers_know_the_chip(machine, chip):
