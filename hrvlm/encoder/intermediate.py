@@ -1,4 +1,4 @@
-"""The tokens of a block divided into patches, CLS and registers, for a batch and for a pack."""
+"""Which blocks are asked for, and their tokens divided into patches, CLS and registers."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ def block_indices(n: int | Sequence[int], num_blocks: int) -> list[int]:
         if not -num_blocks <= i < num_blocks:
             raise ValueError(f"n: block {i} is outside -{num_blocks}..{num_blocks - 1}")
     return sorted({i % num_blocks for i in n})
+
+
+def layer_indices(out_indices: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """`out_indices` of the encoder's forward counted from 0, the embeddings, in their own order.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    kept = []
+    for index in out_indices or ():
+        if not -num_layers - 1 <= index <= num_layers:
+            raise ValueError(f"out_indices: {index} is outside -{num_layers + 1}..{num_layers}")
+        kept.append(index if index >= 0 else num_layers + 1 + index)
+    return tuple(kept)
 
 
 def by_image(

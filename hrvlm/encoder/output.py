@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,3 +125,24 @@ class PackedEncoderOutput(ModelOutput):
         return [
             a[..., first:].unflatten(-1, grid) for a, grid in zip(segments, self.grids, strict=True)
         ]
+
+
+def batched(fields: dict[str, Any], shape: tuple[int, int]) -> EncoderOutput:
+    """Packed fields of equal images as the output of their batch; `shape` is (B, n)."""
+
+    def unpack(x: Tensor) -> Tensor:  # [T, C] to [B, n, C]
+        return x.unflatten(0, shape)
+
+    def unpack_attention(x: Tensor) -> Tensor:  # [P, heads, T] to [B, P, heads, n]
+        return x.unflatten(-1, shape).movedim(-2, 0)
+
+    def each(name: str, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...] | None:
+        return fields[name] and tuple(map(change, fields[name]))
+
+    return EncoderOutput(
+        last_hidden_state=unpack(fields["packed_last_hidden_state"]),
+        pooler_output=fields["pooler_output"],
+        hidden_states=each("packed_hidden_states", unpack),
+        selected_hidden_states=each("packed_selected_hidden_states", unpack),
+        prefix_attentions=each("packed_prefix_attentions", unpack_attention),
+    )

@@ -9,7 +9,7 @@ is a pack whose grids are equal. Nothing in a block knows about images except
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -27,9 +27,16 @@ from ..checkpoints import mapping
 from ..checkpoints.foreign import foreign_base, is_foreign, load_foreign
 from ..checkpoints.strict import StrictModel
 from .inputs import Grids, flat_mask, pack_inputs
-from .intermediate import as_maps, block_indices, by_image
-from .layers import DINOv3Embeddings, DINOv3Layer, LayerScale, QKVBias, patch_size_of
-from .output import EncoderOutput, PackedEncoderOutput
+from .intermediate import as_maps, block_indices, by_image, layer_indices
+from .layers import (
+    DINOv3Embeddings,
+    DINOv3Layer,
+    LayerScale,
+    QKVBias,
+    augmented_coords,
+    patch_size_of,
+)
+from .output import EncoderOutput, PackedEncoderOutput, batched
 
 if TYPE_CHECKING:
     from .cuda_graphs import GraphedEncoder
@@ -239,7 +246,7 @@ class DINOv3Encoder(StrictModel):
                 patches,
                 packed,
                 masked,
-                keep=_kept_layers(out_indices, self.config.num_hidden_layers),
+                keep=layer_indices(out_indices, self.config.num_hidden_layers),
                 keep_all=bool(output_hidden_states),
                 apply_layernorm=apply_layernorm,
                 final_norm=final_norm,
@@ -251,7 +258,7 @@ class DINOv3Encoder(StrictModel):
             exported = isinstance(packed, TracedGrids)  # of no use outside its graph
             output = PackedEncoderOutput(packed=None if exported else packed, **fields)  # type: ignore[arg-type]
         else:
-            output = EncoderOutput(**_batched(fields, (batch, packed.max_seqlen)))
+            output = batched(fields, (batch, packed.max_seqlen))
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -300,8 +307,8 @@ class DINOv3Encoder(StrictModel):
             return_dict=True,
         )
         assert not isinstance(out, tuple)
-        batched = isinstance(out, EncoderOutput)
-        layers = out["selected_hidden_states" if batched else "packed_selected_hidden_states"]
+        prefix = "" if isinstance(out, EncoderOutput) else "packed_"
+        layers = out[f"{prefix}selected_hidden_states"]
         results: list[Any] = []
         for tokens in layers:
             patches, cls, registers = by_image(tokens, out, self.num_prefix_tokens)
@@ -346,7 +353,7 @@ class DINOv3Encoder(StrictModel):
         x = self.embeddings(patches, packed, masked)
         self._refuse_fp16(x)
         if rope_augment:
-            packed = packed.with_coords(self._augmented(packed))
+            packed = packed.with_coords(augmented_coords(packed, self.config))
         drop_path = self.training and self.config.drop_path_rate > 0
         states, attentions = ({0: x} if keep_all or 0 in keep else {}), []
         for i, layer in enumerate(cast("Iterable[DINOv3Layer]", self.layer), start=1):
@@ -368,24 +375,6 @@ class DINOv3Encoder(StrictModel):
             "packed_prefix_attentions": tuple(attentions) or None,
         }
 
-    def _augmented(self, packed: PackedGrids) -> Tensor:
-        """RoPE coordinates with a random shift, jitter and scale per image; prefix rows stay 0."""
-        config, coords = self.config, packed.coords
-
-        def draw(columns: int, limit: float) -> Tensor:
-            values = torch.empty(len(packed), columns, device=coords.device).uniform_(-limit, limit)
-            lengths = packed.cu_seqlens.diff()
-            return values.repeat_interleave(lengths, dim=0, output_size=packed.total_tokens)
-
-        new = coords
-        if config.pos_embed_shift is not None:
-            new = new + draw(2, config.pos_embed_shift)
-        for limit, columns in ((config.pos_embed_jitter, 2), (config.pos_embed_rescale, 1)):
-            if limit is not None:
-                new = new * draw(columns, torch.tensor(limit).log().item()).exp()
-        rows = packed.patch_rows().long()
-        return torch.zeros_like(coords).index_copy(0, rows, new[rows])
-
 
 def without_mask_token(encoder: Encoder) -> Encoder:
     """Leave a DINOv3's mask token out of training where nothing is masked: DDP waits for gradients.
@@ -405,33 +394,3 @@ def _strip_inner_model(
     old = f"{prefix}model.layer."
     for key in [key for key in state_dict if key.startswith(old)]:
         state_dict[f"{prefix}layer.{key[len(old) :]}"] = state_dict.pop(key)
-
-
-def _kept_layers(out_indices: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
-    kept = []
-    for index in out_indices or ():
-        if not -num_layers - 1 <= index <= num_layers:
-            raise ValueError(f"out_indices: {index} is outside -{num_layers + 1}..{num_layers}")
-        kept.append(index if index >= 0 else num_layers + 1 + index)
-    return tuple(kept)
-
-
-def _batched(fields: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
-    """The packed fields of equal images with an axis for the batch in front; `shape` is (B, n)."""
-
-    def unpack(x: Tensor) -> Tensor:  # [T, C] to [B, n, C]
-        return x.unflatten(0, shape)
-
-    def unpack_attention(x: Tensor) -> Tensor:  # [P, heads, T] to [B, P, heads, n]
-        return x.unflatten(-1, shape).movedim(-2, 0)
-
-    def each(name: str, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...] | None:
-        return fields[name] and tuple(map(change, fields[name]))
-
-    return {
-        "last_hidden_state": unpack(fields["packed_last_hidden_state"]),
-        "pooler_output": fields["pooler_output"],
-        "hidden_states": each("packed_hidden_states", unpack),
-        "selected_hidden_states": each("packed_selected_hidden_states", unpack),
-        "prefix_attentions": each("packed_prefix_attentions", unpack_attention),
-    }

@@ -83,6 +83,15 @@ def _device_of(model: PreTrainedModel) -> torch.device:
     return next(devices, torch.device("cpu"))
 
 
+def new_encoder(config: VLMConfig) -> DINOv3Encoder | SiglipVisionModel:
+    """The encoder that a config says, with random weights."""
+    if config.vit_architecture == "siglip":
+        config.vision_config.vision_use_head = False  # its pooling would be left without gradients
+        return SiglipVisionModel(config.vision_config)
+    config.vision_config._attn_implementation = "sdpa"  # the encoder has its own backends
+    return without_mask_token(DINOv3Encoder(config.vision_config))
+
+
 def load_vision(source: str | PreTrainedModel) -> DINOv3Encoder | SiglipVisionModel:
     """The encoder for `source`; weights of a loaded model are shared where their layout allows.
 

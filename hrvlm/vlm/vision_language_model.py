@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    SiglipVisionModel,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -30,7 +29,7 @@ from ..checkpoints.strict import StrictModel
 from ..encoder.plain_modules import is_plain
 from ..encoder.vision_transformer import DINOv3Encoder, without_mask_token
 from ..images.patches import unpatchify
-from .backbones import join
+from .backbones import join, new_encoder
 from .config import VLMConfig
 from .generation import PackedGenerationMixin
 from .headless import HeadlessVLM
@@ -67,7 +66,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
         super().__init__(config)
         # First of all: tools take the first model among the parts for the language model.
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
-        self.vision_encoder = _new_encoder(config)
+        self.vision_encoder = new_encoder(config)
         self.MP = ModalityProjector(config)
         # One object, so that a resized vocabulary, for one, is known in both places.
         config.text_config = self.decoder.config
@@ -391,11 +390,3 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             loss=None if labels is None else 0 * logits.float().sum(),
             logits=logits.new_zeros(0, input_ids.shape[1], logits.shape[2]),
         )
-
-
-def _new_encoder(config: VLMConfig) -> DINOv3Encoder | SiglipVisionModel:
-    if config.vit_architecture == "siglip":
-        config.vision_config.vision_use_head = False  # its pooling would be left without gradients
-        return SiglipVisionModel(config.vision_config)
-    config.vision_config._attn_implementation = "sdpa"  # the encoder has its own backends
-    return without_mask_token(DINOv3Encoder(config.vision_config))

@@ -15,6 +15,7 @@ from transformers import DINOv3ViTModel
 
 from hrvlm import DINOv3Encoder, EncoderOutput, PackedEncoderOutput, pack_images
 from hrvlm.checkpoints.family import CONFIGS, get_config
+from hrvlm.encoder.layers import augmented_coords
 from hrvlm_kernels import PackedGrids
 from tests.encoder.encoders import FAMILY, config_of, pair_of
 from tests.numerics import relative_error
@@ -441,7 +442,7 @@ def test_augmented_coordinates_keep_prefix_tokens_at_the_origin_and_the_limits()
     _, ours = pair_of(pos_embed_rescale=2.0, pos_embed_shift=None, pos_embed_jitter=None)
     packed = PackedGrids.from_grids([(4, 6), (3, 3)], num_prefix_tokens=5)
     for _ in range(20):
-        coords = ours._augmented(packed)
+        coords = augmented_coords(packed, ours.config)
         ratios = []
         for new, old in zip(packed.split(coords), packed.split(packed.coords), strict=True):
             assert (new[:5] == 0).all()
