@@ -18,7 +18,7 @@ BASES = (
 MODULES = ("arithmetic", "bits", "control", "conversion", "memory", "warps")
 
 
-# Translators of what sm_90 adds: test_wgmma.py, test_tma.py and test_async_order.py try those.
+# Translators of what sm_90 adds: see test_sm90_forms.py.
 SM_90 = ("bulk", "wgmma")
 SM_90_BASES = {"elect", "stmatrix", "setmaxnreg"}
 
