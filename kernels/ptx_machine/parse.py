@@ -223,7 +223,7 @@ class _Body:
                 raise PtxSyntaxError(f"PTX line {piece.line}: {piece.text}")
             guard, negated, rest = operand, bool(found.group(1)), rest[found.end() :]
         op, _, args = rest.partition(" ")
-        if "try_wait" in op and self.blocks[-1].instructions:
+        if re.match(r"mbarrier\.(try|test)_wait", op) and self.blocks[-1].instructions:
             self._new_block()  # it may have to run again, alone
         operands = tuple(self._operand(arg) for arg in _split(args))
         if op.startswith("bra") and isinstance(operands[0], Sym):

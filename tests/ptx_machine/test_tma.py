@@ -325,3 +325,25 @@ def test_an_mbarrier_lives_in_its_bytes():
     m.words[0] = 0
     with pytest.raises(MbarrierError, match="there is none"):
         m.arrive(0)
+
+
+@pytest.mark.parametrize("wait", ["try_wait", "test_wait"])
+def test_what_stands_before_a_wait_runs_once(wait):
+    """Three warps count and wait, and have to wait again; the fourth arrives."""
+    counted = np.zeros(4, np.uint32)
+    body = f"""
+        mov.u32 %r0, %tid.x;
+        setp.eq.u32 %p0, %r0, 0;
+        @%p0 mbarrier.init.shared.b64 [0], 1;
+        bar.sync 0;
+        setp.lt.u32 %p1, %r0, 32;
+        @%p1 bra $arrive;
+        ld.param.b64 %rd0, [arg_0];
+        red.global.add.u32 [%rd0], 1;
+        mbarrier.{wait}.parity.shared.b64 %p2, [0], 0;
+        bra $end;
+        $arrive:
+        @%p0 mbarrier.arrive.shared.b64 _, [0];
+        $end:"""
+    assert not run(body, [counted])
+    assert counted[0] == 96
