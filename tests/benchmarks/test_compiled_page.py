@@ -49,3 +49,7 @@ def test_the_page_is_that_of_the_result_files():
     if not any(documents):
         pytest.skip("no result of make compiled is kept")
     assert (page.DOCS / page.NAME).read_text(encoding="utf-8") == page.page(*documents)
+    for of_kind in documents:
+        assert [document["chip"] for document in of_kind] == ["sm_80", "sm_90"]
+        for document in of_kind:
+            assert document["device"] is None and not document["commit"].endswith("-dirty")
