@@ -96,7 +96,7 @@ _choose.__dict__["_dynamo_marked_constant"] = True
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels can't take tensors of `dtype` on `device`; None when they can."""
-    if not _installed("triton"):
+    if not installed("triton"):
         return "Triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
@@ -125,7 +125,7 @@ def _cpu_obstacle(dtype: torch.dtype) -> str | None:
 
 def flash_attn_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why flash-attn can't take tensors of `dtype` on `device`; None when it can."""
-    if not _installed("flash_attn") and not _installed("torch.nn.attention.varlen"):
+    if not installed("flash_attn") and not installed("torch.nn.attention.varlen"):
         return "neither the flash-attn package nor torch.nn.attention.varlen is installed"
     if device.type != "cuda":
         return f"flash-attn needs a GPU, the tensors are on {device.type!r}"
@@ -190,10 +190,11 @@ def _explain(op: str, backend: str, example: Tensor) -> str:
     return f"{chosen} ({where}; backend={backend!r})"
 
 
-def _installed(name: str) -> bool:
+def installed(name: str) -> bool:
+    """Whether the module `name` is there, not merely a namespace of that name."""
     try:
         spec = importlib.util.find_spec(name)
-        return spec is not None and spec.origin is not None  # None: a namespace, not the package
+        return spec is not None and spec.origin is not None
     except (ImportError, ValueError):
         return False
 

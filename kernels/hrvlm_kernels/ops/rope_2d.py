@@ -103,7 +103,7 @@ def rope_2d(
     """
     check_rope_inputs(q, k, coords, inv_freq)
     if choose_backend("rope_2d", backend, q) == "triton":
-        _check_constant(coords, inv_freq)
+        check_constant(coords, inv_freq)
         return ops.rope_2d(q, k, coords, inv_freq, False)
     return _rope_2d_eager(q, k, coords, inv_freq)
 
@@ -132,7 +132,7 @@ def rope_2d_(
         q.copy_(q_out)
         k.copy_(k_out)
         return q, k
-    _check_constant(coords, inv_freq)
+    check_constant(coords, inv_freq)
     for a in (q, k):
         if records_grad and a.requires_grad:
             _RotatedInPlace.apply(a, coords, inv_freq)
@@ -189,10 +189,11 @@ def _check_writable(q: Tensor, k: Tensor) -> None:
             )
 
 
-def _check_constant(coords: Tensor, inv_freq: Tensor) -> None:
+def check_constant(coords: Tensor | None, inv_freq: Tensor | None) -> None:
+    """Raise ValueError where a gradient is wanted that no kernel of rotations computes."""
     for name, a in (("coords", coords), ("inv_freq", inv_freq)):
-        if a.requires_grad:
+        if a is not None and a.requires_grad:
             raise ValueError(
-                f"{name} requires grad, but the Triton kernel differentiates q and k only: "
+                f"{name} requires grad, which the Triton kernels of RoPE do not compute: "
                 'detach it, or use backend="eager"'
             )

@@ -13,7 +13,6 @@ the torch ops, so that one graph of torch.compile serves all packs.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, cast
 
 import torch
@@ -21,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention_problem import Problem
-from ..backends import choose_backend
+from ..backends import choose_backend, installed
 from ..packed_grids import PackedGrids
 from ..traced_grids import TracedGrids
-from .rope_2d import check_rope_inputs, rope_2d
+from .rope_2d import check_constant, check_rope_inputs, rope_2d
 from .torch_op import ops, register, register_backward
 
 MAX_HEAD_DIM = 128
@@ -134,7 +133,7 @@ def varlen_attention(
         check_rope_inputs(q, k, coords, inv_freq)
     chosen = "sdpa" if isinstance(packed, TracedGrids) else _choose(q, backend)
     if chosen == "triton":
-        _check_constant(coords, inv_freq)
+        check_constant(coords, inv_freq)
         if scale <= 0:  # the kernels take the largest q.k for the largest score
             q, scale = (-q, -scale) if scale else (q * 0, 1.0)
         out, _ = ops.varlen_attention(
@@ -173,19 +172,9 @@ def _choose(q: Tensor, backend: str) -> str:
     return chosen
 
 
-def _check_constant(coords: Tensor | None, inv_freq: Tensor | None) -> None:
-    for name, a in (("coords", coords), ("inv_freq", inv_freq)):
-        if a is not None and a.requires_grad:
-            raise ValueError(
-                f"rope: {name} requires grad, but the Triton kernels differentiate q, k and v "
-                'only: use backend="eager", or detach it'
-            )
-
-
 def _flash_attn_installed() -> bool:
     """Whether there is FlashAttention 2; FlashAttention 4 has the name as a namespace only."""
-    spec = importlib.util.find_spec("flash_attn")
-    return spec is not None and spec.origin is not None
+    return installed("flash_attn")
 
 
 # A constant to torch.compile, which can't trace the search; see launch.py.
