@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..files import as_mapping, check_names
-from ..images.geometry import positive_int
+from ..images.geometry import positive_int, positive_number, true_or_false
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,7 @@ def data_config(section: Any) -> DataConfig:
     for name in ("max_sample_length", "sequence_packing"):
         if (value := section.get(name)) is not None:
             positive_int(f"data.{name}", value)
-    if not isinstance(section.get("fetch", False), bool):
-        raise ValueError(f"data.fetch={section['fetch']!r}: expected true or false")
+    true_or_false("data.fetch", section.get("fetch", False))
     return DataConfig(**section)
 
 
@@ -154,8 +153,8 @@ def _source(section: Any, where: str) -> SourceConfig:
     if "path" in names and not isinstance(section.get("path"), str):
         raise ValueError(f"{where}.path={section.get('path')!r}: expected a path")
     weight, limit = section.get("weight"), section.get("limit")
-    if weight is not None and not (isinstance(weight, int | float) and weight > 0):
-        raise ValueError(f"{where}.weight={weight!r}: expected a positive number")
+    if weight is not None:
+        positive_number(f"{where}.weight", weight)
     if limit is not None:
         positive_int(f"{where}.limit", limit)
     make: Callable[..., SourceConfig] = SOURCES[kind]

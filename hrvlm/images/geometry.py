@@ -19,6 +19,7 @@ for S = 2, but 64 px are one unit), L goes down by one. That is always enough, s
 `short * (L - 1) / long < short / unit`.
 """
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import NamedTuple, SupportsIndex
@@ -194,6 +195,17 @@ def positive_int(name: str, value: SupportsIndex) -> int:
     if number < 1 or isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
     return number
+
+
+def positive_number(name: str, value: float) -> float:
+    """`value`, if it is a finite number above 0; bools are none.
+
+    Raises:
+        ValueError: it is anything else; `name` says which argument.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: expected a positive number")
+    return value
 
 
 def positive_pair(value: object) -> tuple[int, int] | None:

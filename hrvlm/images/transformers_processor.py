@@ -18,7 +18,6 @@ Importing this file imports transformers, and torchvision where it is installed.
 
 import logging
 from collections.abc import Iterator
-from math import inf
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,7 +32,14 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from hrvlm_kernels import normalize_patchify
 
-from .geometry import Geometry, positive_int, shuffled_grid, token_grid, true_or_false
+from .geometry import (
+    Geometry,
+    positive_int,
+    positive_number,
+    shuffled_grid,
+    token_grid,
+    true_or_false,
+)
 from .intake import (
     MAX_PIXELS,
     WHITE,
@@ -222,9 +228,7 @@ class _PackedImageProcessor(BaseImageProcessor):
                 f"input_data_format={options['input_data_format']!r}: expected "
                 '"channels_first", "channels_last" or None'
             )
-        scale = options["rescale_factor"]
-        if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < inf:
-            raise ValueError(f"rescale_factor={scale!r}: expected a number greater than 0")
+        positive_number("rescale_factor", options["rescale_factor"])
         mean, std = (_spread(options[name]) for name in ("image_mean", "image_std"))
         options["image_mean"], options["image_std"] = check_normalization(mean, std)
         rgb_color("background", options["background"])

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..files import as_mapping, check_names
+from ..images.geometry import positive_int, positive_number, true_or_false
 from .parts import MODULES, PARTS
 
 ALL, WHOLE = "all", "whole"
@@ -70,16 +71,12 @@ def lora_options(section: Any) -> LoraOptions:
                 + (f", or {WHOLE!r}" if part == "projector" else "")
             )
     for part in targets:
-        rank, alpha = rank_of(options, part), alpha_of(options, part)
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"lora.rank={options.rank!r}: expected whole numbers from 1")
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or alpha <= 0:
-            raise ValueError(f"lora.alpha={options.alpha!r}: expected positive numbers")
+        positive_int(f"lora.rank of {part}", rank_of(options, part))
+        positive_number(f"lora.alpha of {part}", alpha_of(options, part))
     if not isinstance(options.dropout, int | float) or not 0 <= options.dropout < 1:
         raise ValueError(f"lora.dropout={options.dropout!r}: expected a number from 0, below 1")
     for name in ("dora", "four_bit"):
-        if not isinstance(getattr(options, name), bool):
-            raise ValueError(f"lora.{name}={getattr(options, name)!r}: expected true or false")
+        true_or_false(f"lora.{name}", getattr(options, name))
     for library in ["peft"] + ["bitsandbytes"] * options.four_bit:
         if find_spec(library) is None:
             raise ValueError(f"lora: the library {library} is missing: pip install 'hrvlm[lora]'")
@@ -95,7 +92,7 @@ def alpha_of(options: LoraOptions, part: str) -> Any:
     """The alpha of a part's updates."""
     given = options.alpha.get(part) if isinstance(options.alpha, Mapping) else options.alpha
     rank = rank_of(options, part)
-    return 2 * rank if given is None and isinstance(rank, int) else given
+    return 2 * rank if given is None else given
 
 
 def quantization(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..data.config import DataConfig, data_config
 from ..files import as_mapping, check_names, parse_yaml, read_mapping
+from ..images.geometry import true_or_false
 from ..machine import MODEL_DTYPES, check_dtype
 from .adapters import LoraOptions, lora_options
 
@@ -181,8 +182,7 @@ def _model_config(section: Any) -> ModelConfig:
     common = {name: section[name] for name in always if name in section}
     rest = {name: value for name, value in section.items() if name not in common}
     check_dtype(common.get("dtype", "float32"), MODEL_DTYPES, "model.dtype")
-    if not isinstance(common.get("allow_fp16", False), bool):
-        raise ValueError(f"model.allow_fp16={common['allow_fp16']!r}: expected true or false")
+    true_or_false("model.allow_fp16", common.get("allow_fp16", False))
     if "path" in rest:
         if len(rest) > 1:
             others = sorted(set(rest) - {"path"})
