@@ -130,13 +130,13 @@ class PackedEncoderOutput(ModelOutput):
 def batched(fields: dict[str, Any], shape: tuple[int, int]) -> EncoderOutput:
     """Packed fields of equal images as the output of their batch; `shape` is (B, n)."""
 
-    def unpack(x: Tensor) -> Tensor:  # [T, C] to [B, n, C]
+    def unpack(x: Tensor) -> Any:  # [T, C] to [B, n, C]
         return x.unflatten(0, shape)
 
     def unpack_attention(x: Tensor) -> Tensor:  # [P, heads, T] to [B, P, heads, n]
         return x.unflatten(-1, shape).movedim(-2, 0)
 
-    def each(name: str, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...] | None:
+    def each(name: str, change: Callable[[Tensor], Tensor]) -> Any:
         return fields[name] and tuple(map(change, fields[name]))
 
     return EncoderOutput(
