@@ -64,11 +64,19 @@ nothing. `tests/compiled/test_faults.py` holds the reasons and proves a sample a
 """
 
 
+NOTES = """\
+What the machine saw and does not count as a finding, with the number of cases:
+
+"""
+
+
 def page(cases: Sequence[dict[str, Any]], faults: Sequence[dict[str, Any]]) -> str:
     """The text of docs/compiled.md, from the documents of all chips."""
     parts = [ABOUT]
     if ops := sorted({op for document in cases for op in _without_fence(document)}):
         parts.append(NOTE.format(ops=", ".join(f"`{op}`" for op in ops)))
+    if notes := _notes(cases):
+        parts.append(NOTES + _table(("chip", "note", "seen in"), notes) + "\n")
     parts += map(_cases, cases)
     if faults:
         parts += [FAULTS, *map(_faults, faults)]
@@ -80,6 +88,19 @@ def _without_fence(document: dict[str, Any]) -> set[str]:
     start = "no fence.proxy.async between cp.async"
     rows = document["rows"]
     return {row["op"] for row in rows if any(note.startswith(start) for note in row["notes"])}
+
+
+def _notes(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Chip, note, and the ops with the number of their cases."""
+    seen: dict[tuple[str, str], Counter[str]] = {}
+    for document in documents:
+        for row in document["rows"]:
+            for note in row["notes"]:
+                seen.setdefault((document["chip"], note), Counter())[row["op"]] += 1
+    return [
+        (chip, note, ", ".join(f"{op} {n}" for op, n in sorted(ops.items())))
+        for (chip, note), ops in sorted(seen.items())
+    ]
 
 
 def _provenance(document: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ def test_rows_of_each_chip(tmp_path):
     assert "3 cases, 2 with a finding or above a limit; 7.5 million instructions" in new
     assert "| swiglu | bf16 | F=8 | 0.25 | race 2 | 2.5 |" in new
     assert "| swiglu | fp32 | F=8 | failed | none | 2.5 |" in new
+    assert f"| sm_90 | {CP_ASYNC_NOTE} | varlen_attention 1 |" in text
     assert "it was seen in `varlen_attention`." in " ".join(text.split())
     assert "2 faults, 1 noticed, 1 without effect" in new
     assert "| 2 | wrong numbers (1) | nothing is in flight there (1) |" in new
