@@ -181,11 +181,11 @@ def _layer_norm_pixel_shuffle(
 def _layer_norm_pixel_shuffle_backward(
     dy: Tensor, x: Tensor, index: Tensor, cu_seqlens: Tensor, weight: Tensor, eps: float,
     prefix: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     leaves = _leaves(x, weight, torch.zeros_like(weight))
     rows = _normed(leaves, eps)[index.long()].flatten(1)
-    dx, dw, db = torch.autograd.grad(rows, leaves, dy.float())
-    return dx.to(x.dtype), dw, db
+    dx, *sums = torch.autograd.grad(rows, leaves, dy.float())
+    return dx.to(x.dtype), torch.stack(sums)
 
 
 def _residual_layer_norm(
