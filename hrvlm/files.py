@@ -72,9 +72,8 @@ def parse_yaml(text: str, name: str) -> Any:
     waiting, count = [value], 1
     while waiting:
         item = waiting.pop()
-        parts = item.values() if isinstance(item, dict) else item
         if isinstance(item, dict | list | set | tuple):
-            waiting.extend(parts)
+            waiting.extend(item.values() if isinstance(item, dict) else item)
             count += len(item)
         if count > MAX_YAML_VALUES:
             raise ValueError(f"{name}: more than {MAX_YAML_VALUES} values, aliases counted in full")

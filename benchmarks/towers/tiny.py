@@ -10,6 +10,14 @@ GRIDS = ((1, 4, 6), (1, 8, 2), (1, 2, 10))
 
 # model: (class of the tower, of its config, options of the config, channels of a patch)
 _QWEN = {"patch_size": PATCH, "num_heads": 2}
+_GLM = {
+    **_QWEN,
+    "depth": 2,
+    "hidden_size": 128,
+    "out_hidden_size": 64,
+    "intermediate_size": 96,
+    "image_size": 32,
+}
 _TEMPORAL = (2 * 3 * PATCH**2,)
 _SINGLE = (3, PATCH, PATCH)
 TOWERS = {
@@ -50,27 +58,13 @@ TOWERS = {
     "glm4v": (
         "Glm4vVisionModel",
         "Glm4vVisionConfig",
-        {
-            **_QWEN,
-            "depth": 2,
-            "hidden_size": 128,
-            "out_hidden_size": 64,
-            "intermediate_size": 96,
-            "image_size": 32,
-        },
+        _GLM,
         _TEMPORAL,
     ),
     "glm_ocr": (
         "GlmOcrVisionModel",
         "GlmOcrVisionConfig",
-        {
-            **_QWEN,
-            "depth": 2,
-            "hidden_size": 128,
-            "out_hidden_size": 64,
-            "intermediate_size": 96,
-            "image_size": 32,
-        },
+        _GLM,
         _TEMPORAL,
     ),
     "paddleocr_vl": (

@@ -16,6 +16,8 @@ from hrvlm.training.config import TrainingConfig
 from tests.tiny import config_of, picture, processor_of, text_config_of, vision_config_of
 from tests.training import runs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 peft = pytest.importorskip("peft")
 
 LORA = {
@@ -23,14 +25,6 @@ LORA = {
     "rank": {"vision": 2, "language": 4},
     "alpha": 8,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

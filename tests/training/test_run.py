@@ -32,14 +32,7 @@ from tests.tiny import (
 )
 from tests.training import runs
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the forked processes, whose sums have to be the same bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
