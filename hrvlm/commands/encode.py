@@ -88,9 +88,10 @@ def encode(
     With --out: features (safetensors) and a picture of the input, its patch features (PCA to RGB)
     and the CLS token's attention, per image.
     """
-    from ..inference.encode import EncodeOptions, find_images
+    from ..inference.encode import EncodeOptions
     from ..inference.encode import encode as run
     from ..inference.loading import load_encoder
+    from ..inference.passes import find_images
 
     paths = find_images(images)
     if out is not None and any(p.is_dir() and p.resolve() == out.resolve() for p in images):

@@ -7,19 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from .. import __version__
 from ..files import replacing
 from .loading import LoadedEncoder
+from .passes import cls_attention
 from .pictures import pca_colors, sheet
 
 if TYPE_CHECKING:
-    from ..encoder.layers import DINOv3Layer
     from ..encoder.output import PackedEncoderOutput
     from .encode import EncodedImage
 
@@ -87,19 +86,13 @@ class ResultWriter:
             shown: What each of them looks like.
             output: Its `packed_selected_hidden_states` end with the input of the last block.
         """
-        encoder = self._loaded.encoder
         last = (output.packed_selected_hidden_states or ())[-1]
-        block = cast("DINOv3Layer", encoder.layer[-1])
-        with torch.inference_mode():
-            normed = block.norm1(last)
-            _, attention = block.attention(normed, output.packed, encoder.backend, True)
-        output.packed_prefix_attentions = (attention,)
-        for image, picture, features, maps in zip(
-            images, shown, output.to_maps(), output.attention_maps(), strict=True
+        attentions = cls_attention(self._loaded, output, last)
+        for image, picture, features, attention in zip(
+            images, shown, output.to_maps(), attentions, strict=True
         ):
             if picture is not None:
-                cls = maps[0].float().mean(0).cpu()  # the first prefix token, over heads
-                self._drawings.append(_Drawing(image, picture, features.float().cpu(), cls))
+                self._drawings.append(_Drawing(image, picture, features.float().cpu(), attention))
 
     def draw(self, *, joint: bool = False) -> None:
         """Draw the pictures collected so far; `joint` gives them one projection to colours."""

@@ -10,8 +10,9 @@ from safetensors import safe_open
 
 from hrvlm import DINOv3Encoder
 from hrvlm.images.processor import IMAGENET, SAT493M, get_image_processor
-from hrvlm.inference.encode import EncodeOptions, encode, find_images
+from hrvlm.inference.encode import EncodeOptions, encode
 from hrvlm.inference.loading import LoadedEncoder, load_encoder
+from hrvlm.inference.passes import find_images
 from tests.commands.helpers import error_of, run
 from tests.encoder.encoders import config_of
 
