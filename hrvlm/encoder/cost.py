@@ -31,7 +31,7 @@ from ..images.geometry import Geometry, positive_int, token_grid
 from ..machine import DTYPE_BYTES, check_dtype
 
 if TYPE_CHECKING:
-    from transformers import DINOv3ViTConfig
+    from transformers import PreTrainedConfig
 
 _SIZE = re.compile(r"(\d{1,9})\s*[xX×]\s*(\d{1,9})")  # noqa: RUF001  (people paste this sign)
 
@@ -52,21 +52,22 @@ class Architecture:
     mlp_bias: bool
 
     @classmethod
-    def from_config(cls, config: DINOv3ViTConfig, name: str = "") -> Architecture:
-        """The sizes of a DINOv3 configuration."""
-        from .layers import patch_size_of
+    def from_config(cls, config: PreTrainedConfig, name: str = "") -> Architecture:
+        """The sizes of an encoder's configuration."""
+        from ..checkpoints.sizes import sizes_of
 
+        sizes = sizes_of(config)
         return cls(
             name=name or config.model_type,
-            hidden_size=config.hidden_size,
-            num_layers=config.num_hidden_layers,
-            mlp_size=config.intermediate_size,
-            gated_mlp=config.use_gated_mlp,
-            patch_size=patch_size_of(config),
-            num_prefix_tokens=1 + config.num_register_tokens,
-            qkv_biases=config.query_bias + config.key_bias + config.value_bias,
-            proj_bias=config.proj_bias,
-            mlp_bias=config.mlp_bias,
+            hidden_size=sizes.hidden_size,
+            num_layers=sizes.num_hidden_layers,
+            mlp_size=sizes.intermediate_size,
+            gated_mlp=sizes.use_gated_mlp,
+            patch_size=sizes.patch_size,
+            num_prefix_tokens=sizes.num_prefix_tokens,
+            qkv_biases=sizes.query_bias + sizes.key_bias + sizes.value_bias,
+            proj_bias=sizes.proj_bias,
+            mlp_bias=sizes.mlp_bias,
         )
 
     @property

@@ -21,7 +21,7 @@ from .inputs import Grids, pack_inputs
 from .output import EncoderOutput, PackedEncoderOutput
 
 if TYPE_CHECKING:
-    from .vision_transformer import DINOv3Encoder
+    from .packed_encoder import PackedEncoder
 
 _Grid = tuple[int, int]
 _Value = TypeVar("_Value")
@@ -40,7 +40,7 @@ class _Recording:
 
 
 class GraphedEncoder:
-    """A :class:`~hrvlm.DINOv3Encoder` that replays CUDA graphs, for inference.
+    """An encoder that replays CUDA graphs, for inference.
 
     The graphs read the encoder's weights where they are: changing them in place is seen, moving or
     casting the encoder is not and needs a new GraphedEncoder. Results are copies, so that the next
@@ -57,7 +57,7 @@ class GraphedEncoder:
             not outlive it: cast the encoder instead).
     """
 
-    def __init__(self, encoder: DINOv3Encoder, sizes: Sequence[Sequence[Sequence[int]]]):
+    def __init__(self, encoder: PackedEncoder, sizes: Sequence[Sequence[Sequence[int]]]):
         packings = [_grids_of(i, images, encoder.patch_size) for i, images in enumerate(sizes)]
         if not packings:
             raise ValueError("sizes must hold at least one packing, got none")
@@ -117,7 +117,7 @@ class GraphedEncoder:
 
 
 def _record(
-    encoder: DINOv3Encoder, grids: tuple[_Grid, ...], device: torch.device, pool: Any
+    encoder: PackedEncoder, grids: tuple[_Grid, ...], device: torch.device, pool: Any
 ) -> _Recording:
     packed = PackedGrids.from_grids(
         grids, num_prefix_tokens=encoder.num_prefix_tokens, device=device

@@ -15,7 +15,7 @@ from hrvlm_kernels.traced_grids import TracedGrids
 from ..images.patches import pack_images, patchify
 
 if TYPE_CHECKING:
-    from .vision_transformer import DINOv3Encoder
+    from .packed_encoder import PackedEncoder
 
 Grids: TypeAlias = PackedGrids | Sequence[Sequence[int]] | Tensor
 
@@ -37,9 +37,9 @@ class PackedInputs(NamedTuple):
 def pack_inputs(
     pixel_values: Tensor | Sequence[Tensor],
     grids: Grids | None,
-    encoder: DINOv3Encoder,
+    encoder: PackedEncoder,
 ) -> PackedInputs:
-    """Pack what :meth:`DINOv3Encoder.forward` takes.
+    """Pack what :meth:`PackedEncoder.forward` takes.
 
     Args:
         pixel_values: A batch ``[B, 3, H, W]``, a list of ``[3, Hi, Wi]``, or packed patches.

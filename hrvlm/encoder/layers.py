@@ -1,4 +1,4 @@
-"""The parts of DINOv3 on packed tokens ``[T, C]``: the embeddings and the block.
+"""The parts of a ViT on packed tokens ``[T, C]``: the embeddings and the block.
 
     x = x + lambda1 * attention(norm1(x));  x = x + lambda2 * mlp(norm2(x))
 
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DINOv3ViTConfig
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -23,8 +22,9 @@ from hrvlm_kernels.backends import choose_backend
 from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH
 
 from ..checkpoints.differences import natural_order
-from ..images.geometry import square_side
+from ..checkpoints.sizes import ViTSizes
 from .plain_modules import input_dtype, is_plain
+from .rope import rope_frequencies
 
 OPS = ("rope_2d", "varlen_attention", "residual_layer_norm", "swiglu")  # that a block runs
 _SILU = {type(ACT2FN[name]) for name in ("silu", "swish")}  # a class of transformers and torch's
@@ -42,12 +42,12 @@ class PatchEmbedding(nn.Conv2d):
         return x[:, :, None, None]
 
 
-class DINOv3Embeddings(nn.Module):
+class EncoderEmbeddings(nn.Module):
     """Patch embedding and the prefix tokens."""
 
-    def __init__(self, config: DINOv3ViTConfig):
+    def __init__(self, config: ViTSizes):
         super().__init__()
-        size, p = config.hidden_size, patch_size_of(config)
+        size, p = config.hidden_size, config.patch_size
         if config.num_register_tokens < 0:
             raise ValueError(
                 f"config.num_register_tokens={config.num_register_tokens}: expected 0 or more"
@@ -57,6 +57,13 @@ class DINOv3Embeddings(nn.Module):
         self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
         self.patch_shape = (config.num_channels, p, p)
         self.patch_embeddings = PatchEmbedding(config.num_channels, size, kernel_size=p, stride=p)
+
+    def init_weights(self, std: float) -> None:
+        """Random tokens, as the family's training begins."""
+        init.trunc_normal_(self.cls_token, mean=0.0, std=std)
+        init.zeros_(self.mask_token)
+        if self.register_tokens.numel():
+            init.trunc_normal_(self.register_tokens, mean=0.0, std=std)
 
     def forward(self, patches: Tensor, packed: PackedGrids, masked: Tensor | None) -> Tensor:
         """Patches ``[N, 3*p*p]`` and a bool mask ``[N]`` to packed tokens ``[T, C]``."""
@@ -92,7 +99,7 @@ class QKVBias(nn.Module):
     k_bias: nn.Parameter | None
     v_bias: nn.Parameter | None
 
-    def __init__(self, config: DINOv3ViTConfig):
+    def __init__(self, config: ViTSizes):
         super().__init__()
         for name, present in (
             ("q", config.query_bias),
@@ -117,13 +124,13 @@ class QKVBias(nn.Module):
         return torch.cat([zeros if b is None else b for b in biases])
 
 
-class DINOv3Attention(nn.Module):
+class EncoderAttention(nn.Module):
     """Multi-head attention of each image over itself, q and k rotated by their patch's position."""
 
-    def __init__(self, config: DINOv3ViTConfig):
+    def __init__(self, config: ViTSizes):
         super().__init__()
         size, heads = config.hidden_size, config.num_attention_heads
-        unit = 4 if getattr(config, "use_rope", True) else 1  # two axes, two halves
+        unit = 1 if config.rope_theta is None else 4  # two axes, two halves
         if heads < 1 or size % (unit * heads):
             raise ValueError(
                 f"config.num_attention_heads={heads}: expected to divide config.hidden_size={size} "
@@ -131,8 +138,8 @@ class DINOv3Attention(nn.Module):
             )
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.num_prefix_tokens = 1 + config.num_register_tokens
-        self.rope_theta = config.rope_theta if getattr(config, "use_rope", True) else None
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.rope_theta = config.rope_theta
         self._inv_freq = self._frequencies(torch.device("cpu"))
         self.qkv = QKVLinear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.qkv_bias = QKVBias(config)
@@ -175,7 +182,7 @@ class DINOv3Attention(nn.Module):
     def _frequencies(self, device: torch.device) -> Tensor:
         return rope_frequencies(self.rope_theta or 1.0, self.head_dim, device)
 
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> DINOv3Attention:
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> EncoderAttention:
         """Moved, keep the frequencies at hand: torch.compile would make them in every forward."""
         super()._apply(fn, *args, **kwargs)
         device = fn(torch.empty(0, device=self._inv_freq.device)).device
@@ -193,10 +200,10 @@ class DINOv3Attention(nn.Module):
         return torch.cat(maps, dim=-1)
 
 
-class DINOv3MLP(nn.Module):
+class EncoderMLP(nn.Module):
     """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` when the config says gated."""
 
-    def __init__(self, config: DINOv3ViTConfig):
+    def __init__(self, config: ViTSizes):
         super().__init__()
         size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = nn.Linear(size, inner, bias=bias) if config.use_gated_mlp else None
@@ -217,7 +224,7 @@ class DINOv3MLP(nn.Module):
 class LayerScale(nn.Module):
     """The residual connection with a learned factor per channel."""
 
-    def __init__(self, config: DINOv3ViTConfig):
+    def __init__(self, config: ViTSizes):
         super().__init__()
         self.lambda1 = nn.Parameter(
             torch.full((config.hidden_size,), float(config.layerscale_value))
@@ -228,17 +235,17 @@ class LayerScale(nn.Module):
         return torch.addcmul(residual, update, self.lambda1)
 
 
-class DINOv3Layer(GradientCheckpointingLayer):
+class EncoderLayer(GradientCheckpointingLayer):
     """One pre-norm block with LayerScale and, in training, stochastic depth per image."""
 
-    def __init__(self, config: DINOv3ViTConfig):
+    def __init__(self, config: ViTSizes):
         super().__init__()
         self.drop_path_rate = config.drop_path_rate
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = DINOv3Attention(config)
+        self.attention = EncoderAttention(config)
         self.layer_scale1 = LayerScale(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = DINOv3MLP(config)
+        self.mlp = EncoderMLP(config)
         self.layer_scale2 = LayerScale(config)
 
     def forward(
@@ -251,7 +258,7 @@ class DINOv3Layer(GradientCheckpointingLayer):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Packed tokens ``[T, C]`` to ``[T, C]``.
 
-        With `prefix_attention` also the weights ``[P, heads, T]`` of :class:`DINOv3Attention`.
+        With `prefix_attention` also the weights ``[P, heads, T]`` of :class:`EncoderAttention`.
         """
         drop = self._drop_path if drop_path else _keep
         update = self.attention(self.norm1(x), packed, backend, prefix_attention)
@@ -291,45 +298,6 @@ def _keep(update: Tensor, packed: PackedGrids) -> Tensor:
     return update
 
 
-def patch_size_of(config: DINOv3ViTConfig) -> int:
-    """The side of a square patch in pixels.
-
-    Raises:
-        ValueError: the config has patches that are not square.
-    """
-    return square_side("config.patch_size", config.patch_size)
-
-
-@lru_cache(maxsize=64)
-def rope_frequencies(theta: float, head_dim: int, device: torch.device) -> Tensor:
-    """``[D / 4]`` float32: ``theta ** (-4 j / D)``, from the config, never stored in the model.
-
-    A buffer would be spoilt by ``.to(bfloat16)``, by loading on the meta device or by FSDP.
-    """
-    with torch.inference_mode(False):
-        exponents = torch.arange(head_dim // 4, dtype=torch.float32, device="cpu") * 4 / head_dim
-        return (1 / theta**exponents).to(device)
-
-
-def augmented_coords(packed: PackedGrids, config: DINOv3ViTConfig) -> Tensor:
-    """RoPE coordinates with a random shift, jitter and scale per image; prefix rows stay 0."""
-    coords = packed.coords
-
-    def draw(columns: int, limit: float) -> Tensor:
-        values = torch.empty(len(packed), columns, device=coords.device).uniform_(-limit, limit)
-        lengths = packed.cu_seqlens.diff()
-        return values.repeat_interleave(lengths, dim=0, output_size=packed.total_tokens)
-
-    new = coords
-    if config.pos_embed_shift is not None:
-        new = new + draw(2, config.pos_embed_shift)
-    for limit, columns in ((config.pos_embed_jitter, 2), (config.pos_embed_rescale, 1)):
-        if limit is not None:
-            new = new * draw(columns, torch.tensor(limit).log().item()).exp()
-    rows = packed.patch_rows().long()
-    return torch.zeros_like(coords).index_copy(0, rows, new[rows])
-
-
 def _fuse_qkv(
     module: nn.Module,
     state_dict: dict[str, Tensor],
@@ -345,7 +313,7 @@ def _fuse_qkv(
     Trainer resumes by ``load_state_dict(strict=False)`` on keys as saved, which would otherwise
     skip them in silence, and does so shard by shard: those that are not in this one stay.
     """
-    qkv = cast("DINOv3Attention", module).qkv
+    qkv = cast("EncoderAttention", module).qkv
     weights = [f"{prefix}{name}_proj.weight" for name in "qkv"]
     absent = [key for key in weights if key not in state_dict]
     if len(absent) < len(weights):

@@ -24,7 +24,7 @@ from ..machine import synchronize
 from .loading import LoadedEncoder
 
 if TYPE_CHECKING:
-    from ..encoder.layers import DINOv3Layer
+    from ..encoder.layers import EncoderLayer
     from ..encoder.output import PackedEncoderOutput
 
 DEFAULT_MAX_TOKENS = 32768  # patches and prefix tokens
@@ -182,7 +182,7 @@ def cls_attention(
         state: What goes into the block: ``[T, C]``, the layer before it in `output`.
         block: Its index.
     """
-    layer = cast("DINOv3Layer", loaded.encoder.layer[block])
+    layer = cast("EncoderLayer", loaded.encoder.layer[block])
     with torch.inference_mode():
         _, weights = layer.attention(
             layer.norm1(state), output.packed, loaded.encoder.backend, True

@@ -148,7 +148,7 @@ def bench(
         RuntimeError: the results of two rivals differ: there are no times then.
     """
     from ..checkpoints.family import get_config
-    from ..encoder.layers import patch_size_of
+    from ..checkpoints.sizes import patch_size_of
 
     if options is None:
         options = ON_CPU if device.type == "cpu" else BenchOptions()

@@ -32,8 +32,9 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import (
 
 from hrvlm_kernels import PackedGrids, varlen_attention
 
+from ..checkpoints.sizes import patch_size_of
 from ..encoder.inputs import batch_layout
-from ..encoder.layers import patch_size_of, rope_frequencies
+from ..encoder.rope import rope_frequencies
 from .swapping import has_own_forward, set_class
 
 

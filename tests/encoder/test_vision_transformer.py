@@ -15,7 +15,7 @@ from transformers import DINOv3ViTModel
 
 from hrvlm import DINOv3Encoder, EncoderOutput, PackedEncoderOutput, pack_images
 from hrvlm.checkpoints.family import CONFIGS, get_config
-from hrvlm.encoder.layers import augmented_coords
+from hrvlm.encoder.rope import augmented_coords
 from hrvlm_kernels import PackedGrids
 from tests.encoder.encoders import FAMILY, config_of, pair_of
 from tests.numerics import relative_error
