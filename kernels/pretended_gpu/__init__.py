@@ -20,6 +20,7 @@ that it tells means anything.
     torch_tensors      the tensors, and the dispatch mode that judges every op
     torch_cuda         torch.cuda and the constructors that take a device
     triton_driver      the driver that launches nothing
+    kernel_accesses    which arguments a Triton kernel reads and writes
     tensor_maps        the documented limits of cuTensorMapEncodeTiled
     reference_numbers  the numbers of the ops; the one file that imports hrvlm_kernels
     moved_bytes        bytes and launches of a piece of code, op by op

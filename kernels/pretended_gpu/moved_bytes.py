@@ -1,21 +1,23 @@
-"""How many bytes a piece of code moves, and how many kernels it starts: counted, op by op.
+"""How many bytes a piece of code moves, and how many kernels it starts: counted, launch by launch.
 
     PYTHONPATH=kernels:. python -m pretended_gpu.moved_bytes
 
-prints the table of a DINOv3 layer. An op reads its inputs and writes its outputs once; a view moves
-nothing. An op of hrvlm_kernels counts as what it reads and returns. It is what the memory has to
-bring at the least, op by op: a cache may save some of it, and a kernel may read something twice.
+prints the table of a DINOv3 layer. What counts are passes: an aten op, or a Triton kernel, reads a
+tensor with a row for each token and writes another, each once. Of matrix products the summand C
+counts and the factors and the result don't (torch copies C into a result that is not C itself);
+attention's kernels are counted apart. It is what the memory has to bring at the least: a cache may
+save some of it, and a kernel may read something twice.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import pretended_gpu
 
-from .record import RECORD
+from .record import RECORD, Op, Operand
 
 # Nothing runs on the device for these.
 _FREE = {
@@ -26,16 +28,26 @@ _FREE = {
     "aten::new_empty",
     "aten::new_empty_strided",
 }
-_PRODUCTS = {"aten::addmm", "aten::bmm", "aten::linear", "aten::mm"}
+_PRODUCTS = {"aten::bmm", "aten::linear", "aten::mm", "linear_gelu_forward"}
+_WITH_SUMMAND = {"aten::addmm", "aten::addmm_"}
+_ATTENTION = "varlen_attention"
+_COPY = "aten::addmm, copying C"
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What some code did; `-` gives what one piece did more than another."""
+    """What some code did; `-` gives what one piece did more than another.
 
-    calls: Counter[str]  # aten ops that start something
-    bytes: Counter[str]  # of them, and of the ops of hrvlm_kernels
-    launches: Counter[str]  # of Triton kernels
+    Attributes:
+        passes: Bytes of tensors with a row per token, by aten op or Triton kernel; neither products
+            nor attention.
+        attention: Those of attention's kernels.
+        launches: How often each aten op or Triton kernel starts something.
+    """
+
+    passes: Counter[str] = field(default_factory=Counter)
+    attention: Counter[str] = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
 
     def __sub__(self, other: Moved) -> Moved:
         def less(a: Counter[str], b: Counter[str]) -> Counter[str]:
@@ -43,45 +55,68 @@ class Moved:
             a.subtract(b)
             return Counter({name: n for name, n in a.items() if n})
 
-        return Moved(
-            less(self.calls, other.calls),
-            less(self.bytes, other.bytes),
-            less(self.launches, other.launches),
-        )
-
-    def elementwise_bytes(self) -> int:
-        """Bytes of everything that is neither a matrix product nor an op of hrvlm_kernels."""
-        return sum(n for name, n in self.bytes.items() if name in self.calls.keys() - _PRODUCTS)
-
-    def kernel_bytes(self, op: str) -> int:
-        """Bytes that an op of hrvlm_kernels reads and returns."""
-        return self.bytes[f"hrvlm_kernels::{op}"]
+        mine, others = vars(self).values(), vars(other).values()
+        return Moved(*(less(a, b) for a, b in zip(mine, others, strict=True)))
 
 
-def moved_by(run: Callable[[], object]) -> Moved:
-    """Count what `run` does; :func:`pretended_gpu.install` comes before."""
+def moved_by(run: Callable[[], object], *, tokens: int) -> Moved:
+    """Count what `run` does; :func:`pretended_gpu.install` comes before.
+
+    Args:
+        run: Called once.
+        tokens: A tensor with a dimension of this size has rows of tokens. No other size may be it.
+    """
     RECORD.clear()
     with RECORD.counting():
         run()
-    calls: Counter[str] = Counter()
-    moved: Counter[str] = Counter()
+    moved = Moved()
     for op in RECORD.ops:
-        is_ours = op.name.startswith("hrvlm_kernels::")
-        if is_ours or not (op.is_view or op.name in _FREE):
-            calls[op.name] += not is_ours
-            moved[op.name] += op.read + op.written
-    launches = Counter(launch.kernel for launch in RECORD.launches)
-    return Moved(+calls, moved, launches)
+        if op.is_view or op.name in _FREE or not op.name.startswith("aten::"):
+            continue
+        moved.launches[op.name] += 1
+        if op.name in _WITH_SUMMAND:
+            _count_summand(op, tokens, moved)
+        elif op.name not in _PRODUCTS:
+            moved.passes[op.name] += _of_tokens((*op.reads, *op.writes), tokens)
+    for launch in RECORD.launches:
+        moved.launches[launch.kernel] += 1
+        if launch.kernel not in _PRODUCTS:
+            into = moved.attention if launch.kernel.startswith(_ATTENTION) else moved.passes
+            into[launch.kernel] += _of_tokens((*launch.reads, *launch.writes), tokens)
+    return Moved(*(+counted for counted in vars(moved).values()))
 
 
-def of_a_layer(*, grid: tuple[int, int], train: bool) -> tuple[Moved, int]:
-    """What one more layer of ViT-L does for an image of `grid` patches, and S = T*C*2 bytes."""
+def _count_summand(op: Op, tokens: int, moved: Moved) -> None:
+    """Read by the product; and copied first, where the result is a tensor of its own."""
+    summand = op.reads[:1]
+    moved.passes[op.name] += _of_tokens(summand, tokens)
+    if op.name == "aten::addmm" and len(summand[0].shape) == 2:
+        moved.launches[_COPY] += 1
+        moved.passes[_COPY] += 2 * _of_tokens(summand, tokens)
+
+
+def _of_tokens(operands: Iterable[Operand], tokens: int) -> int:
+    """Bytes of those with a row per token, and more in it than a number per head."""
+    return sum(
+        a.bytes for a in operands if tokens in a.shape and a.bytes >= 2 * tokens * _LEAST_WIDTH
+    )
+
+
+_LEAST_WIDTH = 64  # of a row; log-sum-exps and coordinates are no passes
+
+
+def of_a_layer(*, grid: tuple[int, int], train: bool, **options: object) -> tuple[Moved, int]:
+    """What one more layer of ViT-L does for an image of `grid` patches, and S = T*C*2 bytes.
+
+    `options` go to the encoder.
+    """
     import torch
     from transformers import DINOv3ViTConfig
 
     from hrvlm import DINOv3Encoder
 
     width = 1024
+    tokens = 5 + grid[0] * grid[1]
 
     def run(layers: int) -> Moved:
         config = DINOv3ViTConfig(
@@ -89,7 +124,7 @@ def of_a_layer(*, grid: tuple[int, int], train: bool) -> tuple[Moved, int]:
             intermediate_size=4 * width, num_attention_heads=16,
         )  # fmt: skip
         with torch.no_grad():
-            encoder = DINOv3Encoder(config).bfloat16().to("cuda").eval()  # type: ignore[arg-type]
+            encoder = DINOv3Encoder(config, **options).bfloat16().to("cuda").eval()  # type: ignore[arg-type]
         x = torch.randn(1, 3, 16 * grid[0], 16 * grid[1]).to(torch.bfloat16).to("cuda")
 
         def step() -> None:
@@ -98,9 +133,8 @@ def of_a_layer(*, grid: tuple[int, int], train: bool) -> tuple[Moved, int]:
             if train:
                 out.backward(torch.ones_like(out))
 
-        return moved_by(step)
+        return moved_by(step, tokens=tokens)
 
-    tokens = 5 + grid[0] * grid[1]
     return run(2) - run(1), 2 * tokens * width
 
 
@@ -112,12 +146,12 @@ def main() -> None:
             layer, size = of_a_layer(grid=grid, train=train)
             direction = "forward and backward" if train else "forward"
             print(f"\na layer of ViT-L, {grid[0]}x{grid[1]} patches, {direction}: S = {size} bytes")
-            for name, n in layer.bytes.most_common():
-                print(f"  {name:42} {layer.calls[name] or '':>4} {n / size:6.1f} S")
-            print(f"  Triton launches: {dict(layer.launches)}")
+            for name, n in layer.launches.most_common():
+                moved = (layer.passes + layer.attention)[name]
+                print(f"  {name:42} {n:4} {moved / size:6.1f} S" if moved else f"  {name:42} {n:4}")
             print(
-                f"  {layer.calls.total()} aten launches, {layer.launches.total()} of Triton; "
-                f"{layer.elementwise_bytes() / size:.1f} S beside products and our ops"
+                f"  {layer.launches.total()} launches; passes {layer.passes.total() / size:.1f} S, "
+                f"attention {layer.attention.total() / size:.1f} S"
             )
 
 

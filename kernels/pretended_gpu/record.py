@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 _HERE = str(Path(__file__).parent)
 
@@ -15,22 +16,36 @@ class SyncError(RuntimeError):
     """The host waited for the device where it must not."""
 
 
+class Operand(NamedTuple):
+    """A tensor that an op or a kernel reads or writes."""
+
+    shape: tuple[int, ...]
+    bytes: int  # of its elements, each once
+
+
 @dataclass(frozen=True)
 class Op:
-    """An aten op that ran."""
+    """An aten op that ran, or one of hrvlm_kernels."""
 
     name: str
     is_view: bool  # nothing is launched
-    read: int  # bytes of its tensors
-    written: int
+    reads: tuple[Operand, ...]
+    writes: tuple[Operand, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of all that it reads and writes."""
+        return sum(a.bytes for a in (*self.reads, *self.writes))
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A start of a Triton kernel."""
+    """A start of a Triton kernel; what it reads and writes is told while ops are counted."""
 
     kernel: str
     grid: tuple[int, int, int]
+    reads: tuple[Operand, ...] = ()
+    writes: tuple[Operand, ...] = ()
 
 
 @dataclass

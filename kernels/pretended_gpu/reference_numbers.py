@@ -18,7 +18,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.utils._pytree import tree_map
 
 from .record import RECORD, Op
-from .torch_tensors import IMPLEMENTATIONS, MODE, count_bytes, inner
+from .torch_tensors import IMPLEMENTATIONS, MODE, inner, operands
 
 _LOG2_E = 1.4426950408889634
 # The dispatch mode is of a thread: in another one tensors are what they are.
@@ -52,8 +52,7 @@ def _keep(qualified: str, run: Callable[..., Any], numbers: bool) -> None:
         with MODE:
             out = run(*args, **kwargs)
         if RECORD.counts_ops:
-            read, written = (count_bytes(tree_map(inner, a)) for a in ((args, kwargs), out))
-            RECORD.ops.append(Op(qualified, False, read, written))
+            RECORD.ops.append(Op(qualified, False, operands((args, kwargs)), operands(out)))
         if reference is not None:
             with RECORD.counting(False):
                 inner_args, inner_kwargs = tree_map(inner, (args, kwargs))

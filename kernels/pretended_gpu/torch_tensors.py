@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .record import RECORD, Op
+from .record import RECORD, Op, Operand
 
 DEVICE = torch.device("cuda", 0)
 
@@ -233,10 +234,17 @@ def outer(a: Any) -> Any:
     return PretendedTensor(a) if plain else a
 
 
-def count_bytes(tree: Any) -> int:
-    """Bytes of all tensors in `tree`."""
+def operands(tree: Any) -> tuple[Operand, ...]:
+    """All tensors in `tree`; an expanded dimension is one element."""
     leaves = tree_flatten(tree)[0]
-    return sum(a.numel() * a.element_size() for a in leaves if isinstance(a, Tensor))
+    return tuple(operand(inner(a)) for a in leaves if isinstance(a, Tensor))
+
+
+def operand(a: Tensor) -> Operand:
+    """What is read or written of `a`."""
+    sizes = zip(a.shape, a.stride(), strict=True)
+    elements = prod(size for size, step in sizes if step or not size)
+    return Operand(tuple(a.shape), elements * a.element_size())
 
 
 def _refuse_host_tensors(name: str, tensors: list[Tensor], *, scalars: bool) -> None:
@@ -253,7 +261,7 @@ def _refuse_host_tensors(name: str, tensors: list[Tensor], *, scalars: bool) -> 
 def _described(func: Any, name: str, inputs: Any, out: Any) -> Op:
     returns = func._schema.returns
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    return Op(name, is_view, count_bytes(inputs), count_bytes(out))
+    return Op(name, is_view, operands(inputs), operands(out))
 
 
 MODE = PretendedMode()

@@ -7,13 +7,15 @@ not compile for sm_90 raises where it would on the GPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from .record import RECORD, Launch
+from .kernel_accesses import Accesses, accesses_of
+from .record import RECORD, Launch, Operand
 from .tensor_maps import check_tensor_map
-from .torch_tensors import DEVICE
+from .torch_tensors import DEVICE, inner, operand
 
 CAPABILITY = (9, 0)
 MULTIPROCESSORS = 132
@@ -129,27 +131,60 @@ class CompiledLauncher:
 
 
 class UncompiledKernel:
-    """Stands for a compiled kernel where nothing is compiled."""
+    """Stands for a compiled kernel where nothing is compiled.
+
+    Args:
+        name: Of the kernel.
+        arguments: Names of all its arguments.
+        accesses: Which of them it reads and writes; asked for while ops are counted.
+    """
 
     packed_metadata = None
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, arguments: Sequence[str], accesses: Callable[[], Accesses]):
         self.name, self.function = name, object()
+        self._arguments, self._find_accesses = arguments, accesses
+        self._accesses: Accesses | None = None
 
     def launch_metadata(self, *args: Any) -> None:
         """None: no hook is set."""
 
-    def run(self, x: int, y: int, z: int, *args: Any) -> None:
+    def run(
+        self, x: int, y: int, z: int, stream: int, function: object, metadata: object,
+        launch_metadata: object, enter: object, leave: object, *args: Any,
+    ) -> None:  # fmt: skip
         """Record the launch."""
-        note_launch(self.name, (x, y, z))
+        if not RECORD.counts_ops:
+            note_launch(self.name, (x, y, z))
+            return
+        if self._accesses is None:
+            self._accesses = self._find_accesses()
+        named = dict(zip(self._arguments, args, strict=True))
+        reads, writes = (_operands(named, names) for names in self._accesses)
+        note_launch(self.name, (x, y, z), reads, writes)
 
 
-def note_launch(kernel: str, grid: tuple[int, int, int]) -> None:
+def _operands(arguments: dict[str, Any], names: frozenset[str]) -> tuple[Operand, ...]:
+    """Of the tensors of these names; one that is passed twice, by a descriptor too, counts once."""
+    seen = {}
+    for name in arguments.keys() & names:
+        a = arguments[name]
+        a = inner(getattr(a, "base", a))
+        seen[a.data_ptr(), a.shape, a.stride()] = operand(a)
+    return tuple(seen.values())
+
+
+def note_launch(
+    kernel: str,
+    grid: tuple[int, int, int],
+    reads: tuple[Operand, ...] = (),
+    writes: tuple[Operand, ...] = (),
+) -> None:
     """Record a launch; ValueError for a grid that CUDA refuses (2**31 - 1, 65535, 65535)."""
     x, y, z = grid
     if not (x < 1 << 31 and y < 1 << 16 and z < 1 << 16):
         raise ValueError(f"{kernel}: grid {grid} is larger than (2**31 - 1, 65535, 65535)")
-    RECORD.launches.append(Launch(kernel, grid))
+    RECORD.launches.append(Launch(kernel, grid, reads, writes))
 
 
 def install() -> None:
@@ -161,12 +196,22 @@ def install() -> None:
     compiles = os.environ.get("PRETENDED_GPU_COMPILE", "0") == "1"
     compile_really = JITFunction._do_compile
 
-    def do_compile(self: Any, key: str, signature: Any, device: int, *args: Any) -> Any:
+    def do_compile(
+        self: Any, key: str, signature: Any, device: int, constants: Any, options: Any,
+        attributes: Any, warmup: bool,
+    ) -> Any:  # fmt: skip
         RECORD.kernels[self.fn.__module__, self.fn.__name__, key] = len(signature)
         if compiles:
-            return compile_really(self, key, signature, device, *args)
-        kernel = UncompiledKernel(self.fn.__name__)
-        self.device_caches[device][0][key] = kernel
+            return compile_really(
+                self, key, signature, device, constants, options, attributes, warmup
+            )
+        cache, _, target, backend, _ = self.device_caches[device]
+        kernel = UncompiledKernel(
+            self.fn.__name__,
+            self.arg_names,
+            lambda: accesses_of(self, signature, constants, options, (attributes, target, backend)),
+        )
+        cache[key] = kernel
         return kernel
 
     JITFunction._do_compile = do_compile

@@ -21,7 +21,6 @@ from hrvlm_kernels import (
     varlen_attention,
 )
 from pretended_gpu import RECORD, SyncError
-from pretended_gpu.moved_bytes import moved_by, of_a_layer
 from pretended_gpu.tensor_maps import check_tensor_map
 
 SIZES = [(64, 96), (320, 320), (16, 16)]
@@ -117,38 +116,6 @@ def test_the_encoder_never_waits():
     got = [p.grad.cpu() for p in encoder.parameters() if p.grad is not None]
     for a, b in zip(got, grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-def test_what_a_layer_moves():
-    """In units of S = tokens * width * 2 bytes, per layer of a forward, beside the products:
-
-    a norm reads and writes S (2), GELU reads and writes 4 S (8), and the second residual
-    connection reads the stream and the update and writes the stream (3): 13 S, and some thousands
-    of bytes of parameters. The first connection with the norm behind it reads two and writes two:
-    4 S, where torch's own ops have 5. Attention reads q, k and v and writes its output: 4 S.
-
-    Launches: 4 products, a norm, a residual, GELU, and the bias of q, k and v (zeros and cat) make
-    9, and our residual one; images up to 256 tokens take one attention kernel, longer ones a pass
-    over k besides.
-    """
-    for grid, launches in (((14, 14), 2), ((16, 18), 3)):
-        layer, size = of_a_layer(grid=grid, train=False)
-        assert layer.elementwise_bytes() / size == pytest.approx(13, abs=0.2)
-        assert layer.kernel_bytes("residual_layer_norm") / size == pytest.approx(4, abs=0.1)
-        assert layer.kernel_bytes("varlen_attention") / size == pytest.approx(4, abs=0.1)
-        assert layer.calls.total() == 9
-        assert layer.launches.total() == launches
-
-
-def test_counting_itself():
-    a, b = torch.randn(64, 32, device="cuda"), torch.randn(32, 8, device="cuda")
-    moved = moved_by(lambda: (a @ b).t().contiguous().add_(1))
-    assert moved.bytes == {
-        "aten::mm": 4 * (64 * 32 + 32 * 8 + 64 * 8),
-        "aten::clone": 2 * 4 * 64 * 8,
-        "aten::add_": 2 * 4 * 64 * 8,
-    }
-    assert moved.elementwise_bytes() == 4 * 4 * 64 * 8
 
 
 def test_every_op_runs_its_launcher_and_has_numbers():
