@@ -39,6 +39,8 @@ def store_matrix(
     where = shared.locate(g, instruction, address[given], g.base[given], 16, 16)
     rows = np.ascontiguousarray(matrices(registers, transposed)).reshape(-1, 8)
     shared.note_write(g, instruction, where, g.warp[given], 16, rows.view(np.uint32))
+    if g.machine.counts is not None:
+        g.machine.counts.matrix_access(instruction, g.warp[given], where)
     shared.bytes.reshape(-1, 16)[where >> 4] = rows.view(np.uint8)
 
 

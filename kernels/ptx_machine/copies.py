@@ -82,8 +82,10 @@ def copy_async(
     wanted = np.full(len(chosen), size) if read is None else read[chosen].astype(np.int64)
     if (wanted > size).any():
         raise ExecutionError(f"{g.kernel.name}: {instruction}: reads more bytes than it copies")
+    g.count_shared(instruction, where, chosen, size)
     for count in np.unique(wanted[wanted > 0]):
         at = np.flatnonzero(wanted == count)
+        g.count_global(instruction, source[chosen[at]], chosen[at], int(count))
         data[at, :count] = _global_bytes(g, instruction, source, chosen[at], size, int(count))
     shared.note_write(g, instruction, where, warp, size, data, in_flight=True)
     g.copies.open.append(Copy(g.lanes[chosen], where, data, instruction))

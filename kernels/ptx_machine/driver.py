@@ -18,6 +18,7 @@ from triton.runtime import _allocation
 from triton.runtime.cache import get_cache_manager
 
 from .arguments import Arguments, parameters
+from .counters import LaunchCounts
 from .global_memory import GlobalMemory, smallest_store
 from .machine import Machine
 from .options import Options
@@ -79,7 +80,8 @@ class PtxDriver(DriverBase):
     """Compiles for `capability` and executes PTX; set by :func:`install`.
 
     `report` collects the findings of all launches, `launches` names them with the seconds they
-    took; `instructions` counts what all threads executed.
+    took; `instructions` counts what all threads executed. With `options.count`, `counts` has what
+    each launch executed.
     """
 
     def __init__(self, capability: int, options: Options) -> None:
@@ -93,6 +95,8 @@ class PtxDriver(DriverBase):
         self.edit: Callable[[str, str], str] | None = None  # (kernel name, PTX) -> PTX
         self.launches: list[tuple[str, float]] = []
         self.instructions = 0
+        self.counts: list[LaunchCounts] = []
+        self.shared_at_least = 0  # bytes; for edited PTX that needs more than its kernel did
 
     @classmethod
     def is_active(cls) -> bool:
@@ -176,9 +180,11 @@ class PtxDriver(DriverBase):
         params += [_scratch(arguments, metadata, grid), bytes(8)]
         _check_parameters(program, params)
         threads = program.kernel.threads or 32 * metadata.num_warps
-        machine = Machine(
-            program, grid, threads, metadata.shared, params, memory, self.report, self.options
-        )
+        shared = max(metadata.shared, self.shared_at_least)
+        machine = Machine(program, grid, threads, shared, params, memory, self.report, self.options)
+        if self.options.count:
+            machine.counts = LaunchCounts(program.kernel, threads, grid)
+            self.counts.append(machine.counts)
         try:
             machine.run()
         finally:

@@ -31,6 +31,7 @@ def load_global(
         if not len(lanes):
             return out
         address = address[lanes]
+    g.count_global(instruction, address, lanes, width * items)
     memory = g.machine.memory
     for found in memory.locate(g, instruction, address, lanes, width * items):
         region, offset, pick = found
@@ -62,6 +63,7 @@ def store_global(
         address, data = address[lanes], [d[lanes] for d in data]
     memory = g.machine.memory
     total = width * len(data)
+    g.count_global(instruction, address, lanes, total, store=True)
     for found in memory.locate(g, instruction, address, lanes, total):
         region, offset, pick = found
         view, first = region.views[width], offset // width
@@ -100,6 +102,7 @@ def atomic(
             return out
         address, data = address[lanes], [d[lanes] for d in data]
         compare = None if compare is None else compare[lanes]
+    g.count_global(instruction, address, lanes, width * len(data), store=True)
     for region, offset, pick in g.machine.memory.locate(
         g, instruction, address, lanes, width * len(data)
     ):

@@ -96,6 +96,31 @@ class Group:
         if len(lanes):
             raise ExecutionError(f"{self.kernel.name}: {instruction}: {self.who(int(lanes[0]))}")
 
+    # Counting
+
+    def count_global(
+        self,
+        instruction: Instruction,
+        address: np.ndarray,
+        lanes: np.ndarray | None,
+        width: int,
+        store: bool = False,
+    ) -> None:
+        """Count accesses of `width` bytes by the threads at `lanes`, all if None."""
+        counts = self.machine.counts
+        if counts is not None:
+            warp = self.warp if lanes is None else self.warp[lanes]
+            counts.global_access(instruction, warp, address, width, store)
+
+    def count_shared(
+        self, instruction: Instruction, where: np.ndarray, lanes: np.ndarray | None, width: int
+    ) -> None:
+        """The same in shared memory; `where` are byte positions over all programs."""
+        counts = self.machine.counts
+        if counts is not None:
+            thread = self.lanes if lanes is None else self.lanes[lanes]
+            counts.shared_access(instruction, thread, where, width)
+
     # Cutting and joining
 
     def part(self, keep: np.ndarray, block: int) -> Group:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .clocks import WARP, WGMMA, Clocks
+from .counters import LaunchCounts
 from .global_memory import PARAM_BASE, PARAM_STEP, GlobalMemory
 from .group import Group
 from .mbarrier import Mbarriers
@@ -38,6 +39,7 @@ class Machine:
     memory: GlobalMemory
     report: Report
     options: Options = field(default_factory=Options)
+    counts: LaunchCounts | None = None
 
     def __post_init__(self) -> None:
         self.kernel: Kernel = self.program.kernel
@@ -72,6 +74,8 @@ class Machine:
 
     def _start(self, first: int, slots: int) -> None:
         self.first, self.slots = first, slots
+        if self.counts is not None:
+            self.counts.programs += slots
         self.clocks = Clocks(slots, self.threads // WARP)
         self.shared = SharedMemory(self.shared_size, self.granule, self.clocks, self.options.check)
         self.local = np.full(slots * self.threads * self.kernel.local_size, 0xFF, np.uint8)

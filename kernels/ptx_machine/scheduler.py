@@ -83,6 +83,8 @@ class Scheduler:
             if after is None:
                 return
             group = after
+        if self.machine.counts is not None:
+            self.machine.counts.block(number, group.warp)
         last = block.instructions[-1] if block.instructions else None
         if last is None:
             self._goto(group, number + 1)

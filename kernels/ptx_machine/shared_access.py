@@ -33,6 +33,7 @@ def load_shared(
     shared, total = g.machine.shared, width * items
     where = shared.locate(g, instruction, address, base, total, total, lanes)
     shared.note_read(g, instruction, where, warp, total)
+    g.count_shared(instruction, where, lanes, total)
     view, first = shared.views[width], where // width
     for k in range(items):
         if lanes is None:
@@ -61,6 +62,7 @@ def store_shared(
     shared, total = g.machine.shared, width * len(data)
     where = shared.locate(g, instruction, address, base, total, total, lanes)
     shared.note_write(g, instruction, where, warp, total, np.stack(data, axis=-1))
+    g.count_shared(instruction, where, lanes, total)
     view, first = shared.views[width], where // width
     for k, values in enumerate(data):
         view[first + k] = values
@@ -74,6 +76,8 @@ def load_matrix(
     given = np.arange(g.n).reshape(-1, WARP)[:, : 8 * count].ravel()
     where = shared.locate(g, instruction, address[given], g.base[given], 16, 16, given)
     shared.note_read(g, instruction, where, g.warp[given], 16)
+    if g.machine.counts is not None:
+        g.machine.counts.matrix_access(instruction, g.warp[given], where)
     rows = shared.views[2][where[:, None] // 2 + np.arange(8)].reshape(-1, count, 8, 8)
     if transposed:
         rows = np.ascontiguousarray(rows.swapaxes(2, 3))

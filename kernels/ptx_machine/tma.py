@@ -169,6 +169,8 @@ class Bulk:
         fill = 0xFF if tensor_map.nan_fill else 0
         shape = (*reversed(tensor_map.box[1:]), tensor_map.box[0] * tensor_map.itemsize)
         data = np.full(shape, fill, np.uint8)
+        if self.machine.counts is not None:
+            self.machine.counts.tensor_copy(tensor_map.box_bytes, box.offsets, box.width, load=True)
         if len(box.offsets):
             region = self.region(g, instruction, lane, box)
             first = box.offsets - region.base
@@ -220,6 +222,10 @@ class Bulk:
         warp, thread = int(g.warp[lane]), int(g.lanes[lane])
         self.epochs[warp] += 1
         epoch = self.epochs[warp]
+        if self.machine.counts is not None:
+            self.machine.counts.tensor_copy(
+                tensor_map.box_bytes, box.offsets, box.width, load=False
+            )
         self.machine.proxies.stores_read(g, instruction, where, lane, epoch)
         number = int(self.commits[thread]) + 1
         self.stores[thread].append(
