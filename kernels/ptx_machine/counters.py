@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,7 @@ class LaunchCounts:
     kernel: Kernel
     threads: int
     grid: tuple[int, int, int]
+    metadata: Any = None  # Triton's, of the compiled kernel
     programs: int = 0  # that were run
     loads: dict[int, Access] = field(default_factory=dict)  # by instruction, of global memory
     stores: dict[int, Access] = field(default_factory=dict)
@@ -141,6 +143,11 @@ class LaunchCounts:
     def name(self) -> str:
         """Of the kernel."""
         return self.kernel.name
+
+    @property
+    def runs(self) -> list[int]:
+        """How many warps ran each block."""
+        return [int(n) for n in self._warps]
 
     def executed(self) -> Iterator[tuple[Instruction, int]]:
         """(instruction, warps that ran it), for all that were run."""

@@ -183,7 +183,7 @@ class PtxDriver(DriverBase):
         shared = max(metadata.shared, self.shared_at_least)
         machine = Machine(program, grid, threads, shared, params, memory, self.report, self.options)
         if self.options.count:
-            machine.counts = LaunchCounts(program.kernel, threads, grid)
+            machine.counts = LaunchCounts(program.kernel, threads, grid, metadata)
             self.counts.append(machine.counts)
         try:
             machine.run()

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 import ptx_machine
+from benchmarks.counted.case import Case, count, first, spread, whole
 
 
 @triton.jit
@@ -140,3 +141,51 @@ def test_nothing_is_counted_unasked(gpu):
     x, y = torch.randn(64), torch.zeros(64)
     copy[(1,)](x, y, 1, BLOCK=64)
     assert not gpu.counts
+
+
+# Of benchmarks.counted: what samples stand for, and how often machine code runs
+
+
+def result_of(gpu, start, sample, **work):
+    gpu.options.count = True
+    case = Case(
+        "op", "size", "shipped", start, unit="element", units=1000, samples={"": sample}, **work
+    )
+    return count(case, gpu, gpu.capability)
+
+
+@pytest.mark.parametrize("sample", [spread(2), spread(3), first], ids=["two", "three", "one"])
+def test_samples_stand_for_all(gpu, sample):
+    x, y = torch.randn(7, 1024), torch.zeros(7)
+
+    def start():
+        row_sums[(7,)](x, y, C=1024, num_warps=4)
+
+    (every,), (some,) = (result_of(gpu, start, s)["kernels"] for s in (whole, sample))
+    assert some.pop("sampled") < every.pop("sampled") == 7
+    del some["grid"], every["grid"]
+    assert set(some) == set(every)
+    assert some["limit"] == every["limit"]
+    for name in ("instructions", "sectors_per_asked", "conflicts"):
+        assert some[name] == pytest.approx(every[name]), name
+    assert some["clocks"] == pytest.approx(every["clocks"], rel=0.02)  # sums share a sector
+
+
+def test_turns_of_loops_in_machine_code(gpu):
+    """Products are as many in SASS as in PTX, however ptxas unrolled the loop; no guess of ours."""
+    size = 64
+    a, b = (torch.randn(9, size, size).bfloat16() for _ in range(2))
+    c = torch.zeros(size, size)
+    totals = {}
+    for steps in (3, 9):
+
+        def start(steps=steps):
+            add_products[(1,)](a, b, c, steps, B=size, num_warps=4)
+
+        work = {"flops": steps * 2 * size**3}
+        (kernel,) = result_of(gpu, start, whole, **work)["kernels"]
+        assert kernel["flops_per_useful"] == 1
+        assert kernel["sass"]["tensor"] == pytest.approx(kernel["ptx"]["tensor"])
+        totals[steps] = kernel["instructions"], kernel["ptx_instructions"]
+    grown = [nine / three for three, nine in zip(totals[3], totals[9], strict=True)]
+    assert 1 < grown[0] < 3 and 1 < grown[1] < 3

@@ -1,0 +1,128 @@
+"""Count what the kernels and their peers execute, and write it down.
+
+    python -m benchmarks.counted [--chip sm_90 ...] [--only "attention forward" ...]
+                                 [--peers FOLDER] [--page]
+
+writes benchmarks/results/counted-<chip>.json and docs/counted.md. Every kernel is compiled for the
+chip and executed on a CPU (``kernels/ptx_machine``), some programs of each launch standing for all.
+There is no GPU, and nothing here is a time. ``--only`` replaces the rows whose op begins so and
+keeps the others; ``--page`` writes the page alone. Peers: see benchmarks/counted/peers.py.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when Triton is imported
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ptx_machine
+from benchmarks.case import RESULTS
+from benchmarks.counted import attention, page, peers, rows
+from benchmarks.counted.case import Case, count
+from benchmarks.suite import commit_here
+from hrvlm.files import write_text
+from hrvlm_kernels.triton_kernels import launch
+
+CHIPS = {"sm_80": 80, "sm_90": 90}
+SCHEMA = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.counted", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--only", nargs="+", default=[""], help="ops that begin so")
+    parser.add_argument("--peers", type=Path, help="folder of the peers' packages")
+    parser.add_argument("--page", action="store_true", help="write the page alone")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=page.DOCS)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if not args.page:
+        for chip in args.chip:
+            path = args.results / f"counted-{chip}.json"
+            found, missing = run(CHIPS[chip], tuple(args.only), args.peers)
+            write(path, chip, merged(path, found, tuple(args.only)), missing)
+    write_text(args.docs / page.NAME, page.render(args.results))
+    return 0
+
+
+def machine(chip: int) -> ptx_machine.PtxDriver:
+    """The executor, counting, and without its checks."""
+    gpu = ptx_machine.install(
+        chip, ptx_machine.Options(check=False, check_global=False, count=True)
+    )
+    for cached in (launch.architecture, launch.multiprocessors):
+        cached.cache_clear()
+    return gpu
+
+
+def run(
+    chip: int, only: tuple[str, ...], folder: Path | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a chip, and the peers that are missing."""
+    gpu, found, missing = machine(chip), [], set()
+    for make in _cases(chip, folder):
+        try:
+            case = make()
+        except peers.MissingError as error:
+            missing.add(str(error))
+            continue
+        if not case.op.startswith(only):
+            continue
+        torch.manual_seed(0)
+        begin = time.process_time()
+        result = count(case, gpu, chip)
+        found.append(result)
+        print(
+            f"sm_{chip}  {'  '.join(case.name)}:  {result['bound']:.2f} clocks"
+            f" per 1000 {case.unit}s ({' + '.join(result['limits'])}),"
+            f" {result['instructions']:.2f} instructions  [{time.process_time() - begin:.0f} s]",
+            flush=True,
+        )
+    return found, sorted(missing)
+
+
+def _cases(chip: int, folder: Path | None) -> Iterator[Callable[[], Case]]:
+    yield from attention.shipped(chip)
+    yield from peers.attention(chip, folder)
+    yield from rows.cases(chip, folder)
+
+
+def merged(path: Path, found: list[dict[str, Any]], only: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The new rows in place of those in the file that they replace."""
+    old = json.loads(path.read_text())["rows"] if path.exists() and only != ("",) else []
+    return [row for row in old if not row["op"].startswith(only)] + found
+
+
+def write(path: Path, chip: str, found: list[dict[str, Any]], missing: list[str]) -> None:
+    """A result file."""
+    document = {
+        "schema": SCHEMA,
+        "chip": chip,
+        "device": None,
+        "versions": {name: metadata.version(name) for name in ("torch", "triton", "numpy")},
+        "commit": commit_here(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "missing": missing,
+        "rows": found,
+    }
+    write_text(path, json.dumps(page.rounded(document), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

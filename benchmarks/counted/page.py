@@ -1,0 +1,125 @@
+"""Make docs/counted.md from the result files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[2] / "docs"
+NAME = "counted.md"
+Row = dict[str, Any]
+
+ABOUT = """\
+# Counted work
+
+Made by `python -m benchmarks.counted` from `benchmarks/results/counted-*.json`; don't edit.
+
+No GPU has run any of this, and **nothing here is a time**. Each kernel was compiled for the chip by
+Triton's own backend, and its PTX was executed on a CPU (`kernels/ptx_machine`), ours and the peers'
+on the same inputs, in bfloat16 with 16 heads. The executor counts warp instructions by unit,
+32-byte sectors, wavefronts of shared memory with their bank conflicts, and what the tensor cores
+do. From these follows a **bound**: the clocks that one multiprocessor needs for the unit that has
+most to do, for 1000 units of useful work (scores without padding, elements, products), as if
+everything else happened beside it. Latency, occupancy, dependences and launches are not in it.
+Launches of one call add up.
+
+*Instructions* are those of a thread for a unit of useful work, read from machine code: PTX says how
+often a loop runs, SASS how many instructions a turn has (where a loop can't be matched, PTX is
+counted: marked with *). PTX overstates addresses and moves, and has once chosen wrongly.
+*FLOPs* are executed for each useful one: above 1 is padding (in the backward, five products are
+useful and seven are executed without atomics). *Sectors* are bytes of sectors for each byte asked
+for. *Conflicts* are wavefronts of shared memory for each one without conflicts.
+
+Some programs of a launch stand for all: of attention a full tile and the last one of a head, six
+tiles of the mixed draw (64 images of 224 to 1024 px, see `benchmarks/case.py`), one tile of a
+product, two to ten programs of kernels that do the same for every row. Device memory is counted as
+if q, k and v, weights and rows came from it once. The rates, their sources and which of them are
+uncertain stand in `benchmarks/counted/rates.py`.
+"""
+HEADER = (
+    "| {} | kernel | bound | limited by | next | instructions | FLOPs | sectors | conflicts |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def rounded(value: Any) -> Any:
+    """Numbers with five digits: what is sampled has no more."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: rounded(x) for name, x in value.items()}
+    return [rounded(x) for x in value] if isinstance(value, (list, tuple)) else value
+
+
+def render(results: Path) -> str:
+    """The page."""
+    parts = [ABOUT]
+    for path in sorted(results.glob("counted-*.json"), reverse=True):
+        parts += _chip(json.loads(path.read_text()))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _chip(document: Row) -> Iterator[str]:
+    versions = ", ".join(f"{name} {v}" for name, v in document["versions"].items())
+    yield f"## {document['chip']}\n"
+    yield f"Device: none. {versions}; commit {document['commit']}, {document['date'][:10]}."
+    yield "".join(f" {reason}." for reason in document["missing"]) + "\n"
+    rows = document["rows"]
+    yield from _against(rows)
+    for op in dict.fromkeys(row["op"] for row in rows):
+        mine = [row for row in rows if row["op"] == op]
+        yield f"### {op}\n"
+        yield HEADER.format(f"per 1000 {mine[0]['unit']}s")
+        for size in dict.fromkeys(row["size"] for row in mine):
+            for row in sorted(
+                (row for row in mine if row["size"] == size), key=lambda row: row["role"] != "ours"
+            ):
+                yield from _lines(row)
+        yield ""
+
+
+def _against(rows: list[Row]) -> Iterator[str]:
+    """Each of our bounds beside the lowest of a peer."""
+    yield "### Against the peers\n"
+    yield "| op | size | our bound | the lowest of a peer | ours for 1 of it |"
+    yield "| --- | --- | --- | --- | --- |"
+    for row in rows:
+        rivals = [
+            r
+            for r in rows
+            if r["role"] == "peer" and (r["op"], r["size"]) == (row["op"], row["size"])
+        ]
+        if row["variant"] != "shipped" or not rivals:
+            continue
+        best = min(rivals, key=lambda r: r["bound"])
+        yield (
+            f"| {row['op']} | {row['size']} | {row['bound']:.4g} | {best['variant']}: "
+            f"{best['bound']:.4g} | {row['bound'] / best['bound']:.2f} |"
+        )
+    yield ""
+
+
+def _lines(row: Row) -> Iterator[str]:
+    """A line for each launch, and their sum where there are several."""
+    if len(row["kernels"]) > 1:
+        yield (
+            f"| {row['size']}, {row['variant']} | all {len(row['kernels'])} launches "
+            f"| **{row['bound']:.4g}** | | | {row['instructions']:.2f} | | | |"
+        )
+    for kernel in row["kernels"]:
+        clocks = sorted(kernel["clocks"].items(), key=lambda item: -item[1])
+        (name, need), (second, less) = clocks[:2]
+        bound = f"{need:.4g}" if len(row["kernels"]) > 1 else f"**{need:.4g}**"
+        mark = "" if kernel["sass"] else "*"
+        yield (
+            f"| {row['size']}, {row['variant']} | {kernel['kernel']} | {bound} | {name} "
+            f"| {less:.4g} {second} | {kernel['instructions']:.2f}{mark} "
+            f"| {_ratio(kernel['flops_per_useful'])} | {_ratio(kernel['sectors_per_asked'])} "
+            f"| {kernel['conflicts']:.2f} |"
+        )
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

@@ -1,0 +1,188 @@
+"""Kernels that go over rows or bytes, and the projection: what is counted of them.
+
+The elementwise ones do the same for every row, so that one pack stands for all: an image of 768 px.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.counted import peers
+from benchmarks.counted.attention import BF16, inputs
+from benchmarks.counted.case import Case, first, spread
+from hrvlm_kernels import PackedGrids
+from hrvlm_kernels.ops.layer_norm_pixel_shuffle import layer_norm_pixel_shuffle
+from hrvlm_kernels.ops.normalize_patchify import normalize_patchify
+from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
+from hrvlm_kernels.ops.rope_2d import rope_2d
+from hrvlm_kernels.ops.swiglu import swiglu
+from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as projection
+from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as projection_backward
+
+GRID = (48, 48)
+WIDTHS = (384, 768, 1024, 1280, 4096)  # DINOv3's S, B, L, H+ and 7B
+GATED = (5120, 4304)  # H+; a width that no power of two divides
+PROJECTIONS = ((384, 576), (1024, 1024), (1024, 4096))  # channels, features
+FACTOR = 4
+
+Makers = Iterator[Callable[[], Case]]
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(*shape).to(BF16)
+
+
+def _gradient(out: Tensor | tuple[Tensor, ...], leaves: list[Tensor]) -> Callable[[], object]:
+    outs = (out,) if isinstance(out, Tensor) else out
+    given = [torch.randn_like(a) for a in outs]
+    return lambda: torch.autograd.grad(outs, leaves, given, retain_graph=True)
+
+
+def rope_cases(folder: Path | None, head_dim: int) -> Makers:
+    """Q and k of a packed product, and the peers."""
+    n = 2309
+    _, (q, k, _), rope = inputs([n], head_dim)
+    elements = 2 * q.numel()
+    ours = Case(
+        op="rope_2d",
+        size=f"D={head_dim}",
+        variant="shipped",
+        start=lambda: rope_2d(q, k, *rope, backend="triton"),
+        unit="element",
+        units=elements,
+        least=2 * 2 * elements + 8 * n,
+        samples={"rope_2d": spread(8)},
+    )
+    yield lambda: ours
+    yield partial(peers.liger_rope, folder, ours, q, k)
+    yield partial(peers.flash_attn_rope, folder, ours, q)
+
+
+def norm_cases(folder: Path | None, width: int) -> Makers:
+    """Both norms, forward and backward; Liger's reads and writes once, as the shuffled one does."""
+    packed = PackedGrids.from_grids([GRID])
+    t = packed.total_tokens
+    x, update = (_randn(t, width).requires_grad_() for _ in range(2))
+    scale, weight, bias = (torch.randn(width).requires_grad_() for _ in range(3))
+    leaves = [x, weight, bias]
+    shuffled = partial(layer_norm_pixel_shuffle, x, packed, FACTOR, weight, bias, backend="triton")
+    fused = partial(residual_layer_norm, x, update, scale, weight, bias, backend="triton")
+
+    def case(op: str, start: Callable[[], object], tensors: int) -> Case:
+        return Case(
+            op=op,
+            size=f"C={width}",
+            variant="shipped",
+            start=start,
+            unit="element",
+            units=t * width,
+            least=tensors * 2 * t * width,
+            samples={"layer_norm": spread(8)},
+        )
+
+    norm = case("layer_norm_pixel_shuffle", shuffled, 2)
+    yield lambda: norm
+    yield lambda: case("residual_layer_norm", fused, 4)
+    yield lambda: case("layer_norm_pixel_shuffle backward", _gradient(shuffled(), leaves), 3)
+    yield lambda: case(
+        "residual_layer_norm backward", _gradient(fused(), [*leaves, update, scale]), 6
+    )
+    yield partial(peers.liger_norm, folder, norm, x.detach(), weight.detach(), bias.detach())
+
+
+def swiglu_cases(folder: Path | None, width: int) -> Makers:
+    """Gate and up are halves of a product."""
+    t = 64
+    gate, up = (a.requires_grad_() for a in _randn(t, 2 * width).chunk(2, 1))
+    ours = Case(
+        op="swiglu",
+        size=f"F={width}",
+        variant="shipped",
+        start=partial(swiglu, gate, up, backend="triton"),
+        unit="element",
+        units=t * width,
+        least=3 * 2 * t * width,
+        samples={"swiglu": spread(10)},
+    )
+    yield lambda: ours
+    yield lambda: replace(
+        ours,
+        op="swiglu backward",
+        start=_gradient(swiglu(gate, up, backend="triton"), [gate, up]),
+        least=5 * 2 * t * width,
+    )
+    yield partial(peers.liger_swiglu, folder, ours, gate.detach(), up.detach())
+
+
+def patchify_cases(patch: int) -> Makers:
+    """An image of 24 x 24 patches."""
+    images = torch.randint(0, 256, (1, 3, 24 * patch, 24 * patch), dtype=torch.uint8)
+    mean = (0.5, 0.5, 0.5)
+    yield lambda: Case(
+        op="normalize_patchify",
+        size=f"p={patch}",
+        variant="shipped",
+        start=lambda: normalize_patchify(images, patch, mean, mean, dtype=BF16, backend="triton"),
+        unit="element",
+        units=images.numel(),
+        least=3 * images.numel(),
+        samples={"normalize_patchify": spread(8)},
+    )
+
+
+def projection_cases(chip: int, channels: int, features: int) -> Makers:
+    """Forward, dx and dweight of eight images of 1024 px; one tile stands for all."""
+    packed = PackedGrids.from_grids([(64, 64)] * 8, num_prefix_tokens=5)
+    index, k = packed.shuffle_index(FACTOR), FACTOR**2 * channels
+    rows = index.shape[0]
+    x, weight, bias = _randn(packed.total_tokens, channels), _randn(features, k), _randn(features)
+    dy, out = _randn(rows, features), torch.zeros(rows, features, dtype=BF16)
+    least = 2.0 * (rows * k + features * k + rows * features)
+
+    def case(part: str, start: Callable[[], object]) -> Case:
+        return Case(
+            op=f"pixel_shuffle_linear{part}",
+            size=f"C={channels} N={features}",
+            variant="shipped",
+            start=start,
+            unit="thousand products",
+            units=rows * features * k / 1000,
+            flops=2 * rows * features * k,
+            least=least,
+            samples={"add_parts": spread(4), "zero_prefix": spread(2), "pixel_shuffle": first},
+            sharing=dict.fromkeys(
+                ("linear_forward", "linear_dx", "linear_dweight", "matmul"), least
+            ),
+        )
+
+    whole = case("", lambda: projection.forward(x, index, weight, bias, out, parts=1))
+    yield lambda: whole
+    if channels * features <= 2**20:
+        grads = torch.zeros_like(x), torch.zeros_like(weight)
+        layout = index, packed.cu_seqlens, packed.num_prefix_tokens
+        dx = partial(projection_backward.backward_dx, dy, weight, *layout, grads[0])
+        dweight = partial(projection_backward.backward_dweight, dy, x, index, grads[1])
+        yield lambda: case(" dx", dx)
+        yield lambda: case(" dweight", dweight)
+    config = projection.select_configs(f"sm_{chip}", BF16)[0]
+    yield lambda: peers.matmul_case(whole, _randn(rows, k), weight, config)
+
+
+def cases(chip: int, folder: Path | None) -> Makers:
+    """All of them, made one by one."""
+    for head_dim in (64, 128):
+        yield from rope_cases(folder, head_dim)
+    for channels, features in PROJECTIONS:
+        yield from projection_cases(chip, channels, features)
+    for width in WIDTHS:
+        yield from norm_cases(folder, width)
+    for width in GATED:
+        yield from swiglu_cases(folder, width)
+    for patch in (16, 14):
+        yield from patchify_cases(patch)

@@ -1,0 +1,95 @@
+"""Kernels as a textbook has them, in plain Triton: what ours are compared with."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hrvlm_kernels.triton_kernels.tilings import GemmConfig, Tiling
+
+
+@triton.jit
+def flash_attention_2(
+    q, k, v, out, lse, n, scale, stride_t, stride_h,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """FlashAttention-2's forward as the paper has it, for one sequence [n, H, D]; not causal.
+
+    MASKED checks the end in every block; without it, n is a multiple of BM and BN.
+    """
+    start, head = tl.program_id(0) * BM, tl.program_id(1)
+    i_m, i_d, j = start + tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BN)
+    rows = i_m[:, None] * stride_t + head * stride_h + i_d[None, :]
+    b_q = tl.load(q + rows, mask=(i_m < n)[:, None], other=0.0) if MASKED else tl.load(q + rows)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    factor = scale * 1.4426950408889634
+    for s in range(0, n, BN):
+        i_n = s + j
+        keys = i_n[:, None] * stride_t + head * stride_h + i_d[None, :]
+        b_k = tl.load(k + keys, mask=(i_n < n)[:, None], other=0.0) if MASKED else tl.load(k + keys)
+        scores = tl.dot(b_q, b_k.T)
+        if MASKED:
+            scores = tl.where((i_n < n)[None, :], scores, float("-inf"))
+        new = tl.maximum(top, tl.max(scores, 1) * factor)
+        p = tl.exp2(scores * factor - new[:, None])
+        fade = tl.exp2(top - new)
+        total = total * fade + tl.sum(p, 1)
+        acc = acc * fade[:, None]
+        b_v = tl.load(v + keys, mask=(i_n < n)[:, None], other=0.0) if MASKED else tl.load(v + keys)
+        acc = tl.dot(p.to(b_v.dtype), b_v, acc)
+        top = new
+    acc = acc / total[:, None]
+    if MASKED:
+        tl.store(out + rows, acc.to(out.dtype.element_ty), mask=(i_m < n)[:, None])
+        tl.store(lse + head * n + i_m, top + tl.log2(total), mask=i_m < n)
+    else:
+        tl.store(out + rows, acc.to(out.dtype.element_ty))
+        tl.store(lse + head * n + i_m, top + tl.log2(total))
+
+
+def start_flash_attention_2(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiling: Tiling
+) -> None:
+    """Heads are the slow axis of the grid."""
+    n, heads, head_dim = q.shape
+    flash_attention_2[(triton.cdiv(n, tiling.rows), heads)](
+        q, k, v, out, lse, n, head_dim**-0.5, *q.stride()[:2],
+        D=head_dim, BM=tiling.rows, BN=tiling.step,
+        MASKED=n % tiling.rows != 0 or n % tiling.step != 0,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    )  # fmt: skip
+
+
+@triton.jit
+def matmul(
+    a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr
+):
+    """C [M, N] = a [M, K] @ b[N, K].T, all contiguous; K is a multiple of BK."""
+    n_m, n_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    per_group = GROUP * n_n
+    first = tl.program_id(0) // per_group * GROUP
+    height = tl.minimum(n_m - first, GROUP)
+    i_m = (first + tl.program_id(0) % per_group % height) * BM + tl.arange(0, BM)
+    i_n = (tl.program_id(0) % per_group // height) * BN + tl.arange(0, BN)
+    i_k = tl.arange(0, BK)
+    p_a = a + (i_m % M)[:, None] * K + i_k[None, :]
+    p_b = b + (i_n % N)[None, :] * K + i_k[:, None]
+    acc = tl.zeros([BM, BN], tl.float32)
+    for _ in range(0, tl.cdiv(K, BK)):
+        acc = tl.dot(tl.load(p_a), tl.load(p_b), acc)
+        p_a += BK
+        p_b += BK
+    p_c = c + i_m[:, None] * N + i_n[None, :]
+    tl.store(p_c, acc.to(c.dtype.element_ty), mask=(i_m < M)[:, None] & (i_n < N)[None, :])
+
+
+def start_matmul(a: Tensor, b: Tensor, c: Tensor, config: GemmConfig) -> None:
+    """With the tile sizes of ours."""
+    (m, k), n = a.shape, b.shape[0]
+    matmul[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
+        a, b, c, m, n, k, BM=config.block_m, BN=config.block_n, BK=config.block_k,
+        GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""The bound, loops of machine code, samples of programs, and the page of counted work."""
+
+import json
+
+import pytest
+
+from benchmarks.case import RESULTS
+from benchmarks.counted import page, rates
+from benchmarks.counted.case import first, spread
+from benchmarks.counted.sass import Code
+
+PIPES = ("fma", "alu", "mufu", "convert", "shuffle", "issue")
+
+
+def work(**instructions):
+    return rates.Work(
+        instructions=dict.fromkeys(PIPES, 0) | instructions,
+        flops={"wgmma": 8192, "mma": 0}, wavefronts=3, shared_bytes=256, l2_bytes=640,
+        dram_bytes=0,
+    )  # fmt: skip
+
+
+def test_the_bound_is_the_unit_that_needs_most():
+    """On an H100: 2 clocks of tensor cores, 5 of shared memory, 10 of L2, and 8 exps take 16."""
+    clocks = work(mufu=8, issue=40).clocks(90)
+    assert {name: clocks[name] for name in ("tensor", "shared", "l2", "mufu", "issue")} == {
+        "tensor": 2, "shared": 5, "l2": 10, "mufu": 16, "issue": 10,
+    }  # fmt: skip
+    assert rates.limit(clocks) == ("mufu", 16)
+    assert rates.limit(work(issue=80).clocks(90)) == ("issue", 20)
+    assert work().clocks(80)["tensor"] == 4
+
+
+def test_device_memory_of_the_data_sheet():
+    """A millisecond of a chip is its bandwidth over a thousand."""
+    for chip, bytes_ in ((80, 1.555e9), (90, 3.35e9)):
+        need = rates.Work(dict.fromkeys(PIPES, 0), {"wgmma": 0, "mma": 0}, 0, 0, 0, bytes_)
+        name, clocks = rates.limit(need.clocks(chip))
+        assert name == "dram"
+        assert rates.microseconds(clocks, chip) == pytest.approx(1000)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 8, 1000])
+@pytest.mark.parametrize("sample", [spread(3), first])
+def test_samples_add_up_to_the_grid(sample, programs):
+    parts = sample((programs, 1, 1))
+    assert sum(len(chosen) * weight for chosen, weight in parts) == programs
+    assert all(0 <= program < programs for chosen, _ in parts for program in chosen)
+
+
+def test_loops():
+    """An outer loop 1-4, an inner one 2-3; block 6 is a slow way that only jumps back into it."""
+    successors = [[1], [2], [3, 6], [2, 4], [1, 5], [], [3, 6]]
+    code = Code([["HGMMA"]] * 7, successors)
+    assert code.loops() == [{1, 2, 3, 4, 6}, {2, 3, 6}, {6}]
+    assert code.innermost() == [None, 1, 2, 2, 1, None, 6]
+    assert code.in_loops(("HG",), [1, 10, 100, 100, 10, 1, 7]) == {1: 20, 2: 200, 6: 7}
+
+
+def test_the_page_is_made_of_the_result_files():
+    assert (page.DOCS / page.NAME).read_text(encoding="utf-8") == page.render(RESULTS)
+    for path in RESULTS.glob("counted-*.json"):
+        document = json.loads(path.read_text())
+        assert document["device"] is None and document["rows"]
