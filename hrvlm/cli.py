@@ -15,6 +15,7 @@ from .commands.bench_generate import bench_generate
 from .commands.command import CommandGroup, Debug
 from .commands.convert import convert
 from .commands.doctor import doctor
+from .commands.embed import embed
 from .commands.encode import encode
 from .commands.evaluate import evaluate
 from .commands.export import export
@@ -36,6 +37,7 @@ app = typer.Typer(
 # In the order of the help page.
 COMMANDS = (
     encode,
+    embed,
     plan,
     train,
     merge,

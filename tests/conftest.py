@@ -16,8 +16,8 @@ import pytest
 
 from tests.own_process import OwnProcessFile
 
-# Folders of tests that run compiled kernels on ptx_machine, a process for each file.
-OWN_PROCESS = ("compiled", "pretended_gpu")
+# Folders of tests that run compiled kernels on ptx_machine or start Ray, a process for each file.
+OWN_PROCESS = ("compiled", "pretended_gpu", "on_ray")
 COMPILED = os.environ.get("TRITON_INTERPRET") == "0"
 
 # Property tests try new examples on every run at a desk, and the same ones in CI.

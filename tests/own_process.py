@@ -1,4 +1,4 @@
-"""Test files that need Triton without its interpreter: each runs in a process of its own.
+"""Test files that need Triton without its interpreter, or a Ray cluster, in a process of their own.
 
 Triton decides when it is imported whether kernels are compiled or interpreted, and the kernels'
 tests want the interpreter where there is no GPU. So a file in one of the folders that

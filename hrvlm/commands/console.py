@@ -47,9 +47,16 @@ def progress(label: str, total: int | None = None) -> Iterator[Callable[[int], N
     Yields:
         A function that is told how many steps were done since its last call.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    text = TextColumn("{task.description}")
+    columns = text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     out = console(stderr=True)
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
         task = bar.add_task(label, total=total)

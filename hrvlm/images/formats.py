@@ -228,3 +228,9 @@ def _heif(data: bytes, label: str) -> Image.Image:
     image: Image.Image = open_heif(io.BytesIO(data)).to_pillow()
     image.info.clear()  # its EXIF says how to turn what is turned already
     return image
+
+
+def image_endings() -> frozenset[str]:
+    """Endings of the names of files that may be opened, in lower case: ``.png``, ``.jpg``, ..."""
+    Image.init()
+    return frozenset(end for end, name in Image.EXTENSION.items() if name in Image.OPEN)

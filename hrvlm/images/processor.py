@@ -5,13 +5,14 @@ is normalised in both. The processors for transformers, with the same geometry a
 `transformers_processor.py`.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from .geometry import (
@@ -30,6 +31,9 @@ from .intake import (
     rgb_color,
     upright_rgb,
 )
+
+if TYPE_CHECKING:  # else imported when it is used: who decodes in a process of its own needs none
+    import torch
 
 
 class Normalization(NamedTuple):
@@ -70,12 +74,16 @@ def normalize(
     scale: float = 1 / 255,
 ) -> torch.Tensor:
     """(pixel * scale - mean) / std, float32, for pixels [3, H, W] of any dtype."""
+    import torch
+
     center, spread = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (mean, std))
     return pixels.float().mul(scale).sub_(center).div_(spread)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """The bytes of an RGB image as a uint8 tensor [3, H, W]."""
+    import torch
+
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -217,6 +225,8 @@ class ImageProcessor:
         return normalize(pixels, self.image_mean, self.image_std)
 
     def _split(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        import torch
+
         size = self.tiles(image.height, image.width)
         (n_h, n_w), side = size.tiles, size.height // size.tiles[0]
         whole = self._pixels(image, size.height, size.width)

@@ -11,6 +11,7 @@ from tests.commands.helpers import error_of, run
 
 COMMANDS = [
     "encode",
+    "embed",
     "plan",
     "merge",
     "generate",

@@ -1,0 +1,218 @@
+"""Rows as Arrow tables: what the output's columns are, the listing, and how both are read again.
+
+id             string            where the image is
+row            int64             its place in the listing
+error          string            why it has no features; null for all others
+height, width  int32             of the upright image in pixels
+grid_height, grid_width  int32   patch grid
+cls, mean      float32 [C]       the CLS token, and the mean of the patches in float32
+patches        binary            on request: [hp, wp, C] in the stored dtype, little-endian
+tokens         binary            on request: the projector's [gh, gw, D], likewise
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .config import Manifest
+from .sources import Entry
+from .store import LISTING, Store, part_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIZES = ("height", "width", "grid_height", "grid_width")
+POOLED = ("cls", "mean")
+_QUOTED = re.compile(r"\(?'[^']*'\)?")  # a path
+
+
+@dataclass
+class Row:
+    """An image on its way.
+
+    Attributes:
+        id: As in the listing.
+        row: Likewise.
+        error: Why there are no features.
+        kind: Of the error.
+        size: (height, width) of the upright image in pixels.
+        resized: (height, width) that the encoder gets.
+        grid: Patch grid.
+        pixels: The image resized, uint8 [3, H, W], until it is encoded.
+        features: Column to array, afterwards.
+    """
+
+    id: str
+    row: int
+    error: str | None = None
+    kind: str | None = None
+    size: tuple[int, int] | None = None
+    resized: tuple[int, int] | None = None
+    grid: tuple[int, int] | None = None
+    pixels: np.ndarray | None = None
+    features: Mapping[str, Any] | None = None
+
+    def fail(self, error: BaseException | str) -> None:
+        """This image gets no features."""
+        text = str(error).strip() or type(error).__name__
+        self.error, self.kind = text, _kind_of(error, text, self.id)
+        self.pixels = self.features = None
+
+
+def _kind_of(error: BaseException | str, text: str, label: str) -> str:
+    """What an error is without the image that it is about: its type, and the start of its text."""
+    if isinstance(error, OSError) and error.strerror:
+        head = error.strerror
+    else:
+        head = _QUOTED.sub("", text.replace(label, "")).partition(":")[0]
+        head = re.sub(r"\d+", "N", " ".join(head.split()))
+    return head if isinstance(error, str) else f"{type(error).__name__}: {head}"
+
+
+def schema_of(manifest: Manifest) -> pa.Schema:
+    """Of the parts."""
+    facts, keep = manifest.facts, manifest.asked["keep"]
+    vector = pa.list_(pa.float32(), facts.hidden_size)
+    fields = [("id", pa.string()), ("row", pa.int64()), ("error", pa.string())]
+    fields += [(name, pa.int32()) for name in SIZES]
+    fields += [(name, vector) for name in POOLED if name != "cls" or facts.num_prefix_tokens]
+    fields += [(name, pa.large_binary()) for name in keep]
+    return pa.schema([pa.field(name, kind) for name, kind in fields])
+
+
+def table_of(rows: Sequence[Row], part: int, manifest: Manifest) -> pa.Table:
+    """The rows of a part, with what it says of itself in its metadata."""
+    schema = schema_of(manifest)
+    columns: dict[str, Any] = {
+        "id": [row.id for row in rows],
+        "row": [row.row for row in rows],
+        "error": [row.error for row in rows],
+    }
+    for name, field, i in zip(SIZES, ("size", "size", "grid", "grid"), (0, 1, 0, 1), strict=True):
+        sides = [getattr(row, field) for row in rows]
+        columns[name] = [None if pair is None else pair[i] for pair in sides]
+    arrays = []
+    for field in schema:
+        if field.name in columns:
+            arrays.append(pa.array(columns[field.name], field.type))
+            continue
+        values = [row.features and row.features[field.name] for row in rows]
+        if field.name in POOLED:
+            arrays.append(_vectors(values, field.type))
+        else:
+            arrays.append(pa.array(values, field.type))
+    own = {"part": part, "bad": count_errors(rows), "stored": manifest.asked["stored"]}
+    return pa.table(arrays, schema=schema.with_metadata({"hrvlm": json.dumps(own)}))
+
+
+def _vectors(values: Sequence[Any], kind: Any) -> pa.Array:
+    missing = np.array([value is None for value in values])
+    flat = np.zeros((len(values), kind.list_size), dtype=np.float32)
+    for i, value in enumerate(values):
+        if value is not None:
+            flat[i] = value
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(flat.ravel()), type=kind, mask=pa.array(missing)
+    )
+
+
+def count_errors(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Kind of error to how often it is there, and the id and error of the first such image."""
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        if row.kind is not None:
+            found.setdefault(row.kind, [0, row.id, row.error])[0] += 1
+    return dict(sorted(found.items()))
+
+
+def add_errors(total: dict[str, list[Any]], more: Mapping[str, Sequence[Any]]) -> None:
+    """Add the counts of another part."""
+    for kind, (count, name, error) in more.items():
+        total.setdefault(kind, [0, name, error])[0] += count
+
+
+def parquet_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:
+    """A file: equal tables give equal bytes."""
+    stream = io.BytesIO()
+    pq.write_table(table, stream, compression="zstd", row_group_size=row_group_size)
+    return stream.getvalue()
+
+
+def listing_bytes(entries: Sequence[Entry], rows_per_part: int) -> bytes:
+    """The listing as a file with a row group for each part."""
+    table = pa.table(
+        {
+            "id": [name_of(entry.id) for entry in entries],
+            "file": pa.array([os.fsencode(entry.file) for entry in entries], pa.binary()),
+            "place": pa.array([entry.place for entry in entries], pa.int64()),
+            "size": pa.array([entry.size for entry in entries], pa.int64()),
+        }
+    )
+    return parquet_bytes(table, rows_per_part)
+
+
+def name_of(text: str) -> str:
+    """A name without the bytes that are no characters."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@lru_cache(maxsize=4)
+def _listing(address: str) -> pq.ParquetFile:
+    return pq.ParquetFile(Store(address).open(LISTING))
+
+
+def listed(address: str, part: int) -> list[Entry]:
+    """The entries of a part."""
+    table = _listing(address).read_row_group(part)
+    return [
+        Entry(row["id"], os.fsdecode(row["file"]), row["place"], row["size"])
+        for row in table.to_pylist()
+    ]
+
+
+def read_parts(store: Store, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
+    """Columns of all parts, in the order of the listing.
+
+    Raises:
+        ValueError: parts are missing.
+    """
+    missing = set(range(manifest.parts)) - store.parts()
+    if missing:
+        raise ValueError(
+            f"{store.address}: {len(missing)} of {manifest.parts} parts are not there yet: "
+            "run hrvlm embed again"
+        )
+    tables = []
+    for part in range(manifest.parts):
+        with store.open(part_name(part)) as file:
+            tables.append(pq.read_table(file, columns=list(columns)).replace_schema_metadata())
+    return pa.concat_tables(tables)
+
+
+def map_of(row: Mapping[str, Any], manifest: Manifest, name: str = "patches") -> Tensor:
+    """The ``patches`` or ``tokens`` of a row as a tensor [down, across, channels].
+
+    Args:
+        row: With the grid.
+        manifest: Of its run.
+        name: Of the column.
+    """
+    import torch
+
+    facts = manifest.facts
+    factor, size = (1, facts.hidden_size) if name == "patches" else (facts.factor, facts.token_size)
+    flat = torch.frombuffer(
+        bytearray(row[name]), dtype=getattr(torch, str(manifest.asked["stored"]))
+    )
+    return flat.view(row["grid_height"] // factor, row["grid_width"] // factor, size)

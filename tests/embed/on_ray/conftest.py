@@ -1,0 +1,20 @@
+"""One Ray cluster for the run; see own_process.py for how these files run."""
+
+import os
+
+import pytest
+
+CPUS, STORE_BYTES = 2, 100 << 20
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Its address."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    context = ray.init(
+        num_cpus=CPUS, object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
