@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
@@ -30,9 +33,102 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file by :func:`replacing`, making folders as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
+    with folder_for_results(path.parent), replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def folder_for_results(directory: Path) -> Iterator[None]:
+    """A folder to write into, made if need be with those above it.
+
+    Those that are new and in which the block leaves nothing go again.
+
+    Raises:
+        OSError: it can't be made, or the block could not write; writers that are no Python raise
+            errors of their own, which are this one's cause.
+    """
+    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except Exception as error:
+        number = _number_of(error, directory)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(directory)) from error
+    finally:
+        for folder in new:
+            with suppress(OSError):  # not empty, or never made
+                folder.rmdir()
+
+
+@contextmanager
+def all_or_nothing(directory: Path) -> Iterator[Path]:
+    """A hidden folder in `directory`, whose files move up into it when the block ends well.
+
+    They get the mode that the user's umask says, config.json comes last, and weights that the new
+    ones replace under other names (shards, an index) go.
+
+    Raises:
+        OSError: as :func:`folder_for_results`; nothing in `directory` has changed.
+    """
+    with (
+        folder_for_results(directory),
+        tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as name,
+    ):
+        folder = Path(name)
+        yield folder
+        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        (sample := folder / ".mode").touch()
+        mode = sample.stat().st_mode  # safetensors makes files that only their owner can read
+        replaced = _replaced_weights(directory, {str(file) for file in files})
+        for file in sorted(files, key=lambda file: file.name == "config.json"):
+            (directory / file).parent.mkdir(exist_ok=True)
+            (folder / file).chmod(mode)
+            os.replace(folder / file, directory / file)
+        for path in replaced:
+            path.unlink()
+
+
+def save_whole(
+    save: Callable[..., Any], directory: str | PathLike[str], *args: Any, **kwargs: Any
+) -> list[str]:
+    """Call a ``save_pretrained`` of transformers by :func:`all_or_nothing`; what was written.
+
+    Raises:
+        OSError: the files can't be written.
+    """
+    directory = Path(directory)
+    if kwargs.get("push_to_hub"):  # the repository is called as the directory
+        kwargs.setdefault("repo_id", directory.name)
+    with all_or_nothing(directory) as folder:
+        written = save(str(folder), *args, **kwargs) or []
+    return [str(directory / Path(path).relative_to(folder)) for path in written]
+
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def _replaced_weights(directory: Path, new: set[str]) -> list[Path]:
+    if not any(map(_WEIGHTS.fullmatch, new)):
+        return []
+    names = [path.name for path in directory.iterdir() if _WEIGHTS.fullmatch(path.name)]
+    return [directory / name for name in names if name not in new]
+
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors and tokenizers say it
+
+
+def _number_of(error: Exception, directory: Path) -> int | None:
+    """The number of the system's error behind one of a writer that is no Python; else None."""
+    if isinstance(error, OSError):
+        return None
+    if found := _OS_ERROR.search(str(error)):
+        return int(found[1])
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save
+        full = shutil.disk_usage(directory).free < 2**20
+        return errno.ENOSPC if full else errno.EIO
+    return None
 
 
 MAX_YAML_VALUES = 100_000  # in one text, each counted as often as aliases repeat it

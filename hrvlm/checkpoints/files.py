@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..files import all_or_nothing
 
 SAFETENSORS_NAME = "model.safetensors"
 _NAMES_IN_DIRECTORY = (
@@ -106,20 +107,13 @@ def write_checkpoint(
         raise FileExistsError(
             f"{directory} already holds {', '.join(present)}; pass overwrite=True to replace them"
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".converting-", dir=directory) as temporary:
+    with all_or_nothing(directory) as folder:
         for name, document in documents.items():
-            (Path(temporary) / name).write_text(
+            (folder / name).write_text(
                 json.dumps(document, indent=2, sort_keys=True) + "\n", "utf-8"
             )
         stored = {key: _storable(tensor, dtype) for key, tensor in tensors.items()}
-        weights = Path(temporary) / SAFETENSORS_NAME
-        weights.touch()
-        mode = weights.stat().st_mode  # by the user's umask; safetensors makes files private
-        save_file(stored, weights, metadata={"format": "pt"})
-        weights.chmod(mode)
-        for name in names:
-            os.replace(Path(temporary) / name, directory / name)
+        save_file(stored, folder / SAFETENSORS_NAME, metadata={"format": "pt"})
     return directory
 
 

@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 
+from ..files import save_whole
 from .damage import check_generation_config, naming_damaged_files
 from .differences import KeyDifferences, group_keys, natural_order
 from .mapping import ABSENT_PARTS, keys_in_files
@@ -52,6 +54,29 @@ class StrictModel(PreTrainedModel):
         if source is not None and Path(source).is_file():
             raise ValueError(f"{source} is a file, expected a directory or a hub id")
         return load_strictly(super().from_pretrained, source, *model_args, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers, but all files or none: what fails leaves what was there before.
+
+        Of several processes, which may write parts of one checkpoint, each writes as transformers
+        does.
+
+        Args:
+            save_directory: Made if need be; weights that were in it under other names (shards, an
+                index) go.
+            *args: Of transformers' ``save_pretrained``.
+            **kwargs: Likewise.
+
+        Raises:
+            OSError: the files can't be written.
+        """
+        save = super().save_pretrained
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            save(save_directory, *args, **kwargs)
+        else:
+            save_whole(save, save_directory, *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..encoder.vision_transformer import DINOv3Encoder
+from ..files import folder_for_results
 from .graphs import BatchGraph, export_program, graph_of
 
 Runner = Callable[[tuple[Tensor, ...]], "list[np.ndarray[Any, Any]]"]
@@ -95,8 +97,11 @@ def _load_onnx(path: Path) -> Runner:
 
 
 def _write_torch(graph: BatchGraph, form: str, path: Path) -> None:
+    # In memory first: where a disk is full, torch's writer of files ends the process.
+    content = BytesIO()
     with _quiet():
-        torch.export.save(export_program(graph.encoder, form), path)
+        torch.export.save(export_program(graph.encoder, form), content)
+    path.write_bytes(content.getbuffer())
 
 
 def _load_torch(path: Path) -> Runner:
@@ -179,8 +184,10 @@ def export(
             "pip install 'hrvlm[export]' (openvino: pip install openvino)"
         )
     graph = graph_of(encoder, form)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with (
+        folder_for_results(path.parent),
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
+    ):
         draft = Path(folder, path.name)
         kind.write(graph, form, draft)
         error = check(graph, kind.load(draft))

@@ -32,6 +32,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from hrvlm_kernels import normalize_patchify
 
+from ..files import save_whole
 from .geometry import (
     Geometry,
     positive_int,
@@ -124,6 +125,10 @@ class _PackedImageProcessor(BaseImageProcessor):
         self._options(options)
         super().__init__(**kwargs)
         self.background = rgb_color("background", self.background)  # a list in a saved file
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """As in transformers, but all files or none."""
+        return save_whole(super().save_pretrained, save_directory, *args, **kwargs)
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:

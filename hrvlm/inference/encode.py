@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hrvlm_kernels.backends import resolve
 
 from ..encoder.cost import Architecture, forward_cost
+from ..files import folder_for_results
 from ..images.geometry import Geometry
 from .encode_files import ResultWriter
 from .loading import LoadedEncoder
@@ -132,6 +134,16 @@ def encode(
         OSError: a file can't be opened or written.
     """
     options = options or EncodeOptions()
+    with folder_for_results(options.out) if options.out else nullcontext():
+        return _encode(paths, loaded, options, on_images)
+
+
+def _encode(
+    paths: Sequence[Path],
+    loaded: LoadedEncoder,
+    options: EncodeOptions,
+    on_images: Callable[[int], None] | None,
+) -> EncodeResult:
     encoder = loaded.encoder
     writer = ResultWriter(loaded, paths, options.out) if options.out else None
     result = EncodeResult(

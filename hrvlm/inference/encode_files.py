@@ -39,7 +39,7 @@ class ResultWriter:
     Args:
         loaded: The model, for captions and metadata.
         paths: All inputs of the run; results are named after them, numbered where stems are equal.
-        directory: Made if need be.
+        directory: Is there.
 
     Raises:
         ValueError: a result would replace an input.
@@ -55,7 +55,6 @@ class ResultWriter:
                 target = directory / f"{name}{suffix}"
                 if target.resolve() in inputs:
                     raise ValueError(f"{target} is an input and would be replaced")
-        directory.mkdir(parents=True, exist_ok=True)
 
     def write_features(self, images: Sequence[EncodedImage], output: PackedEncoderOutput) -> None:
         """Write ``cls`` ``[C]``, ``registers`` ``[R, C]`` and ``patches`` ``[hp, wp, C]``."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..files import write_text
+from ..files import folder_for_results, write_text
 from ..images.fetch import readable
 from ..images.geometry import positive_int
 from ..images.intake import ImageError, load_image
@@ -128,10 +129,8 @@ def evaluate(
     if overwrite:
         processor, vlm = load_vlm(model, device=device, dtype=dtype)
         out.unlink(missing_ok=True)
-    claim(out, run)
-    done = {line["id"] for line in read_predictions(out)}
     keys: set[str] = set()
-    with open(out, "a", encoding="utf-8") as file:
+    with _claimed(out, run) as done, open(out, "a", encoding="utf-8") as file:
         for batch in chain([first], batches):
             keys.update(question.key for question in batch)
             waiting = [question for question in batch if question.key not in done]
@@ -233,6 +232,20 @@ def claim(out: Path, run: dict[str, Any]) -> None:
             )
         return
     write_text(beside, json.dumps(run, indent=2) + "\n")
+
+
+@contextmanager
+def _claimed(out: Path, run: dict[str, Any]) -> Iterator[set[str]]:
+    """The keys that are answered; if the block fails before there are any, nothing is left."""
+    with folder_for_results(out.parent):
+        claim(out, run)
+        try:
+            yield {line["id"] for line in read_predictions(out)}
+        except BaseException:
+            if not read_predictions(out):
+                out.unlink(missing_ok=True)
+                out.with_name(out.name + RUN_SUFFIX).unlink(missing_ok=True)
+            raise
 
 
 def read_predictions(out: Path) -> list[dict[str, Any]]:

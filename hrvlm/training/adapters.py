@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import as_mapping, check_names
+from ..files import all_or_nothing, as_mapping, check_names
 from ..images.geometry import positive_int, positive_number, true_or_false
 from .parts import MODULES, PARTS
 
@@ -229,6 +229,7 @@ def merge(adapter: Path, directory: Path, base: str | None = None) -> Merged:
     layers = sum(isinstance(m, peft.tuners.lora.LoraLayer) for m in adapted.modules())
     merged: Any = adapted.merge_and_unload()
     cast_parameters(merged, dtype)
-    merged.save_pretrained(directory)
-    processor.save_pretrained(directory)
+    with all_or_nothing(directory) as folder:
+        merged.save_pretrained(folder)
+        processor.save_pretrained(folder)
     return Merged(str(directory), base, layers)

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..data.config import DataConfig
 from ..data.sources import RowSource, open_source
 from ..encoder.plain_modules import cast_parameters
-from ..files import write_text
+from ..files import folder_for_results, write_text
 from ..inference.loading import check_model_type, quiet_loading
 from ..machine import torch_dtype
 from ..vlm.processors import VLMProcessor
@@ -29,10 +29,9 @@ from .config import ModelConfig, TrainingConfig
 from .samples import REPORT_FILE, SKIPS_FILE, SampleMaker, write_report
 from .sequence_packing import PackedSequenceCollator
 from .stream import RowDataset, SampleStream
-from .trainer import VLMTrainer, VLMTrainingArguments
+from .trainer import VLMTrainer, VLMTrainingArguments, is_whole
 
 CONFIG_FILE = "train.yaml"
-_STATE_FILE = "trainer_state.json"  # the last that Trainer writes into a checkpoint
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,11 @@ def train(config: TrainingConfig, *, resume: bool = False) -> TrainResult:
         OSError: a file is missing.
     """
     args = training_arguments(config)
+    with folder_for_results(Path(str(args.output_dir))):
+        return _train(config, args, resume)
+
+
+def _train(config: TrainingConfig, args: VLMTrainingArguments, resume: bool) -> TrainResult:
     output_dir = Path(str(args.output_dir))
     checkpoint = checkpoint_to_resume(output_dir, resume)
     set_seed(args.seed)
@@ -307,7 +311,7 @@ def last_checkpoint(directory: Path) -> Path | None:
     found = [
         path
         for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (path / _STATE_FILE).is_file() and path.name.rpartition("-")[2].isdigit()
+        if path.name.rpartition("-")[2].isdigit() and is_whole(path)
     ]
     return max(found, key=step_of, default=None)
 

@@ -8,8 +8,11 @@ subclass adds terms to the loss by overriding ``compute_loss``.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +20,17 @@ from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints.differences import KeyDifferences
 from ..encoder.layers import without_fused_keys
+from ..files import all_or_nothing, folder_for_results
 from .optimizers import CombinedOptimizer, is_hidden_matrix
 from .parts import MODULES, PARTS
 from .stream import SampleStream
 
 OPTIMIZERS = ("adamw", "muon")
+_STATE_FILE = "trainer_state.json"
 _PART_OF = {module: part for part, module in MODULES.items()}
 
 
@@ -179,6 +185,26 @@ class VLMTrainer(Trainer):
         if differences:
             raise ValueError(f"the checkpoint does not fit the model:\n{differences}")
 
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Model, processor and arguments: all of them, or none."""
+        target = Path(str(self.args.output_dir if output_dir is None else output_dir))
+        with all_or_nothing(target) as folder:
+            super()._save(str(folder), state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's; a checkpoint that can't be written to its end is removed."""
+        output_dir = Path(self._get_output_dir(trial=trial))
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with folder_for_results(output_dir):
+            try:
+                super()._save_checkpoint(model, trial)
+            except Exception:
+                if self.is_world_process_zero() and not is_whole(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -206,6 +232,15 @@ class VLMTrainer(Trainer):
                 now = logs["learning_rate"] / groups[0]["initial_lr"]
                 logs |= {f"learning_rate_{part}": rate * now for part, rate in highest.items()}
         super().log(logs, *args, **kwargs)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: Trainer's state comes last."""
+    try:
+        json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def part_of(name: str) -> str:

@@ -19,6 +19,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.utils.import_utils import is_torchvision_available
 
 from ..checkpoints.damage import naming_damaged_files
+from ..files import save_whole
 from ..images.fetch import readable
 from ..images.geometry import image_token_count, shuffled_grid
 from ..images.intake import upright_rgb
@@ -93,6 +94,10 @@ class VLMProcessor(ProcessorMixin):
         """As in transformers; a damaged file is named."""
         with naming_damaged_files(pretrained_model_name_or_path, kwargs, all_errors=True):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """As in transformers, but all files or none."""
+        return save_whole(super().save_pretrained, save_directory, *args, **kwargs)
 
     @classmethod
     def from_config(

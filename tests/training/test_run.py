@@ -96,10 +96,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(name, random_model, rows, tm
 
 
 def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(tmp_path):
-    for step, complete in ((2, True), (10, True), (12, False)):
+    for step, state in ((2, "{}"), (10, "{}"), (12, None), (14, '{"epoch":')):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if complete:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
     assert last_checkpoint(tmp_path / "none") is None
 
