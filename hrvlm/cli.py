@@ -18,6 +18,7 @@ from .commands.doctor import doctor
 from .commands.embed import embed
 from .commands.encode import encode
 from .commands.evaluate import evaluate
+from .commands.explore import explore
 from .commands.export import export
 from .commands.generate import generate
 from .commands.merge import merge
@@ -38,6 +39,7 @@ app = typer.Typer(
 COMMANDS = (
     encode,
     embed,
+    explore,
     plan,
     train,
     merge,

@@ -91,7 +91,7 @@ def passes(
         max_img_size: Limit of the longer side.
         allow_upscale: Enlarge smaller images to it.
         max_tokens_per_pass: Patches and prefix tokens of a pass.
-        shown_side: Keep a picture of each image with this longer side.
+        shown_side: Keep a picture of each image, as it is encoded, its longer side at most this.
         bad: Takes unreadable images and why they are; without it they raise.
         on_bad: Told of each one (1).
 
@@ -134,7 +134,7 @@ def passes(
 
 
 def _resized(image: Image.Image, geometry: Geometry, side: int) -> Image.Image:
-    scale = side / max(geometry.height, geometry.width)
+    scale = min(1, side / max(geometry.height, geometry.width))
     size = max(1, round(geometry.width * scale)), max(1, round(geometry.height * scale))
     return image.resize(size, Image.Resampling.LANCZOS)
 

@@ -21,7 +21,7 @@ BACKGROUND: Color = (250, 250, 250)
 INK: Color = (32, 32, 36)
 FAINT: Color = (110, 110, 118)
 # Dark violet to pale yellow through red: lightness rises evenly, so it reads in grey too.
-_HEAT_STOPS = (
+HEAT_STOPS = (
     (0, 0, 4),
     (66, 10, 104),
     (147, 38, 103),
@@ -111,7 +111,7 @@ def unit_range(values: Tensor, low: float = 0.01, high: float = 0.99) -> Tensor:
 
 def heat_colors(values: Tensor) -> Tensor:
     """Numbers in [0, 1] as colours from black through red to yellow: ``[...]`` to ``[..., 3]``."""
-    stops = torch.tensor(_HEAT_STOPS, dtype=torch.float32, device=values.device) / 255
+    stops = torch.tensor(HEAT_STOPS, dtype=torch.float32, device=values.device) / 255
     position = values.float().clamp(0, 1) * (len(stops) - 1)
     below = position.floor().clamp_max(len(stops) - 2).long()
     part = (position - below)[..., None]

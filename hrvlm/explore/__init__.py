@@ -1,0 +1,1 @@
+"""A page to look through the features of images: one file, no network, in any browser."""
