@@ -163,10 +163,10 @@ def embed(
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would cost, and stop.")] = False,
 ) -> EmbedReport:
-    """Features of very many images, as parquet; killed, the same command goes on.
+    """Features of very many images; after a kill it goes on.
 
-    A row for each image: the CLS token and the mean of the patches, or the error. Needs the extra
-    `scale` (Ray Data).
+    Parquet files with a row for each image: the CLS token and the mean of the patches, or the
+    error. The same command again does what is missing. Needs the extra `scale` (Ray Data).
     """
     from ..embed.config import EmbedConfig, Resources, need_extra, parse_keep, parse_shard
 

@@ -206,7 +206,7 @@ def _encode_pack(rows: Sequence[Row], model: FeatureModel, run: Run) -> None:
 
     facts = run.manifest.facts
     try:
-        pixels = [torch.from_numpy(np.ascontiguousarray(row.pixels)) for row in rows]
+        pixels = [torch.from_numpy(np.array(row.pixels)) for row in rows]  # Ray's own is read-only
         ready = [normalize(p.to(model.device), facts.image_mean, facts.image_std) for p in pixels]
         for row, features in zip(rows, model(ready), strict=True):
             row.features, row.pixels = features, None

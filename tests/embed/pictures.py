@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from transformers import DINOv3ViTConfig
 
-from hrvlm import DINOv3Encoder
+from hrvlm import DINOv3Encoder, get_image_processor
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
 
 def write_pictures(folder, count, broken_every=20):
@@ -41,6 +43,13 @@ def write_model(folder, seed=0):
             )
         )
     encoder.save_pretrained(folder)
-    means = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    means = {"image_mean": MEAN, "image_std": STD}
     (folder / "preprocessor_config.json").write_text(json.dumps(means))
     return encoder.eval()
+
+
+def processor_of(max_img_size):
+    """What images go through on their way to that encoder."""
+    return get_image_processor(
+        max_img_size, pixel_shuffle_factor=1, allow_upscale=False, image_mean=MEAN, image_std=STD
+    )

@@ -15,8 +15,7 @@ from hrvlm.embed.config import EmbedConfig, Resources
 from hrvlm.embed.rows import read_parts
 from hrvlm.embed.run import embed
 from hrvlm.embed.store import Store, part_name
-from hrvlm.images.processor import get_image_processor
-from tests.embed.pictures import write_model, write_pictures
+from tests.embed.pictures import processor_of, write_model, write_pictures
 
 COUNT, ROWS = 1000, 40
 
@@ -76,13 +75,7 @@ def test_every_image_has_a_row_and_broken_ones_their_error(folder, whole):
     assert [row["id"] for row in rows] == names
     assert [row["id"] for row in rows if row["error"]] == broken
     assert all((row["cls"] is None) == (row["error"] is not None) for row in rows)
-    process = get_image_processor(
-        48,
-        pixel_shuffle_factor=1,
-        allow_upscale=False,
-        image_mean=(0.4, 0.5, 0.6),
-        image_std=(0.2, 0.3, 0.4),
-    )
+    process = processor_of(48)
     for row in [row for row in rows if not row["error"]][::37]:
         with torch.inference_mode():
             alone = encoder([process(folder / "pictures" / row["id"])[0]])

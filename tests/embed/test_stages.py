@@ -1,0 +1,243 @@
+"""Rows of a run, part by part: features, errors, shards, what is refused; without Ray."""
+
+import json
+import os
+import subprocess
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from hrvlm.embed.config import (
+    EmbedConfig,
+    Resources,
+    default_rows_per_part,
+    need_extra,
+    parse_shard,
+)
+from hrvlm.embed.probe import probe, sample_of
+from hrvlm.embed.rows import map_of
+from hrvlm.embed.run import _Progress
+from hrvlm.embed.sources import list_images, open_source
+from hrvlm.embed.stages import Run, packs, write_part
+from hrvlm.embed.store import Store, part_name
+from tests.embed.here import rows_of, run_here
+from tests.embed.pictures import processor_of, write_model, write_pictures
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    write_pictures(folder / "in", COUNT, broken_every=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return write_model(folder / "model")
+
+
+@pytest.fixture
+def config(folder, encoder, tmp_path):
+    def config(out="out", **options):
+        given = {"model": str(folder / "model"), "max_img_size": 48, "rows_per_part": 5}
+        return EmbedConfig(str(folder / "in"), str(tmp_path / out), **given | options)
+
+    return config
+
+
+def contents(config):
+    return {name: Store(config.out).open(name).read() for name in os.listdir(config.out)}
+
+
+def test_packs_are_neighbours_in_order_and_one_that_is_too_long_is_alone():
+    lengths = [3, 4, 9, 1, 1, 20, 2]
+    assert [lengths[p] for p in packs(lengths, 8)] == [[3, 4], [9], [1, 1], [20], [2]]
+    assert list(packs([], 8)) == []
+
+
+def test_two_shards_in_one_folder_are_the_whole(config):
+    run_here(config("whole"))
+    run_here(config("shards"), shard=(1, 2))
+    with pytest.raises(ValueError, match="3 of 5 parts are not there yet"):
+        rows_of(config("shards").out)
+    run_here(config("shards"), shard=(0, 2))
+    assert contents(config("shards")) == contents(config("whole"))
+
+
+def test_packs_and_parts_do_not_change_rows(config):
+    run_here(config("one", rows_per_part=COUNT, max_tokens_per_pass=1))
+    run_here(config("many", max_tokens_per_pass=4096))
+    for one, many in zip(rows_of(config("one").out), rows_of(config("many").out), strict=True):
+        assert (one["id"], one["error"]) == (many["id"], many["error"])
+        if one["error"] is None:
+            np.testing.assert_allclose(one["mean"], many["mean"], rtol=1e-5, atol=1e-6)
+
+
+def test_layers_and_patch_maps(config, encoder):
+    run_here(config(layer=1, keep=("patches",), stored="float16"))
+    store = Store(config().out)
+    columns = ("id", "error", "mean", "cls", "patches", "grid_height", "grid_width", "height")
+    row = next(row for row in rows_of(config().out, *columns) if row["error"] is None)
+    process = processor_of(48)
+    pixels, grid = process(f"{config().input}/{row['id']}")
+    with torch.inference_mode():
+        output = encoder([pixels], out_indices=[1])
+    (tokens,) = output.packed_selected_hidden_states
+    torch.testing.assert_close(torch.tensor(row["cls"]), tokens[0])
+    torch.testing.assert_close(torch.tensor(row["mean"]), tokens[5:].mean(0))
+    patches = map_of(row, store.read_manifest())
+    assert (row["grid_height"], row["grid_width"]) == grid
+    torch.testing.assert_close(patches.flatten(0, 1), tokens[5:].half(), atol=2e-3, rtol=0)
+    with pytest.raises(ValueError, match="layer=3: expected -2 to 2"):
+        run_here(config("other", layer=3))
+    with pytest.raises(ValueError, match="without projector has no projector tokens"):
+        run_here(config("other", keep=("tokens",)))
+
+
+def test_with_care_the_rows_are_the_same_and_errors_too(config):
+    found = []
+    for out, careful in (("quick", False), ("careful", True)):
+        run_here(config(out), shard=(0, COUNT), careful=careful)
+        found.append(pq.read_table(f"{config(out).out}/{part_name(0)}").to_pylist())
+    assert len(found[0]) == len(found[1]) == 5
+    for quick, careful in zip(*found, strict=True):
+        assert (quick["error"] is None) == (careful["error"] is None)
+        if quick["error"] is None:
+            np.testing.assert_allclose(quick["mean"], careful["mean"], rtol=1e-5, atol=1e-6)
+
+
+def test_what_has_no_memory_is_tried_in_halves_and_what_is_not_finite_is_no_feature(
+    config, encoder, monkeypatch
+):
+    run_here(config("whole"))
+    forward = type(encoder).forward
+
+    def limited(self, images, **options):
+        if sum(image.numel() for image in images) > 3 * 48 * 32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images, **options)
+
+    monkeypatch.setattr(type(encoder), "forward", limited)
+    run_here(config("halves"))
+    rows = rows_of(config("halves").out)
+    lacking = [row for row in rows if row["error"] and "no memory" in row["error"]]
+    assert lacking and all("tokens" in row["error"] for row in lacking)
+    assert sum(row["error"] is None for row in rows) > COUNT // 3
+
+    def endless(self, images, **options):
+        output = forward(self, images, **options)
+        output.packed_last_hidden_state[-1] = torch.nan
+        return output
+
+    monkeypatch.setattr(type(encoder), "forward", endless)
+    run_here(config("endless"))
+    assert any(row["error"] == "features are not finite" for row in rows_of(config("endless").out))
+
+
+def test_another_run_in_the_folder_is_refused_by_name(config, folder):
+    run_here(config())
+    entries = list_images(open_source(config()))
+    manifest = Store(config().out).read_manifest()
+
+    def refused(message, given, images=COUNT, digest=manifest.digest, facts=None):
+        with pytest.raises(ValueError, match=message):
+            manifest.check_goes_on(given, images, digest, facts)
+
+    manifest.check_goes_on(config(), COUNT, manifest.digest, manifest.facts)
+    refused(r"layer: None there, 1 now\): give another --out", config(layer=1))
+    refused("dtype: 'float32' there, 'bfloat16' now", config(dtype="bfloat16"))
+    refused("rows_per_part: 5 there, 7 now", config(rows_per_part=7))
+    refused("images of the input: 24 there, 25 now", config(), images=25)
+    refused("listing of the input", config(), digest="other")
+    write_model(folder / "other", seed=1)
+    other = probe(config(model=str(folder / "other")), sample_of(entries, 2)).facts
+    refused("the model's weights", config(), facts=other)
+    manifest_file = f"{config().out}/manifest.json"
+    with open(manifest_file, "w") as file:
+        json.dump({"format": 99}, file)
+    with pytest.raises(ValueError, match=r"manifest\.json: format 99, expected 1"):
+        Store(config().out).read_manifest()
+    os.remove(manifest_file)
+    with pytest.raises(ValueError, match=r"has parts but no manifest\.json"):
+        Store(config().out).read_manifest()
+
+
+def test_parts_that_are_not_whole_are_known(config):
+    run_here(config())
+    store = Store(config().out)
+    content = store.open(part_name(1)).read()
+    store.write(part_name(1), content[: len(content) // 2])
+    store.write(part_name(2), content)
+    footers = store.footers(store.parts())
+    assert [part for part, footer in footers.items() if footer is None] == [1, 2]
+    assert footers[0].rows == 5 and sum(f.bad != {} for f in footers.values() if f) > 0
+
+
+def test_object_stores(config):
+    store = Store("memory://bucket/run")
+    assert store.read_manifest() is None and store.parts() == set()
+    store.write(part_name(3), b"content")
+    assert store.parts() == {3} and store.open(part_name(3)).read() == b"content"
+    store.remove_leftovers({3})
+    with pytest.raises(ValueError, match="nosuch"):
+        Store("nosuch://bucket")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root mounts a file system")
+def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(config, tmp_path):
+    (tmp_path / "out").mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(tmp_path / "out")]
+    if subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        told = [json.loads(t["told"]) for t in run_here(config(keep=("patches",)))]
+        assert "failed" not in told[0] and told[-1]["failed"] == "No space left on device"
+        written = sorted(os.listdir(tmp_path / "out"))
+        assert written[0] == "listing.parquet" and not any(n.startswith(".") for n in written)
+        with pytest.raises(OSError, match="out: No space left on device"):
+            _Progress().add(told[-1], config().out)
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path / "out")], check=True)
+
+
+def test_processes_that_died_too_often_are_not_tried_again(config):
+    told = {"part": 1, "died": True}
+    assert json.loads(write_part({"told": json.dumps(told), "table": b""}, None)["told"]) == told
+    progress = _Progress()
+    progress.add(told, "out")
+    assert progress.done == set()
+
+
+def test_sizes_of_parts_shards_and_the_missing_extra():
+    assert default_rows_per_part(3 * 224 * 224, 8192) == 256
+    assert default_rows_per_part(3 * 1024 * 1024, 8192) == 16
+    assert default_rows_per_part(1e9, 8192) == 1 and default_rows_per_part(10, 10) == 512
+    assert parse_shard("1/4") == (1, 4)
+    for wrong in ("4/4", "1", "a/2", "-1/2"):
+        with pytest.raises(ValueError, match="--shard"):
+            parse_shard(wrong)
+    with pytest.raises(ValueError, match="shard 2/2"):
+        Resources(shard=(2, 2))
+    with pytest.raises(
+        ValueError, match=r"nosuchmodule: not installed; pip install 'hrvlm\[scale\]"
+    ):
+        need_extra("torch", "nosuchmodule")
+    with pytest.raises(ValueError, match="keep='everything'"):
+        EmbedConfig("in", "out", keep=("everything",))
+
+
+def test_turned_pictures_are_upright(tmp_path, encoder, folder):
+    (tmp_path / "in").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "in" / "a.jpg", exif=exif)
+    config = EmbedConfig(str(tmp_path / "in"), str(tmp_path / "out"), model=str(folder / "model"))
+    run_here(config)
+    (row,) = rows_of(tmp_path / "out", "height", "width", "grid_height", "grid_width")
+    assert list(row.values()) == [64, 32, 4, 2]
+    assert Run(config, None).gives_up("decode", 0) is False
