@@ -27,8 +27,9 @@ from hrvlm_kernels.backends import check_backend
 
 from . import dinov3
 from .block_masks import makes_block_mask, takes_mask
+from .folding import OPTION, fold, unfold
 from .grids import tower_methods, uses_grids
-from .packed_attention import OPTION, is_attention, obstacle, packed_methods
+from .packed_attention import NAMES, is_attention, obstacle, packed_methods
 from .padding import encoder_methods, masks_padding, padded_methods
 from .report import Acceleration, Found, parts
 from .swapping import has_own_forward, set_class, stock_class, swapped_class
@@ -58,20 +59,23 @@ def accelerate(
     """
     _check_module(model)
     check_backend(backend)
-    swapped: list[Found] = [(n, m, "") for n, m in dinov3.swap(model, backend, rope_augment)]
+    whole: list[Found] = [(n, m, "", "") for n, m in dinov3.swap(model, backend, rope_augment)]
+    swapped: list[tuple[str, nn.Module]] = []
     left: list[Found] = []
     masked = _in_masks(model)
     for name, module in _attention(model):
         reason = None if stock_class(module) else _obstacle(module, module in masked)
         if reason:
-            left.append((name, module, reason))
+            left.append((name, module, reason, ""))
             continue
         if not stock_class(module):
             set_class(module, swapped_class(type(module), packed_methods))
         setattr(module, OPTION, backend)
-        swapped.append((name, module, ""))
-    report = Acceleration(model, parts(swapped), parts(left))
-    if not swapped:
+        swapped.append((name, module))
+    notes = fold(model, [module for _, module in swapped], NAMES)
+    whole += [(name, module, "", notes.get(module, "")) for name, module in swapped]
+    report = Acceleration(model, parts(whole), parts(left))
+    if not whole:
         reasons = "".join(f"\n  {part}" for part in report.left_alone) or " it has no attention"
         raise ValueError(f"model: nothing to swap in {type(model).__name__}:{reasons}")
     for module in _towers(model):
@@ -104,6 +108,7 @@ def restore(model: nn.Module) -> nn.Module:
     for _, module, stock in swapped:
         set_class(module, stock)
         vars(module).pop(OPTION, None)
+        unfold(module)
     return model
 
 

@@ -7,27 +7,27 @@ What makes a class one that can be swapped is what its forward takes and calls:
     attention(..., cu_seq_lens_q=cu_seqlens, ...)      its branch for flash-attention
 
 The accelerated class runs that branch with :func:`attend` for the function looked up. Fused or
-separate projections, norms of q and k, grouped heads, rotations and what is returned stay the
-class's own.
+separate projections, norms of q and k, grouped heads and what is returned stay the class's own; so
+does its rotation, unless the kernels know it (:mod:`.folding`).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
 
 from hrvlm_kernels import PackedGrids, varlen_attention
 
+from .folding import OPTION, ROTATION, is_folded, rope_of, unless_folded
 from .layouts import layout_of
-from .rebinding import global_names, innermost, rebind, strings
+from .rebinding import LOOKED_UP, global_names, innermost, rebind, strings
+from .rotation import TABLES, rotation_names
 
-LOOKED_UP = "ALL_ATTENTION_FUNCTIONS"
 _FLASH = "is_flash_attention_requested"
-# What an accelerated module has beyond the stock one.
-OPTION = "hrvlm_backend"
 
 
 def attend(
@@ -41,6 +41,7 @@ def attend(
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
     is_causal: bool = False,
+    hrvlm_tables: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention function by :func:`hrvlm_kernels.varlen_attention`.
@@ -55,6 +56,7 @@ def attend(
         dropout: 0.
         cu_seq_lens_q: Cumulative lengths of the segments; without any, each of the B rows is one.
         is_causal: False.
+        hrvlm_tables: What to rotate q and k by, where that was left to the kernels.
         kwargs: What else the module hands on; a maximum length, say, which the layout knows.
 
     Returns:
@@ -72,7 +74,11 @@ def attend(
     else:
         packed = PackedGrids.from_lengths([tokens] * batch, device=query.device)
     q, k, v = (a.transpose(1, 2).flatten(0, 1) for a in (query, key, value))
-    out = varlen_attention(q, k, v, packed, scaling, backend=getattr(module, OPTION))
+    rope = None
+    if hrvlm_tables is not None:
+        rope = rope_of(hrvlm_tables)
+        q, k = (getattr(module, ROTATION).ordered(a) for a in (q, k))
+    out = varlen_attention(q, k, v, packed, scaling, rope=rope, backend=getattr(module, OPTION))
     return out.unflatten(0, (batch, tokens)), None
 
 
@@ -113,7 +119,7 @@ def _unknown(*args: Any, **kwargs: Any) -> None:
     """The longest segment, which the layout knows, without asking the device."""
 
 
-_NAMES = {LOOKED_UP: _Functions(), _FLASH: _yes, "get_max_seqlen": _unknown}
+NAMES = {LOOKED_UP: _Functions(), _FLASH: _yes, "get_max_seqlen": _unknown}
 
 
 def obstacle(cls: type[nn.Module]) -> str | None:
@@ -135,4 +141,19 @@ def is_attention(cls: type[nn.Module]) -> bool:
 
 def packed_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     """What a swapped attention has of its own: the forward of `cls`, bound to :func:`attend`."""
-    return {"forward": rebind(cls.forward, _NAMES)}
+    stock = innermost(cls.forward)
+    rotations = {n: unless_folded(stock.__globals__[n]) for n in rotation_names(cls)}
+    forward: Callable[..., Any] = rebind(cls.forward, {**NAMES, **rotations})
+    parameters = list(inspect.signature(stock).parameters)
+    if TABLES not in parameters:
+        return {"forward": forward}
+    at = parameters.index(TABLES) - 1
+
+    @wraps(forward)
+    def with_tables(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tables = args[at] if len(args) > at else kwargs.get(TABLES)
+        if is_folded(tables):
+            kwargs["hrvlm_tables"] = tables
+        return forward(self, *args, **kwargs)
+
+    return {"forward": with_tables}

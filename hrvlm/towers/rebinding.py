@@ -14,6 +14,8 @@ from functools import lru_cache
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+LOOKED_UP = "ALL_ATTENTION_FUNCTIONS"
+
 
 def rebind(function: Callable[..., Any], names: Mapping[str, Any]) -> FunctionType:
     """A copy of `function` whose code finds `names` where it looks up globals of its module.

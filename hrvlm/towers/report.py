@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-# A module of a model: its name, itself, and why it is left alone.
-Found = tuple[str, nn.Module, str]
+# A module of a model: its name, itself, why it is left alone, and who rotates its q and k.
+Found = tuple[str, nn.Module, str, str]
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,18 @@ class Part:
         cls: Name of their class.
         names: Their names in the model.
         reason: Why they were left alone; empty for swapped ones.
+        rope: Of swapped ones whose q and k are rotated: whether the kernels do it, and why if not.
     """
 
     cls: str
     names: tuple[str, ...]
     reason: str = ""
+    rope: str = ""
 
     def __str__(self) -> str:
         """E.g. ``VisionAttention x 2 (blocks.*.attn)``."""
         line = f"{self.cls} x {len(self.names)} ({_pattern(self.names)})"
+        line += f", {self.rope}" if self.rope else ""
         return f"{line}: {self.reason}" if self.reason else line
 
 
@@ -55,11 +58,13 @@ class Acceleration:
 
 
 def parts(found: Iterable[Found]) -> tuple[Part, ...]:
-    """Modules that were found, joined by class and reason."""
-    joined: dict[tuple[str, str], list[str]] = {}
-    for name, module, reason in found:
-        joined.setdefault((type(module).__name__, reason), []).append(name)
-    return tuple(Part(cls, tuple(names), reason) for (cls, reason), names in joined.items())
+    """Modules that were found, joined by class, reason and rotation."""
+    joined: dict[tuple[str, str, str], list[str]] = {}
+    for name, module, reason, rope in found:
+        joined.setdefault((type(module).__name__, reason, rope), []).append(name)
+    return tuple(
+        Part(cls, tuple(names), reason, rope) for (cls, reason, rope), names in joined.items()
+    )
 
 
 def _pattern(names: tuple[str, ...]) -> str:

@@ -46,8 +46,21 @@ class Config:
         self.num_key_value_heads = heads // 2
         self.attention_bias = self.qkv_bias = True
         self.attention_dropout = self.attention_probs_dropout_prob = 0.0
+        self.rope_parameters = {"rope_type": "axial", "rope_theta": 10000.0}
         self.rms_norm_eps = self.layer_norm_eps = self.norm_eps = 1e-6
         self._attn_implementation = implementation
+
+
+class Tower(nn.Module):
+    """An attention, and what makes its tables of cos and sin."""
+
+    def __init__(self, attention, rotary):
+        super().__init__()
+        self.attention, self.rotary, self.config = attention, rotary, attention.config
+
+    def forward(self, hidden_states, position_ids, **kwargs):
+        position_embeddings = self.rotary(hidden_states, position_ids)
+        return self.attention(hidden_states, position_embeddings=position_embeddings, **kwargs)
 
 
 @cache
@@ -82,6 +95,16 @@ def attention_classes():
     return found
 
 
+def classes_with_tables():
+    """Those of :func:`attention_classes` that are given tables of cos and sin."""
+    forms = _forwards()
+    return [
+        (model, name)
+        for model, name in attention_classes()
+        if _takes(forms[model][name][1], "position_embeddings")
+    ]
+
+
 def other_vision_classes():
     """(class, a class with its forward alone) of vision attention without ``cu_seqlens``."""
     for classes in _forwards().values():
@@ -91,8 +114,8 @@ def other_vision_classes():
                 yield name, type(name, (nn.Module,), {"forward": _compiled(forward)})
 
 
-def _takes(forward):
-    return "cu_seqlens" in {a.arg for a in (*forward.args.args, *forward.args.kwonlyargs)}
+def _takes(forward, name="cu_seqlens"):
+    return name in {a.arg for a in (*forward.args.args, *forward.args.kwonlyargs)}
 
 
 def _names(node):
@@ -131,8 +154,24 @@ def build(model, name, *, heads=2, head_dim=32, implementation="sdpa"):
     return module
 
 
+def build_tower(model, name, **options):
+    """:func:`build`, in a tower that makes its tables if it takes any."""
+    attention = build(model, name, **options)
+    if "position_embeddings" not in inspect.signature(attention.forward).parameters:
+        return attention
+    home = import_module(type(attention).__module__)
+    (rotary,) = (c for c in vars(home) if re.fullmatch(r"(?!.*Text)\w+Vision\w*RotaryEmbedding", c))
+    return Tower(attention, getattr(home, rotary)(attention.config))
+
+
 def inputs(module, lengths, *, seed=1):
     """Keyword arguments of `module`: hidden states, lengths, and tables of cos and sin."""
+    if isinstance(module, Tower):
+        given = inputs(module.attention, lengths, seed=seed)
+        del given["position_embeddings"]
+        rng = torch.Generator().manual_seed(seed)
+        axes = 3 if "MiniMaxM3" in type(module.attention).__name__ else 2
+        return given | {"position_ids": torch.randint(24, (sum(lengths), axes), generator=rng)}
     rng = torch.Generator().manual_seed(seed)
     size, total = module.config.hidden_size, sum(lengths)
     names = inspect.signature(module.forward).parameters
@@ -173,10 +212,11 @@ def _cast(value, dtype):
 
 
 def check_kernels(model, name, head_dim, lengths):
-    """By the Triton kernels: as near to stock in float64 as stock in float32, or within 1e-6."""
-    module = build(model, name, head_dim=head_dim)
+    """By the Triton kernels, RoPE too: as near to float64 as stock in float32, or within 1e-6."""
+    module = build_tower(model, name, head_dim=head_dim)
     swapped = copy.deepcopy(module)
-    hrvlm.accelerate(swapped, backend="triton")
+    report = hrvlm.accelerate(swapped, backend="triton")
+    assert report.swapped[0].rope == ("RoPE in the kernels" if isinstance(module, Tower) else "")
     mine = run(swapped, lengths)
     baseline, exact = run(copy.deepcopy(module), lengths), run(module, lengths, torch.float64)
     assert mine.keys() == exact.keys()

@@ -182,7 +182,8 @@ def test_a_model_says_what_is_left_alone_and_saves_the_same_files(tmp_path):
     report = hrvlm.accelerate(model)
     assert str(report).splitlines() == [
         "Acceleration of Qwen2_5_VLForConditionalGeneration",
-        "  swapped     Qwen2_5_VLVisionAttention x 4 (model.visual.blocks.*.attn)",
+        "  swapped     Qwen2_5_VLVisionAttention x 4 (model.visual.blocks.*.attn), "
+        "RoPE in the kernels",
         "  left alone  Qwen2_5_VLAttention x 1 (model.language_model.layers.*.self_attn): "
         "its forward takes no cu_seqlens",
     ]
