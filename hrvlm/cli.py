@@ -23,6 +23,7 @@ from .commands.export import export
 from .commands.generate import generate
 from .commands.merge import merge
 from .commands.plan import plan
+from .commands.search import search
 from .commands.serve import serve
 from .commands.train import train
 from .commands.verify import verify
@@ -39,6 +40,7 @@ app = typer.Typer(
 COMMANDS = (
     encode,
     embed,
+    search,
     explore,
     plan,
     train,

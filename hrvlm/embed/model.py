@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +43,12 @@ class FeatureModel:
             raise ValueError(f"layer={config.layer}: expected {-layers} to {layers}")
         if "tokens" in config.keep:
             raise ValueError("keep='tokens': an encoder without projector has no projector tokens")
+
+    def keeping(self, config: EmbedConfig) -> FeatureModel:
+        """The same encoder with other things kept of its output."""
+        other = copy.copy(self)
+        other._config = config
+        return other
 
     def tokens_of(self, grid: Sequence[int] | None) -> int:
         """Of an image of that patch grid, prefix tokens included."""

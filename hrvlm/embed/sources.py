@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ..images.fetch import is_text_image, is_url, readable
 from ..images.formats import ImageError, image_endings
@@ -39,6 +39,24 @@ class Entry(NamedTuple):
     size: int
 
 
+class Opener(Protocol):
+    """What opens the images of entries."""
+
+    def images(self, entries: Sequence[Entry]) -> Iterator[Any]:
+        """What `load_image` takes of each, or the error of reading it."""
+        ...
+
+
+class Source(Opener, Protocol):
+    """What lists them, too; `left_out` are names of files that are no images."""
+
+    left_out: Sequence[str]
+
+    def entries(self) -> list[Entry]:
+        """All, always in the same order."""
+        ...
+
+
 class Images:
     """Files of images: those in a folder, at any depth, or those that a pattern finds.
 
@@ -52,7 +70,7 @@ class Images:
         self._root, self._fs = root, fs
         endings = image_endings()
         self._names = {n: s for n, s in names.items() if n[n.rfind(".") :].lower() in endings}
-        self.left_out = sorted(set(names) - set(self._names))
+        self.left_out: Sequence[str] = sorted(set(names) - set(self._names))
 
     def entries(self) -> list[Entry]:
         """Sorted by name."""
@@ -250,9 +268,6 @@ class _Indexed:
 
     def __getitem__(self, index: int) -> Any:
         return self._source[index][1]
-
-
-Source = Images | JsonLines | ParquetTables | WebDataset | HubDataset
 
 
 def open_source(config: EmbedConfig) -> Source:

@@ -23,7 +23,7 @@ from ..images.intake import upright_rgb
 from ..images.processor import ImageProcessor, normalize, resize
 from .config import EmbedConfig, Manifest
 from .rows import Row, count_errors, listed, parquet_bytes, table_of
-from .sources import Entry, Source, open_source
+from .sources import Entry, Opener, Source, open_source
 from .store import Store, part_name
 from .tries import TRIES
 
@@ -79,7 +79,7 @@ def decode_part(task: dict[str, Any], run: Run) -> dict[str, Any]:
     return {"part": part, "pixels": flat.tobytes(), "rows": json.dumps(told), "decode": seconds}
 
 
-def decode(source: Source, entries: Sequence[Entry], first: int, run: Run) -> list[Row]:
+def decode(source: Opener, entries: Sequence[Entry], first: int, run: Run) -> list[Row]:
     """The images of these entries, resized; those that can't be read have an error."""
     facts = run.manifest.facts
     processor = ImageProcessor(
@@ -97,7 +97,7 @@ def decode(source: Source, entries: Sequence[Entry], first: int, run: Run) -> li
     return rows
 
 
-def _opened(source: Source, entries: Sequence[Entry]) -> Iterator[Any]:
+def _opened(source: Opener, entries: Sequence[Entry]) -> Iterator[Any]:
     """What the source has for each entry; an error of the source is that of all that follow."""
     done = 0
     try:

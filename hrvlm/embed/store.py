@@ -91,10 +91,9 @@ class Store:
         """Those that are done."""
         return {int(m[1]) for name in self._names() if (m := _PART.fullmatch(name))}
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Remove files."""
-        for name in names:
-            self._fs.rm_file(self.path(name))
+    def sizes(self) -> dict[int, int]:
+        """Bytes of each part that is done."""
+        return {part: int(self._fs.size(self.path(part_name(part)))) for part in self.parts()}
 
     def remove_leftovers(self, parts: set[int]) -> None:
         """Remove what killed writers of these parts have left."""

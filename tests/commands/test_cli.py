@@ -12,6 +12,7 @@ from tests.commands.helpers import error_of, run
 COMMANDS = [
     "encode",
     "embed",
+    "search",
     "plan",
     "merge",
     "generate",
