@@ -9,7 +9,7 @@ import typer
 
 from .command import command
 from .console import note, progress
-from .options import Device, DType, MaxImgSize, Upscale
+from .options import BatchInvariant, Device, DType, MaxImgSize, Upscale
 from .tables import ORDER, STRETCH, counted, duration, grid, print_line, print_table
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def encode(
     backend: Annotated[str, typer.Option(help="{hrvlm_kernels.backends.BACKENDS}.")] = "auto",
     device: Device = None,
     dtype: DType = None,
+    batch_invariant: BatchInvariant = False,
     max_tokens_per_pass: Annotated[
         int, typer.Option(help="Patches that are packed into one pass.")
     ] = 32768,
@@ -96,7 +97,9 @@ def encode(
     paths = find_images(images)
     if out is not None and any(p.is_dir() and p.resolve() == out.resolve() for p in images):
         raise ValueError(f"--out {out} is one of the inputs: its pictures would become images")
-    loaded = load_encoder(model, backend=backend, device=device, dtype=dtype)
+    loaded = load_encoder(
+        model, backend=backend, device=device, dtype=dtype, batch_invariant=batch_invariant
+    )
     if loaded.random_weights:
         note("note: no --model, so the weights are random: the features mean nothing")
     options = EncodeOptions(

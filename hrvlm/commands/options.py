@@ -11,6 +11,13 @@ MaxImgSize = Annotated[int, typer.Option(help="Limit of the longer side in pixel
 Upscale = Annotated[
     bool, typer.Option("--upscale", help="Enlarge smaller images to --max-img-size.")
 ]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="Features have the same bits whatever an image is packed with: one image at a time.",
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")
 ]

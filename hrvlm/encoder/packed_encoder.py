@@ -10,6 +10,7 @@ is a pack whose grids are equal. Nothing in a block knows about images except
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +26,8 @@ from hrvlm_kernels.traced_grids import TracedGrids
 from ..checkpoints.foreign import foreign_base, is_foreign, load_foreign
 from ..checkpoints.sizes import sizes_of
 from ..checkpoints.strict import StrictModel
+from ..images.geometry import true_or_false
+from .batch_invariance import encode_by_image
 from .inputs import Grids, flat_mask, pack_inputs
 from .intermediate import as_maps, block_indices, by_image, layer_indices
 from .layers import EncoderEmbeddings, EncoderLayer, LayerScale, QKVBias
@@ -41,6 +44,8 @@ class PackedEncoder(StrictModel):
 
     Attributes:
         backend: One of :data:`hrvlm_kernels.backends.BACKENDS`.
+        batch_invariant: Whether an image's features have the same bits whatever it is packed with;
+            see :mod:`hrvlm.encoder.batch_invariance`.
         sizes: What the blocks consist of.
         patch_size: Side of a patch in pixels.
         num_prefix_tokens: CLS and registers in front of each image's patches.
@@ -55,9 +60,19 @@ class PackedEncoder(StrictModel):
     _supports_sdpa = True
     _overflows_float16 = False  # unless a subclass says so
 
-    def __init__(self, config: Any, *, backend: str | None = None, allow_fp16: bool | None = None):
+    def __init__(
+        self,
+        config: Any,
+        *,
+        backend: str | None = None,
+        allow_fp16: bool | None = None,
+        batch_invariant: bool | None = None,
+    ):
         super().__init__(config)
         self.backend = check_backend(backend or getattr(config, "backend", None) or "auto")
+        if batch_invariant is None:
+            batch_invariant = getattr(config, "batch_invariant", False)
+        self.batch_invariant = true_or_false("batch_invariant", batch_invariant)
         self._allow_fp16 = allow_fp16
         self.sizes = sizes = sizes_of(config)
         self.patch_size = sizes.patch_size
@@ -222,10 +237,8 @@ class PackedEncoder(StrictModel):
             masked = flat_mask(bool_masked_pos, patches)
             if output_hidden_states is None:
                 output_hidden_states = self.config.output_hidden_states
-            fields = self._encode(
-                patches,
-                packed,
-                masked,
+            encode = partial(
+                self._encode,
                 keep=layer_indices(out_indices, self.config.num_hidden_layers),
                 keep_all=bool(output_hidden_states),
                 apply_layernorm=apply_layernorm,
@@ -233,6 +246,10 @@ class PackedEncoder(StrictModel):
                 prefix_attentions=output_prefix_attentions,
                 rope_augment=rope_augment,
             )
+            if self.batch_invariant:
+                fields = encode_by_image(encode, patches, packed, masked)
+            else:
+                fields = encode(patches, packed, masked)
         output: EncoderOutput | PackedEncoderOutput
         if batch is None:
             exported = isinstance(packed, TracedGrids)  # of no use outside its graph

@@ -27,10 +27,12 @@ class DINOv3Encoder(PackedEncoder):
     coordinates only when asked.
 
     Args:
-        config: ``DINOv3ViTConfig``; attributes ``backend``, ``use_rope`` (default True) and
-            ``allow_fp16`` are read from it too.
+        config: ``DINOv3ViTConfig``; attributes ``backend``, ``use_rope`` (default True),
+            ``allow_fp16`` and ``batch_invariant`` are read from it too.
         backend: One of :data:`hrvlm_kernels.backends.BACKENDS`; default: the config's, else "auto".
         allow_fp16: Run in float16 although DINOv3's activations overflow it; default: the config's.
+        batch_invariant: Give an image's features the same bits whatever it is packed with, at the
+            cost of one image at a time; default: the config's, else False.
     """
 
     config_class = DINOv3ViTConfig

@@ -45,6 +45,7 @@ def load_encoder(
     backend: str = "auto",
     device: str | None = None,
     dtype: str | None = None,
+    batch_invariant: bool = False,
 ) -> LoadedEncoder:
     """Load a checkpoint, or make a ViT-S/16 with random weights from a fixed seed.
 
@@ -55,6 +56,7 @@ def load_encoder(
         device: Default: the GPU if there is one, else the CPU.
         dtype: One of :data:`hrvlm.machine.MODEL_DTYPES`; default: bfloat16 on a GPU, float32 on
             the CPU.
+        batch_invariant: Give an image's features the same bits whatever it is packed with.
 
     Raises:
         ValueError: no DINOv3 encoder there, weights missing from it, a name is unknown, or backend
@@ -68,7 +70,7 @@ def load_encoder(
         label, normalization = f"{RANDOM_MODEL}, RANDOM WEIGHTS (seed {RANDOM_SEED})", None
     else:
         (encoder, normalization), label = _pretrained_encoder(model), model
-    encoder.backend = backend
+    encoder.backend, encoder.batch_invariant = backend, batch_invariant
     encoder.to(device=where, dtype=weights)  # type: ignore[call-arg]
     encoder.freeze()
     return LoadedEncoder(encoder, label, model is None, normalization or normalization_for(label))
