@@ -46,11 +46,22 @@ class StrictModel(PreTrainedModel):
                 left over: transformers draws weights for the missing and logs both.
 
         Raises:
+            TypeError: what is to be loaded is no name.
             ValueError: keys are missing, left over or of another shape (a grouped list), or a file
                 is damaged.
             OSError: there is no such checkpoint.
         """
         source = pretrained_model_name_or_path
+        if source is None and kwargs.get("state_dict") is None:
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained(None): expected a hub id or a directory, or "
+                "state_dict= and config="
+            )
+        if not isinstance(source, str | os.PathLike | None):
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained: expected a hub id or a directory, "
+                f"got {type(source).__name__}"
+            )
         if source is not None and Path(source).is_file():
             raise ValueError(f"{source} is a file, expected a directory or a hub id")
         return load_strictly(super().from_pretrained, source, *model_args, **kwargs)
@@ -204,6 +215,12 @@ def _as_stored(loading_info: Any, absent: Mapping[str, list[str]]) -> dict[str, 
 
 
 def _report(source: Any, model: Any, differences: KeyDifferences) -> str:
+    if differences.unexpected and len(differences.missing) >= len([*model.parameters()]):
+        return (
+            f"{source or 'state_dict'}: a checkpoint of another model: none of its "
+            f"{len(differences.unexpected)} weights (as {differences.unexpected[0]}) is one of "
+            f"this {type(model).__name__}"
+        )
     return (
         f"{source or 'state_dict'}: not the weights of this {type(model).__name__}:\n"
         f"{differences}\n(strict=False lets missing and unexpected keys pass, "

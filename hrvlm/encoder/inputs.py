@@ -47,8 +47,10 @@ def pack_inputs(
         encoder: Whose patches and prefix tokens they become.
 
     Raises:
+        TypeError: an image has integers: bytes that nobody has normalised.
         ValueError: an image's sides are not multiples of the patch size, or shapes do not fit.
     """
+    check_pixels(pixel_values, encoder.config.num_channels)
     patch_size, num_channels = encoder.patch_size, encoder.config.num_channels
     batch = None
     if isinstance(pixel_values, Tensor) and pixel_values.ndim == 2:
@@ -56,7 +58,10 @@ def pack_inputs(
             raise ValueError("grids is needed with packed patches [N, 3*p*p]")
         patches = pixel_values
     elif grids is not None:
-        raise ValueError("grids goes with packed patches [N, 3*p*p] only; images have their own")
+        got = getattr(pixel_values, "shape", type(pixel_values).__name__)
+        raise ValueError(
+            f"grids goes with packed patches [N, 3*p*p] only, got {got}; images have their own"
+        )
     elif isinstance(pixel_values, Tensor):
         if pixel_values.ndim != 4:
             raise ValueError(
@@ -98,6 +103,30 @@ def pack_inputs(
     return PackedInputs(patches, packed, batch)
 
 
+def check_pixels(pixel_values: Tensor | Sequence[Tensor], num_channels: int) -> None:
+    """Check the tensors that images are made of; which image of a list it is, is named.
+
+    Raises:
+        TypeError: they have integers: bytes that nobody has normalised.
+        ValueError: the channels are not where they should be, or not as many.
+    """
+    single = isinstance(pixel_values, Tensor)
+    if not single and not isinstance(pixel_values, list | tuple):
+        return
+    for i, image in enumerate([pixel_values] if single else pixel_values):
+        if not isinstance(image, Tensor):
+            continue
+        name = "pixel_values" if single else f"image {i}"
+        if not image.is_floating_point():
+            raise TypeError(
+                f"{name}: {image.dtype}, expected normalised floating-point numbers; "
+                "get_image_processor makes them of an image of any kind"
+            )
+        if image.ndim == (4 if single else 3) and image.shape[-3] != num_channels:
+            expected = f"[{'B, ' if single else ''}{num_channels}, H, W]"
+            raise ValueError(f"{name}: expected {expected}, got {tuple(image.shape)}")
+
+
 def batch_layout(
     batch: int, grid: tuple[int, int], *, num_prefix_tokens: int, device: torch.device
 ) -> PackedGrids:
@@ -115,10 +144,17 @@ def flat_mask(mask: Tensor | Sequence[Tensor] | None, patches: Tensor) -> Tensor
     """A mask in any form that the encoder takes as ``[N]``, beside the patches ``[N, 3*p*p]``.
 
     Raises:
+        TypeError: it is no tensor, nor a list of tensors.
         ValueError: it is not bool, or not one per patch.
     """
     if mask is None:
         return None
+    parts = mask if isinstance(mask, list | tuple) else [mask]
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise TypeError(
+            "bool_masked_pos: expected a tensor, or one for each image, got "
+            f"{type(mask).__name__} of {type(next(iter(parts), None)).__name__}"
+        )
     flat = mask.flatten() if isinstance(mask, Tensor) else torch.cat([m.flatten() for m in mask])
     if flat.dtype != torch.bool or flat.shape[0] != patches.shape[0]:
         raise ValueError(

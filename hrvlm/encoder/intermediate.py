@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import TypeAlias
 
 import torch
@@ -18,30 +19,40 @@ def block_indices(n: int | Sequence[int], num_blocks: int) -> list[int]:
     """The blocks that `n` names, from 0 on in ascending order: the last n, or these.
 
     Raises:
+        TypeError: `n` is neither.
         ValueError: there is no such block, or there are fewer than n.
     """
-    if isinstance(n, int):
+    if isinstance(n, int) and not isinstance(n, bool):
         if not 1 <= n <= num_blocks:
             raise ValueError(f"n={n}: expected 1 to {num_blocks} blocks, or a list of blocks")
         return list(range(num_blocks - n, num_blocks))
-    for i in n:
+    chosen = _ints("n", n, "an int or a list of ints")
+    for i in chosen:
         if not -num_blocks <= i < num_blocks:
             raise ValueError(f"n: block {i} is outside -{num_blocks}..{num_blocks - 1}")
-    return sorted({i % num_blocks for i in n})
+    return sorted({i % num_blocks for i in chosen})
 
 
 def layer_indices(out_indices: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
     """`out_indices` of the encoder's forward counted from 0, the embeddings, in their own order.
 
     Raises:
+        TypeError: it is no list of ints.
         ValueError: there is no such layer.
     """
     kept = []
-    for index in out_indices or ():
-        if not -num_layers - 1 <= index <= num_layers:
-            raise ValueError(f"out_indices: {index} is outside -{num_layers + 1}..{num_layers}")
-        kept.append(index if index >= 0 else num_layers + 1 + index)
+    for i in () if out_indices is None else _ints("out_indices", out_indices, "a list of ints"):
+        if not -num_layers - 1 <= i <= num_layers:
+            raise ValueError(f"out_indices: {i} is outside -{num_layers + 1}..{num_layers}")
+        kept.append(i if i >= 0 else num_layers + 1 + i)
     return tuple(kept)
+
+
+def _ints(name: str, numbers: Sequence[int], expected: str) -> list[int]:
+    try:
+        return [index(number) for number in numbers]
+    except TypeError:
+        raise TypeError(f"{name}={numbers!r:.60}: expected {expected}") from None
 
 
 def by_image(

@@ -115,9 +115,11 @@ class PackedEncoder(StrictModel):
         """
         source = pretrained_model_name_or_path
         load = super().from_pretrained
-        if source is not None and is_foreign(path := Path(source, kwargs.get("subfolder") or "")):
+        if not isinstance(source, str | PathLike):
+            return load(source, *model_args, **kwargs)
+        if is_foreign(path := Path(source, kwargs.get("subfolder") or "")):
             return load_foreign(load, path, *model_args, **kwargs)
-        if source is not None and (base := foreign_base(path)):
+        if base := foreign_base(path):
             raise ValueError(
                 f"{path}: an adapter of {base}, which is no directory of transformers: load that, "
                 "and the adapter on top by peft.PeftModel.from_pretrained"

@@ -53,6 +53,8 @@ def join(
         tokenizer = get_tokenizer(
             tokenizer, options.get("vlm_extra_tokens"), options.get("lm_chat_template")
         )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r}: expected a floating-point torch.dtype, or None")
     if getattr(tokenizer, "image_token", None) is None:
         raise ValueError("tokenizer: it has no image_token; make it with hrvlm.get_tokenizer")
     encoder, decoder = load_vision(vision), load_language(language)

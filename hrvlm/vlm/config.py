@@ -215,6 +215,18 @@ class VLMConfig(PreTrainedConfig):
         return getattr(self.text_config.get_text_config(), "max_position_embeddings", None)
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but the config of another kind of model raises ValueError."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"a config of {kind!r}, expected one of a vision-language model, {cls.model_type!r}"
+                "; VisionLanguageModel.from_backbones makes such a model of an encoder and a "
+                "language model"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_yaml(cls, path: str | PathLike[str]) -> VLMConfig:
         """Read a file of nanoVLM's names; see :meth:`from_names`.
 
@@ -246,7 +258,7 @@ class VLMConfig(PreTrainedConfig):
         given = _without_aliases(names)
         try:
             return cls(
-                vision_config=vision_from_names(given),
+                vision_config=vision_from_names(given, {_ALIASES.get(n, n): n for n in names}),
                 text_config=text_from_names(given),
                 **{name: given[name] for name in _OWN_NAMES if name in given},
             )

@@ -42,12 +42,7 @@ class ImageEmbedding:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
-        for name, value in (("input_ids", input_ids), ("pixel_values", pixel_values)):
-            if value is not None and not isinstance(value, Tensor):
-                raise TypeError(
-                    f"{name}: expected a tensor, got {type(value).__name__}; VLMProcessor makes "
-                    "the inputs of texts and images"
-                )
+        check_inputs(input_ids, attention_mask, inputs_embeds, pixel_values, begins)
         grids = grids_of(pixel_values, image_grid_hw)
         ids = self.ids_of(input_ids, inputs_embeds) if grids else input_ids
         if ids is not None and (grids or begins) and not torch.compiler.is_compiling():
@@ -123,6 +118,46 @@ class ImageEmbedding:
         )
         features = torch.cat(images.pooler_output)
         return inputs_embeds + (0 * features.float().sum()).to(inputs_embeds)
+
+
+def check_inputs(
+    input_ids: Tensor | None,
+    attention_mask: Any,
+    inputs_embeds: Tensor | None,
+    pixel_values: Tensor | None,
+    begins: bool,
+) -> None:
+    """Raise TypeError or ValueError where an input is no tensor, or of another form."""
+    named = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
+    for name, value in named.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name}: expected a tensor, got {type(value).__name__}; VLMProcessor makes "
+                "the inputs of texts and images"
+            )
+    if input_ids is not None and (input_ids.ndim != 2 or input_ids.is_floating_point()):
+        raise ValueError(
+            f"input_ids: expected integers [B, L], got {input_ids.dtype} {tuple(input_ids.shape)}"
+        )
+    tokens: Any = inputs_embeds if input_ids is None else input_ids
+    mask = attention_mask if isinstance(attention_mask, Tensor) else None
+    if mask is not None and begins and mask.ndim == 2 and mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"attention_mask: {tuple(mask.shape)}, expected {tuple(tokens.shape[:2])}, one for "
+            "each token"
+        )
+
+
+def check_labels(labels: Any, tokens: Tensor | None) -> None:
+    """Raise TypeError or ValueError where labels are not one integer for each of the tokens."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+    shape = labels.shape if tokens is None else tokens.shape[:2]
+    if labels.is_floating_point() or labels.shape != shape:
+        raise ValueError(
+            f"labels: expected integers {tuple(shape)}, one for each token, got {labels.dtype} "
+            f"{tuple(labels.shape)}"
+        )
 
 
 def grids_of(pixel_values: Tensor | None, image_grid_hw: Grids | None) -> list[Grid]:

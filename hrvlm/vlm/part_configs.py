@@ -96,8 +96,8 @@ def as_config(
     return CONFIG_MAPPING[model_type](**{k: v for k, v in values.items() if k != "model_type"})
 
 
-def vision_from_names(names: Mapping[str, Any]) -> PreTrainedConfig:
-    """The encoder's config.
+def vision_from_names(names: Mapping[str, Any], said: Mapping[str, str]) -> PreTrainedConfig:
+    """The encoder's config; `said` has the names of options that were given by another one.
 
     Raises:
         ValueError: a value does not fit, or fits another architecture.
@@ -124,7 +124,7 @@ def vision_from_names(names: Mapping[str, Any]) -> PreTrainedConfig:
     if architecture == "siglip":
         for name, (only, why) in DINOV3_ONLY.items():
             if given.pop(name, only) != only:
-                raise ValueError(f"{name}={names[name]!r}: {why}")
+                raise ValueError(f"{said.get(name, name)}={names[name]!r}: {why}")
     if given.get("vit_img_size") is None:
         given.pop("vit_img_size", None)
     else:

@@ -6,7 +6,7 @@ take them in order: each takes whole images until their tokens are as many as it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,8 @@ def as_grids(image_grid_hw: Tensor | Sequence[Sequence[int]]) -> list[Grid]:
                 "pairs of ints, for which the program then holds"
             )
         rows = rows.tolist()
+    if not isinstance(rows, Iterable):
+        raise ValueError(f"image_grid_hw: expected a pair of ints for each image, got {rows!r:.60}")
     grids = []
     for i, row in enumerate(rows):
         if (pair := positive_pair(row)) is None:

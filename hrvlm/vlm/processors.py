@@ -7,9 +7,9 @@ template, even where that knows text only: see `IMAGE_PRELUDE`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from ..images.processor import normalization_for, resize
 from ..images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
 from .answers import answer_pieces, tokens_of
 from .config import VLMConfig
-from .tokenizer import CHAT_TEMPLATE, IMAGE_PRELUDE, get_image_string, image_token_of
+from .tokenizer import CHAT_TEMPLATE, get_image_string, image_token_of, with_image_prelude
 
 
 class VLMProcessorKwargs(ProcessingKwargs, total=False):
@@ -82,10 +82,9 @@ class VLMProcessor(ProcessorMixin):
         """A chat template, or several by name, which turn images into image tokens."""
         if isinstance(template, Mapping):
             return {name: self._with_images(one) for name, one in template.items()}
-        if not isinstance(template, str) or "image" in template:
+        if not isinstance(template, str):
             return template
-        # JSON's strings are Jinja's.
-        return IMAGE_PRELUDE.replace("IMAGE_TOKEN", json.dumps(self.image_token)) + template
+        return with_image_prelude(template, self.image_token)
 
     @classmethod
     def from_pretrained(
@@ -140,10 +139,14 @@ class VLMProcessor(ProcessorMixin):
             **kwargs: Options of the tokenizer and the image processor.
 
         Raises:
-            TypeError: `text` is no text, as where the two are in the order of older transformers.
+            TypeError: `text` is no text, as where the two are in the order of older transformers,
+                or an option is unknown.
             ValueError: the image tokens in the text are not as many as the images; a sample is
                 named where `images` is a list of lists.
         """
+        # Taken from there, transformers would keep them for the calls to come.
+        kwargs = dict(kwargs.pop("common_kwargs", ())) | kwargs
+        self._check_options(kwargs)
         texts = [text] if isinstance(text, str) else text
         if text is not None:
             if not texts:
@@ -159,6 +162,19 @@ class VLMProcessor(ProcessorMixin):
         if images is not None and not _leaves(images):
             images = None
         return super().__call__(images=images, text=text, **kwargs)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Transformers logs an unknown option and leaves it out."""
+        groups = dict(self.valid_processor_kwargs.__annotations__)
+        known = {"images", "text", "videos", "audio", *groups}
+        known.update(self.image_processor.valid_kwargs.__annotations__)
+        for group in groups.values():
+            known.update(getattr(group, "__annotations__", ()))
+        nested = (v for k, v in options.items() if k in groups and isinstance(v, Mapping))
+        for name in (name for names in (options, *nested) for name in names):
+            if name not in known:
+                nearest = get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+                raise TypeError(f"unknown option {name!r}: did you mean {nearest!r}?")
 
     def _check_placeholders(self, images: Any, texts: list[str]) -> None:
         found = [text.count(self.image_token) for text in texts]
@@ -247,10 +263,12 @@ class VLMProcessor(ProcessorMixin):
         ``{"type": "image", "image" | "path" | "url" | "base64": ...}``.
 
         Raises:
-            TypeError: the conversation is no list of messages.
+            TypeError: the conversation is no list of messages, or the template no text.
             ValueError: a message is not of that form, the chat template refuses the conversation,
                 a text contains the image token, or the answers can't be found.
         """
+        if not isinstance(chat_template, str | None):
+            raise TypeError(f"chat_template: expected a text, got {type(chat_template).__name__}")
         has_images = False
         for where, kind, text in _blocks(conversation):
             has_images |= kind in ("image", "image_url")

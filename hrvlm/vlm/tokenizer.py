@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +24,7 @@ CHAT_TEMPLATE = (
 )
 
 # In front of a template that knows text only: turns the content of each message from a list of
-# parts into a string, with the image token for an image.
+# parts into a string, or a single part of text, with the image token for an image.
 IMAGE_PRELUDE = (
     "{%- set flat = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
@@ -38,11 +40,24 @@ IMAGE_PRELUDE = (
     "{%- set part.text = part.text + block['text'] -%}"
     "{%- endif -%}"
     "{%- endfor -%}"
-    "{%- set flat.messages = flat.messages + [dict(message, content=part.text)] -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=CONTENT)] -%}"
     "{%- endif -%}"
     "{%- endfor -%}"
     "{%- set messages = flat.messages -%}"
 )
+
+_TAKES_PARTS = re.compile(r"""\[\s*['"]text['"]\s*\]|\.text\b""")
+
+
+def with_image_prelude(template: str, image_token: str) -> str:
+    """A chat template that turns images into image tokens; one that knows images is as it was."""
+    if "image" in template:
+        return template
+    content = "[{'type': 'text', 'text': part.text}]" if _TAKES_PARTS.search(template) else None
+    # JSON's strings are Jinja's.
+    prelude = IMAGE_PRELUDE.replace("IMAGE_TOKEN", json.dumps(image_token))
+    return prelude.replace("CONTENT", content or "part.text") + template
+
 
 _GRID_TOKENS: WeakKeyDictionary[Any, tuple[int, frozenset[str]]] = WeakKeyDictionary()
 

@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from hrvlm_kernels import PackedGrids
 
 from ..checkpoints.strict import StrictModel
+from ..encoder.inputs import check_pixels
 from ..encoder.plain_modules import is_plain
 from ..encoder.vision_transformer import DINOv3Encoder, without_mask_token
 from ..images.patches import unpatchify
@@ -33,7 +34,13 @@ from .backbones import join, new_encoder
 from .config import VLMConfig
 from .generation import PackedGenerationMixin
 from .headless import HeadlessVLM
-from .image_embedding import Grids, ImageEmbedding, check_attentions, is_beginning
+from .image_embedding import (
+    Grids,
+    ImageEmbedding,
+    check_attentions,
+    check_labels,
+    is_beginning,
+)
 from .modality_projector import ModalityProjector
 from .output import CACHE_NAME, ImageFeatures, VLMOutput, name_cache
 from .placeholders import Grid, as_grids, count_tokens
@@ -226,6 +233,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
                     f"image {i}: patch grid {grid[0]}x{grid[1]}, but siglip has positions for "
                     f"{n}x{n} only: every image must be {side}x{side} pixels"
                 )
+        check_pixels(pixel_values, 3)
         width = 3 * p * p
         if tuple(pixel_values.shape) != (len(grids) * n * n, width):
             raise ValueError(
@@ -302,6 +310,8 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
         """
         if isinstance(input_ids, Tensor) and input_ids.shape[0] == 0:
             return self._forward_empty(input_ids, labels)
+        if labels is not None and isinstance(logits_to_keep, int) and not logits_to_keep:
+            check_labels(labels, inputs_embeds if input_ids is None else input_ids)
         outputs, others = self.run(
             self.decoder,
             input_ids=input_ids,

@@ -280,7 +280,7 @@ _build_cached = lru_cache(maxsize=_CACHE_SIZE)(_build)
 
 
 def _as_grid(i: int, grid: Sequence[int]) -> Grid:
-    pair = tuple(grid)
+    pair = tuple(grid) if isinstance(grid, Iterable) else (grid,)
     if len(pair) != 2 or not all(is_int(n, 1) for n in pair):
         raise ValueError(f"image {i}: a patch grid is two positive ints (hp, wp), got {pair}")
     return int(pair[0]), int(pair[1])

@@ -283,6 +283,14 @@ def test_a_template_for_text_only_learns_images():
     assert text == '[USER: see <"pic\\"> and <"pic\\">][ASSISTANT: ok]'
 
 
+def test_a_template_for_parts_of_text_gets_one_with_the_images_in_it():
+    template = "{% for m in messages %}[{{ m['content'][0]['text'] }}]{% endfor %}"
+    processor = processor_of(tokenizer_of(chat_template=template))
+    question = [{"type": "image"}, {"type": "text", "text": "What"}, {"type": "text", "text": "?"}]
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": question[1:2]}]
+    assert processor.apply_chat_template(chat) == f"[{processor.image_token}What?][What]"
+
+
 def test_a_template_that_is_set_later_is_used_and_learns_images_too(tmp_path):
     template = "{% for m in messages %}[{{ m['content'] + '' }}]{% endfor %}"
     processor, chat, rendered = processor_of(), [CHAT[1]], "[see <|image|> and <|image|>]"

@@ -1,0 +1,98 @@
+"""What model, processor and config say to arguments of the wrong kind."""
+
+import pytest
+import torch
+
+from hrvlm import DINOv3Encoder, VisionLanguageModel
+from hrvlm.vlm.config import VLMConfig
+from tests.tiny import model_of, picture, processor_of, siglip_config_of, tokenizer_of
+
+IDS = torch.ones(1, 3, dtype=torch.long)
+PATCHES = torch.zeros(4, 3 * 8 * 8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return processor_of()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": IDS.float()}, r"input_ids: expected integers \[B, L\], got torch.float32"),
+        ({"input_ids": IDS[0]}, r"input_ids: expected integers \[B, L\], got torch.int64 \(3,\)"),
+        ({"input_ids": [[1]]}, "input_ids: expected a tensor, got list"),
+        ({"input_ids": IDS, "attention_mask": IDS[:, :2]}, r"attention_mask: \(1, 2\), expected"),
+        ({"input_ids": IDS, "labels": IDS[:, :2]}, r"labels: expected integers \(1, 3\), .*1, 2\)"),
+        ({"input_ids": IDS, "labels": IDS.float()}, r"labels: expected integers .*torch.float32"),
+        ({"input_ids": IDS, "labels": [1]}, "labels: expected a tensor, got list"),
+        (
+            {"input_ids": IDS, "pixel_values": PATCHES, "image_grid_hw": 4},
+            "image_grid_hw: expected a pair of ints for each image, got 4",
+        ),
+    ],
+)
+def test_inputs_are_named(model, inputs, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        model(**inputs)
+
+
+def test_bytes_are_no_pixels(model):
+    with pytest.raises(TypeError, match=r"pixel_values: torch.uint8, expected normalised"):
+        model.get_image_features(PATCHES.byte(), [(2, 2)])
+    siglip = model_of(vision=siglip_config_of())
+    with pytest.raises(TypeError, match=r"pixel_values: torch.uint8, expected normalised"):
+        siglip.get_image_features(torch.zeros(16, 192, dtype=torch.uint8), [(4, 4)])
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"max_pixel": 3}, "max_pixel.*max_pixels"),
+        ({"text_kwargs": {"paddin": True}}, "paddin.*padding"),
+        ({"image": None}, "image.*images"),
+    ],
+)
+def test_an_unknown_option_of_the_processor_is_refused(processor, options, name):
+    with pytest.raises(TypeError, match=f"unknown option .{name}"):
+        processor(images=picture(16, 16), text=processor.image_token, **options)
+
+
+def test_options_for_all_parts_are_of_one_call(processor):
+    assert isinstance(processor(text="a")["input_ids"], torch.Tensor)
+    arrays = processor(text="a", common_kwargs={"return_tensors": "np"})
+    assert not isinstance(arrays["input_ids"], torch.Tensor)
+    assert isinstance(processor(text="a")["input_ids"], torch.Tensor)
+
+
+def test_a_chat_template_is_a_text(processor):
+    with pytest.raises(TypeError, match="chat_template: expected a text, got int"):
+        processor.apply_chat_template([{"role": "user", "content": "a"}], chat_template=3)
+
+
+def test_an_option_is_named_as_it_was_given():
+    with pytest.raises(ValueError, match=r"^vit_num_registers=4: siglip has no register"):
+        VLMConfig.from_names({"vit_architecture": "siglip", "vit_num_registers": 4})
+
+
+def test_a_checkpoint_of_another_model_is_told_in_a_line(model, tmp_path):
+    model.save_pretrained(tmp_path / "vlm")
+    model.vision_encoder.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match=r"config of 'dinov3_vit', .*from_backbones") as raised:
+        VisionLanguageModel.from_pretrained(tmp_path / "encoder")
+    assert len(str(raised.value)) < 400
+    with pytest.raises(ValueError, match=r"another model: none of its .* DINOv3Encoder") as raised:
+        DINOv3Encoder.from_pretrained(tmp_path / "vlm")
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int32])
+def test_parts_are_joined_in_a_floating_point_dtype(model, dtype):
+    parts = model.vision_encoder, model.decoder, tokenizer_of()
+    with pytest.raises(ValueError, match=r"dtype=.*: expected a floating-point torch.dtype"):
+        VisionLanguageModel.from_backbones(*parts, dtype=dtype)
