@@ -127,6 +127,7 @@ def write_page(
                 "rows": rows,
                 "columns": columns,
                 "aspect": image.picture.width / image.picture.height,
+                "pixels": image.picture.width,
                 "picture": f"data:image/webp;base64,{_base64(_webp(image.picture, limit))}",
                 "values": _base64(values),
                 "colors": _base64((colors.permute(1, 2, 0) * 255).round().to(torch.uint8)),
@@ -162,11 +163,11 @@ def _check(images: Sequence[PageImage], start: tuple[int, int, int] | None) -> N
         if not image.features.isfinite().all():
             raise ValueError(f"{where}: features are not finite")
     if start is not None:
-        image, row, column = start
-        inside = 0 <= image < len(images)
-        rows, columns = images[image].features.shape[:2] if inside else (0, 0)
+        index, row, column = start
+        inside = 0 <= index < len(images)
+        rows, columns = images[index].features.shape[:2] if inside else (0, 0)
         if not (0 <= row < rows and 0 <= column < columns):
-            raise ValueError(f"start: there is no patch {row}, {column} of image {image}")
+            raise ValueError(f"start: there is no patch {row}, {column} of image {index}")
 
 
 def _fill(title: str, data: dict[str, Any]) -> str:

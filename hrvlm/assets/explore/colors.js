@@ -30,7 +30,7 @@ function paintHeat(canvas, values, first, low, high, colors, strength) {
     bytes[at] = colors[3 * step];
     bytes[at + 1] = colors[3 * step + 1];
     bytes[at + 2] = colors[3 * step + 2];
-    bytes[at + 3] = 255 * Math.min(1, strength * (0.6 + (0.5 * step) / STEPS));
+    bytes[at + 3] = 255 * Math.min(1, strength * (0.6 + (0.35 * step) / STEPS));
   }
   context.putImageData(pixels, 0, 0);
 }
@@ -43,7 +43,7 @@ function paintColors(canvas, colors, strength) {
     pixels.data[at] = colors[i++];
     pixels.data[at + 1] = colors[i++];
     pixels.data[at + 2] = colors[i++];
-    pixels.data[at + 3] = 255 * strength;
+    pixels.data[at + 3] = 255 * 0.85 * strength;
   }
   context.putImageData(pixels, 0, 0);
 }

@@ -18,7 +18,7 @@ function choose(image, row, column) {
   const index = row * image.columns + column;
   state.chosen = { image, index };
   similarities(data, image.first + index, values);
-  if (state.pair[0] !== image) state.pair = [image, state.pair[0] ?? nearestImage(image)]; // the last two
+  if (state.matching && state.pair[0] !== image) state.pair = [image, state.pair[0]];
   draw();
   if (state.matching) showMatches();
   announceSoon(() => describe(image, index));
@@ -43,6 +43,7 @@ function draw() {
   for (const tile of tiles) {
     const { image, canvas, stage } = tile;
     stage.classList.toggle("coloured", strength > 0);
+    stage.classList.toggle("heated", strength > 0 && state.mode !== "pca");
     if (state.mode === "pca") paintColors(canvas, image.colors, strength);
     else if (state.mode === "attention") paintHeat(canvas, image.attention, 0, low, high, heat, strength);
     else paintHeat(canvas, values, image.first, low, high, heat, strength);
@@ -169,7 +170,7 @@ function setMatching(matching) {
   state.matching = matching;
   get("matches").setAttribute("aria-pressed", String(matching));
   draw();
-  if (matching) return showMatches();
+  if (matching) return partner(nearestImage(state.chosen.image));
   clearLines(svg);
   gallery.classList.remove("matching");
 }
@@ -327,9 +328,8 @@ function writeFacts() {
   const which =
     data.compared === data.patches ? "all pairs compared" : `${data.compared} patches compared with all ${count}`;
   get("facts").textContent =
-    `${data.components} of ${data.width} principal components, in int8, keep ` +
-    `${(100 * data.varianceKept).toFixed(1)} % of the variance; a similarity is off by at most ` +
-    `${data.largestError.toFixed(3)} (${which}).`;
+    `${data.components} of ${data.width} principal components in int8: ${(100 * data.varianceKept).toFixed(1)} % of ` +
+    `the variance kept, similarities right to within ${data.largestError.toFixed(3)} (${which})`;
   get("bar").style.background = `linear-gradient(90deg, ${data.heat.map((c) => `rgb(${c.join(" ")})`).join(", ")})`;
   get("matches").hidden = data.images.length < 2;
   document.querySelector('#modes [value="attention"]').parentElement.hidden = !attentionRange;

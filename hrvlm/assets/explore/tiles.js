@@ -78,10 +78,11 @@ const widthOf = (image) => Math.min(3.2, Math.max(0.5, image.aspect));
 
 /** Give the figures a basis of one height. */
 function sizeTiles(tiles, height) {
-  for (const { image, figure } of tiles) {
+  for (const { image, figure, stage } of tiles) {
     const width = widthOf(image) * height;
+    stage.classList.toggle("coarse", width > 2 * image.pixels); // sharp pixels rather than a blur
     figure.style.flex = `${width} 1 ${width}px`;
-    figure.style.maxWidth = `${width * 1.6}px`;
+    figure.style.maxWidth = `${width * 2.2}px`;
   }
 }
 
