@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .encoder.cost import make_plan as make_plan
     from .encoder.output import EncoderOutput as EncoderOutput
     from .encoder.output import PackedEncoderOutput as PackedEncoderOutput
+    from .encoder.vision_transformer import DINOv2Encoder as DINOv2Encoder
     from .encoder.vision_transformer import DINOv3Encoder as DINOv3Encoder
     from .images.geometry import Geometry as Geometry
     from .images.geometry import TileGeometry as TileGeometry
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BaseCollator": "training.collators",
+    "DINOv2Encoder": "encoder.vision_transformer",
     "DINOv3Backbone": "encoder.backbone",
     "DINOv3BackboneConfig": "encoder.backbone_config",
     "DINOv3Encoder": "encoder.vision_transformer",

@@ -1,4 +1,6 @@
-"""DINOv3 ViT checkpoints of every origin, to the layout of transformers' files and back.
+"""DINOv3 and DINOv2 checkpoints of every origin, to the layout of transformers' files and back.
+
+DINOv3, and EUPE, which has its parts:
 
     transformers         layer.N.attention.{q,k,v,o}_proj, layer_scale1.lambda1, mlp.{up,down}_proj
     transformers_memory  the same with model.layer.N: transformers' DINOv3ViTModel.state_dict()
@@ -6,16 +8,24 @@
     meta                 blocks.N.attn.{qkv,proj}, ls1.gamma, mlp.{fc1,fc2}, storage_tokens
     timm                 blocks.N.attn.{qkv,q_bias,v_bias,proj}, gamma_1, mlp.{fc1,fc2}, reg_token
 
-Gated MLPs add mlp.gate_proj; they are mlp.{w1,w2,w3} in Meta's files, mlp.{fc1_g,fc1_x,fc2} in
-timm's.
+DINOv2, with and without registers, which has learned positions:
+
+    transformers         encoder.layer.N.attention.attention.{query,key,value}, mlp.{fc1,fc2}
+    transformers_memory  encoder.layer.N.attention.{q,k,v,o}_proj: its models from 5.24 on
+    fused                as of DINOv3, with embeddings.position_embeddings: DINOv2Encoder
+    meta                 blocks.N.attn.{qkv,proj}, ls1.gamma, register_tokens, pos_embed, mask_token
+    timm                 the same with reg_token and no mask_token
+
+Gated MLPs of DINOv3 add mlp.gate_proj; they are mlp.{w1,w2,w3} in Meta's files, mlp.{fc1_g,fc1_x,
+fc2} in timm's. In DINOv2's gate and up are one matrix: mlp.weights_in, mlp.w12 or mlp.fc1.
 A layout is recognised by its keys, behind any prefix (``module.``, ``teacher.backbone.``,
 ``vision_encoder.``, ...). Renaming, splitting and joining move data only, so a round trip is equal
-bit for bit.
+bit for bit; but timm has added the position of CLS to its token where there are registers.
 
-The bias of k: Meta multiplies ``qkv.bias`` by a buffer ``bias_mask`` that is 0 over k, and whose
-stored values are not to be relied on (NaN in some files). With a ``bias_mask``, or where the middle
-third is all zero or NaN, k has no bias, as in transformers. A middle third with other values and no
-mask is kept, and the config says ``key_bias=True``.
+The bias of k in DINOv3: Meta multiplies ``qkv.bias`` by a buffer ``bias_mask`` that is 0 over k,
+and whose stored values are not to be relied on (NaN in some files). With a ``bias_mask``, or where
+the middle third is all zero or NaN, k has no bias, as in transformers. A middle third with other
+values and no mask is kept, and the config says ``key_bias=True``.
 
 RoPE's ``periods`` are not carried over: transformers, timm and hrvlm compute them in float32 from
 ``rope_theta``, while released files hold them rounded to bfloat16.
@@ -32,7 +42,7 @@ import torch
 from torch import Tensor
 
 from .differences import KeyDifferences, compare
-from .family import check_overrides, config_of, periods_of
+from .family import check_overrides, config_class_for, config_of, periods_of
 from .files import load_checkpoint, write_checkpoint
 from .foreign import naming, open_checkpoint, weights_of
 from .keys import Layout, find_prefix, layout_of, unwrapped
@@ -45,7 +55,8 @@ from .tensors import (
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import DINOv3ViTConfig
+
+    from .family import Config
 
 __all__ = [
     "CheckpointInfo",
@@ -60,6 +71,14 @@ __all__ = [
     "load_into",
     "to_transformers",
 ]
+
+
+# transformers' models, by the model_type of their configs.
+_STOCK_MODELS = {
+    "dinov3_vit": "DINOv3ViTModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+}
 
 
 def detect_layout(keys: Iterable[str]) -> Layout:
@@ -89,11 +108,11 @@ def to_transformers(
         ValueError: the layout is unknown, or keys are missing, unexpected or of the wrong shape (a
             grouped list).
     """
-    return read(state_dict, layout).tensors
+    return write(read(state_dict, layout).tensors, "transformers")
 
 
 def from_transformers(
-    state_dict: Mapping[str, Any], layout: Layout, config: DINOv3ViTConfig | None = None
+    state_dict: Mapping[str, Any], layout: Layout, config: Config | None = None
 ) -> dict[str, Tensor]:
     """Inverse of :func:`to_transformers`: weights under the keys of `layout`.
 
@@ -109,32 +128,33 @@ def from_transformers(
             bias of only one of q and v in Meta's or timm's).
     """
     check_layout(layout)
-    canonical = to_transformers(state_dict)
-    out = write(canonical, layout)
-    if layout == "meta":
-        out["rope_embed.periods"] = periods_of(config or infer_config(canonical))
+    reading = read(state_dict)
+    out = write(reading.tensors, layout)
+    if layout == "meta" and reading.family == "dinov3":
+        out["rope_embed.periods"] = periods_of(config or config_of(reading, {}))
     return out
 
 
-def infer_config(state_dict: Mapping[str, Any], **overrides: Any) -> DINOv3ViTConfig:
+def infer_config(state_dict: Mapping[str, Any], **overrides: Any) -> Config:
     """Configuration that fits the weights.
 
-    Sizes, biases and the kind of MLP come from keys and shapes; head_dim and ``rope_theta`` from
-    Meta's stored periods where there are any, else from the family by hidden size; the rest are the
-    family's defaults.
+    Sizes, biases and the kind of MLP come from keys and shapes; of DINOv3 head_dim and
+    ``rope_theta`` from Meta's stored periods where there are any, else from the family by hidden
+    size; heads of DINOv2 have 64 channels. The rest are the family's defaults.
 
     Args:
         state_dict: Weights in any layout that :func:`to_transformers` reads.
-        **overrides: Fields of DINOv3ViTConfig, e.g. ``num_attention_heads`` for a model outside the
+        **overrides: Fields of the config, e.g. ``num_attention_heads`` for a model outside the
             family.
 
     Raises:
         ValueError: the number of heads can't be told, or the periods are not those of a single
             ``rope_theta``.
-        TypeError: an override is no field of DINOv3ViTConfig.
+        TypeError: an override is no field of the config.
     """
-    check_overrides(overrides)
-    return config_of(read(state_dict), overrides)
+    reading = read(state_dict)
+    check_overrides(config_class_for(reading), overrides)
+    return config_of(reading, overrides)
 
 
 def load_into(
@@ -143,9 +163,9 @@ def load_into(
     """Load a checkpoint of any known layout into a model of any known layout, strictly.
 
     Args:
-        model: ``DINOv3Encoder``, transformers' ``DINOv3ViTModel`` or ``DINOv3ViTBackbone``, timm's
-            ``vit_*_dinov3``, or Meta's model; weights on the meta device are replaced instead of
-            filled.
+        model: ``DINOv3Encoder`` or ``DINOv2Encoder``, transformers' models or backbones of either,
+            timm's ``vit_*_dinov3`` or ``vit_*_dinov2``, or Meta's model; weights on the meta device
+            are replaced instead of filled.
         source: A path for :func:`load_checkpoint`, or a state dict.
 
     Raises:
@@ -163,7 +183,8 @@ def load_into(
         )
     layout = layout_of(actual)
     own = write(reading.tensors, layout)
-    if layout == "meta":  # periods are the model's own; a model without mask_k_bias has no masks
+    if layout == "meta" and reading.family == "dinov3":
+        # Periods are the model's own; a model without mask_k_bias has no masks.
         own = {key: own[key] for key in own if key in actual or not key.endswith(".bias_mask")}
         own["rope_embed.periods"] = target[actual["rope_embed.periods"]]
     differences = compare(own, {key: target[name] for key, name in actual.items()})
@@ -201,14 +222,14 @@ def convert(
             ``hub/backbones.py``), else ``imagenet``: a 7B model trained on satellite images can't
             be told from its keys.
         overwrite: Replace files that are there already.
-        **overrides: Fields of DINOv3ViTConfig.
+        **overrides: Fields of the config.
 
     Raises:
         FileExistsError: files are there and `overwrite` is False.
         FileNotFoundError, ValueError, TypeError: as :func:`open_checkpoint`.
     """
     opened = open_checkpoint(source, pixel_statistics=pixel_statistics, **overrides)
-    opened.config.architectures = ["DINOv3ViTModel"]
+    opened.config.architectures = [_STOCK_MODELS[opened.config.model_type]]
     if dtype is not None:
         opened.config.dtype = dtype
     documents = {

@@ -1,20 +1,32 @@
-"""Configurations of the DINOv3 ViT family: by name, and as weights tell them."""
+"""Configurations of DINOv3 and DINOv2 ViTs: by name, and as weights tell them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .tensors import Reading, architecture
+from . import dinov2
+from .architecture import architecture
+from .keys import Family
+from .tensors import Reading
 
 if TYPE_CHECKING:
-    from transformers import DINOv3ViTConfig
+    from transformers import Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfig
 
+    Config = DINOv3ViTConfig | Dinov2Config | Dinov2WithRegistersConfig
+
+_NOT_IN_WEIGHTS = (
+    "num_attention_heads",
+    "rope_theta",
+    "layerscale_value",
+    "layer_norm_eps",
+    "drop_path_rate",
+)
 _GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
@@ -24,9 +36,11 @@ def _preset(*sizes: int, **options: Any) -> Mapping[str, Any]:
     return MappingProxyType(dict(zip(_SIZES, sizes, strict=True)) | common | options)
 
 
-# Arguments of DINOv3ViTConfig by Meta's names of the models (dinov3's hub/backbones.py).
+# Arguments of DINOv3ViTConfig by Meta's names of the models (dinov3's hub/backbones.py; vitt16 is
+# EUPE's, whose ViT-S and ViT-B have the sizes of DINOv3's).
 CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
+        "vitt16": _preset(192, 12, 3, 768),
         "vits16": _preset(384, 12, 6, 1536),
         "vits16plus": _preset(384, 12, 6, 1536, **_GATED),
         "vitb16": _preset(768, 12, 12, 3072),
@@ -47,30 +61,49 @@ def get_config(name: str, **overrides: Any) -> DINOv3ViTConfig:
     """
     if name not in CONFIGS:
         raise ValueError(f"name must be one of {', '.join(CONFIGS)}; got {name!r}")
-    check_overrides(overrides)
-    return make_config(CONFIGS[name], overrides)
+    kind = config_classes("dinov3")[0]
+    check_overrides(kind, overrides)
+    return kind.from_dict({**CONFIGS[name], **overrides})
 
 
-def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Raise TypeError unless all are fields of DINOv3ViTConfig."""
-    from transformers import DINOv3ViTConfig
-
-    unknown = sorted(overrides.keys() - {field.name for field in fields(DINOv3ViTConfig)})
-    if unknown:
-        raise TypeError(f"no fields of DINOv3ViTConfig: {', '.join(unknown)}")
+def check_overrides(kind: type[Config], overrides: Mapping[str, Any]) -> None:
+    """Raise TypeError unless all are fields of a class of configs."""
+    if unknown := sorted(overrides.keys() - {field.name for field in fields(kind)}):
+        raise TypeError(f"no fields of {kind.__name__}: {', '.join(unknown)}")
 
 
-def make_config(known: Mapping[str, Any], overrides: Mapping[str, Any]) -> DINOv3ViTConfig:
-    """A config with the fields that are known, or overridden."""
-    from transformers import DINOv3ViTConfig
+def config_classes(family: Family) -> tuple[type[Config], ...]:
+    """The classes of transformers for configs of a family."""
+    from transformers import Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfig
 
-    return DINOv3ViTConfig.from_dict({**known, **overrides})
+    if family == "dinov2":
+        return Dinov2Config, Dinov2WithRegistersConfig
+    return (DINOv3ViTConfig,)
 
 
-def config_of(reading: Reading, overrides: Mapping[str, Any]) -> DINOv3ViTConfig:
+def config_class_of(model_type: str | None) -> type[Config] | None:
+    """The class for a config.json of an encoder here; None for any other."""
+    classes = (*config_classes("dinov3"), *config_classes("dinov2"))
+    return {kind.model_type: kind for kind in classes}.get(model_type or "")
+
+
+def config_class_for(reading: Reading) -> type[Config]:
+    """The class of the config that fits the weights."""
+    registers = "embeddings.register_tokens" in reading.tensors
+    return config_classes(reading.family)[registers and reading.family == "dinov2"]
+
+
+def config_of(reading: Reading, overrides: Mapping[str, Any]) -> Config:
     """The config that fits the weights; see :func:`hrvlm.checkpoints.convert.infer_config`."""
-    found = architecture(reading.tensors)
-    size = found["hidden_size"]
+    kind, sizes = config_class_for(reading), architecture(reading.tensors)
+    if reading.family == "dinov2":
+        found = dinov2.config_fields(sizes)
+        if "num_attention_heads" not in {**found, **overrides}:
+            raise ValueError(_no_heads(sizes.hidden_size, "one of DINOv2's"))
+        return kind.from_dict({**found, **overrides})
+    names = {field.name for field in fields(kind)} - set(_NOT_IN_WEIGHTS)
+    found = {name: value for name, value in asdict(sizes).items() if name in names}
+    size = sizes.hidden_size
     if reading.periods is not None:
         found["num_attention_heads"] = size // (4 * reading.periods.numel())
         if "rope_theta" not in overrides:
@@ -78,12 +111,16 @@ def config_of(reading: Reading, overrides: Mapping[str, Any]) -> DINOv3ViTConfig
     elif "num_attention_heads" not in overrides:
         if size not in _NUM_HEADS:
             family = ", ".join(map(str, sorted(_NUM_HEADS)))
-            raise ValueError(
-                f"hidden_size {size} is not in the family ({family}), so the number of heads can't "
-                "be told from the weights: pass num_attention_heads"
-            )
+            raise ValueError(_no_heads(size, f"in the family ({family})"))
         found["num_attention_heads"] = _NUM_HEADS[size]
-    return make_config(found, overrides)
+    return kind.from_dict({**found, **overrides})
+
+
+def _no_heads(size: int, known: str) -> str:
+    return (
+        f"hidden_size {size} is not {known}, so the number of heads can't "
+        "be told from the weights: pass num_attention_heads"
+    )
 
 
 def periods_of(config: DINOv3ViTConfig) -> Tensor:

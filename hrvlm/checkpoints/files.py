@@ -195,10 +195,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _load_file(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         start = file.read(9)
+    if start[8:9] == b"{":  # asked first: before it is a length, which may begin like the others
+        return _load_safetensors(path)
     if start[:2] == _ZIP_MAGIC or start[:1] == _PICKLE_MAGIC:
         return _load_pickle(path, mmap=start[:2] == _ZIP_MAGIC)
-    if start[8:9] == b"{":
-        return _load_safetensors(path)
     raise ValueError(f"{path}: neither safetensors nor a file of torch.save{_pointer_note(path)}")
 
 

@@ -16,13 +16,23 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..images.processor import IMAGENET, SAT493M
+from .architecture import architecture, expected_shapes
 from .differences import KeyDifferences, compare
-from .family import CONFIGS, check_overrides, config_of, make_config
+from .family import (
+    CONFIGS,
+    check_overrides,
+    config_class_for,
+    config_class_of,
+    config_classes,
+    config_of,
+)
 from .files import WEIGHT_SUFFIXES, load_checkpoint, read_json, summary
-from .tensors import CheckpointInfo, Reading, architecture, expected_shapes, read
+from .keys import Family
+from .sizes import sizes_of
+from .tensors import CheckpointInfo, Reading, read, write
 
 if TYPE_CHECKING:
-    from transformers import DINOv3ViTConfig
+    from .family import Config
 
 _PIXEL_STATISTICS = {"imagenet": IMAGENET, "sat493m": SAT493M}
 
@@ -39,7 +49,7 @@ class OpenedCheckpoint:
     """
 
     tensors: dict[str, Tensor]
-    config: DINOv3ViTConfig
+    config: Config
     preprocessor: dict[str, Any]
     info: CheckpointInfo
 
@@ -47,7 +57,7 @@ class OpenedCheckpoint:
 def open_checkpoint(
     source: str | os.PathLike[str] | Mapping[str, Any],
     *,
-    config: DINOv3ViTConfig | None = None,
+    config: Config | None = None,
     pixel_statistics: str | None = None,
     strict: bool = True,
     **overrides: Any,
@@ -59,26 +69,28 @@ def open_checkpoint(
         config: Default: the config.json of transformers beside the weights, else what fits them.
         pixel_statistics: As in :func:`convert`.
         strict: Raise where keys are missing or unexpected, or the config does not fit.
-        **overrides: Fields of DINOv3ViTConfig.
+        **overrides: Fields of the config.
 
     Raises:
         FileNotFoundError: `source` does not exist.
         ValueError: as :func:`load_checkpoint`, :func:`to_transformers` and :func:`infer_config`, or
             the config does not fit the weights.
-        TypeError: an override is no field of DINOv3ViTConfig.
+        TypeError: an override is no field of the config.
     """
     given = config is not None
     if pixel_statistics is not None and pixel_statistics not in _PIXEL_STATISTICS:
         raise ValueError(
             f"pixel_statistics must be {' or '.join(_PIXEL_STATISTICS)}, got {pixel_statistics!r}"
         )
-    check_overrides(overrides)
     weights = weights_of(source)
     stored, preprocessor = _documents_beside(source)
     with naming(source):
         reading = read(weights, strict=strict)
+    kind = config_class_of((stored or {}).get("model_type")) or config_class_for(reading)
+    check_overrides(kind, overrides)
+    with naming(source):
         if config is None and stored:
-            config = _stored_config(source, stored, overrides)
+            config = _stored_config(source, kind, {**stored, **overrides})
         elif config is None:
             config = config_of(reading, overrides)
         if strict and (difference := _config_difference(reading.tensors, config)):
@@ -86,8 +98,10 @@ def open_checkpoint(
     if not given:
         config.dtype = reading.tensors["embeddings.patch_embeddings.weight"].dtype
     if preprocessor is None or pixel_statistics is not None:
-        preprocessor = _preprocessor_config(pixel_statistics or _likely_statistics(reading))
-    return OpenedCheckpoint(reading.tensors, config, preprocessor, reading.info)
+        statistics = pixel_statistics or _likely_statistics(reading)
+        preprocessor = _preprocessor_config(statistics, reading.family)
+    stored_tensors = write(reading.tensors, "transformers")
+    return OpenedCheckpoint(stored_tensors, config, preprocessor, reading.info)
 
 
 def is_foreign(source: str | os.PathLike[str]) -> bool:
@@ -111,28 +125,40 @@ def foreign_base(directory: str | os.PathLike[str]) -> str | None:
 
 
 def load_foreign(
-    load: Callable[..., Any], path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    model_class: Any,
+    load: Callable[..., Any],
+    path: str | os.PathLike[str],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Call ``load``, a ``from_pretrained``, with what :func:`open_checkpoint` makes of `path`.
 
     Args:
-        load: Of a model of DINOv3ViTConfig.
+        model_class: Of an encoder; its ``family`` says whose weights they have to be.
+        load: Its ``from_pretrained`` for directories of transformers.
         path: See :func:`is_foreign`.
         *args: Passed on.
         **kwargs: Fields of the config where no ``config`` is given; the others are passed on.
-    """
-    from transformers import DINOv3ViTConfig
 
+    Raises:
+        ValueError: they are another family's, or as :func:`open_checkpoint`.
+    """
+    kinds = config_classes(model_class.family)
     config, overrides = kwargs.pop("config", None), {}
     if config is None:
-        names = {field.name for field in fields(DINOv3ViTConfig)} - {"dtype"}
+        names = {field.name for kind in kinds for field in fields(kind)} - {"dtype"}
         overrides = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-    elif not isinstance(config, DINOv3ViTConfig):
-        config = DINOv3ViTConfig.from_pretrained(config)
+    elif not isinstance(config, kinds):
+        config = model_class.config_class.from_pretrained(config)
     else:
         config = copy.deepcopy(config)
     lenient = not kwargs.get("strict", True) or kwargs.get("ignore_mismatched_sizes", False)
     opened = open_checkpoint(path, config=config, strict=not lenient, **overrides)
+    if not isinstance(opened.config, kinds):
+        raise ValueError(
+            f"{path}: weights of {opened.config.model_type}, which are not those of a "
+            f"{model_class.__name__}"
+        )
     kwargs.pop("subfolder", None)
     opened.config.name_or_path = str(path)  # for errors; loading forgets it
     loaded = load(None, *args, config=opened.config, state_dict=opened.tensors, **kwargs)
@@ -166,7 +192,7 @@ def _documents_beside(
         return None, None
     home = _home(source)
     stored = read_json(home / "config.json")
-    if stored is None or stored.get("model_type") != "dinov3_vit":
+    if stored is None or config_class_of(stored.get("model_type")) is None:
         return None, None
     return stored, read_json(home / "preprocessor_config.json")
 
@@ -176,39 +202,49 @@ def _home(source: str | os.PathLike[str]) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _stored_config(
-    source: Any, stored: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> DINOv3ViTConfig:
+def _stored_config(source: Any, kind: type[Config], stored: dict[str, Any]) -> Config:
     try:
-        return make_config(stored, overrides)
+        return kind.from_dict(stored)
     except Exception as error:  # the fields of a damaged config may have any type and value
         path = _home(source) / "config.json"
-        raise ValueError(f"{path}: no config of a DINOv3 ViT ({summary(error)})") from error
+        raise ValueError(f"{path}: no config of a DINO ViT ({summary(error)})") from error
 
 
-def _config_difference(
-    tensors: Mapping[str, Tensor], config: DINOv3ViTConfig
-) -> KeyDifferences | str:
-    found = architecture(tensors)["num_hidden_layers"]
+def _config_difference(tensors: Mapping[str, Tensor], config: Config) -> KeyDifferences | str:
+    found = architecture(tensors).num_hidden_layers
     if config.num_hidden_layers != found:  # told first: the config may say any number
         return f"num_hidden_layers={config.num_hidden_layers}, the weights have {found}"
-    return compare(tensors, expected_shapes(vars(config)))
+    return compare(tensors, expected_shapes(sizes_of(config)))
 
 
 def _likely_statistics(reading: Reading) -> str:
+    if reading.family == "dinov2":
+        return "imagenet"
     size = reading.tensors["embeddings.patch_embeddings.weight"].shape[0]
     large = size == CONFIGS["vitl16"]["hidden_size"]
     local = any(".local_cls_norm." in f".{key}" for key in reading.info.left_out)
     return "sat493m" if large and local else "imagenet"
 
 
-def _preprocessor_config(statistics: str) -> dict[str, Any]:
+def _preprocessor_config(statistics: str, family: Family) -> dict[str, Any]:
     mean, std = _PIXEL_STATISTICS[statistics]
-    return {
-        "image_processor_type": "DINOv3ViTImageProcessor",
+    sizes = {
+        "dinov3": {
+            "image_processor_type": "DINOv3ViTImageProcessor",
+            "size": {"height": 224, "width": 224},
+            "resample": 2,
+        },
+        "dinov2": {
+            "image_processor_type": "BitImageProcessor",
+            "size": {"shortest_edge": 256},
+            "do_center_crop": True,
+            "crop_size": {"height": 224, "width": 224},
+            "resample": 3,
+            "do_convert_rgb": True,
+        },
+    }
+    return sizes[family] | {
         "do_resize": True,
-        "size": {"height": 224, "width": 224},
-        "resample": 2,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

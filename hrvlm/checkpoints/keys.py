@@ -1,54 +1,100 @@
-"""Key names of DINOv3 ViT checkpoints, and how a checkpoint's layout is recognised by them.
+"""Key names of DINOv3 and DINOv2 checkpoints, and how a layout is recognised by them.
 
-Canonical names are those of transformers' files. The names of Meta's follow dinov3's
-``models/vision_transformer.py``, ``layers/attention.py`` and ``layers/ffn_layers.py``; timm's
-follow ``timm/models/eva.py``.
+Canonical names are those of transformers' files of DINOv3, for DINOv2 too. The names of Meta's
+follow dinov3's ``models/vision_transformer.py``, ``layers/attention.py`` and
+``layers/ffn_layers.py``, and their counterparts in dinov2; timm's follow ``timm/models/eva.py`` and
+``vision_transformer.py``; the last are those of transformers' ``Dinov2Model``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 Layout = Literal["transformers", "transformers_memory", "fused", "meta", "timm"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+Family = Literal["dinov3", "dinov2"]
 
-# Canonical module or tensor: its name in (Meta's, timm's) layout; None where that layout has no
-# such thing.
-OUTER = {
-    "embeddings.cls_token": ("cls_token", "cls_token"),
-    "embeddings.mask_token": ("mask_token", None),
-    "embeddings.register_tokens": ("storage_tokens", "reg_token"),
-    "embeddings.patch_embeddings": ("patch_embed.proj", "patch_embed.proj"),
-    "norm": ("norm", "norm"),
+# Canonical module or tensor: its name in (Meta's, timm's, transformers') layout; None where that
+# layout has no such thing. transformers' own names for DINOv3 are the canonical ones.
+Names: TypeAlias = dict[str, tuple[str | None, str | None, str | None]]
+
+_DINOV3: Names = {
+    "embeddings.cls_token": ("cls_token", "cls_token", None),
+    "embeddings.mask_token": ("mask_token", None, None),
+    "embeddings.register_tokens": ("storage_tokens", "reg_token", None),
+    "embeddings.patch_embeddings": ("patch_embed.proj", "patch_embed.proj", None),
+    "norm": ("norm", "norm", None),
+    "norm1": ("norm1", "norm1", None),
+    "norm2": ("norm2", "norm2", None),
+    "attention.o_proj": ("attn.proj", "attn.proj", None),
+    "layer_scale1.lambda1": ("ls1.gamma", "gamma_1", None),
+    "layer_scale2.lambda1": ("ls2.gamma", "gamma_2", None),
 }
-BLOCK = {
-    "norm1": ("norm1", "norm1"),
-    "attention.o_proj": ("attn.proj", "attn.proj"),
-    "layer_scale1.lambda1": ("ls1.gamma", "gamma_1"),
-    "norm2": ("norm2", "norm2"),
-    "layer_scale2.lambda1": ("ls2.gamma", "gamma_2"),
+_DINOV2: Names = {
+    "embeddings.cls_token": ("cls_token", "cls_token", "embeddings.cls_token"),
+    "embeddings.mask_token": ("mask_token", None, "embeddings.mask_token"),
+    "embeddings.register_tokens": ("register_tokens", "reg_token", "embeddings.register_tokens"),
+    "embeddings.position_embeddings": (
+        "pos_embed",
+        "pos_embed",
+        "embeddings.position_embeddings",
+    ),
+    "embeddings.patch_embeddings": (
+        "patch_embed.proj",
+        "patch_embed.proj",
+        "embeddings.patch_embeddings.projection",
+    ),
+    "norm": ("norm", "norm", "layernorm"),
+    "norm1": ("norm1", "norm1", "norm1"),
+    "norm2": ("norm2", "norm2", "norm2"),
+    "attention.q_proj": (None, None, "attention.attention.query"),
+    "attention.k_proj": (None, None, "attention.attention.key"),
+    "attention.v_proj": (None, None, "attention.attention.value"),
+    "attention.o_proj": ("attn.proj", "attn.proj", "attention.output.dense"),
+    "layer_scale1.lambda1": ("ls1.gamma", "ls1.gamma", "layer_scale1.lambda1"),
+    "layer_scale2.lambda1": ("ls2.gamma", "ls2.gamma", "layer_scale2.lambda1"),
 }
-MLP = {
-    "mlp.up_proj": ("mlp.fc1", "mlp.fc1"),
-    "mlp.down_proj": ("mlp.fc2", "mlp.fc2"),
+_MLP: dict[Family, Names] = {
+    "dinov3": {
+        "mlp.up_proj": ("mlp.fc1", "mlp.fc1", None),
+        "mlp.down_proj": ("mlp.fc2", "mlp.fc2", None),
+    },
+    "dinov2": {
+        "mlp.up_proj": ("mlp.fc1", "mlp.fc1", "mlp.fc1"),
+        "mlp.down_proj": ("mlp.fc2", "mlp.fc2", "mlp.fc2"),
+    },
 }
-GATED_MLP = {
-    "mlp.gate_proj": ("mlp.w1", "mlp.fc1_g"),
-    "mlp.up_proj": ("mlp.w2", "mlp.fc1_x"),
-    "mlp.down_proj": ("mlp.w3", "mlp.fc2"),
+GATE_AND_UP = "mlp.gate_and_up"  # one matrix in all layouts of DINOv2, the gate's rows first
+_GATED_MLP: dict[Family, Names] = {
+    "dinov3": {
+        "mlp.gate_proj": ("mlp.w1", "mlp.fc1_g", None),
+        "mlp.up_proj": ("mlp.w2", "mlp.fc1_x", None),
+        "mlp.down_proj": ("mlp.w3", "mlp.fc2", None),
+    },
+    "dinov2": {
+        GATE_AND_UP: ("mlp.w12", "mlp.fc1", "mlp.weights_in"),
+        "mlp.down_proj": ("mlp.w3", "mlp.fc2", "mlp.weights_out"),
+    },
 }
+NAMES: dict[Family, Names] = {"dinov3": _DINOV3, "dinov2": _DINOV2}
 # timm's unfused variant (qkv_fused=False): only read, never written.
 _TIMM_UNFUSED = {f"attn.{n}_proj": f"attention.{n}_proj" for n in "qkv"}
 
-_COLUMN: dict[Layout, int] = {"meta": 0, "timm": 1}
-_ANCHORS = ("embeddings.patch_embeddings.weight", "patch_embed.proj.weight")
+_COLUMN: dict[Layout, int] = {"meta": 0, "timm": 1, "transformers": 2}
+_ANCHORS = (
+    "embeddings.patch_embeddings.weight",
+    "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.weight",
+)
+_POSITIONS = ("embeddings.position_embeddings", "pos_embed")
 _MARKERS: dict[Layout, str] = {
     "meta": r"storage_tokens$|rope_embed\.periods$|blocks\.\d+\.(ls[12]\.gamma$|mlp\.w[123]\.)",
     "timm": r"reg_token$|blocks\.\d+\.(gamma_[12]$|mlp\.fc1_[gx]\.|attn\.[qv]_bias$)",
 }
-_LAYER_KEY = re.compile(r"(?:blocks|layer|model\.layer)\.(\d+)\.(.+)")
+# Meta's training of DINOv2 divides the blocks into chunks, blocks.<chunk>.<block>.
+_LAYER_KEY = re.compile(r"(?:blocks(?:\.\d+)?|(?:model\.|encoder\.)?layer)\.(\d+)\.(.+)")
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -70,7 +116,7 @@ def find_prefix(keys: Iterable[str]) -> str:
     Meta's evaluation.
 
     Raises:
-        ValueError: no patch embedding of a DINOv3 ViT, or several encoders.
+        ValueError: no patch embedding of a DINO ViT, or several encoders.
     """
     ends = tuple((key, anchor) for key in keys for anchor in _ANCHORS)
     prefixes = sorted(
@@ -85,7 +131,7 @@ def find_prefix(keys: Iterable[str]) -> str:
         prefixes = teachers if len(teachers) == 1 else prefixes
     if not prefixes:
         raise ValueError(
-            "not the checkpoint of a DINOv3 ViT: no key ends in "
+            "not the checkpoint of a DINOv3 or DINOv2 ViT: no key ends in "
             + " or ".join(_ANCHORS)
             + " (its patch embedding)"
         )
@@ -95,6 +141,11 @@ def find_prefix(keys: Iterable[str]) -> str:
     return prefixes[0]
 
 
+def family_of(keys: Iterable[str]) -> Family:
+    """Whose ViT it is, by keys that have no prefix and no wrappers."""
+    return "dinov2" if any(key in _POSITIONS for key in keys) else "dinov3"
+
+
 def layout_of(keys: Iterable[str]) -> Layout:
     """The layout of keys that have no prefix and no wrappers.
 
@@ -102,14 +153,18 @@ def layout_of(keys: Iterable[str]) -> Layout:
         ValueError: the keys fit none, or Meta's and timm's equally.
     """
     keys = list(keys)
-    if any(key == _ANCHORS[0] for key in keys):
-        if any(re.search(r"layer\.\d+\.attention\.qkv\.weight$", key) for key in keys):
+    if any(key in _ANCHORS[:2] for key in keys):
+        if any(re.fullmatch(r"layer\.\d+\.attention\.qkv\.weight", key) for key in keys):
             return "fused"
+        in_memory = r"model\.layer\.|encoder\.layer\.\d+\.attention\.[qkvo]_proj\."
         return (
             "transformers_memory"
-            if any(key.startswith("model.layer.") for key in keys)
+            if any(re.match(in_memory, key) for key in keys)
             else "transformers"
         )
+    if family_of(keys) == "dinov2":
+        theirs = r"mask_token$|register_tokens$|blocks\.(\d+\.)+mlp\.w12\."
+        return "meta" if any(re.match(theirs, key) for key in keys) else "timm"
     found: list[Layout] = [
         layout for layout, marker in _MARKERS.items() if any(re.match(marker, key) for key in keys)
     ]
@@ -122,28 +177,44 @@ def layout_of(keys: Iterable[str]) -> Layout:
     return found[0]
 
 
-def canonical_name(rest: str, layout: Layout) -> str:
+def canonical_name(rest: str, layout: Layout, family: Family = "dinov3") -> str:
     """Canonical name of a key without its layer index; unknown names come back as they are."""
-    if layout not in _COLUMN:
-        return rest
-    return _renamed(rest, _READ[layout])
+    layout = "transformers" if layout == "transformers_memory" else layout
+    return _renamed(rest, _READ.get((family, layout), {}))
 
 
-def own_name(rest: str, layout: Layout, *, gated: bool) -> str | None:
-    """Meta's or timm's name of a canonical one; None where the layout has no such tensor."""
+def own_name(rest: str, layout: Layout, family: Family = "dinov3", *, gated: bool) -> str | None:
+    """A layout's name of a canonical one; None where the layout has no such tensor."""
     column = _COLUMN[layout]
-    table = OUTER | BLOCK | (GATED_MLP if gated else MLP)
+    table = NAMES[family] | (_GATED_MLP if gated else _MLP)[family]
     module, _, leaf = rest.rpartition(".")
-    if rest in table:
-        return table[rest][column]
-    return f"{table[module][column]}.{leaf}"
+    return table[rest][column] if rest in table else f"{table[module][column]}.{leaf}"
 
 
-def _reading_table(layout: Layout) -> dict[str, str]:
-    pairs = [*OUTER.items(), *BLOCK.items(), *MLP.items(), *GATED_MLP.items()]
-    table = {
-        own: canonical for canonical, names in pairs if (own := names[_COLUMN[layout]]) is not None
-    }
+def canonical_keys_of_dinov2(key: str) -> tuple[str, ...]:
+    """Of a key of transformers' DINOv2, in a file or in memory: two for gate and up in one."""
+    index, rest = split_layer(key)
+    head = "" if index is None else f"layer.{index}."
+    if rest.startswith("mlp.weights_in."):
+        leaf = rest.rpartition(".")[2]
+        return f"{head}mlp.gate_proj.{leaf}", f"{head}mlp.up_proj.{leaf}"
+    return (head + canonical_name(rest, "transformers", "dinov2"),)
+
+
+def dinov2_key(rest: str) -> str:
+    """Transformers' name of a canonical one outside the MLP; unknown ones come back as they are."""
+    module, _, leaf = rest.rpartition(".")
+    name = NAMES["dinov2"].get(module, (None, None, None))[2]
+    return f"{name}.{leaf}" if name else rest
+
+
+def _reading_table(family: Family, layout: Layout) -> dict[str, str]:
+    column, pairs = _COLUMN[layout], (NAMES[family] | _MLP[family]).items()
+    table = {own: canonical for canonical, names in pairs if (own := names[column]) is not None}
+    for canonical, names in _GATED_MLP[family].items():
+        if (own := names[column]) is not None:
+            # Its halves are told apart by the number of rows, see tensors.py.
+            table[own] = "mlp.up_proj" if canonical == GATE_AND_UP else canonical
     return table | (_TIMM_UNFUSED if layout == "timm" else {})
 
 
@@ -154,4 +225,9 @@ def _renamed(rest: str, table: dict[str, str]) -> str:
     return f"{table[module]}.{leaf}" if module in table else rest
 
 
-_READ: dict[Layout, dict[str, str]] = {layout: _reading_table(layout) for layout in _COLUMN}
+_READ: dict[tuple[Family, Layout], dict[str, str]] = {
+    (family, layout): _reading_table(family, layout)
+    for family in get_args(Family)
+    for layout in _COLUMN
+    if (family, layout) != ("dinov3", "transformers")
+}

@@ -7,13 +7,36 @@ from typing import Any
 
 from ..images.geometry import square_side
 
+DINOV2_TYPES = ("dinov2", "dinov2_with_registers")  # model_type of their configs
+
+
+@dataclass(frozen=True)
+class LearnedPositions:
+    """Positions that are weights, for a square of patches and CLS.
+
+    Attributes:
+        side: Patches down and across.
+        antialias: How they become those of another grid: with or without.
+    """
+
+    side: int
+    antialias: bool
+
+    @property
+    def count(self) -> int:
+        """With that of CLS."""
+        return self.side**2 + 1
+
 
 @dataclass(frozen=True)
 class ViTSizes:
-    """The fields of a ``DINOv3ViTConfig`` that parameters and blocks depend on, for any family.
+    """What parameters and blocks depend on, in the words of ``DINOv3ViTConfig``.
 
     Attributes:
         rope_theta: Base of RoPE; None where q and k are not rotated.
+        positions: None where there are no learned ones.
+        has_registers: Whether there is a tensor of registers, be it an empty one.
+        has_mask_token: Whether there is one.
     """
 
     hidden_size: int
@@ -34,6 +57,9 @@ class ViTSizes:
     layer_norm_eps: float
     drop_path_rate: float
     rope_theta: float | None = None
+    positions: LearnedPositions | None = None
+    has_registers: bool = True
+    has_mask_token: bool = True
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -46,12 +72,12 @@ _SAME_NAMES = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_channels",
-    "hidden_act",
     "layerscale_value",
     "layer_norm_eps",
     "drop_path_rate",
 )
 _OF_DINOV3 = (
+    "hidden_act",
     "intermediate_size",
     "num_register_tokens",
     "use_gated_mlp",
@@ -64,14 +90,23 @@ _OF_DINOV3 = (
 
 
 def sizes_of(config: Any) -> ViTSizes:
-    """The sizes in a ``DINOv3ViTConfig``.
+    """The sizes in a config of DINOv3, or of DINOv2 with or without registers.
 
     Raises:
-        ValueError: patches are not square.
+        ValueError: patches are not square, or learned positions are not for a square of them.
     """
-    fields = {name: getattr(config, name) for name in _SAME_NAMES + _OF_DINOV3}
+    fields = {name: getattr(config, name) for name in _SAME_NAMES}
+    fields["patch_size"] = patch_size_of(config)
+    if is_dinov2(config):
+        return ViTSizes(**fields, **_of_dinov2(config, fields["patch_size"]))
+    fields |= {name: getattr(config, name) for name in _OF_DINOV3}
     theta = config.rope_theta if getattr(config, "use_rope", True) else None
-    return ViTSizes(**fields, patch_size=patch_size_of(config), rope_theta=theta)
+    return ViTSizes(**fields, rope_theta=theta)
+
+
+def is_dinov2(config: Any) -> bool:
+    """Whether a config is of DINOv2, with or without registers; only theirs has an MLP's ratio."""
+    return hasattr(config, "mlp_ratio")
 
 
 def patch_size_of(config: Any) -> int:
@@ -81,3 +116,28 @@ def patch_size_of(config: Any) -> int:
         ValueError: the config has patches that are not square.
     """
     return square_side("config.patch_size", config.patch_size)
+
+
+def dinov2_mlp_size(hidden_size: int, ratio: int, gated: bool) -> int:
+    """Width of the MLP: of a gated one two thirds, in eights, as transformers computes it."""
+    width = int(hidden_size * ratio)
+    return (int(width * 2 / 3) + 7) // 8 * 8 if gated else width
+
+
+def _of_dinov2(config: Any, patch_size: int) -> dict[str, Any]:
+    gated = config.use_swiglu_ffn
+    registers = getattr(config, "num_register_tokens", None)
+    qkv = {f"{name}_bias": config.qkv_bias for name in ("query", "key", "value")}
+    side = square_side("config.image_size", config.image_size) // patch_size
+    return qkv | {
+        "hidden_act": "silu" if gated else config.hidden_act,
+        "intermediate_size": dinov2_mlp_size(config.hidden_size, config.mlp_ratio, gated),
+        "num_register_tokens": registers or 0,
+        "use_gated_mlp": gated,
+        "proj_bias": True,
+        "mlp_bias": True,
+        # transformers' models differ in this, as Meta's do.
+        "positions": LearnedPositions(side, antialias=registers is not None),
+        "has_registers": registers is not None,
+        "has_mask_token": getattr(config, "use_mask_token", True),
+    }

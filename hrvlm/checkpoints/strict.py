@@ -21,7 +21,7 @@ from transformers.modeling_utils import load_state_dict
 from ..files import save_whole
 from .damage import check_generation_config, naming_damaged_files
 from .differences import KeyDifferences, group_keys, natural_order
-from .mapping import ABSENT_PARTS, keys_in_files
+from .mapping import ABSENT_PARTS, key_in_file, keys_in_files
 
 _TRANSFORMERS = logging.getLogger("transformers.modeling_utils")
 
@@ -113,7 +113,7 @@ class StrictModel(PreTrainedModel):
         absent = vars(model).pop(ABSENT_PARTS, {})
         if loading_info.mismatched_keys and not load_config.ignore_mismatched_sizes:
             tied = getattr(model, "all_tied_weights_keys", {})
-            info = _as_stored(loading_info, absent)
+            info = _as_stored(model, loading_info, absent)
             info["missing_keys"] = {key for key in info["missing_keys"] if key not in tied}
             raise ValueError(_report(source, model, _differences(info, False)))
         try:
@@ -123,7 +123,7 @@ class StrictModel(PreTrainedModel):
                 raise
             keys = ", ".join(group_keys(loading_info.conversion_errors))
             raise ValueError(f"{source}: these can't be made of its weights: {keys}") from error
-        model._own_loading_info = _as_stored(found, absent)
+        model._own_loading_info = _as_stored(model, found, absent)
         return found
 
 
@@ -205,12 +205,15 @@ def _check_stored(source: Any, model: Any, parts: Iterable[Mapping[str, Any]]) -
         raise ValueError(f"{source}: stored twice: {', '.join(group_keys(twice))}")
 
 
-def _as_stored(loading_info: Any, absent: Mapping[str, list[str]]) -> dict[str, Any]:
+def _as_stored(model: Any, loading_info: Any, absent: Mapping[str, list[str]]) -> dict[str, Any]:
     """What transformers reports, with the missing keys as a file would have them."""
     info = loading_info.to_dict()
     info["missing_keys"] = {
-        stored for key in info["missing_keys"] for stored in absent.get(key, [key])
+        key_in_file(model, stored)
+        for key in info["missing_keys"]
+        for stored in absent.get(key, [key])
     }
+    info["unexpected_keys"] = {key_in_file(model, key) for key in info["unexpected_keys"]}
     return info
 
 

@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .differences import Shape, compare, group_keys
+from . import dinov2
+from .architecture import architecture, expected_shapes
+from .differences import compare, group_keys
 from .files import flatten_tensors
 from .keys import (
     LAYOUTS,
+    Family,
     Layout,
     canonical_name,
+    family_of,
     find_prefix,
     layout_of,
     own_name,
@@ -31,6 +35,9 @@ _LEFT_OUT = re.compile(r"(rope_embed|rope_embeddings|rope|local_cls_norm|project
 _QKV_KEY = re.compile(
     r"(?:attn|attention)\.(?:qkv\.(weight|bias)|(?:qkv(?:_bias)?\.)?([qkv])_bias)"
 )
+
+
+_JOINED = ("meta", "timm")  # q, k and v in one
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class CheckpointInfo:
 class Reading:
     """A checkpoint under canonical keys, and Meta's RoPE periods where it had them."""
 
+    family: Family
     tensors: dict[str, Tensor]
     periods: Tensor | None
     info: CheckpointInfo
@@ -92,16 +100,16 @@ def read(
         for key, tensor in tensors.items()
         if key.startswith(prefix)
     }
-    found = layout or layout_of(inner)
+    family, found = family_of(inner), layout or layout_of(inner)
     _check_cls_norm(inner)
-    canonical = _canonical(inner, found)
-    if found in ("meta", "timm"):
+    canonical = _canonical(inner, found, family)
+    if family == "dinov3" and found in ("meta", "timm"):
         _settle_key_bias(
             canonical, {split_layer(key)[0] for key in inner if key.endswith(".bias_mask")}
         )
-    if found == "timm":
+    if family == "dinov2" or found == "timm":
         _unpack_gated_mlp(canonical)
-    added = _add_absent(canonical, found)
+    added = _add_absent(canonical, found, family)
     _check_dtypes(canonical)
     differences = compare(canonical, expected_shapes(architecture(canonical)))
     if strict and differences:
@@ -113,84 +121,8 @@ def read(
         for key in tensors
         if not key.startswith(prefix) or _is_left_out(key.removeprefix(prefix))
     )
-    return Reading(
-        canonical, inner.get("rope_embed.periods"), CheckpointInfo(found, prefix, left_out, added)
-    )
-
-
-def architecture(canonical: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Fields of DINOv3ViTConfig that follow from keys and shapes (all but the number of heads).
-
-    Raises:
-        ValueError: the patch embedding is no convolution with a square kernel.
-    """
-    patch = tuple(canonical["embeddings.patch_embeddings.weight"].shape)
-    if len(patch) != 4 or patch[2] != patch[3]:
-        raise ValueError(
-            f"patch embedding: expected a weight [C, channels, p, p], got {list(patch)}"
-        )
-    layers: dict[str, Tensor] = {}
-    num_layers = 0
-    for key, tensor in canonical.items():
-        index, rest = split_layer(key)
-        if index is not None:
-            layers.setdefault(rest, tensor)
-            num_layers = max(num_layers, index + 1)
-    gated = "mlp.gate_proj.weight" in layers
-    registers = canonical.get("embeddings.register_tokens")
-    return {
-        "patch_size": patch[2],
-        "num_channels": patch[1],
-        "hidden_size": patch[0],
-        "num_hidden_layers": num_layers,
-        "intermediate_size": layers["mlp.up_proj.weight"].shape[0]
-        if "mlp.up_proj.weight" in layers
-        else 4 * patch[0],
-        "num_register_tokens": 0 if registers is None else registers.shape[1],
-        "use_gated_mlp": gated,
-        "hidden_act": "silu" if gated else "gelu",
-        "query_bias": "attention.q_proj.bias" in layers,
-        "key_bias": "attention.k_proj.bias" in layers,
-        "value_bias": "attention.v_proj.bias" in layers,
-        "proj_bias": "attention.o_proj.bias" in layers,
-        "mlp_bias": "mlp.up_proj.bias" in layers,
-    }
-
-
-def expected_shapes(fields: Mapping[str, Any]) -> dict[str, Shape]:
-    """Canonical key and shape of every weight of a DINOv3ViTModel with these config fields."""
-    size, inner, patch = fields["hidden_size"], fields["intermediate_size"], fields["patch_size"]
-    kernel = (patch, patch) if isinstance(patch, int) else tuple(patch)
-    shapes: dict[str, Shape] = {
-        "embeddings.cls_token": (1, 1, size),
-        "embeddings.mask_token": (1, 1, size),
-        "embeddings.register_tokens": (1, fields["num_register_tokens"], size),
-        "embeddings.patch_embeddings.weight": (size, fields["num_channels"], *kernel),
-        "embeddings.patch_embeddings.bias": (size,),
-        "norm.weight": (size,),
-        "norm.bias": (size,),
-    }
-    linears = {
-        "attention.q_proj": ((size, size), fields["query_bias"]),
-        "attention.k_proj": ((size, size), fields["key_bias"]),
-        "attention.v_proj": ((size, size), fields["value_bias"]),
-        "attention.o_proj": ((size, size), fields["proj_bias"]),
-        "mlp.up_proj": ((inner, size), fields["mlp_bias"]),
-        "mlp.down_proj": ((size, inner), fields["mlp_bias"]),
-    }
-    if fields["use_gated_mlp"]:
-        linears["mlp.gate_proj"] = ((inner, size), fields["mlp_bias"])
-    layer: dict[str, Shape] = {
-        f"norm{i}.{leaf}": (size,) for i in (1, 2) for leaf in ("weight", "bias")
-    }
-    layer |= {f"layer_scale{i}.lambda1": (size,) for i in (1, 2)}
-    for name, (shape, has_bias) in linears.items():
-        layer[f"{name}.weight"] = shape
-        if has_bias:
-            layer[f"{name}.bias"] = shape[:1]
-    for i in range(fields["num_hidden_layers"]):
-        shapes |= {f"layer.{i}.{rest}": shape for rest, shape in layer.items()}
-    return shapes
+    info = CheckpointInfo(found, prefix, left_out, added)
+    return Reading(family, canonical, inner.get("rope_embed.periods"), info)
 
 
 def write(canonical: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -199,13 +131,20 @@ def write(canonical: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     Raises:
         ValueError: the layout can't express the biases of q, k and v.
     """
-    if layout == "transformers":
+    family = family_of(canonical)
+    if family == "dinov3" and layout == "transformers":
         return dict(canonical)
-    if layout == "transformers_memory":
+    if family == "dinov3" and layout == "transformers_memory":
         return {
             f"model.{key}" if key.startswith("layer.") else key: tensor
             for key, tensor in canonical.items()
         }
+    if family == "dinov2" and layout != "fused":
+        joined: dict[str, Tensor] = {}
+        for i in range(architecture(canonical).num_hidden_layers if layout in _JOINED else 0):
+            own = _joined_qkv(canonical, f"layer.{i}.", "meta")
+            joined |= {f"blocks.{i}.{name}": tensor for name, tensor in own.items()}
+        return dinov2.write(canonical, layout, joined)
     gated = "layer.0.mlp.gate_proj.weight" in canonical
     out: dict[str, Tensor] = {}
     for key, tensor in canonical.items():
@@ -247,7 +186,7 @@ def _check_cls_norm(inner: Mapping[str, Tensor]) -> None:
             )
 
 
-def _canonical(inner: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def _canonical(inner: Mapping[str, Tensor], layout: Layout, family: Family) -> dict[str, Tensor]:
     canonical: dict[str, Tensor] = {}
     for key, tensor in inner.items():
         if _is_left_out(key):
@@ -259,7 +198,7 @@ def _canonical(inner: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]
                 f"{head}attention.{name}": part for name, part in _split_qkv(match, tensor)
             }
         else:
-            canonical[head + canonical_name(rest, layout)] = tensor
+            canonical[head + canonical_name(rest, layout, family)] = tensor
     return canonical
 
 
@@ -293,7 +232,10 @@ def _settle_key_bias(canonical: dict[str, Tensor], masked: set[int | None]) -> N
 
 
 def _unpack_gated_mlp(canonical: dict[str, Tensor]) -> None:
-    """Split the ``fc1`` of timm's GluMlp, the gate's rows first (``gate_last=False``)."""
+    """Split gate and up where they are one matrix, the gate's rows first.
+
+    So timm's GluMlp has them (``fc1``, ``gate_last=False``), and DINOv2 in all layouts.
+    """
     for key in [key for key in canonical if key.endswith("mlp.up_proj.weight")]:
         head = key.removesuffix("up_proj.weight")
         down = canonical.get(f"{head}down_proj.weight")
@@ -305,11 +247,17 @@ def _unpack_gated_mlp(canonical: dict[str, Tensor]) -> None:
                 canonical |= {f"{head}gate_proj.{leaf}": gate, f"{head}up_proj.{leaf}": up}
 
 
-def _add_absent(canonical: dict[str, Tensor], layout: Layout) -> tuple[str, ...]:
+def _add_absent(canonical: dict[str, Tensor], layout: Layout, family: Family) -> tuple[str, ...]:
     """What transformers' model has as a tensor and other layouts may leave away."""
     mask = "embeddings.mask_token"
     weight = canonical["embeddings.patch_embeddings.weight"]
     added = {}
+    if family == "dinov2":
+        if layout == "timm":
+            dinov2.position_of_cls(canonical)
+            added[mask] = weight.new_zeros(1, weight.shape[0])
+        canonical |= added
+        return tuple(added)
     if layout in ("meta", "timm") and "embeddings.register_tokens" not in canonical:
         added["embeddings.register_tokens"] = weight.new_empty(1, 0, weight.shape[0])
     if layout == "timm" and mask not in canonical:

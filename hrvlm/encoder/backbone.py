@@ -19,7 +19,7 @@ from .intermediate import as_maps, by_image
 from .output import EncoderOutput
 from .vision_transformer import DINOv3Encoder
 
-mapping.register("DINOv3Backbone")
+mapping.register("DINOv3Backbone", "dinov3")
 
 
 @dataclass

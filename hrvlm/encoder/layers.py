@@ -7,8 +7,6 @@ Parameters have the names of transformers' DINOv3ViTModel, except that q, k and 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -21,14 +19,12 @@ from hrvlm_kernels import PackedGrids, residual_layer_norm, rope_2d, swiglu, var
 from hrvlm_kernels.backends import choose_backend
 from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH
 
-from ..checkpoints.differences import natural_order
 from ..checkpoints.sizes import ViTSizes
 from .plain_modules import input_dtype, is_plain
 from .rope import rope_frequencies
 
 OPS = ("rope_2d", "varlen_attention", "residual_layer_norm", "swiglu")  # that a block runs
 _SILU = {type(ACT2FN[name]) for name in ("silu", "swish")}  # a class of transformers and torch's
-_SEPARATE_BIAS = re.compile(r"attention\.([qkv])_proj\.bias$")
 
 
 class PatchEmbedding(nn.Conv2d):
@@ -53,14 +49,17 @@ class EncoderEmbeddings(nn.Module):
                 f"config.num_register_tokens={config.num_register_tokens}: expected 0 or more"
             )
         self.cls_token = nn.Parameter(torch.randn(1, 1, size))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
-        self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
+        self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, size))
+        self.register_tokens: nn.Parameter | None = nn.Parameter(
+            torch.empty(1, config.num_register_tokens, size)
+        )
         self.patch_shape = (config.num_channels, p, p)
         self.patch_embeddings = PatchEmbedding(config.num_channels, size, kernel_size=p, stride=p)
 
     def init_weights(self, std: float) -> None:
         """Random tokens, as the family's training begins."""
         init.trunc_normal_(self.cls_token, mean=0.0, std=std)
+        assert self.mask_token is not None and self.register_tokens is not None
         init.zeros_(self.mask_token)
         if self.register_tokens.numel():
             init.trunc_normal_(self.register_tokens, mean=0.0, std=std)
@@ -70,13 +69,25 @@ class EncoderEmbeddings(nn.Module):
         pixels = patches.to(input_dtype(self.patch_embeddings, patches))
         x = self.patch_embeddings(pixels.unflatten(1, self.patch_shape)).flatten(1)
         if masked is not None:
+            if self.mask_token is None:
+                raise ValueError("bool_masked_pos: config.use_mask_token is False")
             x = torch.where(masked[:, None], self.mask_token[0].to(x.dtype), x)
-        prefix = torch.cat((self.cls_token[0], self.register_tokens[0])).to(x.dtype)  # [P, C]
+        x = self.placed(x, packed)
+        prefix = self.prefix().to(x.dtype)
         starts = packed.cu_seqlens[:-1].long()
         rows = (starts[:, None] + torch.arange(prefix.shape[0], device=x.device)).flatten()
         tokens = x.new_zeros(packed.coords.shape[0], x.shape[1])
         tokens = tokens.index_copy(0, rows, prefix.repeat(starts.shape[0], 1))
         return tokens.index_copy(0, packed.patch_rows().long(), x)
+
+    def prefix(self) -> Tensor:
+        """``[P, C]``: CLS, then the registers."""
+        assert self.register_tokens is not None
+        return torch.cat((self.cls_token[0], self.register_tokens[0]))
+
+    def placed(self, x: Tensor, packed: PackedGrids) -> Tensor:
+        """Patches ``[N, C]`` with what tells their position, which RoPE does in the blocks."""
+        return x
 
 
 class QKVLinear(nn.Linear):
@@ -331,24 +342,3 @@ def _fuse_qkv(
         for key in (f"{prefix}{name}_proj.bias", f"{prefix}qkv.{name}_bias"):
             if key in state_dict:
                 state_dict[f"{prefix}qkv_bias.{name}_bias"] = state_dict.pop(key)
-
-
-def without_fused_keys(
-    missing: Iterable[str], unexpected: Iterable[str]
-) -> tuple[list[str], list[str]]:
-    """The keys that differ, apart from those that :func:`_fuse_qkv` makes of one another.
-
-    Trainer compares the keys of a checkpoint in shards with those of the model by itself.
-    """
-    missing, unexpected = {*missing}, {*unexpected}
-    for key in [key for key in missing if key.endswith("attention.qkv.weight")]:
-        parts = {f"{key.removesuffix('qkv.weight')}{name}_proj.weight" for name in "qkv"}
-        if parts <= unexpected:
-            missing.remove(key)
-            unexpected -= parts
-    for key in [key for key in unexpected if _SEPARATE_BIAS.search(key)]:
-        fused = _SEPARATE_BIAS.sub(r"attention.qkv_bias.\1_bias", key)
-        if fused in missing:
-            missing.remove(fused)
-            unexpected.remove(key)
-    return sorted(missing, key=natural_order), sorted(unexpected, key=natural_order)

@@ -24,6 +24,8 @@ from hrvlm_kernels.backends import check_backend
 from hrvlm_kernels.traced_grids import TracedGrids
 
 from ..checkpoints.foreign import foreign_base, is_foreign, load_foreign
+from ..checkpoints.keys import Family
+from ..checkpoints.mapping import canonical_keys
 from ..checkpoints.sizes import sizes_of
 from ..checkpoints.strict import StrictModel
 from ..images.geometry import true_or_false
@@ -52,6 +54,7 @@ class PackedEncoder(StrictModel):
     """
 
     config: Any
+    family: Family
     base_model_prefix = ""
     main_input_name = "pixel_values"
     input_modalities = "image"
@@ -83,7 +86,7 @@ class PackedEncoder(StrictModel):
         self.gradient_checkpointing = False
         self._frozen = False
         self._thaws: list[nn.Parameter] = []  # what freeze() found trainable
-        self.register_load_state_dict_pre_hook(_strip_inner_model)
+        self.register_load_state_dict_pre_hook(_accept_stored_keys)
         self.post_init()
 
     def _new_embeddings(self) -> EncoderEmbeddings:
@@ -118,7 +121,7 @@ class PackedEncoder(StrictModel):
         if not isinstance(source, str | PathLike):
             return load(source, *model_args, **kwargs)
         if is_foreign(path := Path(source, kwargs.get("subfolder") or "")):
-            return load_foreign(load, path, *model_args, **kwargs)
+            return load_foreign(cls, load, path, *model_args, **kwargs)
         if base := foreign_base(path):
             raise ValueError(
                 f"{path}: an adapter of {base}, which is no directory of transformers: load that, "
@@ -380,10 +383,13 @@ class PackedEncoder(StrictModel):
         }
 
 
-def _strip_inner_model(
+def _accept_stored_keys(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
 ) -> None:
-    """Accept transformers' in-memory keys ``model.layer.N`` beside the ``layer.N`` of its files."""
-    old = f"{prefix}model.layer."
-    for key in [key for key in state_dict if key.startswith(old)]:
-        state_dict[f"{prefix}layer.{key[len(old) :]}"] = state_dict.pop(key)
+    """Accept transformers' keys, in memory and in files, beside the encoder's own."""
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        names = canonical_keys(key[len(prefix) :])
+        if names != (key[len(prefix) :],):
+            parts = state_dict.pop(key).chunk(len(names))
+            for name, part in zip(names, parts, strict=True):  # in place: it is the caller's
+                state_dict[prefix + name] = part

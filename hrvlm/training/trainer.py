@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints.differences import KeyDifferences
-from ..encoder.layers import without_fused_keys
+from ..checkpoints.mapping import without_converted_keys
 from ..files import all_or_nothing, folder_for_results
 from .optimizers import CombinedOptimizer, is_hidden_matrix
 from .parts import MODULES, PARTS
@@ -175,7 +175,7 @@ class VLMTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Raise where Trainer only warns: what a checkpoint lacks would stay as it was."""
-        missing, unexpected = without_fused_keys(
+        missing, unexpected = without_converted_keys(
             load_result.missing_keys, load_result.unexpected_keys
         )
         tied = getattr(self.model, "all_tied_weights_keys", {})

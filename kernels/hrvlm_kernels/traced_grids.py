@@ -27,6 +27,7 @@ class TracedGrids(PackedGrids):
     images: Any  # B: an int or a symbol
     rows: Tensor  # [N] int64: as patch_rows()
     batched: tuple[Any, Any] | None  # (B, n) of a batch, None for a mixed pack
+    batched_grid: tuple[Any, Any] | None = None  # (hp, wp) of a batch
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class TracedGrids(PackedGrids):
         first = torch.arange(batch, device=device)[:, None] * n
         y, x = (_centre(torch.arange(size, device=device), size) for size in grid)
         coords = torch.stack((y[:, None].expand(hp, wp), x.expand(hp, wp)), -1).flatten(0, 1)
-        return TracedGrids(
+        layout = TracedGrids(
             images=batch,
             total_tokens=batch * n,
             num_prefix_tokens=num_prefix_tokens,
@@ -71,6 +72,8 @@ class TracedGrids(PackedGrids):
             patch_coords=coords.repeat(batch, 1),
             batched=(batch, n),
         )
+        layout.batched_grid = grid
+        return layout
 
     @staticmethod
     def from_tensor(grids: Tensor, num_patches: Any, *, num_prefix_tokens: int) -> TracedGrids:

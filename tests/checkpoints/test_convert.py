@@ -104,6 +104,7 @@ def test_the_key_bias_is_kept_only_where_it_counts():
 def test_norms_of_training_are_left_out_and_one_that_counts_is_refused():
     state = meta_state(config_of())
     extra = {"local_cls_norm.weight": torch.ones(64), "local_cls_norm.bias": torch.ones(64)}
+    extra["projectors.dinov3.0.weight"] = torch.ones(4, 64)  # of EUPE's distillation
     same = {"cls_norm.weight": state["norm.weight"], "cls_norm.bias": state["norm.bias"]}
     info = load_into(DINOv3Encoder(config_of()), state | extra | same)
     assert {*extra, *same} <= set(info.left_out)
@@ -187,7 +188,7 @@ def test_containers_and_training_states():
 
 
 def test_what_is_no_dinov3_checkpoint_says_so():
-    with pytest.raises(ValueError, match=r"not the checkpoint of a DINOv3 ViT.*patch_embed"):
+    with pytest.raises(ValueError, match=r"not the checkpoint of a DINOv3 or DINOv2.*patch_emb"):
         detect_layout(["vision_model.embeddings.patch_embedding.weight"])
     with pytest.raises(ValueError, match="none of the keys of either"):
         detect_layout([META_PATCH, "blocks.0.attn.qkv.weight"])
@@ -198,7 +199,8 @@ def test_what_is_no_dinov3_checkpoint_says_so():
     with pytest.raises(ValueError, match="got 'jax'"):
         from_transformers({}, "jax")
     _, tensors = canonical_of()
-    with pytest.raises(ValueError, match=r"unexpected \(1\): pos_embed"):  # a DINOv2
+    # Positions make a DINOv2 of it, whose registers have another name.
+    with pytest.raises(ValueError, match=r"unexpected \(1\): storage_tokens"):
         to_transformers(meta_state(config_of()) | {"pos_embed": torch.zeros(1, 5, 64)})
     with pytest.raises(
         ValueError, match=r"expected a weight \[C, channels, p, p\], got \[64, 768\]"
@@ -250,7 +252,7 @@ def test_inferred_configs_take_overrides_and_refuse_to_guess():
     assert infer_config(tensors, num_attention_heads=2, rope_theta=50.0).rope_theta == 50.0
     with pytest.raises(TypeError, match="no fields of DINOv3ViTConfig: heads"):
         infer_config(tensors, heads=2)
-    with pytest.raises(ValueError, match="name must be one of vits16, "):
+    with pytest.raises(ValueError, match="name must be one of vitt16, vits16, "):
         get_config("vitg14")
     assert get_config("vits16", image_size=512).image_size == 512
 

@@ -1,11 +1,11 @@
-"""DINOv3Encoder against timm's port of DINOv3, weights moved by convert.py."""
+"""DINOv3Encoder and DINOv2Encoder against timm's ports, weights moved by convert.py."""
 
 import pytest
 import timm
 import torch
 from transformers import DINOv3ViTModel
 
-from hrvlm import DINOv3Encoder
+from hrvlm import DINOv2Encoder, DINOv3Encoder
 from hrvlm.checkpoints.convert import (
     from_transformers,
     infer_config,
@@ -25,6 +25,7 @@ BIASED = {
 }
 UNBIASED = {name: timms.removesuffix("_qkvb") for name, timms in BIASED.items()}
 UNBIASED["vit7b16"] = "vit_7b_patch16_dinov3"
+EUPE = {"vitt16": "vit_tiny_patch16_dinov3_qkvb"}  # its ViT-S and ViT-B are as DINOv3's
 SMALL = {"embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 0, "dynamic_img_size": True}
 VARIANTS = [
     "vit_small_patch16_dinov3",
@@ -118,10 +119,10 @@ def test_weights_go_to_timm_and_back_bit_equal(name, rng):
     assert torch.equal(fresh(x), theirs(x))
 
 
-@pytest.mark.parametrize(("name", "timms"), [*BIASED.items(), *UNBIASED.items()])
+@pytest.mark.parametrize(("name", "timms"), [*BIASED.items(), *UNBIASED.items(), *EUPE.items()])
 def test_the_family_has_the_sizes_that_timm_has(name, timms):
-    assert UNBIASED.keys() == CONFIGS.keys()
-    changes = {} if timms in BIASED.values() else {"query_bias": False, "value_bias": False}
+    assert UNBIASED.keys() | EUPE.keys() == CONFIGS.keys()
+    changes = {} if timms.endswith("_qkvb") else {"query_bias": False, "value_bias": False}
     config = get_config(name, **changes)
     with torch.device("meta"):
         theirs = timm.create_model(timms, num_classes=0)
@@ -132,3 +133,30 @@ def test_the_family_has_the_sizes_that_timm_has(name, timms):
     assert theirs.blocks[0].attn.num_heads == config.num_attention_heads
     assert theirs.norm.eps == config.layer_norm_eps
     assert infer_config(theirs.state_dict()).to_dict() == config.to_dict()
+
+
+DINOV2 = [
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_giant_patch14_dinov2",
+]
+
+
+@pytest.mark.parametrize("name", DINOV2)
+def test_dinov2_equals_timm_in_the_square_of_its_weights(name, rng):
+    """In others timm interpolates with antialiasing, as transformers does with registers only."""
+    small = {"embed_dim": 96, "depth": 2, "num_heads": 2, "img_size": 56, "num_classes": 0}
+    theirs = timm.create_model(name, **small).eval()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            centre = 1.0 if "norm" in key and key.endswith("weight") else 0.0
+            parameter.normal_(centre, 0.15, generator=rng)
+    ours = DINOv2Encoder(infer_config(theirs.state_dict(), num_attention_heads=2)).eval()
+    info = load_into(ours, theirs.state_dict())
+    assert info.layout == "timm" and info.added == ("embeddings.mask_token",)
+    x = torch.randn(2, 3, 56, 56, generator=rng)
+    assert relative_error(ours(x).last_hidden_state, theirs.forward_features(x)) <= 1e-5
+    fresh = timm.create_model(name, **small).eval()
+    load_into(fresh, ours.state_dict())
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(fresh.state_dict()[key], value), key
