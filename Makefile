@@ -8,6 +8,7 @@
 # make pretended  the GPU tests and benchmarks on a pretended GPU: devices, waits, signatures; no numbers
 # make compiled  all kernels as compiled for sm_80 and sm_90, executed on the CPU: results and docs/compiled.md
 # make sanitize  the kernels on small shapes under compute-sanitizer, on a GPU
+# make test-scale  hrvlm embed under twenty kills, a dying actor, a full disk (minutes): benchmarks/results/scale_kills.json
 # make fuzz-images  read 100 000 mutated image files under a memory and time rule (minutes)
 # make clean   remove what the others wrote, .venv excepted
 #
@@ -19,7 +20,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := demo
 .NOTPARALLEL:
-.PHONY: demo test test-newest test-oldest lint compiled tune gpu sanitize fuzz-images exports clean pretended
+.PHONY: demo test test-newest test-oldest lint compiled tune gpu sanitize fuzz-images exports clean pretended test-scale
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -89,6 +90,10 @@ compiled: $(INSTALLED_DEV)
 exports: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=1 HRVLM_EXPORTS=1 $(BIN)/python -m pytest --benchmark-disable $(WORKERS) \
 	  tests/export tests/vlm/test_compiled.py
+
+test-scale: $(INSTALLED_DEV)
+	@OMP_NUM_THREADS=1 HRVLM_SCALE=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest --benchmark-disable -v -s \
+	  tests/embed/on_ray/test_kills.py
 
 tune:
 	$(BARE) -m benchmarks.tuning $(TUNE_ARGS)

@@ -27,13 +27,13 @@ def folder(tmp_path_factory):
     return folder, write_model(folder / "model"), broken
 
 
-def config_of(folder, out):
+def config_of(folder, out, rows_per_part=ROWS):
     return EmbedConfig(
         str(folder / "pictures"),
         str(folder / out),
         model=str(folder / "model"),
         max_img_size=48,
-        rows_per_part=ROWS,
+        rows_per_part=rows_per_part,
         max_tokens_per_pass=120,
     )
 
