@@ -11,7 +11,7 @@ import typer
 
 from .command import command
 from .console import console, note, progress
-from .options import Device, DType, MaxImgSize, Upscale
+from .options import BatchInvariant, Device, DType, MaxImgSize, Upscale
 from .tables import counted, duration, print_line, print_table, quantity
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def embed(
     dtype: DType = None,
     device: Device = None,
     backend: Annotated[str, typer.Option(help="{hrvlm_kernels.backends.BACKENDS}.")] = "auto",
+    batch_invariant: BatchInvariant = False,
     encoders: Annotated[
         int | None, typer.Option(help="Processes that encode; default: one a GPU, or one.")
     ] = None,
@@ -185,6 +186,7 @@ def embed(
         dtype=dtype,
         device=device,
         backend=backend,
+        batch_invariant=batch_invariant,
         max_tokens_per_pass=max_tokens_per_pass,
         rows_per_part=rows_per_part,
         image_column=image_column,

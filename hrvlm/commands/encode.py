@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .command import command
-from .console import note, progress
+from .console import note, printable, progress
 from .options import BatchInvariant, Device, DType, MaxImgSize, Upscale
 from .tables import ORDER, STRETCH, counted, duration, grid, print_line, print_table
 
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 def show(result: EncodeResult) -> None:
     """Sizes, grids and times of ``hrvlm encode``."""
+    if not result.images:
+        return  # all was there, or nothing could be read: that is said on stderr
     print_table(
         ["image", "size", "resized", "stretch", "patch grid", "patches", "time", "share"],
         [
             (
-                image.path,
+                image.name,
                 grid(image.size),
                 grid((image.geometry.height, image.geometry.width)),
                 f"{image.stretch:.2f}x",
@@ -50,13 +52,16 @@ def show(result: EncodeResult) -> None:
 
 
 def _check(result: EncodeResult) -> None:
-    if not result.images:
+    if not result.images and not result.there:
         raise ValueError("no image could be read")
 
 
 @command(show=show, check=_check)
 def encode(
-    images: Annotated[list[Path], typer.Argument(help="Image files, or directories of them.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Image files, folders of them, - for standard input, addresses."),
+    ],
     model: Annotated[
         str | None,
         typer.Option(
@@ -82,37 +87,66 @@ def encode(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Report unreadable images and go on.")
     ] = False,
+    pooled: Annotated[
+        bool, typer.Option("--pooled", help="Write CLS and the mean of the patches, no patches.")
+    ] = False,
+    one_file: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="One file for all images: {hrvlm.inference.encode_formats.FORMATS}; default: a "
+            "safetensors file for each.",
+        ),
+    ] = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch images from addresses.")] = False,
 ) -> EncodeResult:
     """Encode images of any shapes in one packed pass.
 
-    An image's sides become multiples of the patch size.
+    An image's sides become multiples of the patch size. Folders are read at any depth.
     With --out: features (safetensors) and a picture of the input, its patch features (PCA to RGB)
-    and the CLS token's attention, per image.
+    and the CLS token's attention, per image. What is there already, made of the same file in the
+    same way, stays.
     """
     from ..inference.encode import EncodeOptions
     from ..inference.encode import encode as run
+    from ..inference.encode_formats import FORMATS
+    from ..inference.inputs import gathered
     from ..inference.loading import load_encoder
-    from ..inference.passes import find_images
 
-    paths = find_images(images)
-    if out is not None and any(p.is_dir() and p.resolve() == out.resolve() for p in images):
-        raise ValueError(f"--out {out} is one of the inputs: its pictures would become images")
-    loaded = load_encoder(
-        model, backend=backend, device=device, dtype=dtype, batch_invariant=batch_invariant
-    )
-    if loaded.random_weights:
-        note("note: no --model, so the weights are random: the features mean nothing")
-    options = EncodeOptions(
-        max_img_size=max_img_size,
-        allow_upscale=upscale,
-        max_tokens_per_pass=max_tokens_per_pass,
-        out=out,
-        pictures=pictures,
-        joint_pca=joint_pca,
-        skip_bad=skip_bad,
-    )
-    with progress("encoding", len(paths)) as advance:
-        result = run(paths, loaded, options, on_images=advance)
-    for path, reason in result.bad:
-        note(f"skipped {path}: {reason}")
+    if one_file is not None and one_file not in FORMATS:
+        raise ValueError(f"--format {one_file!r}: expected one of {', '.join(FORMATS)}")
+    for folder in (Path(image) for image in images if out is not None):
+        if out is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            where = "is" if out.resolve() == folder.resolve() else "lies in"
+            raise ValueError(
+                f"--out {out} {where} one of the inputs: its pictures would become images"
+            )
+    with gathered(images, fetch=fetch, skip_bad=skip_bad) as inputs:
+        loaded = load_encoder(
+            model, backend=backend, device=device, dtype=dtype, batch_invariant=batch_invariant
+        )
+        if loaded.random_weights:
+            note("note: no --model, so the weights are random: the features mean nothing")
+        options = EncodeOptions(
+            max_img_size=max_img_size,
+            allow_upscale=upscale,
+            max_tokens_per_pass=max_tokens_per_pass,
+            out=out,
+            pictures=pictures,
+            joint_pca=joint_pca,
+            skip_bad=skip_bad,
+            pooled=pooled,
+            one_file=one_file,
+            names=inputs.names,
+        )
+        with progress("encoding", len(inputs.paths)) as advance:
+            result = run(inputs.paths, loaded, options, on_images=advance)
+    result.bad += [(inputs.name(path), error) for path, error in inputs.bad]
+    result.skipped += map(str, inputs.skipped)
+    for name in result.skipped:
+        note(f"skipped {printable(name)}: no image by its name")
+    for name, reason in result.bad:
+        note(f"skipped {printable(name)}: {reason}")
+    if result.there:
+        note(f"{counted(len(result.there), 'image')} done by an earlier run, and left as they are")
     return result

@@ -73,10 +73,11 @@ def explore(
     """
     from ..explore.explore import ExploreOptions
     from ..explore.explore import explore as run
+    from ..inference.inputs import find_images
     from ..inference.loading import load_encoder
-    from ..inference.passes import find_images
 
-    paths = find_images(images)
+    skipped: list[Path] = []
+    paths = find_images(images, skipped)
     loaded = load_encoder(model, backend=backend, device=device, dtype=dtype)
     if loaded.random_weights:
         note("note: no --model, so the weights are random: the features mean nothing")
@@ -90,6 +91,8 @@ def explore(
     )
     with progress("encoding", len(paths)) as advance:
         result = run(paths, loaded, out, options, on_images=advance)
+    for path in skipped:
+        note(f"skipped {path}: no image by its name")
     for path, reason in result.bad:
         note(f"skipped {path}: {reason}")
     return result

@@ -42,6 +42,7 @@ class EmbedConfig:
         dtype: Of the weights; default as in `load_encoder`.
         device: Likewise.
         backend: Likewise.
+        batch_invariant: Give an image's features the same bits whatever it is packed with.
         max_tokens_per_pass: Patches and prefix tokens of a pack; one image always fits.
         rows_per_part: Images of an output file; default: by their size.
         image_column: Of tables; default: the first of ``image``, ``images``, ``path``, ``jpg``...
@@ -60,6 +61,7 @@ class EmbedConfig:
     dtype: str | None = None
     device: str | None = None
     backend: str = "auto"
+    batch_invariant: bool = False
     max_tokens_per_pass: int = DEFAULT_MAX_TOKENS
     rows_per_part: int | None = None
     image_column: str | None = None

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..inference.loading import LoadedEncoder, load_encoder
+from ..inference.loading import LoadedEncoder, load_encoder, weights_digest
 from .config import EmbedConfig, Facts
-
-_SAMPLE = 1024  # values of a parameter that its digest looks at
 
 
 class FeatureModel:
@@ -35,6 +31,7 @@ class FeatureModel:
             backend=config.backend,
             device=config.device,
             dtype=dtype or config.dtype,
+            batch_invariant=config.batch_invariant,
         )
         self._encoder = self.loaded.encoder
         self.device = self._encoder.device
@@ -94,7 +91,7 @@ class FeatureModel:
         return Facts(
             name=loaded.name,
             random_weights=loaded.random_weights,
-            weights=self._digest(),
+            weights=weights_digest(encoder),
             dtype=str(encoder.dtype).removeprefix("torch."),
             hidden_size=encoder.config.hidden_size,
             token_size=0,
@@ -104,12 +101,3 @@ class FeatureModel:
             image_mean=tuple(loaded.normalization.mean),
             image_std=tuple(loaded.normalization.std),
         )
-
-    def _digest(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for name, parameter in sorted(self._encoder.named_parameters()):
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, len(flat) // _SAMPLE)].float().cpu().numpy()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(np.ascontiguousarray(sample).tobytes())
-        return digest.hexdigest()

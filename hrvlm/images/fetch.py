@@ -8,6 +8,7 @@ import os
 import time
 from typing import Any
 
+from ..machine import first_line
 from .formats import ImageError
 
 MAX_BYTES = 64_000_000  # of a file that is fetched or written as text
@@ -84,5 +85,5 @@ def _download(url: str, label: str) -> bytes:
                 if time.monotonic() - started > SECONDS:
                     raise ImageError(f"{label}: not here after {SECONDS} s: {url}")
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        raise ImageError(f"{label}: can't be fetched: {error}") from error
+        raise ImageError(f"{label}: can't be fetched: {first_line(error)}") from error
     return bytes(data)

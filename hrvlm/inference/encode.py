@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from hrvlm_kernels.backends import resolve
 from ..encoder.cost import Architecture, forward_cost
 from ..files import folder_for_results
 from ..images.geometry import Geometry
-from .encode_files import ResultWriter
+from .encode_files import Kept, ResultWriter
 from .loading import LoadedEncoder
 from .passes import DEFAULT_MAX_TOKENS, LoadedImage, forward, passes
 
@@ -35,6 +35,9 @@ class EncodeOptions:
     pictures: bool = True
     joint_pca: bool = False  # one projection for the pictures of all images
     skip_bad: bool = False  # report unreadable images instead of raising
+    pooled: bool = False  # write CLS and the mean of the patches alone
+    one_file: str | None = None  # one of FORMATS: the features of all images in one file
+    names: Mapping[Path, str] = field(default_factory=dict)  # of files that are called otherwise
 
 
 @dataclass
@@ -42,6 +45,7 @@ class EncodedImage:
     """One line of the result."""
 
     path: Path
+    name: str  # what it is called in results
     size: tuple[int, int]  # (height, width), upright
     geometry: Geometry
     pass_index: int
@@ -58,7 +62,7 @@ class EncodedImage:
     def to_json(self) -> dict[str, Any]:
         """Plain data; sizes and grids are (height, width)."""
         return {
-            "image": str(self.path),
+            "image": self.name,
             "size": list(self.size),
             "resized": [self.geometry.height, self.geometry.width],
             "stretch": self.stretch,
@@ -83,7 +87,9 @@ class EncodeResult:
     device: str
     dtype: str
     images: list[EncodedImage] = field(default_factory=list)
-    bad: list[tuple[Path, str]] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    there: dict[str, Path] = field(default_factory=dict)  # done by an earlier run: their features
+    skipped: list[str] = field(default_factory=list)  # files of folders, no images by their names
     pass_seconds: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +102,9 @@ class EncodeResult:
             "device": self.device,
             "dtype": self.dtype,
             "images": [image.to_json() for image in self.images],
-            "bad": [{"image": str(path), "error": error} for path, error in self.bad],
+            "bad": [{"image": name, "error": error} for name, error in self.bad],
+            "there": [{"image": n, "features": str(path)} for n, path in self.there.items()],
+            "skipped": self.skipped,
             "passes": [
                 {
                     "images": sum(image.pass_index == i for image in self.images),
@@ -118,9 +126,11 @@ def encode(
 ) -> EncodeResult:
     """Encode image files, in as few packed passes as `max_tokens_per_pass` allows.
 
-    Per image and if there is a directory to write to: features as safetensors (``cls`` ``[C]``,
-    ``registers`` ``[R, C]``, ``patches`` ``[hp, wp, C]``, in the model's dtype; names, sizes and
-    grids in the metadata) and a picture (:mod:`hrvlm.inference.pictures`).
+    If there is a directory to write to: features as safetensors, a file for each image (``cls``
+    ``[C]``, ``registers`` ``[R, C]``, ``patches`` ``[hp, wp, C]``, in the model's dtype; names,
+    sizes and grids in the metadata), or as `one_file`, and a picture for each image
+    (:mod:`hrvlm.inference.pictures`). What an earlier run has written of the same files in the same
+    way stays.
 
     Args:
         paths: Image files.
@@ -145,7 +155,11 @@ def _encode(
     on_images: Callable[[int], None] | None,
 ) -> EncodeResult:
     encoder = loaded.encoder
-    writer = ResultWriter(loaded, paths, options.out) if options.out else None
+    writer = None
+    if options.out:
+        asked = f"{options.max_img_size} {options.allow_upscale} {encoder.batch_invariant}"
+        kept = Kept(options.pooled, options.one_file, asked)
+        writer = ResultWriter(loaded, paths, options.out, kept)
     result = EncodeResult(
         loaded.name,
         loaded.random_weights,
@@ -158,7 +172,15 @@ def _encode(
         str(encoder.device),
         str(encoder.dtype).removeprefix("torch."),
     )
+    if writer:
+        joint = options.pictures and options.joint_pca
+        there = writer.done(pictures=options.pictures, joint=joint)
+        result.there = {_name(path, options): features for path, features in there.items()}
+        if on_images and there:
+            on_images(sum(path in there for path in paths))
+        paths = [path for path in paths if path not in there]
     _warm_up(loaded)
+    bad: list[tuple[Path, str]] = []
     read = passes(
         paths,
         loaded,
@@ -166,12 +188,12 @@ def _encode(
         allow_upscale=options.allow_upscale,
         max_tokens_per_pass=options.max_tokens_per_pass,
         shown_side=_PANEL if writer and options.pictures else None,
-        bad=result.bad if options.skip_bad else None,
+        bad=bad if options.skip_bad else None,
         on_bad=on_images,
     )
     for batch in read:
         output, seconds = forward(loaded, [image.pixels for image in batch], layers=[-2])
-        images = _account(batch, loaded, len(result.pass_seconds), seconds)
+        images = _account(batch, loaded, options, len(result.pass_seconds), seconds)
         result.images += images
         result.pass_seconds.append(seconds)
         if writer:
@@ -184,7 +206,13 @@ def _encode(
             on_images(len(batch))
     if writer:
         writer.draw(joint=True)
+        writer.finish()
+    result.bad += [(_name(path, options), error) for path, error in bad]
     return result
+
+
+def _name(path: Path, options: EncodeOptions) -> str:
+    return options.names.get(path, str(path))
 
 
 def _warm_up(loaded: LoadedEncoder) -> None:
@@ -196,13 +224,25 @@ def _warm_up(loaded: LoadedEncoder) -> None:
 
 
 def _account(
-    batch: list[LoadedImage], loaded: LoadedEncoder, pass_index: int, seconds: float
+    batch: list[LoadedImage],
+    loaded: LoadedEncoder,
+    options: EncodeOptions,
+    pass_index: int,
+    seconds: float,
 ) -> list[EncodedImage]:
     """The pass's time divided among its images by their FLOPs: inside a pass nobody can measure."""
     architecture = Architecture.from_config(loaded.encoder.config)
     flops = [forward_cost(architecture, image.geometry.num_patches).total for image in batch]
     shares = [part / sum(flops) for part in flops]
     return [
-        EncodedImage(image.path, image.size, image.geometry, pass_index, share * seconds, share)
+        EncodedImage(
+            image.path,
+            _name(image.path, options),
+            image.size,
+            image.geometry,
+            pass_index,
+            share * seconds,
+            share,
+        )
         for image, share in zip(batch, shares, strict=True)
     ]

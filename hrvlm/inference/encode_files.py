@@ -1,11 +1,11 @@
-"""What `hrvlm encode` writes: features as safetensors, and a picture per image."""
+"""What `hrvlm encode` writes: features, in a file for each image or in one, and pictures."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import __version__
 from ..files import replacing
-from .loading import LoadedEncoder
+from .encode_formats import made_of, need_pyarrow, one_file, safetensors_bytes
+from .loading import LoadedEncoder, weights_digest
 from .passes import cls_attention
 from .pictures import pca_colors, sheet
 
@@ -33,6 +34,22 @@ class _Drawing:
     attention: Tensor  # [hp, wp]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of the features, and how.
+
+    Attributes:
+        pooled: CLS and the mean of the patches alone.
+        one_file: One of `FORMATS` for a file ``features.*`` with all images; None for a safetensors
+            file for each.
+        asked: What else decides about the features, for the digest.
+    """
+
+    pooled: bool = False
+    one_file: str | None = None
+    asked: str = ""
+
+
 class ResultWriter:
     """Writes the results of a run into a directory, each file complete or not at all.
 
@@ -40,37 +57,115 @@ class ResultWriter:
         loaded: The model, for captions and metadata.
         paths: All inputs of the run; results are named after them, numbered where stems are equal.
         directory: Is there.
+        kept: What is written of the features.
 
     Raises:
-        ValueError: a result would replace an input.
+        ValueError: a result would replace an input, or no package writes this format.
     """
 
-    def __init__(self, loaded: LoadedEncoder, paths: Sequence[Path], directory: Path):
-        self._loaded, self._directory = loaded, directory
-        self._names = _names(paths)
+    def __init__(
+        self,
+        loaded: LoadedEncoder,
+        paths: Sequence[Path],
+        directory: Path,
+        kept: Kept | None = None,
+    ):
+        self._loaded, self._directory, self._kept = loaded, directory, kept or Kept()
+        if self._kept.one_file == "parquet":
+            need_pyarrow()
+        self._paths, self._names = [*dict.fromkeys(paths)], _names(paths)
         self._drawings: list[_Drawing] = []
+        self._collected: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {}
+        self._digests: dict[Path, str] = {}
+        self._run_digest = json.dumps(
+            [
+                weights_digest(loaded.encoder),
+                str(loaded.encoder.dtype),
+                loaded.normalization,
+                self._kept.pooled,
+                self._kept.asked,
+                __version__,
+            ]
+        )
         inputs = {path.resolve() for path in paths}
-        for name in self._names.values():
-            for suffix in (FEATURES_SUFFIX, PICTURE_SUFFIX):
-                target = directory / f"{name}{suffix}"
+        for path in self._paths:
+            for target in (self._features_of(path), self._picture_of(path)):
                 if target.resolve() in inputs:
                     raise ValueError(f"{target} is an input and would be replaced")
 
-    def write_features(self, images: Sequence[EncodedImage], output: PackedEncoderOutput) -> None:
-        """Write ``cls`` ``[C]``, ``registers`` ``[R, C]`` and ``patches`` ``[hp, wp, C]``."""
-        from safetensors.torch import save
+    def _features_of(self, path: Path) -> Path:
+        if self._kept.one_file:
+            return self._directory / f"features.{self._kept.one_file}"
+        return self._directory / f"{self._names[path]}{FEATURES_SUFFIX}"
 
+    def _picture_of(self, path: Path) -> Path:
+        return self._directory / f"{self._names[path]}{PICTURE_SUFFIX}"
+
+    def done(self, *, pictures: bool, joint: bool) -> dict[Path, Path]:
+        """Images whose results are there, made of the same file in the same way: their features.
+
+        Args:
+            pictures: Whether they need a picture.
+            joint: Whether all need to be there for one to count.
+        """
+        found = {}
+        for path in self._paths:
+            features = self._features_of(path)
+            wanted = self._made_of_all() if self._kept.one_file else self._made_of(path)
+            drawn = not pictures or self._picture_of(path).exists()
+            if features.exists() and drawn and wanted and made_of(features) == wanted:
+                found[path] = features
+        if (joint or self._kept.one_file) and len(found) < len(self._paths):
+            return {}
+        return found
+
+    def _made_of(self, path: Path) -> str | None:
+        """A digest of the file and of what is done with it; None where it can't be read."""
+        if path not in self._digests:
+            digest = hashlib.blake2b(self._run_digest.encode(), digest_size=16)
+            try:
+                with open(path, "rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+            except OSError:
+                return None
+            self._digests[path] = digest.hexdigest()
+        return self._digests[path]
+
+    def _made_of_all(self) -> str:
+        every = [(self._names[path], self._made_of(path)) for path in self._paths]
+        return hashlib.blake2b(repr(every).encode(), digest_size=16).hexdigest()
+
+    def write_features(self, images: Sequence[EncodedImage], output: PackedEncoderOutput) -> None:
+        """Write or collect the features of a pass.
+
+        ``cls`` ``[C]``, ``registers`` ``[R, C]`` and ``patches`` ``[hp, wp, C]``; or, pooled,
+        ``cls`` and ``mean`` ``[C]`` of the patches, in float32.
+        """
         maps, cls, registers = output.to_maps(), output.cls.cpu(), output.registers.cpu()
         for i, image in enumerate(images):
-            tensors = {
-                "cls": cls[i].clone(),
-                "registers": registers[i].clone(),
-                "patches": maps[i].permute(1, 2, 0).cpu().clone().contiguous(),
-            }
-            # Not save_file, which makes files that only their owner can read.
-            content = save(tensors, metadata=self._metadata(image))
-            write = partial(Path.write_bytes, data=content)
-            image.features = self._write(image, FEATURES_SUFFIX, write)
+            tensors = {"cls": cls[i].clone()}
+            if self._kept.pooled:
+                tensors["mean"] = maps[i].flatten(1).float().mean(1).cpu()
+            else:
+                tensors["registers"] = registers[i].clone()
+                tensors["patches"] = maps[i].permute(1, 2, 0).cpu().clone().contiguous()
+            metadata = self._metadata(image)
+            image.features = self._features_of(image.path)
+            if self._kept.one_file:
+                self._collected[self._names[image.path]] = tensors, metadata
+                continue
+            metadata["made_of"] = self._made_of(image.path) or ""
+            self._write(image.features, safetensors_bytes(tensors, metadata))
+
+    def finish(self) -> None:
+        """Write the one file, if there is to be one."""
+        kind = self._kept.one_file
+        if kind and self._collected:
+            target = self._directory / f"features.{kind}"
+            complete = len(self._collected) == len(self._paths)  # else it is made anew next time
+            made_of_all = self._made_of_all() if complete else ""
+            self._write(target, one_file(kind, self._collected, made_of_all))
 
     def collect(
         self,
@@ -102,12 +197,13 @@ class ResultWriter:
                 drawing.shown,
                 color,
                 drawing.attention,
-                title=_readable(drawing.image.path.name),
+                title=_readable(drawing.image.name.rpartition("/")[2]),
                 notes=self._caption(drawing.image),
                 size=(geometry.height, geometry.width),
             )
-            save = partial(page.save, format="PNG")
-            drawing.image.picture = self._write(drawing.image, PICTURE_SUFFIX, save)
+            drawing.image.picture = self._picture_of(drawing.image.path)
+            with replacing(drawing.image.picture) as part:
+                page.save(part, format="PNG")
         self._drawings.clear()
 
     def _caption(self, image: EncodedImage) -> str:
@@ -134,17 +230,15 @@ class ResultWriter:
         }
         return {
             "format": "pt",
-            "image": _readable(image.path.name),
+            "image": _readable(image.name.rpartition("/")[2]),
             "model": loaded.name,
             "weights": "random" if loaded.random_weights else "pretrained",
             "hrvlm_version": __version__,
         } | {name: json.dumps(value) for name, value in values.items()}
 
-    def _write(self, image: EncodedImage, suffix: str, save: Callable[[Path], Any]) -> Path:
-        target = self._directory / f"{self._names[image.path]}{suffix}"
-        with replacing(target) as temporary:
-            save(temporary)
-        return target
+    def _write(self, target: Path, content: bytes) -> None:
+        with replacing(target) as part:
+            part.write_bytes(content)
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:

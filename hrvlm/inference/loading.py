@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..encoder.vision_transformer import DINOv3Encoder
 
 RANDOM_MODEL, RANDOM_SEED = "vits16", 0
+_DIGESTED = 1024  # values of a weight that its digest looks at
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,17 @@ def load_encoder(
     encoder.to(device=where, dtype=weights)  # type: ignore[call-arg]
     encoder.freeze()
     return LoadedEncoder(encoder, label, model is None, normalization or normalization_for(label))
+
+
+def weights_digest(encoder: torch.nn.Module) -> str:
+    """Of the names and shapes of all weights, and a sample of the values of each."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(encoder.named_parameters()):
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, len(flat) // _DIGESTED)].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_backend_runs(backend: str, device: torch.device, dtype: torch.dtype) -> None:

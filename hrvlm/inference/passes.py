@@ -49,29 +49,6 @@ class LoadedImage:
     shown: Image.Image | None
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are given; of a directory the images in it, by their endings, sorted by name.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: a directory without images.
-    """
-    Image.init()
-    endings = {ending for ending, name in Image.EXTENSION.items() if name in Image.OPEN}
-    found = []
-    for path in paths:
-        if not path.is_dir():
-            if not path.exists():
-                raise FileNotFoundError(f"{path}: no such file or directory")
-            found.append(path)
-            continue
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in endings and p.is_file())
-        if not inside:
-            raise ValueError(f"{path}: no images in this directory")
-        found += inside
-    return found
-
-
 def passes(
     paths: Sequence[Path],
     loaded: LoadedEncoder,

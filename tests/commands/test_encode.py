@@ -1,8 +1,13 @@
 """``hrvlm encode``."""
 
+import http.server
+import io
 import json
 import os
+import threading
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -11,8 +16,8 @@ from safetensors import safe_open
 from hrvlm import DINOv3Encoder
 from hrvlm.images.processor import IMAGENET, SAT493M, get_image_processor
 from hrvlm.inference.encode import EncodeOptions, encode
+from hrvlm.inference.inputs import find_images, gathered
 from hrvlm.inference.loading import LoadedEncoder, load_encoder
-from hrvlm.inference.passes import find_images
 from tests.commands.helpers import error_of, run
 from tests.encoder.encoders import config_of
 
@@ -162,6 +167,147 @@ def test_directories_expand_sorted_and_files_stay_in_order(images):
     tall = images / "c_tall.webp"
     found = find_images([tall, images])
     assert [p.name for p in found] == ["c_tall.webp", "a_turned.jpg", "b_wide.png", "c_tall.webp"]
+
+
+def test_folders_are_read_to_their_depths_and_what_is_skipped_is_named(images, model, tmp_path):
+    deep = tmp_path / "in" / "a" / "b"
+    deep.mkdir(parents=True)
+    for name in ("one.png", "two.PNG"):
+        Image.new("RGB", (32, 32)).save(deep / name)
+    (tmp_path / "in" / "list.csv").write_text("no image")
+    shown = run("encode", tmp_path / "in", "--model", model, "--json")
+    document = json.loads(shown.stdout)
+    names = [image["image"] for image in document["images"]]
+    assert names == [str(deep / "one.png"), str(deep / "two.PNG")]
+    assert document["skipped"] == [str(tmp_path / "in" / "list.csv")]
+    assert f"skipped {tmp_path / 'in' / 'list.csv'}: no image by its name" in shown.stderr
+    inside = run("encode", tmp_path / "in", "--model", model, "--out", deep / "out")
+    assert "lies in one of the inputs" in error_of(inside)
+
+
+def test_what_is_there_stays_and_what_changed_is_made_anew(images, model, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32), (50 * i, 9, 9)).save(source / f"{i}.png")
+    arguments = ("encode", source, "--model", model, "--out", out, "--max-tokens-per-pass", 1)
+    run(*arguments)
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    for name in ("1.features.safetensors", "2.features.png"):
+        (out / name).unlink()
+    again = run(*arguments, "--json")
+    document = json.loads(again.stdout)
+    assert [there["image"] for there in document["there"]] == [str(source / "0.png")]
+    assert "1 image done by an earlier run" in again.stderr and len(document["images"]) == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+    Image.new("RGB", (32, 32)).save(source / "1.png")
+    document = json.loads(run(*arguments, "--json").stdout)
+    assert [image["image"] for image in document["images"]] == [str(source / "1.png")]
+    document = json.loads(run(*arguments, "--json", "--pooled").stdout)
+    assert len(document["images"]) == 3 and not document["there"]
+    with safe_open(out / "0.features.safetensors", framework="pt") as stored:
+        assert set(stored.keys()) == {"cls", "mean"}
+
+
+@pytest.mark.parametrize(
+    "pooled, kind", [(0, "safetensors"), (1, "npz"), (0, "npz"), (1, "parquet")]
+)
+def test_one_file_holds_all_images_and_equal_runs_give_equal_bytes(
+    images, model, tmp_path, kind, pooled
+):
+    arguments = ["encode", images, "--model", model, "--max-img-size", 64, "--no-pictures"]
+    run(*arguments, "--out", tmp_path / "each")
+    arguments += ["--format", kind, *(["--pooled"] if pooled else [])]
+    for name in ("1", "2"):
+        assert run(*arguments, "--out", tmp_path / name).exit_code == 0
+    target = tmp_path / "1" / f"features.{kind}"
+    assert [path.name for path in (tmp_path / "1").iterdir()] == [target.name]
+    assert target.read_bytes() == (tmp_path / "2" / target.name).read_bytes()
+    again = run(*arguments, "--out", tmp_path / "1")
+    assert again.exit_code == 0 and "3 images done by an earlier run" in again.stderr
+    keys = ("cls", "mean") if pooled else ("cls", "registers", "patches")
+    for name, tensors in read_one_file(target, ("a_turned", "b_wide", "c_tall"), keys).items():
+        path = tmp_path / "each" / f"{name}.features.safetensors"
+        with safe_open(path, framework="pt") as stored:
+            one = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            metadata = stored.metadata()
+        one["mean"] = one["patches"].flatten(0, 1).mean(0)
+        metadata.pop("made_of")
+        assert tensors.pop("metadata") == metadata
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, one[key].reshape(tensor.shape))
+
+
+def read_one_file(target, names, keys):
+    if target.suffix == ".safetensors":
+        with safe_open(target, framework="pt") as stored:
+            assert set(stored.keys()) == {f"{name}.{key}" for name in names for key in keys}
+            return {
+                name: {key: stored.get_tensor(f"{name}.{key}") for key in keys}
+                | {"metadata": json.loads(stored.metadata()[name])}
+                for name in names
+            }
+    if target.suffix == ".npz":
+        with np.load(target) as arrays:
+            return {
+                name: {key: torch.from_numpy(arrays[f"{name}.{key}"]) for key in keys}
+                | {"metadata": json.loads(str(arrays[f"{name}.metadata"]))}
+                for name in names
+            }
+    rows = pq.read_table(target).to_pylist()
+    assert [row["name"] for row in rows] == list(names)
+    return {
+        row["name"]: {key: torch.tensor(row[key]) for key in keys}
+        | {"metadata": json.loads(row["metadata"])}
+        for row in rows
+    }
+
+
+def test_standard_input_and_addresses(images, model, tmp_path, server, monkeypatch):
+    content = (images / "b_wide.png").read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    with gathered(["-"]) as inputs:
+        (path,) = inputs.paths
+        assert path.read_bytes() == content and inputs.name(path) == "-"
+    assert not path.exists()
+    address = server(content)
+    refused = run("encode", address, "--model", model)
+    assert f"{address}: addresses are fetched only with --fetch" in error_of(refused)
+    arguments = ("encode", address, "--model", model, "--fetch", "--out", tmp_path / "out")
+    (image,) = json.loads(run(*arguments, "--json").stdout)["images"]
+    assert image["image"] == address and image["size"] == [100, 200]
+    assert image["features"] == str(tmp_path / "out" / "picture.features.safetensors")
+    missing = f"{address}.none"
+    assert "can't be fetched" in error_of(run("encode", missing, "--model", model, "--fetch"))
+    arguments = ("encode", missing, address, "--model", model, "--fetch", "--skip-bad", "--json")
+    document = json.loads(run(*arguments).stdout)
+    assert [bad["image"] for bad in document["bad"]] == [missing] and len(document["images"]) == 1
+
+
+@pytest.fixture
+def server():
+    """A function that serves some bytes as picture.png until the test ends; their address."""
+    running = []
+
+    def serve(content):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                found = self.path == "/deep/picture.png"
+                self.send_response(200 if found else 404)
+                self.end_headers()
+                self.wfile.write(content if found else b"")
+
+            def log_message(self, *_):
+                pass
+
+        running.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{running[-1].server_port}/deep/picture.png"
+
+    yield serve
+    for one in running:
+        one.shutdown()
+        one.server_close()
 
 
 def test_results_of_equal_names_do_not_collide(images, model, tmp_path):

@@ -78,6 +78,13 @@ def test_packs_and_parts_do_not_change_rows(config):
             np.testing.assert_allclose(one["mean"], many["mean"], rtol=1e-5, atol=1e-6)
 
 
+def test_batch_invariant_rows_have_the_same_bits_in_any_pack(config):
+    for out, options in (("one", {"max_tokens_per_pass": 1}), ("all", {"rows_per_part": COUNT})):
+        run_here(config(out, batch_invariant=True, **options))
+    one, many = rows_of(config("one").out, "mean", "cls"), rows_of(config("all").out, "mean", "cls")
+    assert one == many
+
+
 def test_layers_and_patch_maps(config, encoder):
     run_here(config(layer=1, keep=("patches",), stored="float16"))
     store = Store(config().out)
