@@ -193,16 +193,26 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             features = self.MP(hidden).flatten(0, 1)
         else:
             later = not with_last_hidden_state and self._projector_takes_norm()
-            output = self.vision_encoder(pixel_values, grids=grids, final_norm=not later, **flags)
+            whole = self.config.mp_handle_special_tokens  # the projector gets the same layout
+            factors = (self.config.mp_pixel_shuffle_factor,)
+            layout = PackedGrids.from_grids(
+                grids,
+                num_prefix_tokens=self.vision_encoder.num_prefix_tokens,
+                device=pixel_values.device,
+                shuffle_factors=factors if whole else (),
+            )
+            output = self.vision_encoder(pixel_values, grids=layout, final_norm=not later, **flags)
             hidden, packed = output.packed_last_hidden_state, output.packed
             states, attentions = output.packed_hidden_states, None
             if later:
                 features = self.MP(hidden, packed=packed, norm=self.vision_encoder.norm)
                 hidden = None
-            elif self.config.mp_handle_special_tokens:
+            elif whole:
                 features = self.MP(hidden, packed=packed)
             else:
-                patches_only = PackedGrids.from_grids(grids, device=hidden.device)
+                patches_only = PackedGrids.from_grids(
+                    grids, device=hidden.device, shuffle_factors=factors
+                )
                 features = self.MP(output.packed_patches, packed=patches_only)
         return ImageFeatures(
             last_hidden_state=hidden,

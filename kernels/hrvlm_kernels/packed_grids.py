@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -28,12 +28,14 @@ from .packed_tables import (
     TILE_SIZES,
     Grid,
     Segments,
+    Uploads,
     check_int,
     is_int,
     patch_centres,
+    patch_rows,
     short_segments,
     shuffle_index,
-    tile_list,
+    tile_lists,
     upload,
     upload_together,
 )
@@ -50,9 +52,9 @@ class PackedGrids:
 
     Made by :meth:`from_grids`, :meth:`from_lengths` or :meth:`from_cu_seqlens`, once per batch, and
     passed to every op of every layer; never changed afterwards. Equal requests return the same
-    object while it stays in a small LRU cache. Its tensors are uploaded, without waiting, on the
-    stream that is current at the first request: work on another stream has to wait for that one, as
-    for any tensor.
+    object while it stays in a small LRU cache. Its tensors are uploaded without waiting; a request
+    on another stream makes that stream wait for them. An object that is carried from one stream to
+    another is waited for as any tensor is.
 
     Attributes:
         grids: Patch grid ``(hp, wp)`` of each image, or None for a pack without grids.
@@ -74,6 +76,7 @@ class PackedGrids:
     # finds in a layer's inputs, and a position rounded to bfloat16 is another position.
     _coords: Tensor | None = field(repr=False)
     _tables: dict[str, Tensor] = field(repr=False)
+    _uploads: Uploads | None = field(default=None, repr=False)
 
     @staticmethod
     def from_grids(
@@ -81,6 +84,7 @@ class PackedGrids:
         *,
         num_prefix_tokens: int = 0,
         device: torch.device | str = "cpu",
+        shuffle_factors: Sequence[int] = (),
     ) -> PackedGrids:
         """Layout of images with the patch grids ``[(hp, wp), ...]``.
 
@@ -88,15 +92,20 @@ class PackedGrids:
             grids: Patches down and across, one pair of positive ints per image.
             num_prefix_tokens: Tokens (CLS, then registers) in front of each image's patches.
             device: Where ``cu_seqlens``, ``coords`` and the index tables live.
+            shuffle_factors: Of which :meth:`shuffle_index` will be asked for: those tables then
+                come in the same upload as all others.
 
         Raises:
-            ValueError: a grid is not two positive ints, or the pack has more tokens than an int32
-                can count.
+            ValueError: a grid is not two positive ints, a factor does not divide one, or the pack
+                has more tokens than an int32 can count.
         """
         check_int("num_prefix_tokens", num_prefix_tokens, 0)
-        pairs = tuple(_as_grid(i, grid) for i, grid in enumerate(grids))
-        lengths = tuple(num_prefix_tokens + hp * wp for hp, wp in pairs)
-        return _cached(pairs, lengths, num_prefix_tokens, _canonical(device))
+        pairs = _as_pairs(grids)
+        for factor in shuffle_factors:
+            check_factor(pairs, factor)
+        lengths = tuple([num_prefix_tokens + hp * wp for hp, wp in pairs])
+        device = _canonical(device)
+        return _cached(pairs, lengths, num_prefix_tokens, device, tuple(shuffle_factors))
 
     @staticmethod
     def from_lengths(lengths: Sequence[int], *, device: torch.device | str = "cpu") -> PackedGrids:
@@ -152,8 +161,13 @@ class PackedGrids:
         """``[n_tiles, 2]`` int32 (segment, its block of `block_m` rows), longest segment first."""
         key = f"tiles{block_m}"
         if key not in self._tables:
-            self._tables[key] = upload(tile_list(self.lengths, block_m), self.device)
+            self._tables[key] = upload(tile_lists(self.lengths, (block_m,))[block_m], self.device)
         return self._tables[key]
+
+    def _add(self, key: str, table: Tensor) -> None:
+        self._tables[key] = upload(table, self.device)
+        if self._uploads is not None:
+            self._uploads.note()
 
     @property
     def short_segments(self) -> Tensor:
@@ -177,13 +191,7 @@ class PackedGrids:
         """
         if self.grids is None:
             raise ValueError("token_grids: this pack was made from lengths and has no patch grids")
-        check_int("factor", factor, 1)
-        for i, (hp, wp) in enumerate(self.grids):
-            if hp % factor or wp % factor:
-                raise ValueError(
-                    f"image {i}: patch grid {hp}x{wp} is not divisible by "
-                    f"the pixel-shuffle factor {factor}"
-                )
+        check_factor(self.grids, factor)
         return tuple((hp // factor, wp // factor) for hp, wp in self.grids)
 
     def shuffle_index(self, factor: int) -> Tensor:
@@ -196,7 +204,7 @@ class PackedGrids:
         if key not in self._tables:
             self.token_grids(factor)
             index = shuffle_index(self.grids or (), self.num_prefix_tokens, factor)
-            self._tables[key] = upload(index, self.device)
+            self._add(key, index)
         return self._tables[key]
 
     def patch_rows(self) -> Tensor:
@@ -238,15 +246,26 @@ class PackedGrids:
 
 
 def _cached(
-    grids: tuple[Grid, ...] | None, lengths: tuple[int, ...], prefix: int, device: torch.device
+    grids: tuple[Grid, ...] | None,
+    lengths: tuple[int, ...],
+    prefix: int,
+    device: torch.device,
+    factors: tuple[int, ...] = (),
 ) -> PackedGrids:
     if is_in_torch_dispatch_mode():  # fake tensors must not enter the cache
-        return _build(grids, lengths, prefix, device)
-    return _build_cached(grids, lengths, prefix, device)
+        return _build(grids, lengths, prefix, device, factors)
+    packed = _build_cached(grids, lengths, prefix, device, factors)
+    if packed._uploads is not None and not torch.compiler.is_compiling():
+        packed._uploads.wait([packed.cu_seqlens, *packed._tables.values()])
+    return packed
 
 
 def _build(
-    grids: tuple[Grid, ...] | None, lengths: tuple[int, ...], prefix: int, device: torch.device
+    grids: tuple[Grid, ...] | None,
+    lengths: tuple[int, ...],
+    prefix: int,
+    device: torch.device,
+    factors: tuple[int, ...],
 ) -> PackedGrids:
     if sum(lengths) > _INT32_MAX:
         longest = max(range(len(lengths)), key=lengths.__getitem__)
@@ -256,13 +275,15 @@ def _build(
         )
     # A tensor made under inference_mode could not be used by a later training step.
     with torch.inference_mode(False), torch.no_grad():
-        ends = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
-        parts = {"cu_seqlens": ends.to(torch.int32)}
-        parts |= {f"tiles{size}": tile_list(lengths, size) for size in TILE_SIZES}
+        ends = [0, *accumulate(lengths)]
+        parts = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32, device="cpu")}
+        tiles = tile_lists(lengths, TILE_SIZES)
+        parts |= {f"tiles{size}": tiles[size] for size in TILE_SIZES}
         parts["short_segments"] = short_segments(lengths)
         if grids is not None:
             parts["coords"] = patch_centres(grids, prefix).view(torch.int32)
-            parts["shuffle1"] = shuffle_index(grids, prefix, 1)
+            parts["shuffle1"] = patch_rows(grids, prefix)
+            parts |= {f"shuffle{s}": shuffle_index(grids, prefix, s) for s in factors if s > 1}
         on_device = upload_together(parts, device)
         return PackedGrids(
             grids=grids,
@@ -276,7 +297,31 @@ def _build(
         )
 
 
-_build_cached = lru_cache(maxsize=_CACHE_SIZE)(_build)
+@lru_cache(maxsize=_CACHE_SIZE)
+def _build_cached(*key: Any) -> PackedGrids:
+    packed = _build(*key)
+    if packed.device.type == "cuda" and not torch.compiler.is_compiling():
+        packed._uploads = Uploads(packed.device)
+    return packed
+
+
+def check_factor(grids: tuple[Grid, ...], factor: int) -> None:
+    """Raise ValueError unless the pixel-shuffle factor divides all patch grids."""
+    check_int("factor", factor, 1)
+    for i, (hp, wp) in enumerate(grids):
+        if hp % factor or wp % factor:
+            raise ValueError(
+                f"image {i}: patch grid {hp}x{wp} is not divisible by "
+                f"the pixel-shuffle factor {factor}"
+            )
+
+
+def _as_pairs(grids: Sequence[Sequence[int]]) -> tuple[Grid, ...]:
+    pairs = tuple([tuple(grid) for grid in grids])
+    for pair in pairs:
+        if len(pair) != 2 or type(pair[0]) is not int or type(pair[1]) is not int or min(pair) < 1:
+            return tuple(_as_grid(j, grid) for j, grid in enumerate(pairs))
+    return pairs  # type: ignore[return-value]
 
 
 def _as_grid(i: int, grid: Sequence[int]) -> Grid:

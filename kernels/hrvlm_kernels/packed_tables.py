@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Grid = tuple[int, int]
 
@@ -15,6 +17,7 @@ Grid = tuple[int, int]
 TILE_SIZES = (64, 128)
 SHORT_SEQLEN = 256  # up to here a segment is short: its keys may fit one tile
 _GAP = 4 * 1009
+_PIECES = 1024  # patch grids whose parts of the tables are kept on the host
 
 
 class Segments(NamedTuple):
@@ -24,6 +27,33 @@ class Segments(NamedTuple):
     tiles_64: Tensor  # [n, 2]: (segment, its block of 64 rows), longest segment first
     tiles_128: Tensor  # likewise
     short: Tensor  # [3 * (n + 1)], as PackedGrids.short_segments
+
+
+class Uploads:
+    """When tables have come to a GPU, and which streams know."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.note()
+
+    def note(self) -> None:
+        """Something more was uploaded on the current stream."""
+        stream = torch.cuda.current_stream(self._device)
+        self._event = stream.record_event()
+        self._waited = {stream.cuda_stream}
+
+    def wait(self, tensors: list[Tensor]) -> None:
+        """Make the current stream wait, once, and keep the memory until it is done with it.
+
+        Not while a graph is captured, which begins when all before it is done.
+        """
+        stream = torch.cuda.current_stream(self._device)
+        if stream.cuda_stream in self._waited or torch.cuda.is_current_stream_capturing():
+            return
+        stream.wait_event(self._event)
+        for a in tensors:
+            a.record_stream(stream)
+        self._waited.add(stream.cuda_stream)
 
 
 def is_int(n: object, least: int) -> bool:
@@ -46,14 +76,14 @@ def upload_together(parts: dict[str, Tensor], device: torch.device) -> dict[str,
     sizes = [-(-part.numel() // 4) * 4 for part in parts.values()]
     sizes[0] += _GAP
     pinned = device.type == "cuda"
-    buffer = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    for part, start in zip(parts.values(), starts, strict=True):
-        buffer[start : start + part.numel()] = part.flatten()
+    buffer = torch.empty(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
+    padded = zip(parts.values(), buffer.split(sizes), strict=True)
+    for part, space in padded:
+        space[: part.numel()] = part.view(-1)
     buffer = buffer.to(device, non_blocking=pinned)
     return {
-        name: buffer[start : start + part.numel()].view(part.shape)
-        for (name, part), start in zip(parts.items(), starts, strict=True)
+        name: space[: part.numel()].view(part.shape)
+        for (name, part), space in zip(parts.items(), buffer.split(sizes), strict=True)
     }
 
 
@@ -65,48 +95,87 @@ def upload(table: Tensor, device: torch.device) -> Tensor:
 
 def patch_centres(grids: tuple[Grid, ...], prefix: int) -> Tensor:
     """(y, x) of each patch's centre, ``[T, 2]`` float32; prefix rows are (0, 0)."""
-    rows = [torch.zeros(0, 2, dtype=torch.float32, device="cpu")]
-    for hp, wp in grids:
-        y, x = _centres(hp), _centres(wp)
-        rows.append(torch.zeros(prefix, 2, dtype=torch.float32, device="cpu"))
-        rows.append(
-            torch.stack((y[:, None].expand(hp, wp), x[None, :].expand(hp, wp)), -1).flatten(0, 1)
-        )
-    return torch.cat(rows)
+    if not grids:
+        return torch.zeros(0, 2, dtype=torch.float32, device="cpu")
+    centres_of = _kept(_centres_of)
+    return torch.cat([centres_of(hp, wp, prefix) for hp, wp in grids])
 
 
+def _kept(make: Any) -> Any:
+    """The cached `make`; itself where tensors are fake ones, which must not stay."""
+    return make.__wrapped__ if is_in_torch_dispatch_mode() else make
+
+
+@lru_cache(maxsize=_PIECES)
+def _centres_of(hp: int, wp: int, prefix: int) -> Tensor:
+    centres = torch.zeros(prefix + hp * wp, 2, dtype=torch.float32, device="cpu")
+    of_patches = centres[prefix:].view(hp, wp, 2)
+    side = _kept(_centres)
+    of_patches[..., 0] = side(hp)[:, None]
+    of_patches[..., 1] = side(wp)
+    return centres
+
+
+@lru_cache(maxsize=_PIECES)
 def _centres(n: int) -> Tensor:
     return 2.0 * ((torch.arange(n, dtype=torch.float32, device="cpu") + 0.5) / n) - 1.0
 
 
-def tile_list(lengths: tuple[int, ...], block_m: int) -> Tensor:
-    """(segment, its block of `block_m` rows) of every tile, longest segment first."""
-    n = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-    order = n.argsort(descending=True, stable=True)
-    blocks = (n[order] + block_m - 1) // block_m
-    total = sum(-(-length // block_m) for length in lengths)
-    segment = order.repeat_interleave(blocks, output_size=total)
-    first = (blocks.cumsum(0) - blocks).repeat_interleave(blocks, output_size=total)
-    block = torch.arange(total, device="cpu") - first
-    return torch.stack((segment, block), dim=1).to(torch.int32)
+def tile_lists(lengths: tuple[int, ...], sizes: tuple[int, ...]) -> dict[int, Tensor]:
+    """For each size, (segment, its block of so many rows) of every tile, longest segment first."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    segments = torch.tensor(order, dtype=torch.int32, device="cpu")
+    lists = {}
+    for size in sizes:
+        blocks = [-(-lengths[i] // size) for i in order]
+        total = sum(blocks)
+        before = torch.tensor(
+            list(accumulate(blocks, initial=0))[:-1], dtype=torch.int32, device="cpu"
+        )
+        columns = torch.stack((segments, before)).repeat_interleave(
+            torch.tensor(blocks, dtype=torch.int64, device="cpu"), dim=1, output_size=total
+        )
+        index = torch.arange(total, dtype=torch.int32, device="cpu")
+        lists[size] = torch.stack((columns[0], index - columns[1]), dim=1)
+    return lists
 
 
 def short_segments(lengths: tuple[int, ...]) -> Tensor:
     """(first row, tokens, segment) of each short segment, and a record of zeros."""
     starts = [0, *accumulate(lengths)]
-    triples = [(starts[i], n, i) for i, n in enumerate(lengths) if n <= SHORT_SEQLEN]
-    return torch.tensor([*triples, (0, 0, 0)], dtype=torch.int32, device="cpu").flatten()
+    numbers = [
+        number for i, n in enumerate(lengths) if n <= SHORT_SEQLEN for number in (starts[i], n, i)
+    ]
+    return torch.tensor([*numbers, 0, 0, 0], dtype=torch.int32, device="cpu")
+
+
+def patch_rows(grids: tuple[Grid, ...], prefix: int) -> Tensor:
+    """The packed row of each patch, ``[N, 1]``: :func:`shuffle_index` by 1."""
+    counts = torch.tensor([hp * wp for hp, wp in grids], dtype=torch.int64, device="cpu")
+    total = sum(hp * wp for hp, wp in grids)
+    before = torch.arange(1, len(grids) + 1, dtype=torch.int32, device="cpu") * prefix
+    rows = torch.arange(total, dtype=torch.int32, device="cpu")
+    return (rows + before.repeat_interleave(counts, output_size=total))[:, None]
 
 
 def shuffle_index(grids: tuple[Grid, ...], prefix: int, factor: int) -> Tensor:
     """Packed rows of the patches of each output token, in (dy, dx) order."""
-    blocks, start = [torch.empty(0, factor * factor, dtype=torch.int32, device="cpu")], 0
-    for hp, wp in grids:
-        blocks.append(_shuffled_grid(hp, wp, factor) + (start + prefix))
-        start += prefix + hp * wp
-    return torch.cat(blocks)
+    if not grids:
+        return torch.empty(0, factor * factor, dtype=torch.int32, device="cpu")
+    counts = [hp * wp for hp, wp in grids]
+    starts = [
+        start + prefix * (i + 1) for i, start in enumerate(accumulate(counts[:-1], initial=0))
+    ]
+    tokens = [count // factor**2 for count in counts]
+    first = torch.tensor(starts, dtype=torch.int32, device="cpu").repeat_interleave(
+        torch.tensor(tokens, device="cpu"), output_size=sum(tokens)
+    )
+    shuffled_grid = _kept(_shuffled_grid)
+    index = torch.cat([shuffled_grid(hp, wp, factor) for hp, wp in grids])
+    return index.add_(first[:, None])
 
 
+@lru_cache(maxsize=_PIECES)
 def _shuffled_grid(hp: int, wp: int, s: int) -> Tensor:
     index = torch.arange(hp * wp, dtype=torch.int32, device="cpu").view(hp // s, s, wp // s, s)
     return index.permute(0, 2, 1, 3).reshape(-1, s * s)

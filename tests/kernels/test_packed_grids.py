@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from hrvlm_kernels import PackedGrids
+from hrvlm_kernels import PackedGrids, packed_grids, packed_tables
 
 GRIDS = [(2, 4), (1, 1), (6, 2), (2, 4)]
 
@@ -208,3 +208,70 @@ def test_a_device_that_torch_does_not_know_is_named(device):
     ):
         with pytest.raises(ValueError, match="device="):
             make()
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_the_shuffle_index_comes_with_the_first_upload(factor, monkeypatch):
+    grids = [(4, 8), (12, 4), (4, 8)]
+    expected = PackedGrids.from_grids(grids, num_prefix_tokens=3).shuffle_index(factor)
+    packed = PackedGrids.from_grids(grids, num_prefix_tokens=3, shuffle_factors=(1, factor))
+    monkeypatch.setattr(packed_grids, "upload", None)
+    assert torch.equal(packed.shuffle_index(factor), expected)
+    with pytest.raises(ValueError, match="image 1: patch grid 3x4 is not divisible by"):
+        PackedGrids.from_grids([(4, 4), (3, 4)], shuffle_factors=(2,))
+
+
+def test_pieces_that_are_kept_are_not_written_to():
+    grids = [(4, 8), (2, 4), (4, 8)]
+    first = PackedGrids.from_grids(grids, num_prefix_tokens=2)
+    kept = first.coords.clone(), first.shuffle_index(2).clone()
+    first.coords.add_(1)
+    first.shuffle_index(2).add_(1)
+    again = PackedGrids.from_grids([*grids, (1, 1)], num_prefix_tokens=2)
+    rows = sum(first.lengths)
+    assert torch.equal(again.coords[:rows], kept[0])
+    again = PackedGrids.from_grids([*grids, (2, 2)], num_prefix_tokens=2)
+    assert torch.equal(again.shuffle_index(2)[: len(kept[1])], kept[1])
+
+
+class Stream:
+    """What a layout asks of torch.cuda's."""
+
+    def __init__(self, number, log):
+        self.cuda_stream, self.log = number, log
+
+    def record_event(self):
+        return f"event of stream {self.cuda_stream}"
+
+    def wait_event(self, event):
+        self.log.append((self.cuda_stream, event))
+
+
+class Table:
+    def __init__(self, log):
+        self.log = log
+
+    def record_stream(self, stream):
+        self.log.append((stream.cuda_stream, "memory"))
+
+
+def test_another_stream_waits_once_for_the_upload(monkeypatch):
+    log, current, capturing = [], [], []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    first, other = Stream(1, log), Stream(2, log)
+    current.append(first)
+    uploads = packed_tables.Uploads(torch.device("cuda", 0))
+    uploads.wait([Table(log)])
+    current.append(other)
+    capturing.append(True)
+    uploads.wait([Table(log)])
+    assert log == []
+    capturing.clear()
+    for _ in range(2):
+        uploads.wait([Table(log)])
+    assert log == [(2, "event of stream 1"), (2, "memory")]
+    uploads.note()  # one more table, from this stream
+    current.append(first)
+    uploads.wait([])
+    assert log[2:] == [(1, "event of stream 2")]
