@@ -9,7 +9,9 @@ from functools import partial
 import torch
 import triton
 
+from hrvlm_kernels.triton_kernels import bias_gelu as gelu
 from hrvlm_kernels.triton_kernels import layer_norm_pixel_shuffle as norm
+from hrvlm_kernels.triton_kernels import linear_residual_gradients as connection
 from hrvlm_kernels.triton_kernels import normalize_patchify as patchify
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as shuffle
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as shuffle_backward
@@ -165,26 +167,89 @@ def residual_jobs(target, *, widths=(384, 1024, 4096), dtype=torch.bfloat16):
             yield from _norm_row(make, target, width, backward)
 
 
-def residual_job(width, dtype, config, backward):
-    """Forward or backward of residual_layer_norm, weights in float32."""
+def residual_job(width, dtype, config, backward, *, update=True, shift=False):
+    """Forward or backward of residual_layer_norm, weights in float32.
+
+    Without an update the forward is shifted_layer_norm's, and the backward that of
+    linear_residual_layer_norm, which has a shift in its forward.
+    """
     pointer = f"*{NAMES[dtype]}:16"
-    names = ["g", "h", "out", "update", "dx", "dupdate"] if backward else ["x", "update"]
+    names = ["g", "h", "out", "dx", "dupdate"] if backward else ["x"]
+    names += ["update"] if update else []
     signature = dict.fromkeys(names, pointer) | {"T": "i32", "eps": "fp32"}
     signature |= {"scale": "*fp32:16", "weight": "*fp32:16"}
     constants = {"C": width, "BR": config.rows, "BC": triton.next_power_of_2(width)}
-    strided = "ghu" if backward else "xu"
+    strided = ("gh" if backward else "x") + ("u" if update else "")
     signature |= {f"stride_{name}t": "i32:16" for name in strided}
-    constants |= {f"stride_{name}c": 1 for name in strided}
+    constants |= {f"stride_{name}c": 1 for name in strided} | {"HAS_UPDATE": update}
+    if not update:
+        constants |= {"update": None, "stride_ut": 0, "stride_uc": 0}
     if backward:
         kernel = residual.residual_layer_norm_backward
         signature |= dict.fromkeys(("ds_parts", "dw_parts", "db_parts"), "*fp32:16")
         signature["blocks"] = "i32"
+        name = "backward" if update else "backward in parts"
     else:
         kernel = residual.residual_layer_norm_forward
-        signature |= {"bias": "*fp32:16", "out": pointer, "normed": pointer}
-        constants["HAS_BIAS"] = True
-    name = f"residual_layer_norm {'backward' if backward else 'forward'} C={width}"
-    return Job(name, kernel, signature, constants, {"num_warps": config.num_warps})
+        signature |= {"bias": "*fp32:16", "normed": pointer}
+        constants |= {"HAS_BIAS": True, "HAS_SHIFT": shift}
+        for argument, there in (("out", update), ("scale", update), ("shift", shift)):
+            kind = pointer if argument == "out" else "*fp32:16"
+            signature.pop(argument, None)
+            (signature if there else constants)[argument] = kind if there else None
+        name = ("forward, shifted" if shift else "forward") if update else "of a shifted stream"
+    return Job(
+        f"residual_layer_norm {name} C={width}",
+        kernel, signature, constants, {"num_warps": config.num_warps},
+    )  # fmt: skip
+
+
+def connection_jobs(target, *, widths=(1024, 4096), dtype=torch.bfloat16):
+    """What linear_residual_layer_norm and shifted_layer_norm add to residual_layer_norm."""
+    for width in widths:
+        for update, backward in ((True, False), (False, False), (False, True)):
+            make = partial(
+                residual_job, width, dtype, backward=backward, update=update, shift=not backward
+            )
+            yield from _norm_row(make, target, width, backward)
+    pointer, inner = f"*{NAMES[dtype]}:16", 4096
+    signature = dict.fromkeys(
+        ("product", "weight", "scale", "bias", "dweight", "vectors", "of_norm"), pointer
+    )
+    signature |= {"parts": "*fp32:16", "count": "i32", "C": "i32:16"}
+    constants = {
+        "K": inner, "HAS_BIAS": True, "BC": connection.ROWS, "BK": connection.COLUMNS,
+        "BP": connection.PARTS,
+    }  # fmt: skip
+    yield Job(
+        f"linear_residual_gradients K={inner}", connection.linear_residual_gradients,
+        signature, constants, {"num_warps": connection.WARPS},
+    )  # fmt: skip
+
+
+def gelu_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
+    """bias_gelu, forward, backward and the sum of its parts; nothing depends on F."""
+    for dtype in dtypes:
+        config = gated.select_config(target, dtype)
+        options = {"num_warps": config.num_warps}
+        pointer = f"*{NAMES[dtype]}:16"
+        names = dict.fromkeys(("x", "bias", "out"), pointer) | {"F": "i32:16"}
+        yield Job(
+            f"bias_gelu forward {NAMES[dtype]}", gelu.bias_gelu_forward, names,
+            {"BLOCK": config.elements}, options,
+        )  # fmt: skip
+        names = dict.fromkeys(("g", "x", "bias", "dx"), pointer) | {"parts": "*fp32:16"}
+        names |= {"T": "i32", "F": "i32:16", "blocks": "i32"}
+        rows, columns = gelu.tile_of(config)
+        yield Job(
+            f"bias_gelu backward {NAMES[dtype]}", gelu.bias_gelu_backward, names,
+            {"BR": rows, "BF": columns}, options,
+        )  # fmt: skip
+        names = {"parts": "*fp32:16", "out": pointer, "count": "i32", "F": "i32:16"}
+        yield Job(
+            f"bias_gelu, adding parts {NAMES[dtype]}", gelu.add_parts, names,
+            {"BF": gelu.SUM_COLUMNS}, {"num_warps": 1},
+        )  # fmt: skip
 
 
 def swiglu_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
@@ -251,6 +316,8 @@ def jobs(target):
         pixel_shuffle_jobs,
         layer_norm_jobs,
         residual_jobs,
+        connection_jobs,
+        gelu_jobs,
         swiglu_jobs,
         patchify_jobs,
         small_jobs,

@@ -167,7 +167,7 @@ class EncoderAttention(nn.Module):
         """
         q, k, v = self._qkv(x)
         out = varlen_attention(
-            q, k, v, packed, self.head_dim**-0.5, rope=self._rope(packed), backend=backend
+            q, k, v, packed, self.head_dim**-0.5, rope=self.rope(packed), backend=backend
         )
         out = self.o_proj(out.flatten(1))
         return (out, self._prefix_attention(q, k, packed, backend)) if prefix_attention else out
@@ -183,7 +183,8 @@ class EncoderAttention(nn.Module):
             qkv = self.qkv_bias(self.qkv(x))
         return qkv.unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
 
-    def _rope(self, packed: PackedGrids) -> tuple[Tensor, Tensor] | None:
+    def rope(self, packed: PackedGrids) -> tuple[Tensor, Tensor] | None:
+        """Positions and frequencies that q and k are rotated by; None without RoPE."""
         if self.rope_theta is None:
             return None
         if self._inv_freq.device != packed.device:
@@ -202,7 +203,7 @@ class EncoderAttention(nn.Module):
         return self
 
     def _prefix_attention(self, q: Tensor, k: Tensor, packed: PackedGrids, backend: str) -> Tensor:
-        if rope := self._rope(packed):
+        if rope := self.rope(packed):
             q, k = rope_2d(q, k, *rope, backend=backend)
         maps = []
         for q_i, k_i in zip(packed.split(q), packed.split(k), strict=True):
@@ -224,12 +225,16 @@ class EncoderMLP(nn.Module):
 
     def forward(self, x: Tensor, backend: str = "auto") -> Tensor:
         """``[T, C]`` to ``[T, C]``."""
+        return self.down_proj(self.inner(x, backend))
+
+    def inner(self, x: Tensor, backend: str = "auto") -> Tensor:
+        """What `down_proj` takes, ``[T, F]``."""
         if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(x)))
+            return self.act_fn(self.up_proj(x))
         plain = type(self.act_fn) in _SILU and is_plain(self.act_fn, type(self.act_fn))
         if plain and choose_backend("swiglu", backend, x) == "triton":
-            return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=backend))
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return swiglu(self.gate_proj(x), self.up_proj(x), backend=backend)
+        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
 
 class LayerScale(nn.Module):

@@ -9,7 +9,7 @@ is a pack whose grids are equal. Nothing in a block knows about images except
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -29,11 +29,13 @@ from ..checkpoints.mapping import canonical_keys
 from ..checkpoints.sizes import sizes_of
 from ..checkpoints.strict import StrictModel
 from ..images.geometry import true_or_false
+from . import fused_blocks
 from .batch_invariance import encode_by_image
 from .inputs import Grids, flat_mask, pack_inputs
 from .intermediate import as_maps, block_indices, by_image, layer_indices
 from .layers import EncoderEmbeddings, EncoderLayer, LayerScale, QKVBias
 from .output import EncoderOutput, PackedEncoderOutput, batched
+from .plain_modules import is_plain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -181,7 +183,12 @@ class PackedEncoder(StrictModel):
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode; a frozen encoder stays in eval mode."""
+        fused_blocks.forget(self.layer)
         return super().train(mode and not self._frozen)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Self:
+        fused_blocks.forget(self.layer)
+        return super()._apply(fn, *args, **kwargs)
 
     def forward(
         self,
@@ -362,15 +369,25 @@ class PackedEncoder(StrictModel):
         if rope_augment:
             packed = self._augmented(packed)
         drop_path = self.training and self.config.drop_path_rate > 0
-        states, attentions = ({0: x} if keep_all or 0 in keep else {}), []
-        for i, layer in enumerate(cast("Iterable[EncoderLayer]", self.layer), start=1):
-            x = layer(x, packed, self.backend, drop_path, prefix_attentions)
-            if prefix_attentions:
-                x, weights = x
-                attentions.append(weights)
-            if keep_all or i in keep:
-                states[i] = x
-        normed = self.norm(x) if final_norm else x
+        kept: Container[int] = range(len(self.layer) + 1) if keep_all else keep
+        states, attentions = ({0: x} if 0 in kept else {}), []
+        if not (drop_path or prefix_attentions) and fused_blocks.can_run(self, x):
+            recording = torch.is_grad_enabled()
+            run = fused_blocks.train if recording else fused_blocks.infer
+            own = x.clone() if states and not recording else x
+            joined = final_norm and is_plain(self.norm, nn.LayerNorm)
+            normed, more = run(self, own, packed, kept, joined)
+            normed = self.norm(normed) if final_norm and not joined else normed
+            states |= more
+        else:
+            for i, layer in enumerate(cast("Iterable[EncoderLayer]", self.layer), start=1):
+                x = layer(x, packed, self.backend, drop_path, prefix_attentions)
+                if prefix_attentions:
+                    x, weights = x
+                    attentions.append(weights)
+                if i in kept:
+                    states[i] = x
+            normed = self.norm(x) if final_norm else x
         selected = tuple(self.norm(states[i]) if apply_layernorm else states[i] for i in keep)
         return {
             "packed_last_hidden_state": normed,
@@ -387,6 +404,7 @@ def _accept_stored_keys(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
 ) -> None:
     """Accept transformers' keys, in memory and in files, beside the encoder's own."""
+    fused_blocks.forget(cast("PackedEncoder", module).layer)
     for key in [key for key in state_dict if key.startswith(prefix)]:
         names = canonical_keys(key[len(prefix) :])
         if names != (key[len(prefix) :],):

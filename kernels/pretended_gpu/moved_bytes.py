@@ -15,9 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
 import pretended_gpu
 
 from .record import RECORD, Op, Operand
+from .torch_tensors import inner
 
 # Nothing runs on the device for these.
 _FREE = {
@@ -43,11 +47,13 @@ class Moved:
             nor attention.
         attention: Those of attention's kernels.
         launches: How often each aten op or Triton kernel starts something.
+        kept: Bytes of what tensors with a row per token keep for the backward, each memory once.
     """
 
     passes: Counter[str] = field(default_factory=Counter)
     attention: Counter[str] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
 
     def __sub__(self, other: Moved) -> Moved:
         def less(a: Counter[str], b: Counter[str]) -> Counter[str]:
@@ -66,10 +72,18 @@ def moved_by(run: Callable[[], object], *, tokens: int) -> Moved:
         run: Called once.
         tokens: A tensor with a dimension of this size has rows of tokens. No other size may be it.
     """
+    memories: dict[int, int] = {}
+
+    def note(a: Tensor) -> Tensor:
+        if tokens in a.shape:
+            memory = inner(a).untyped_storage()
+            memories[memory.data_ptr()] = memory.nbytes()
+        return a
+
     RECORD.clear()
-    with RECORD.counting():
+    with RECORD.counting(), saved_tensors_hooks(note, lambda a: a):
         run()
-    moved = Moved()
+    moved = Moved(kept=Counter(bytes=sum(memories.values())))
     for op in RECORD.ops:
         if op.is_view or op.name in _FREE or not op.name.startswith("aten::"):
             continue
@@ -108,7 +122,8 @@ _LEAST_WIDTH = 64  # of a row; log-sum-exps and coordinates are no passes
 def of_a_layer(*, grid: tuple[int, int], train: bool, **options: object) -> tuple[Moved, int]:
     """What one more layer of ViT-L does for an image of `grid` patches, and S = T*C*2 bytes.
 
-    `options` go to the encoder.
+    Counted when it has run once: what is made of the weights alone is there. `options` go to the
+    encoder.
     """
     import torch
     from transformers import DINOv3ViTConfig
@@ -133,6 +148,8 @@ def of_a_layer(*, grid: tuple[int, int], train: bool, **options: object) -> tupl
             if train:
                 out.backward(torch.ones_like(out))
 
+        step()
+        encoder.zero_grad()
         return moved_by(step, tokens=tokens)
 
     return run(2) - run(1), 2 * tokens * width
@@ -151,7 +168,8 @@ def main() -> None:
                 print(f"  {name:42} {n:4} {moved / size:6.1f} S" if moved else f"  {name:42} {n:4}")
             print(
                 f"  {layer.launches.total()} launches; passes {layer.passes.total() / size:.1f} S, "
-                f"attention {layer.attention.total() / size:.1f} S"
+                f"attention {layer.attention.total() / size:.1f} S, "
+                f"kept {layer.kept.total() / size:.1f} S"
             )
 
 

@@ -6,6 +6,8 @@ what it allocated is then filled. Everything is computed in float32 and rounded 
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +38,10 @@ def install(*, numbers: bool) -> None:
 
     torch.library.Library.impl = impl_and_keep  # type: ignore[method-assign,assignment]
     try:
-        import hrvlm_kernels  # noqa: F401
+        from hrvlm_kernels import ops
+
+        for module in pkgutil.iter_modules(ops.__path__):
+            importlib.import_module(f"{ops.__name__}.{module.name}")
     finally:
         torch.library.Library.impl = impl  # type: ignore[method-assign]
     for module in [m for name, m in sys.modules.items() if name.startswith("hrvlm_kernels.")]:
@@ -207,6 +212,67 @@ def _residual_layer_norm_backward(
     return dx.to(out.dtype), (dx * scale.float()).to(out.dtype), sums
 
 
+def _biased_residual_layer_norm(
+    x: Tensor, update: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor,
+    bias: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shift = torch.zeros_like(scale) if shift is None else shift
+    update = update.float() + shift.float()
+    return _residual_layer_norm(x, update, scale, weight, bias, eps)
+
+
+def _biased_residual_layer_norm_backward(
+    g: Tensor, h: Tensor, out: Tensor, scale: Tensor, weight: Tensor, eps: float, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As of an update of ones, of whose factor the gradient is the sum of dx."""
+    ones = torch.ones_like(out)
+    *grads, sums = _residual_layer_norm_backward(g, h, out, ones, scale, weight, eps)
+    return *grads, F.pad(sums[:, None], (0, 0, 0, count - 1))
+
+
+def _linear_residual_gradients(
+    product: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, parts: Tensor,
+    norm_weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    product, factor, sums = product.float(), scale.float(), parts.sum(1)
+    dscale = (product * weight.float()).sum(1)
+    if bias is not None:
+        dscale = dscale + bias.float() * sums[0]
+    vectors = torch.stack([dscale, factor * sums[0]]).to(scale.dtype)
+    return (factor[:, None] * product).to(weight.dtype), vectors, sums[1:].to(norm_weight.dtype)
+
+
+def _shifted_layer_norm(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    shifted = x.float() if shift is None else x.float() + shift.float()
+    bias = None if bias is None else bias.float()
+    return F.layer_norm(shifted, shifted.shape[1:], weight.float(), bias, eps).to(x.dtype)
+
+
+def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x.float() + bias.float()).to(x.dtype)
+
+
+def _bias_gelu_backward(g: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    leaves = _leaves(x, bias)
+    grads = torch.autograd.grad(F.gelu(leaves[0] + leaves[1]), leaves, g.float())
+    return grads[0].to(x.dtype), grads[1].to(bias.dtype)
+
+
+def _qkv_attention_backward(
+    g: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, tiles_64: Tensor,
+    tiles_128: Tensor, short_segments: Tensor, coords: Tensor | None, inv_freq: Tensor | None,
+    scale: float, deterministic: bool,
+) -> Tensor:  # fmt: skip
+    leaves = _leaves(*qkv.unbind(1))
+    exact, _ = _attend(*leaves, cu_seqlens, (None, None), scale)  # they come rotated
+    dq, dk, dv = torch.autograd.grad(exact, leaves, g.float())
+    if coords is not None and inv_freq is not None:
+        dq, dk = _rope_2d(dq, dk, coords, inv_freq, True)
+    return torch.stack([dq, dk, dv], 1).to(qkv.dtype)
+
+
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
@@ -226,16 +292,23 @@ def _normalize_patchify(
 
 
 REFERENCES: dict[str, Callable[..., Any]] = {
+    "bias_gelu": _bias_gelu,
+    "bias_gelu_backward": _bias_gelu_backward,
+    "biased_residual_layer_norm": _biased_residual_layer_norm,
+    "biased_residual_layer_norm_backward": _biased_residual_layer_norm_backward,
     "layer_norm_pixel_shuffle": _layer_norm_pixel_shuffle,
     "layer_norm_pixel_shuffle_backward": _layer_norm_pixel_shuffle_backward,
+    "linear_residual_gradients": _linear_residual_gradients,
     "normalize_patchify": _normalize_patchify,
     "pixel_shuffle_linear": _pixel_shuffle_linear,
     "pixel_shuffle_linear_dweight": _pixel_shuffle_linear_dweight,
     "pixel_shuffle_linear_dx": _pixel_shuffle_linear_dx,
+    "qkv_attention_backward": _qkv_attention_backward,
     "residual_layer_norm": _residual_layer_norm,
     "residual_layer_norm_backward": _residual_layer_norm_backward,
     "rope_2d": _rope_2d,
     "rope_2d_": _rope_2d_in_place,
+    "shifted_layer_norm": _shifted_layer_norm,
     "swiglu": _swiglu,
     "swiglu_backward": _swiglu_backward,
     "varlen_attention": _varlen_attention,

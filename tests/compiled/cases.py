@@ -23,9 +23,12 @@ from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as shuffl
 from hrvlm_kernels.triton_kernels import varlen_attention as forward
 from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
 from tests.kernels import attention_cases as attention
+from tests.kernels import test_bias_gelu as gelu
 from tests.kernels import test_layer_norm_pixel_shuffle as norm
+from tests.kernels import test_linear_residual_layer_norm as connection
 from tests.kernels import test_normalize_patchify as patchify
 from tests.kernels import test_pixel_shuffle_linear as shuffle
+from tests.kernels import test_qkv_attention as qkv
 from tests.kernels import test_residual_layer_norm as residual
 from tests.kernels import test_rope_2d as rope
 from tests.kernels import test_swiglu as gated
@@ -92,6 +95,27 @@ def _elementwise(label: str, dtype: torch.dtype) -> Iterator[Case]:
     yield case(
         "residual_layer_norm", "C=48, several blocks per program",
         few_multiprocessors(lambda: residual.check(70, 48, dtype)), core=(80,),
+    )  # fmt: skip
+    yield case(
+        "linear_residual_layer_norm", "C=48 of 40, 600 of 300",
+        lambda: connection.check(37, 40, 48, dtype), lambda: connection.check(9, 300, 600, dtype),
+        lambda: connection.check_shifted(9, 600, dtype), core=(90,),
+    )  # fmt: skip
+    yield case(
+        "linear_residual_layer_norm", "C=48, several blocks per program",
+        few_multiprocessors(lambda: connection.check(70, 40, 48, dtype)), core=(80,),
+    )  # fmt: skip
+    yield case(
+        "bias_gelu", "F=48, 300, 2049",
+        *(lambda f=f: gelu.check(21, f, dtype) for f in (48, 300, 2049)), core=(80,),
+    )  # fmt: skip
+    yield case(
+        "bias_gelu", "several blocks per program",
+        few_multiprocessors(lambda: gelu.check(100, 300, dtype)), core=(90,),
+    )  # fmt: skip
+    yield case(
+        "qkv_attention", "D=64, and 20 with rotations in passes of their own",
+        lambda: qkv.check(2, 64, dtype), lambda: qkv.check(2, 20, dtype), core=BOTH,
     )  # fmt: skip
     yield case(
         "normalize_patchify", "patches of 16, 14, 1",

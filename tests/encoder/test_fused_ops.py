@@ -1,17 +1,19 @@
 """The ops that make fewer passes of a block, wherever the encoder runs on the kernels."""
 
 import copy
+import gc
 
 import pytest
 import torch
 
-from hrvlm.encoder import layers
+from hrvlm.encoder import fused_blocks, layers
 from hrvlm_kernels import PackedGrids
 from tests.encoder.encoders import pair_of
 from tests.kernels.helpers import CountingBackend, interpreter_only
 from tests.numerics import assert_contraction
 
-FUSED_OPS = ("residual_layer_norm", "swiglu")
+IN_A_BLOCK = ("residual_layer_norm", "swiglu")  # by itself
+OVER_BLOCKS = ("qkv_attention", "linear_residual_layer_norm", "bias_gelu", "shifted_layer_norm")
 GRIDS = [(2, 3), (1, 1), (4, 1)]
 # What the fused ops stand between.
 NEIGHBOURS = (
@@ -55,8 +57,9 @@ def calls(monkeypatch):
     def counted(name, op):
         return lambda *args, **options: (seen.append(name), op(*args, **options))[1]
 
-    for name in FUSED_OPS:
-        monkeypatch.setattr(layers, name, counted(name, getattr(layers, name)))
+    for module, names in ((layers, IN_A_BLOCK), (fused_blocks, OVER_BLOCKS)):
+        for name in names:
+            monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     return seen
 
 
@@ -85,8 +88,12 @@ def test_the_kernels_err_no_more_than_eager(mode, calls):
         baseline = results_of(on("eager", encoder), patches, packed, cotangent)
         assert calls == []
         got = results_of(on("triton", encoder), patches, packed, cotangent)
-    in_order = list(FUSED_OPS[:1] if mode == "not gated" else FUSED_OPS)
-    assert calls == (in_order * 2 if mode == "checkpointing" else in_order)  # run again
+    if mode in ("autocast", "checkpointing", "drop path"):
+        expected = list(IN_A_BLOCK) * (2 if mode == "checkpointing" else 1)  # run again
+    else:
+        inner = "bias_gelu" if mode == "not gated" else "swiglu"
+        expected = [*OVER_BLOCKS[:2], inner, OVER_BLOCKS[1]]
+    assert calls == expected
     for a, exact, plain in zip(got, oracle, baseline, strict=True):
         assert a.dtype == plain.dtype
         assert_contraction(a, exact, plain)
@@ -102,7 +109,86 @@ def test_a_module_with_a_hook_is_called(name, calls):
     with module.register_forward_hook(lambda *_: seen.append(name)), torch.no_grad():
         on("triton", encoder)(patches, grids=packed)
     assert seen == [name]
-    assert calls == (["residual_layer_norm"] if name == "mlp.act_fn" else ["swiglu"])
+    assert calls == (["shifted_layer_norm"] * 3 if name == "mlp.act_fn" else ["swiglu"])
+
+
+def features_of(encoder, patches, packed):
+    """All hidden states, the last one with and without the norm."""
+    with torch.inference_mode():
+        out = encoder(patches, grids=packed, output_hidden_states=True)
+        plain = encoder(patches, grids=packed, final_norm=False)
+    return [out.packed_last_hidden_state, plain.packed_last_hidden_state, *out.packed_hidden_states]
+
+
+@interpreter_only
+@pytest.mark.parametrize("name", ["vit", "vit_gated"])
+def test_folded_weights_err_no_more_than_eager(name, calls):
+    _, encoder = pair_of(name, num_hidden_layers=1)
+    patches, packed, _ = inputs_of(encoder, GRIDS[:2])
+    before = patches.clone()
+    oracle = features_of(on("eager", copy.deepcopy(encoder).double()), patches.double(), packed)
+    baseline = features_of(on("eager", encoder), patches, packed)
+    got = features_of(on("triton", encoder), patches, packed)
+    for a, exact, plain in zip(got, oracle, baseline, strict=True):
+        assert_contraction(a, exact, plain)
+    assert calls.count("shifted_layer_norm") == 5
+    assert torch.equal(patches, before)
+
+
+@interpreter_only
+def test_a_changed_weight_is_folded_again():
+    """Changed in place, loaded, or with other data."""
+    _, encoder = pair_of("vit", num_hidden_layers=2)
+    patches, packed, _ = inputs_of(encoder, GRIDS[:1])
+
+    def check():
+        with torch.no_grad():
+            got, expected = (
+                on(backend, encoder)(patches, grids=packed).packed_last_hidden_state
+                for backend in ("triton", "eager")
+            )
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+    check()
+    for key in ("attention.o_proj.weight", "mlp.down_proj.bias", "layer_scale2.lambda1"):
+        with torch.no_grad():
+            encoder.layer[0].get_parameter(key).add_(0.5)
+        check()
+    encoder.layer[0].attention.qkv_bias.v_bias.detach().add_(1)
+    weight = encoder.layer[1].mlp.down_proj.weight
+    weight.data = weight.data * 1.5
+    check()
+    encoder.load_state_dict({k: v * 0.9 for k, v in encoder.state_dict().items()})
+    check()
+
+
+@interpreter_only
+def test_folded_weights_are_dropped():
+    """By train(), by moving, by loading, and with the encoder; they are not copied along."""
+    models = [pair_of("vit", num_hidden_layers=2)[1]]
+    patches, packed, _ = inputs_of(models[0], GRIDS[:1])
+    count = len(fused_blocks._folded)
+
+    def fold():
+        with torch.no_grad():
+            on("triton", models[0])(patches, grids=packed)
+        assert len(fused_blocks._folded) == count + 2
+
+    for drop in (
+        lambda model: model.eval(),
+        lambda model: model.float(),
+        lambda model: model.load_state_dict(model.state_dict()),
+    ):
+        fold()
+        drop(models[0])
+        assert len(fused_blocks._folded) == count
+    fold()
+    copied = copy.deepcopy(models[0])
+    assert len(fused_blocks._folded) == count + 2
+    assert not any("fold" in name for name in vars(copied.layer[0]))
+    models.clear()
+    gc.collect()
+    assert len(fused_blocks._folded) == count
 
 
 @interpreter_only

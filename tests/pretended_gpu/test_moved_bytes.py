@@ -21,7 +21,7 @@ SHORT, LONG = (14, 14), (16, 18)
 
 @pytest.mark.parametrize(
     ("grid", "train", "passes", "launches"),
-    [(SHORT, False, 17, 11), (LONG, False, 19, 12), (SHORT, True, 68, 40), (LONG, True, 70, 41)],
+    [(SHORT, False, 14, 8), (LONG, False, 16, 9), (SHORT, True, 44, 28), (LONG, True, 44, 28)],
 )
 def test_what_a_layer_moves(grid, train, passes, launches):
     layer, size = of_a_layer(grid=grid, train=train)
@@ -29,6 +29,7 @@ def test_what_a_layer_moves(grid, train, passes, launches):
     assert layer.passes.total() / size == passes, layer.passes
     assert layer.launches.total() == launches, layer.launches
     assert layer.attention.total() / size == (16 if train else 4)
+    assert layer.kept.total() / size == pytest.approx(16 if train else 0, abs=0.1)
 
 
 def test_counting_itself():

@@ -106,7 +106,9 @@ def test_what_has_a_hook_sees_what_it_would_see_on_a_cpu(name, calls):
 
     with model.get_submodule(name).register_forward_hook(look):
         features_of(model)
-    assert calls == [] and len(seen) == 1 and torch.equal(seen[0], expected)
+    assert calls == [] and len(seen) == 1
+    # Without a hook, the norm adds what the folded blocks leave out as it reads, unrounded.
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
 
 
 @interpreter_only

@@ -59,6 +59,7 @@ register(
     fake=_empty_outputs,
     setup_context=_save,
     backward=_differentiate,
+    arguments=lambda x, update, scale, *norm: (x, update, scale, None, *norm),
 )
 register_backward(
     "residual_layer_norm_backward",

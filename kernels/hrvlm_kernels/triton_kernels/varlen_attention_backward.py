@@ -241,8 +241,13 @@ def backward(
     dk: Tensor,
     dv: Tensor,
     tilings: BackwardTilings | None = None,
+    *,
+    is_rotated: bool = False,
 ) -> None:
-    """Write `dq`, `dk` and `dv`; `tilings` forces the tile sizes."""
+    """Write `dq`, `dk` and `dv`; `tilings` forces the tile sizes.
+
+    With `is_rotated` q and k come rotated; their gradients are those of before.
+    """
     if x.q.numel() == 0:
         return
     if tilings is None:
@@ -253,7 +258,7 @@ def backward(
         x = as_kernels_read_it(x)
         rope, folded = x.rope, rotates_in_kernel(x.q)
         if rope is not None:
-            q, k = rotated(x.q, x.k, *rope)
+            q, k = (x.q, x.k) if is_rotated else rotated(x.q, x.k, *rope)
             x = replace(x, q=q, k=k, rope=rope if folded else None)
         g, out = unit_stride(g), unit_stride(out)
         inputs = _Inputs(**vars(x), g=g, out=out, lse=lse, delta=torch.empty_like(lse))
@@ -274,6 +279,11 @@ def backward(
             _finish_dq(dq_sum, dq, x.rope, x.scale)
         if rope is not None and not folded:
             rotate_heads(dq, dk, *rope, True, dq, dk)
+
+
+def backward_of_rotated(x: Problem, g: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> None:
+    """Write the gradients of q, k and v side by side, ``[T, 3, H, D]``, given q and k rotated."""
+    backward(x, g, out, lse, *dqkv.unbind(1), is_rotated=True)
 
 
 def _float32_like(x: Tensor) -> Tensor:

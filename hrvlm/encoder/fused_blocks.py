@@ -1,0 +1,254 @@
+"""The blocks of an encoder as one run, where the kernels can join what stands between its modules.
+
+A block calls its modules one by one, and so it stays where one of them is more than plain, where a
+graph is written down, under autocast, with checkpointing, and without the kernels. Else the blocks
+run here, with fewer passes over the tokens:
+
+Inference folds LayerScale into the weights of the two products before it, which then add to the
+residual stream in place (the summand C of a matrix product). Their biases, scaled, are left out of
+the stream and added by the norms that read it:
+
+    stream += a (lambda1 W_o)^T;  shift += lambda1 b_o;  normed = norm(stream + shift)
+
+Training joins each residual connection with the norm behind it, the second one with the next
+block's first norm or the final one (:mod:`hrvlm_kernels.ops.linear_residual_layer_norm`), GELU with
+the bias before it, and the gradients of q, k and v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from hrvlm_kernels import PackedGrids, varlen_attention
+from hrvlm_kernels.backends import choose_backend
+from hrvlm_kernels.ops.bias_gelu import bias_gelu
+from hrvlm_kernels.ops.linear_residual_layer_norm import (
+    linear_residual_layer_norm,
+    shifted_layer_norm,
+)
+from hrvlm_kernels.ops.qkv_attention import qkv_attention
+from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH
+from hrvlm_kernels.ops.varlen_attention import MAX_HEAD_DIM
+
+from .layers import EncoderAttention, EncoderLayer, EncoderMLP, LayerScale, QKVBias, QKVLinear
+from .plain_modules import is_plain
+
+if TYPE_CHECKING:
+    from .packed_encoder import PackedEncoder
+
+_GELU = type(ACT2FN["gelu"])  # the exact one
+
+
+_Stamp = tuple[tuple[Tensor, int, int], ...]  # tensors, their versions and their addresses
+
+
+class _Folded(NamedTuple):
+    """The weights of a block for inference.
+
+    Attributes:
+        of: What they were made of.
+        before: What is left out of the stream before the block, float32; None for nothing.
+        o_weight: ``lambda1 W_o``.
+        between: `before` with ``lambda1 b_o``.
+        down_weight: ``lambda2 W_down``.
+        after: `between` with ``lambda2 b_down``.
+    """
+
+    of: _Stamp
+    before: Tensor | None
+    o_weight: Tensor
+    between: Tensor | None
+    down_weight: Tensor
+    after: Tensor | None
+
+
+# Not attributes of the modules, which are copied, saved and moved with all that they have.
+_folded: WeakKeyDictionary[EncoderLayer, _Folded] = WeakKeyDictionary()
+_joined: WeakKeyDictionary[QKVBias, tuple[_Stamp, Tensor | None]] = WeakKeyDictionary()
+
+
+def forget(layers: Iterable[nn.Module]) -> None:
+    """Drop the folded weights of these blocks; the next inference makes them again."""
+    for layer in layers:
+        if isinstance(layer, EncoderLayer):
+            _folded.pop(layer, None)
+            _joined.pop(layer.attention.qkv_bias, None)
+
+
+def can_run(encoder: PackedEncoder, x: Tensor) -> bool:
+    """Whether the blocks may run here, for these tokens ``[T, C]``."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    if x.shape[1] > MAX_WIDTH:
+        return False
+    if choose_backend("residual_layer_norm", encoder.backend, x) != "triton":
+        return False
+    if encoder.training and encoder.gradient_checkpointing:
+        return False
+    return all(_is_plain_block(layer, x.dtype) for layer in encoder.layer)
+
+
+def _is_plain_block(layer: nn.Module, dtype: torch.dtype) -> bool:
+    if not is_plain(layer, EncoderLayer):
+        return False
+    attention, mlp = layer.attention, layer.mlp
+    return (
+        is_plain(attention, EncoderAttention)
+        and is_plain(mlp, EncoderMLP)
+        and is_plain(attention.qkv, QKVLinear)
+        and attention.qkv.bias is None
+        and is_plain(attention.qkv_bias, QKVBias)
+        and attention.head_dim <= MAX_HEAD_DIM
+        and all(is_plain(m, nn.LayerNorm) for m in (layer.norm1, layer.norm2))
+        and all(is_plain(m, LayerScale) for m in (layer.layer_scale1, layer.layer_scale2))
+        and attention.qkv.weight.dtype == dtype
+        and all(_is_plain_product(m, dtype) for m in (attention.o_proj, mlp.down_proj))
+    )
+
+
+def _is_plain_product(linear: nn.Module, dtype: torch.dtype) -> bool:
+    if not is_plain(linear, nn.Linear):
+        return False
+    weight = linear.weight
+    return weight.dtype == dtype and not weight.is_inference()  # these count no versions
+
+
+def infer(
+    encoder: PackedEncoder, x: Tensor, packed: PackedGrids, keep: Container[int], final_norm: bool
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The blocks and the final norm without gradients; overwrites `x`.
+
+    Returns:
+        What the norm, or the last block, returns; and what the blocks of the numbers in `keep`
+        return.
+    """
+    backend, shift, states = encoder.backend, None, {}
+    for i, layer in enumerate(encoder.layer, start=1):
+        folded, attention = _fold(layer, shift), layer.attention
+        normed = _norm(layer.norm1, x, folded.before)
+        qkv = F.linear(normed, attention.qkv.weight, _join(attention.qkv_bias))
+        q, k, v = qkv.unflatten(1, (3, attention.num_heads, attention.head_dim)).unbind(1)
+        out = varlen_attention(
+            q, k, v, packed, attention.head_dim**-0.5, rope=attention.rope(packed), backend=backend
+        )
+        del normed, qkv, q, k, v  # memory peaks in the MLP
+        x.addmm_(out.flatten(1), folded.o_weight.T)
+        del out
+        inner = layer.mlp.inner(_norm(layer.norm2, x, folded.between), backend)
+        x.addmm_(inner, folded.down_weight.T)
+        shift = folded.after
+        if i in keep:
+            states[i] = _whole(x, shift)
+    return _norm(encoder.norm, x, shift) if final_norm else _whole(x, shift), states
+
+
+def _whole(x: Tensor, shift: Tensor | None) -> Tensor:
+    return x.clone() if shift is None else (x + shift).to(x.dtype)
+
+
+def train(
+    encoder: PackedEncoder, x: Tensor, packed: PackedGrids, keep: Container[int], final_norm: bool
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """As :func:`infer`, with gradients; leaves `x` as it is."""
+    states = {}
+    layers = list(encoder.layer)
+    norms = [layer.norm1 for layer in layers[1:]] + [encoder.norm if final_norm else None]
+    normed = layers[0].norm1(x) if layers else encoder.norm(x) if final_norm else x
+    for i, (layer, norm) in enumerate(zip(layers, norms, strict=True), start=1):
+        attention, bias = layer.attention, layer.attention.qkv_bias
+        out = qkv_attention(
+            normed, attention.qkv.weight, (bias.q_bias, bias.k_bias, bias.v_bias),
+            bias.joined(), packed, attention.rope(packed), attention.num_heads,
+        )  # fmt: skip
+        x, normed = _connect(x, out, attention.o_proj, layer.layer_scale1, layer.norm2)
+        inner = _inner(layer.mlp, normed, encoder.backend)
+        if norm is None:
+            x = normed = layer.layer_scale2(x, layer.mlp.down_proj(inner))
+        else:
+            x, normed = _connect(x, inner, layer.mlp.down_proj, layer.layer_scale2, norm)
+        if i in keep:
+            states[i] = x
+    return normed, states
+
+
+def _connect(
+    x: Tensor, a: Tensor, linear: nn.Linear, scale: LayerScale, norm: nn.LayerNorm
+) -> tuple[Tensor, Tensor]:
+    return linear_residual_layer_norm(
+        x, a, linear.weight, linear.bias, scale.lambda1, norm.weight, norm.bias, norm.eps
+    )
+
+
+def _inner(mlp: EncoderMLP, normed: Tensor, backend: str) -> Tensor:
+    up, act = mlp.up_proj, mlp.act_fn
+    plain = mlp.gate_proj is None and is_plain(up, nn.Linear) and is_plain(act, _GELU)
+    if plain and up.bias is not None and up.weight.dtype == normed.dtype:
+        return bias_gelu(F.linear(normed, up.weight), up.bias)
+    return mlp.inner(normed, backend)
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor | None) -> Tensor:
+    return shifted_layer_norm(x, shift, norm.weight, norm.bias, norm.eps)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _fold(layer: EncoderLayer, before: Tensor | None) -> _Folded:
+    o, down = layer.attention.o_proj, layer.mlp.down_proj
+    scales = layer.layer_scale1.lambda1, layer.layer_scale2.lambda1
+    sources = (o.weight, o.bias, down.weight, down.bias, *scales)
+    known = _folded.get(layer)
+    if known is not None and known.before is before and _is_of(known.of, sources):
+        return known
+    between = _with_bias(before, o.bias, scales[0])
+    folded = _Folded(
+        of=_stamp(sources),
+        before=before,
+        o_weight=_scaled(o.weight, scales[0]),
+        between=between,
+        down_weight=_scaled(down.weight, scales[1]),
+        after=_with_bias(between, down.bias, scales[1]),
+    )
+    _folded[layer] = folded
+    return folded
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _join(bias: QKVBias) -> Tensor | None:
+    """The biases of q, k and v as one, made again when one of them has changed."""
+    sources = bias.q_bias, bias.k_bias, bias.v_bias
+    known = _joined.get(bias)
+    if known is None or not _is_of(known[0], sources):
+        known = _joined[bias] = _stamp(sources), bias.joined()
+    return known[1]
+
+
+def _stamp(sources: Iterable[Tensor | None]) -> _Stamp:
+    return tuple((a, a._version, a.data_ptr()) for a in sources if a is not None)
+
+
+def _is_of(stamp: _Stamp, sources: Iterable[Tensor | None]) -> bool:
+    present = [a for a in sources if a is not None]
+    return len(present) == len(stamp) and all(
+        a is b and a._version == version and a.data_ptr() == address
+        for a, (b, version, address) in zip(present, stamp, strict=True)
+    )
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight.float() * scale.float()[:, None]).to(weight.dtype)
+
+
+def _with_bias(shift: Tensor | None, bias: Tensor | None, scale: Tensor) -> Tensor | None:
+    if bias is None:
+        return shift
+    more = bias.float() * scale.float()
+    return more if shift is None else shift + more
