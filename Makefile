@@ -7,6 +7,8 @@
 # make gpu     the GPU tests and benchmarks in under ten minutes, with the python3 at hand
 # make pretended  the GPU tests and benchmarks on a pretended GPU: devices, waits, signatures; no numbers
 # make compiled  all kernels as compiled for sm_80 and sm_90, executed on the CPU: results and docs/compiled.md
+# make conformance  transformers' own common tests, fetched with its source distribution, on our classes
+# make conformance-newest  the same under the newest releases, where make test-newest has put them
 # make sanitize  the kernels on small shapes under compute-sanitizer, on a GPU
 # make test-scale  hrvlm embed under twenty kills, a dying actor, a full disk (minutes): benchmarks/results/scale_kills.json
 # make fuzz-images  read 100 000 mutated image files under a memory and time rule (minutes)
@@ -20,7 +22,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := demo
 .NOTPARALLEL:
-.PHONY: demo test test-newest test-oldest lint compiled tune gpu sanitize fuzz-images exports clean pretended test-scale
+.PHONY: demo test test-newest test-oldest lint compiled tune gpu sanitize fuzz-images exports clean pretended test-scale conformance conformance-newest
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -94,6 +96,12 @@ exports: $(INSTALLED_DEV)
 test-scale: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=1 HRVLM_SCALE=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest --benchmark-disable -v -s \
 	  tests/embed/on_ray/test_kills.py
+
+conformance: $(INSTALLED_DEV)
+	@$(BIN)/python -m tests.conformance $(WORKERS) $(PYTEST_ARGS)
+
+conformance-newest:
+	@$(NEWEST)/bin/python -m tests.conformance $(WORKERS) $(PYTEST_ARGS)
 
 tune:
 	$(BARE) -m benchmarks.tuning $(TUNE_ARGS)

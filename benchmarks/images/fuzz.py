@@ -100,9 +100,11 @@ def broken_rule(found: dict[str, Any]) -> str | None:
     return None
 
 
-def run_cases(seed: int, start: int, stop: int, progress: int | None = None) -> dict[str, Any]:
-    """Measure a range of cases in this process."""
-    files = seeds()
+def run_cases(
+    seed: int, start: int, stop: int, progress: int | None = None, only: str = ""
+) -> dict[str, Any]:
+    """Measure a range of cases in this process, of files whose name begins with `only`."""
+    files = {name: data for name, data in seeds().items() if name.startswith(only)}
     formats: dict[str, dict[str, Any]] = {}
     failures = []
     _forget_peak()
@@ -129,7 +131,7 @@ def _row() -> dict[str, Any]:
     return {"outcomes": Counter(), "mb_over_8_bytes_a_pixel": [0, None], "cpu_seconds": [0, None]}
 
 
-def supervise(seed: int, start: int, stop: int) -> dict[str, Any]:
+def supervise(seed: int, start: int, stop: int, only: str = "") -> dict[str, Any]:
     """`run_cases` in a child process; one that ends before its time is a failure of its case."""
     formats: dict[str, dict[str, Any]] = {}
     failures: list[dict[str, Any]] = []
@@ -138,10 +140,11 @@ def supervise(seed: int, start: int, stop: int) -> dict[str, Any]:
             code = (
                 "import json, sys, warnings; warnings.simplefilter('ignore')\n"
                 "from benchmarks.images.fuzz import run_cases\n"
-                "print(json.dumps(run_cases(*map(int, sys.argv[1:4]), int(sys.argv[4]))))"
+                "print(json.dumps(run_cases(*map(int, sys.argv[1:5]), sys.argv[5])))"
             )
+            numbers = map(str, (seed, start, stop, progress.fileno()))
             child = subprocess.run(
-                [sys.executable, "-c", code, *map(str, (seed, start, stop, progress.fileno()))],
+                [sys.executable, "-c", code, *numbers, only],
                 capture_output=True,
                 pass_fds=(progress.fileno(),),
                 cwd=ROOT,
@@ -157,7 +160,7 @@ def supervise(seed: int, start: int, stop: int) -> dict[str, Any]:
         last = int.from_bytes(reached, "little")
         failures.append({"case": last, "rule": f"exit {child.returncode}: {words}"})
         if last > start:
-            merge(formats, failures, supervise(seed, start, last))
+            merge(formats, failures, supervise(seed, start, last, only))
         start = last + 1
     return {"formats": formats, "failures": failures}
 
@@ -204,12 +207,14 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--chunk", type=int, default=2000, help="cases of one child process")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="chunks at a time")
+    parser.add_argument("--only", default="", help="a format: HEIF, ...")
     parser.add_argument("--out", type=Path, help="file to write the result to, as JSON")
     parser.add_argument("--show", type=int, help="measure this case, and write it to --out")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.show is not None:
-        name, data = case(seeds(), options.seed, options.show)
+        files = {name: data for name, data in seeds().items() if name.startswith(options.only)}
+        name, data = case(files, options.seed, options.show)
         print(name, len(data), "bytes", measure(data))
         if options.out:
             options.out.write_bytes(data)
@@ -219,7 +224,7 @@ def main() -> None:
     ranges = list(chunks(options.start, options.start + options.cases, options.chunk))
     done = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = pool.map(lambda chunk: supervise(options.seed, *chunk), ranges)
+        results = pool.map(lambda chunk: supervise(options.seed, *chunk, options.only), ranges)
         for (first, last), found in zip(ranges, results, strict=True):
             merge(formats, failures, found)
             done += last - first

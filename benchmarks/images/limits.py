@@ -73,6 +73,16 @@ def many_scans(side: int, scans: int) -> bytes:
     return data[:start] + data[start:-2] * scans + data[-2:]
 
 
+def heic(image: Image.Image, quality: int, chroma: int) -> bytes:
+    """By pillow-heif, which has to be installed."""
+    from pillow_heif import from_pillow
+
+    stream = io.BytesIO()
+    options = {"chroma": chroma, "enc_params": {"preset": "ultrafast"}}
+    from_pillow(image).save(stream, format="HEIF", quality=quality, **options)
+    return stream.getvalue()
+
+
 RANDOM = np.random.default_rng(1).bytes(1 << 16)
 KINDS: dict[str, Callable[[int], bytes]] = {
     "JPEG 4:4:4": lambda n: saved(picture(n, "RGB"), "JPEG", quality=95, subsampling=0),
@@ -102,6 +112,8 @@ KINDS: dict[str, Callable[[int], bytes]] = {
     "AVIF 4:4:4 alpha": lambda n: saved(
         picture(n, "RGBA", 6), "AVIF", speed=10, quality=80, subsampling="4:4:4"
     ),
+    "HEIC 4:2:0": lambda n: heic(picture(n, "RGB", 6), 60, 420),
+    "HEIC 4:4:4 alpha": lambda n: heic(picture(n, "RGBA", 6), 80, 444),
     "JPEG2000": lambda n: saved(picture(n, "RGB", 4), "JPEG2000"),
     "JPEG2000 lossy": lambda n: saved(
         picture(n, "RGB", 6), "JPEG2000", irreversible=True, quality_layers=[30]

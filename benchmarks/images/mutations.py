@@ -30,7 +30,10 @@ _BLOCKS = {
 
 
 def seeds() -> dict[str, bytes]:
-    """A small file of every format and kind that Pillow writes, and of some formats not read."""
+    """A small file of every format and kind that Pillow writes, and of some formats not read.
+
+    HEIC is among them where pillow-heif is installed.
+    """
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
     smooth = np.indices((HEIGHT, WIDTH, 4)).sum(0).astype(np.uint8) * 3
@@ -92,8 +95,27 @@ def seeds() -> dict[str, bytes]:
     add("JPEG2000", rgb)
     add("JPEG2000 tiled", rgba, tile_size=(16, 16), quality_layers=[20, 4], irreversible=True)
     found["JPEG2000 stream"] = found["JPEG2000"][found["JPEG2000"].index(b"\xff\x4f\xff\x51") :]
+    with contextlib.suppress(ImportError):
+        found |= _heif_files(rgb, rgba, exif)
     for name in _UNREAD:
         add(name, grey if name in ("SPIDER", "IM") else rgb)
+    return found
+
+
+def _heif_files(rgb: Image.Image, rgba: Image.Image, exif: Image.Exif) -> dict[str, bytes]:
+    from pillow_heif import from_pillow
+
+    found: dict[str, bytes] = {}
+    for name, images, options in (
+        ("HEIF", [rgb], {"exif": exif.tobytes()}),
+        ("HEIF alpha", [rgba], {"chroma": 444}),
+        ("HEIF images", [rgb, rgba, rgb], {}),
+    ):
+        file, stream = from_pillow(images[0]), io.BytesIO()
+        for image in images[1:]:
+            file.add_from_pillow(image)
+        file.save(stream, quality=60, format="HEIF", **options)
+        found[name] = stream.getvalue()
     return found
 
 
@@ -108,7 +130,8 @@ def case(files: dict[str, bytes], seed: int, number: int) -> tuple[str, bytes]:
     """The name of its seed file, and the mutated file."""
     dice = random.Random(seed << 32 | number)
     is_read = dice.random() > 0.04
-    name = dice.choice([name for name in files if (name.split()[0] not in _UNREAD) == is_read])
+    of_kind = [name for name in files if (name.split()[0] not in _UNREAD) == is_read]
+    name = dice.choice(of_kind or list(files))
     data = bytearray(files[name])
     for _ in range(dice.choice((0, 1, 1, 1, 2, 2, 3, 5, 8))):
         dice.choice(_MUTATIONS)(data, dice, files)

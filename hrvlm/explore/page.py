@@ -31,7 +31,7 @@ SHOWN_SIDE = 1024  # longest side of a picture in the page
 _ASSETS = Path(__file__).parents[1] / "assets" / "explore"
 _SCRIPTS = ("data", "similarity", "matches", "colors", "tiles", "lines", "main")  # in this order
 _PICTURES, _LEAST, _MOST = 3_400_000, 60_000, 700_000  # bytes of all pictures, and of one
-_QUALITIES = (86, 78, 66, 50, 34)
+_QUALITIES = (84, 68, 45)
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _webp(picture: Image.Image, limit: int) -> bytes:
     while True:
         for quality in _QUALITIES:
             file = io.BytesIO()
-            picture.save(file, "WEBP", quality=quality)
+            picture.save(file, "WEBP", quality=quality, method=2)
             if file.tell() <= limit:
                 return file.getvalue()
         picture = picture.reduce(2)

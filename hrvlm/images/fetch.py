@@ -6,6 +6,7 @@ import base64
 import binascii
 import os
 import time
+from importlib import import_module
 from typing import Any
 
 from ..machine import first_line
@@ -65,14 +66,17 @@ def fetch_image(source: str, label: str) -> bytes:
 
 
 def _download(url: str, label: str) -> bytes:
-    import httpx
     from huggingface_hub import get_session
 
+    session = get_session()
+    # httpx, or httpx2 from huggingface_hub 2 on: its errors are those of its client.
+    library = next(c.__module__ for c in type(session).__mro__ if c.__name__ == "Client")
+    client = import_module(library)
     data, started = bytearray(), time.monotonic()
     try:
         # As it is and as it comes: a server could send gigabytes compressed, or a byte a minute.
         headers = {"Accept-Encoding": "identity"}
-        with get_session().stream(
+        with session.stream(
             "GET", url, headers=headers, follow_redirects=True, timeout=SECONDS
         ) as response:
             response.raise_for_status()
@@ -84,6 +88,6 @@ def _download(url: str, label: str) -> bytes:
                     raise ImageError(f"{label}: more than {MAX_BYTES} bytes at {url}")
                 if time.monotonic() - started > SECONDS:
                     raise ImageError(f"{label}: not here after {SECONDS} s: {url}")
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+    except (client.HTTPError, client.InvalidURL, OSError) as error:
         raise ImageError(f"{label}: can't be fetched: {first_line(error)}") from error
     return bytes(data)

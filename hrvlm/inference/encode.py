@@ -19,7 +19,7 @@ from .encode_files import Kept, ResultWriter
 from .loading import LoadedEncoder
 from .passes import DEFAULT_MAX_TOKENS, LoadedImage, forward, passes
 
-_PANEL = 720  # longest side of a picture's panels in pixels
+_SHOWN = 1200  # longest side of what is kept of an image for its picture, in pixels
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _encode(
         max_img_size=options.max_img_size,
         allow_upscale=options.allow_upscale,
         max_tokens_per_pass=options.max_tokens_per_pass,
-        shown_side=_PANEL if writer and options.pictures else None,
+        shown_side=_SHOWN if writer and options.pictures else None,
         bad=bad if options.skip_bad else None,
         on_bad=on_images,
     )

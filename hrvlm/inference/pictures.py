@@ -1,6 +1,8 @@
 """Pictures of what an encoder sees: patch features as colours, attention as heat.
 
-    upright input | the first three principal components as red, green, blue | CLS attention
+    upright input | the first three principal components as red, green, blue | CLS attention, scale
+
+Patches are blocks, and small images are enlarged a whole number of times: nothing is blurred.
 
 Everything is deterministic, and defined for any grid: a single patch or constant features give an
 even grey, never NaN.
@@ -31,6 +33,7 @@ HEAT_STOPS = (
 )
 _FRAME: Color = (205, 205, 210)
 _MARGIN, _LABEL = 12, 24  # pixels around the panels, and for the name above each
+_BAR, _LEAST_BAR = 12, 48  # width of the scale beside the heat, and its height if there is less
 
 
 def principal_components(features: Tensor, count: int = 3) -> Tensor:
@@ -96,17 +99,22 @@ def pca_colors(features: Sequence[Tensor], *, joint: bool = False) -> list[Tenso
     return [c.T.unflatten(1, x.shape[1:]).float() for c, x in zip(colors, features, strict=True)]
 
 
-def unit_range(values: Tensor, low: float = 0.01, high: float = 0.99) -> Tensor:
-    """Scale a tensor so that two of its quantiles become 0 and 1, clipped; constants become 0."""
+def value_range(values: Tensor, low: float = 0.01, high: float = 0.99) -> tuple[float, float]:
+    """Two quantiles of a tensor, or its least and largest value where these are equal."""
     ordered = values.detach().flatten().double().sort().values
     last = ordered.numel() - 1
     bottom, top = ordered[round(low * last)], ordered[round(high * last)]
     if not top > bottom:  # few values stand out of an otherwise constant map
         bottom, top = ordered[0], ordered[-1]
-    spread = top - bottom
-    if not spread > 1e-6 * ordered.abs().max():
+    return bottom.item(), top.item()
+
+
+def unit_range(values: Tensor, low: float = 0.01, high: float = 0.99) -> Tensor:
+    """Scale a tensor: its :func:`value_range` becomes 0 to 1, clipped, and constants become 0."""
+    bottom, top = value_range(values, low, high)
+    if not top - bottom > 1e-6 * values.abs().max():
         return torch.zeros_like(values, dtype=torch.float32)
-    return ((values.double() - bottom) / spread).clamp(0, 1).float()
+    return ((values.double() - bottom) / (top - bottom)).clamp(0, 1).float()
 
 
 def heat_colors(values: Tensor) -> Tensor:
@@ -124,12 +132,12 @@ def pca_picture(colors: Tensor, size: tuple[int, int]) -> Image.Image:
 
 
 def attention_picture(image: Image.Image, attention: Tensor) -> Image.Image:
-    """Heat of an attention map ``[hp, wp]`` laid over the image in grey, in the image's size."""
+    """Heat of an attention map ``[hp, wp]`` as blocks over the image in grey, of its size."""
     heat = unit_range(attention.cpu())
-    smooth = _resize(heat, image.size)
-    over = _to_image(heat_colors(smooth))
-    under = image.convert("L").convert("RGB")
-    opacity = _grey(0.25 + 0.55 * smooth)
+    over = _to_image(heat_colors(heat)).resize(image.size, Image.Resampling.NEAREST)
+    # Dimmed, or the dark end of the scale would be grey on white paper.
+    under = image.convert("L").point(lambda grey: 0.6 * grey).convert("RGB")
+    opacity = _grey(0.48 + 0.28 * heat).resize(image.size, Image.Resampling.NEAREST)
     return Image.composite(over, under, opacity)
 
 
@@ -146,7 +154,7 @@ def sheet(
     """Input, principal components and CLS attention on one page, with captions.
 
     Panels stand side by side; those of an image more than twice as wide as high lie one above the
-    other.
+    other, and are larger. The scale counts attention in even shares, 1 / (hp * wp).
 
     Args:
         image: Upright RGB input.
@@ -156,7 +164,7 @@ def sheet(
         notes: Smaller lines below it.
         size: (height, width) the encoder saw, which gives the panels their shape; default: that of
             `image`.
-        panel: Longest side of a panel in pixels.
+        panel: Longest side of a panel in pixels, times 5/3 where they lie one above the other.
 
     Raises:
         ValueError: the two maps have different grids.
@@ -167,31 +175,45 @@ def sheet(
             f"got {tuple(colors.shape[1:])} and {tuple(attention.shape)}"
         )
     height, width = size or (image.height, image.width)
-    scale = panel / max(width, height)
+    stacked = width > 2 * height
+    scale = (panel * 5 / 3 if stacked else panel) / max(width, height)
+    scale = math.floor(scale) if scale > 1 else scale
     shape = max(1, round(height * scale)), max(1, round(width * scale))
-    shown = image.resize(shape[::-1], Image.Resampling.LANCZOS)
+    enlarged = shape[1] > image.width
+    how = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+    shown = image.resize(shape[::-1], how)
     panels = {
         "input": shown,
         "patch features, PCA to RGB": pca_picture(colors.cpu(), shape),
-        "attention of CLS, last layer": attention_picture(shown, attention),
+        "attention of CLS, in even shares": attention_picture(shown, attention),
     }
-    return _lay_out(panels, title, notes, stacked=width > 2 * height)
+    shares = [f"{value * attention.numel():.2f}x" for value in value_range(attention)]
+    return _lay_out(panels, shares, title, notes, stacked=stacked)
 
 
 def _lay_out(
-    panels: dict[str, Image.Image], title: str, notes: str, *, stacked: bool
+    panels: dict[str, Image.Image],
+    ends: Sequence[str],
+    title: str,
+    notes: str,
+    *,
+    stacked: bool,
 ) -> Image.Image:
+    """The page; `ends` are the lowest and highest value of the scale beside the last panel."""
     large, small = ImageFont.load_default(18), ImageFont.load_default(14)
     lines = notes.splitlines()
     names = [small.getlength(name) for name in panels]
     width, height = next(iter(panels.values())).size
+    bar = max(height, _LEAST_BAR)
     head = _MARGIN + 26 + 20 * len(lines)
     across, down = (1, len(panels)) if stacked else (len(panels), 1)
     cell_width, cell_height = max(width, math.ceil(max(names))), _LABEL + height
+    beside = width + _MARGIN // 2 + _BAR + math.ceil(max(map(small.getlength, ends))) + 5
     text = math.ceil(max(large.getlength(title), *map(small.getlength, lines), *names))
+    columns = (across - 1) * (cell_width + _MARGIN) + max(cell_width, beside)
     size = (
-        max(across * (cell_width + _MARGIN), text + _MARGIN) + _MARGIN,
-        head + down * (cell_height + _MARGIN),
+        max(columns, text) + 2 * _MARGIN,
+        head + down * (cell_height + _MARGIN) + bar - height,
     )
     page = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(page)
@@ -205,7 +227,18 @@ def _lay_out(
         frame = (x - 1, y + _LABEL - 1, x + width, y + _LABEL + height)
         draw.rectangle(frame, outline=_FRAME)  # a white page on a white ground has no edge
         page.paste(picture, (x, y + _LABEL))
+    x, y = x + width + _MARGIN // 2, y + _LABEL
+    page.paste(_scale_bar(bar), (x, y))
+    low, high = ends
+    draw.text((x + _BAR + 5, y - 2), high, fill=FAINT, font=small)
+    draw.text((x + _BAR + 5, y + bar - 15), low, fill=FAINT, font=small)
     return page
+
+
+def _scale_bar(height: int) -> Image.Image:
+    """The colours of the heat, the highest on top."""
+    colors = heat_colors(torch.linspace(1, 0, height))
+    return _to_image(colors[:, None].expand(-1, _BAR, -1))
 
 
 def _spread(scores: Tensor) -> Tensor:
@@ -215,14 +248,6 @@ def _spread(scores: Tensor) -> Tensor:
         for c in scores.unbind(1)
     ]
     return torch.stack(columns, dim=1)
-
-
-def _resize(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear ``[hp, wp]`` to ``[height, width]``, pixel centres aligned."""
-    width, height = size
-    return torch.nn.functional.interpolate(
-        values[None, None].float(), (height, width), mode="bilinear", align_corners=False
-    )[0, 0]
 
 
 def _to_image(colors: Tensor) -> Image.Image:

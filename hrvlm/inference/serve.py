@@ -47,7 +47,8 @@ def register_for_serving(*, fetch: bool = False) -> None:
     for handler in handlers:
         handler.handle_request = _naming_bad_requests(handler.handle_request, fetch)
     manager: Any = ModelManager
-    manager.get_gen_models = _models(manager.get_gen_models)
+    if hasattr(manager, "get_gen_models"):  # later ones list the served model
+        manager.get_gen_models = _models(manager.get_gen_models)
 
 
 def _naming_bad_requests(

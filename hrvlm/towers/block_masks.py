@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hrvlm_kernels import PackedGrids
@@ -39,6 +40,7 @@ def block_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     return {"forward": _with_sizes_on_host(rebind(cls.forward, {_MASK: _layout_of}))}
 
 
+@torch.compiler.disable
 def _layout_of(lengths: Sequence[int], tokens: Tensor) -> PackedGrids:
     """Stands for transformers' function of the same arguments."""
     return PackedGrids.from_lengths(list(lengths), device=tokens.device)

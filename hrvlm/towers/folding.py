@@ -8,9 +8,6 @@ the kernels', an accelerated tower's tables are positions and frequencies instea
                                   |  handed on, rows put in other orders, as cos and sin are
     attention: q, k, v, unrotated -> varlen_attention(..., rope=(coords, inv_freq))
 
-both as the bits of float32 in int32: mixed precision casts every float tensor that it finds in a
-layer's inputs, and a position rounded to bfloat16 is another position.
-
 That the tables are only handed on is read in the source of the tower and of the modules between.
 """
 
@@ -29,7 +26,7 @@ from torch import Tensor, nn
 from hrvlm_kernels.backends import choose_backend
 
 from .rebinding import innermost
-from .rotation import TABLES, Rotation, find_rotation
+from .rotation import TABLES, Rotation, as_tables, find_rotation
 from .swapping import has_own_forward, set_class, stock_class, swapped_class
 
 # What accelerated modules have beyond the stock ones: an attention its backend, it and what makes
@@ -59,7 +56,7 @@ def fold(
         readers = [m for m in swapped if m in inside and m not in notes and _takes_tables(m)]
         if not rotaries or not readers:
             continue
-        found = _found(tower, rotaries, readers, names)
+        found = _found(model, tower, rotaries, readers, names)
         is_own = isinstance(found, str)
         note = f"its own RoPE since {found}" if is_own else "RoPE in the kernels"
         notes |= dict.fromkeys(readers, note)
@@ -92,6 +89,7 @@ def _set(rotary: nn.Module, readers: tuple[nn.Module, ...], found: Rotation | st
 
 
 def _found(
+    model: nn.Module,
     tower: nn.Module,
     rotaries: dict[str, nn.Module],
     readers: list[nn.Module],
@@ -100,6 +98,8 @@ def _found(
     if len(rotaries) != 1:
         return f"its tower has {len(rotaries)} modules that make tables"
     ((name, rotary),) = rotaries.items()
+    if sum(rotary in set(module.children()) for module in model.modules()) > 1:
+        return "what makes its tables is part of more than one module"
     if has_own_forward(rotary):
         return "the forward of what makes its tables was replaced on the instance"
     for module in tower.modules():
@@ -199,9 +199,8 @@ def rotary_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     def positions(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         if not _is_left_to_kernels(self, x):
             return stock(self, x, position_ids)
-        coords, inv_freq = getattr(self, ROTATION).rope(position_ids, self.inv_freq.detach())
-        bits = inv_freq.float().contiguous().view(torch.int32)
-        return coords.view(torch.int32), bits.expand(len(coords), -1)
+        rope = getattr(self, ROTATION).rope(position_ids, self.inv_freq.detach().float())
+        return as_tables(*rope)
 
     return {"forward": positions}
 
@@ -215,27 +214,3 @@ def _is_left_to_kernels(rotary: nn.Module, x: Tensor) -> bool:
     # Where x has frequencies of its own, rounded ones are no longer proportional to those of y.
     is_exact = len(inv_freq) == getattr(rotary, ROTATION).pairs or inv_freq.dtype == torch.float32
     return is_exact and choose_backend("rope_2d", getattr(readers[0], OPTION), x) == "triton"
-
-
-def is_folded(tables: object) -> bool:
-    """Whether it is what an accelerated rotary returns in the place of tables."""
-    return isinstance(tables, tuple) and len(tables) == 2 and tables[0].dtype == torch.int32
-
-
-def rope_of(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """``(coords, inv_freq)`` of rope_2d; None for no tokens."""
-    coords, inv_freq = tables
-    if not len(coords):
-        return None
-    return coords.view(torch.float32), inv_freq[0].view(torch.float32)
-
-
-def unless_folded(rotate: Callable[..., Any]) -> Callable[..., Any]:
-    """`rotate` of ``(q, k, cos, sin, ...)``, left out where the kernels do it."""
-
-    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if cos.dtype == torch.int32:
-            return q, k
-        return rotate(q, k, cos, sin, *args, **kwargs)
-
-    return rotated

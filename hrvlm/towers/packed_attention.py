@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from hrvlm_kernels import PackedGrids, varlen_attention
 
-from .folding import OPTION, ROTATION, is_folded, rope_of, unless_folded
+from .folding import OPTION, ROTATION
 from .layouts import layout_of
 from .rebinding import LOOKED_UP, global_names, innermost, rebind, strings
-from .rotation import TABLES, rotation_names
+from .rotation import TABLES, TO_KERNELS, is_folded, rope_of, rotation_names, unless_folded
 
 _FLASH = "is_flash_attention_requested"
 
@@ -40,7 +40,7 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
-    is_causal: bool = False,
+    is_causal: bool | None = None,
     hrvlm_tables: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -55,7 +55,7 @@ def attend(
         scaling: Factor of the scores.
         dropout: 0.
         cu_seq_lens_q: Cumulative lengths of the segments; without any, each of the B rows is one.
-        is_causal: False.
+        is_causal: False; None for what `module` says, which is True if it says nothing.
         hrvlm_tables: What to rotate q and k by, where that was left to the kernels.
         kwargs: What else the module hands on; a maximum length, say, which the layout knows.
 
@@ -83,7 +83,7 @@ def attend(
 
 
 def _refuse(
-    module: nn.Module, mask: object, dropout: float, is_causal: bool, kwargs: dict[str, Any]
+    module: nn.Module, mask: object, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]
 ) -> None:
     if mask is not None and not isinstance(mask, PackedGrids):
         raise ValueError(
@@ -99,6 +99,8 @@ def _refuse(
             f"attention dropout is {dropout}, and no kernel has dropout: build the model with 0, "
             "or call eval()"
         )
+    if is_causal is None:  # a mask that a layout stands for was not causal
+        is_causal = mask is None and getattr(module, "is_causal", True)
     if is_causal:
         raise ValueError("is_causal: the kernels' attention is bidirectional")
 
@@ -153,7 +155,7 @@ def packed_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     def with_tables(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tables = args[at] if len(args) > at else kwargs.get(TABLES)
         if is_folded(tables):
-            kwargs["hrvlm_tables"] = tables
+            kwargs[TO_KERNELS] = tables
         return forward(self, *args, **kwargs)
 
     return {"forward": with_tables}

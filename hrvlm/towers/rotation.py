@@ -34,6 +34,8 @@ from .swapping import stock_class
 TABLES = "position_embeddings"
 # Beside the two of unit vectors. Several are off both axes.
 _POSITIONS = ((0, 0), (1, 1), (0, 5), (7, 0), (23, 4), (2, 41), (64, 63))
+# The keyword that takes the positions past an attention's own code.
+TO_KERNELS = "hrvlm_tables"
 _NOT_ONLY = "what it does to q and k is not a rotation of pairs by y and x alone"
 
 
@@ -75,6 +77,40 @@ class Rotation(NamedTuple):
         return positions.float() / turns, inv_freq[: self.pairs]
 
 
+def as_tables(coords: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands in the place of cos and sin: the bits of float32 as int32, a row for each token.
+
+    Mixed precision casts every float tensor that it finds in a layer's inputs, and a position
+    rounded to bfloat16 is another position.
+    """
+    bits = inv_freq.contiguous().view(torch.int32)
+    return coords.view(torch.int32), bits.expand(len(coords), -1)
+
+
+def is_folded(tables: object) -> bool:
+    """Whether it is what :func:`as_tables` makes."""
+    return isinstance(tables, tuple) and len(tables) == 2 and tables[0].dtype == torch.int32
+
+
+def rope_of(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """``(coords, inv_freq)`` of rope_2d; None for no tokens."""
+    coords, inv_freq = tables
+    if not len(coords):
+        return None
+    return coords.view(torch.float32), inv_freq[0].view(torch.float32)
+
+
+def unless_folded(rotate: Callable[..., Any]) -> Callable[..., Any]:
+    """`rotate` of ``(q, k, cos, sin, ...)``, left out where the kernels do it."""
+
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if cos.dtype == torch.int32:
+            return q, k
+        return rotate(q, k, cos, sin, *args, **kwargs)
+
+    return rotated
+
+
 def rotation_names(cls: type[nn.Module]) -> list[str]:
     """Functions of ``(q, k, cos, sin, ...)`` of its module that the forward of `cls` looks up."""
     namespace = getattr(innermost(cls.forward), "__globals__", {})
@@ -114,24 +150,28 @@ def find_rotation(
     cos_sin = tuple(table.to(weight.device) for table in tables(ids))
     rotate = _Rotate(innermost(cls.forward).__globals__[rotating[0]], channels)
 
-    def handed_on(function: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+    def handed_on(function: Callable[..., Any], given: Any, **options: Any) -> _Caught:
         forward = rebind(cls.forward, {**names, LOOKED_UP: _Catcher(), rotating[0]: function})
-        return _handed_on(forward, attention, cos_sin)
+        return _handed_on(forward, attention, len(ids), {TABLES: given, **options})
 
-    rotated, plain = handed_on(rotate), handed_on(lambda q, k, *args, **kwargs: (q, k))
-    if plain[0].shape[-1] != channels or channels % 4:
+    rotated = handed_on(rotate, cos_sin)
+    if rotated.q.shape[-1] != channels or channels % 4:
         return "it turns some of a head's channels only"
     by_y, by_x, _ = rotate.units.split([channels, channels, len(_POSITIONS)])
     found = _structure(by_y, by_x, inv_freq.cpu().float())
     if found is None:
         return _NOT_ONLY
     coords, frequencies = found.rope(ids.to(weight.device), inv_freq.float().to(weight.device))
-    q, k = (found.ordered(a).float() for a in plain)
+    bits = as_tables(coords, frequencies)
+    plain = handed_on(unless_folded(rotate), bits, **{TO_KERNELS: bits})
+    if plain.kwargs.get(TO_KERNELS) is not bits:
+        return "it does not hand on what it is given to its attention function"
+    q, k = (found.ordered(a).float() for a in (plain.q, plain.k))
     mine = rope_2d(q, k, coords, frequencies, backend="eager")
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
     equal = (
         (a - found.ordered(b)).abs().max() <= tolerance * b.abs().max()
-        for a, b in zip(mine, rotated, strict=True)
+        for a, b in zip(mine, (rotated.q, rotated.k), strict=True)
     )
     return found if all(equal) else _NOT_ONLY
 
@@ -163,44 +203,47 @@ class _Rotate:
 
 
 class _Caught(Exception):
-    """Carries the q and k that an attention function is given."""
+    """What an attention function is given: q and k ``[T, H, D]``, and its keywords."""
+
+    def __init__(self, q: Tensor, k: Tensor, kwargs: dict[str, Any]):
+        super().__init__()
+        self.q, self.k, self.kwargs = q, k, kwargs
 
 
 class _Catcher:
     """Stands for transformers' table of attention functions; what it has ends the forward."""
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that raises :class:`_Caught`."""
+        """A function that raises :class:`_Caught`, if its q and k are ``[1, H, T, D]``."""
 
         def catch(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> None:
-            raise _Caught(query, key)
+            raise _Caught(query[0].transpose(0, 1), key[0].transpose(0, 1), kwargs)
 
         return catch
 
 
 def _handed_on(
-    forward: Callable[..., Any], attention: nn.Module, tables: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    """Q and k ``[T, H, D]`` that `forward` gives its attention function, of T random tokens."""
-    tokens, weight = len(tables[0]), next(attention.parameters())
+    forward: Callable[..., Any], attention: nn.Module, tokens: int, given: dict[str, Any]
+) -> _Caught:
+    """What `forward` gives its attention function, of random tokens in one segment."""
+    weight = next(attention.parameters())
     size: Any = next(m.in_features for m in attention.modules() if hasattr(m, "in_features"))
     hidden = torch.randn(tokens, size, generator=torch.Generator().manual_seed(0)).to(weight)
-    given: dict[str, Any] = {TABLES: tables}
     if "cu_seqlens" in inspect.signature(innermost(forward)).parameters:
-        given["cu_seqlens"] = torch.tensor([0, tokens], dtype=torch.int32, device=weight.device)
+        lengths = torch.tensor([0, tokens], dtype=torch.int32, device=weight.device)
+        given = given | {"cu_seqlens": lengths}
     for states in (hidden, hidden[None]):
         try:
             with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
                 torch.manual_seed(0)  # adapters may have dropout
                 forward(attention, hidden_states=states, **given)
         except _Caught as caught:
-            q, k = caught.args
-            if q.ndim == 4 and q.shape[::2] == k.shape[::2] == (1, tokens):
-                return q[0].transpose(0, 1), k[0].transpose(0, 1)
+            if caught.q.ndim == caught.k.ndim == 3 and len(caught.q) == len(caught.k) == tokens:
+                return caught
         except (IndexError, RuntimeError, TypeError, ValueError):
             if states is not hidden:
                 raise
-    raise TypeError("its forward hands on no q and k [1, H, T, D]")
+    raise TypeError("its forward hands on no q and k of [1, H, T, D]")
 
 
 def _structure(by_y: Tensor, by_x: Tensor, inv_freq: Tensor) -> Rotation | None:

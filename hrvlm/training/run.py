@@ -96,7 +96,10 @@ def _train(config: TrainingConfig, args: VLMTrainingArguments, resume: bool) -> 
         )
     metrics = dict(result.metrics)
     if checkpoint is not None:
-        metrics = of_steps_run(metrics, step_of(checkpoint), trainer.state.global_step)
+        # Later releases of transformers divide by the steps that were run themselves.
+        divided = hasattr(trainer, "_initial_global_step")
+        start, end = step_of(checkpoint), trainer.state.global_step
+        metrics = of_steps_run(metrics, 0 if divided and start < end else start, end)
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     trainer.save_model()

@@ -90,7 +90,8 @@ def new_encoder(config: VLMConfig) -> DINOv3Encoder | SiglipVisionModel:
     if config.vit_architecture == "siglip":
         config.vision_config.vision_use_head = False  # its pooling would be left without gradients
         return SiglipVisionModel(config.vision_config)
-    config.vision_config._attn_implementation = "sdpa"  # the encoder has its own backends
+    if config.vision_config._attn_implementation != "eager":  # the encoder has its own backends
+        config.vision_config._attn_implementation = "sdpa"
     return without_mask_token(DINOv3Encoder(config.vision_config))
 
 

@@ -33,6 +33,9 @@ class PackedGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """As in transformers; the grids go when the pixels do, after the first step.
 
+        The cache is under the name that it has had for years: PEFT's prompt methods look there for
+        it, and would put their prompt before every token if they found none.
+
         A draft model's first step is one too, although transformers says otherwise: its cache is
         empty, and it has yet to see the images.
         """
@@ -41,7 +44,7 @@ class PackedGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         if "pixel_values" not in inputs:
             inputs.pop("image_grid_hw", None)
-        return inputs
+        return name_cache(inputs, "past_key_values")
 
     def _expand_inputs_for_generation(  # type: ignore[override]
         self: Any,

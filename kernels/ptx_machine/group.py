@@ -62,6 +62,27 @@ class Group:
         raw = self.machine.params[index][offset : offset + np.dtype(kind).itemsize]
         return np.full(self.n, np.frombuffer(raw, kind)[0])
 
+    def param_at(
+        self,
+        addresses: np.ndarray,
+        kind: type,
+        instruction: Instruction,
+        guard: np.ndarray | None,
+    ) -> np.ndarray:
+        """Parameters of the kernel by their addresses, of the threads that take part."""
+        values = np.zeros(self.n, kind)
+        taking = np.arange(self.n) if guard is None else np.flatnonzero(guard)
+        for address in np.unique(addresses[taking]):
+            raw = self.machine.parameter(int(address), np.dtype(kind).itemsize)
+            if raw is None:
+                lane = int(taking[addresses[taking] == address][0])
+                raise ExecutionError(
+                    f"{self.kernel.name}: {instruction}: {self.who(lane)}: no parameter is at "
+                    f"{address:#x}"
+                )
+            values[addresses == address] = np.frombuffer(raw, kind)[0]
+        return values
+
     def special(self, name: str) -> np.ndarray:
         """A special register."""
         found = self._special.get(name)

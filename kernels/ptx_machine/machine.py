@@ -95,11 +95,17 @@ class Machine:
                 group.regs[name] = ~np.zeros(group.n, UNSIGNED[reg.bits // 8])
         return group
 
+    def parameter(self, address: int, count: int) -> bytes | None:
+        """Bytes of a parameter at a generic address; None where there are not so many of one."""
+        number, offset = divmod(address - PARAM_BASE, PARAM_STEP)
+        if not 0 <= number < len(self.params) or offset + count > len(self.params[number]):
+            return None
+        return self.params[number][offset : offset + count]
+
     def generic(self, address: int, count: int) -> np.ndarray:
         """Bytes at a generic address: of a parameter, or of global memory."""
-        number, offset = divmod(address - PARAM_BASE, PARAM_STEP)
-        if 0 <= number < len(self.params):
-            return np.frombuffer(self.params[number], np.uint8)[offset : offset + count]
+        if (raw := self.parameter(address, count)) is not None:
+            return np.frombuffer(raw, np.uint8)
         region = self.memory.region_of(address, address + count)
         return region.data[address - region.base : address - region.base + count]
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
 import time
@@ -13,8 +14,10 @@ import pytest
 from PIL import Image
 
 from benchmarks.images.fuzz import broken_rule, measure, supervise
+from benchmarks.images.mutations import seeds
 from hrvlm.images import worker
-from hrvlm.images.intake import ImageError, load_image
+from hrvlm.images.formats import read_header
+from hrvlm.images.intake import MAX_PIXELS, ImageError, load_image
 from hrvlm.images.worker import load_image_in_worker
 from tests.images.bombs import DISARMED, REFUSED, encode, run_length_bmp
 
@@ -89,6 +92,28 @@ def test_mutated_files():
     assert found["failures"] == []
     read = {name for name, row in found["formats"].items() if row["outcomes"].get("read")}
     assert {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} <= read
+
+
+def test_mutated_heic():
+    pytest.importorskip("pillow_heif")
+    found = supervise(seed=20, start=0, stop=400, only="HEIF")
+    assert found["failures"] == [] and found["formats"]["HEIF"]["outcomes"]["read"] > 50
+
+
+def test_a_heic_of_a_telephone_is_within_the_limits():
+    """4032 x 3024 pixels in 4 MB; a header is enough."""
+    pytest.importorskip("pillow_heif")
+    small = seeds()["HEIF"]
+    was = read_header(io.BytesIO(small), "image", MAX_PIXELS)
+    small += struct.pack(">I", 4_000_000) + b"free" + bytes(4_000_000 - 8)
+    of_sides = [
+        small.replace(struct.pack(">II", was.width, was.height), struct.pack(">II", *sides))
+        for sides in ((4032, 3024), (9000, 6000))
+    ]
+    still = read_header(io.BytesIO(of_sides[0]), "image", MAX_PIXELS)
+    assert (still.width, still.height) == (4032, 3024)
+    with pytest.raises(ImageError, match="over the limits of a HEIF file"):
+        read_header(io.BytesIO(of_sides[1]), "image", MAX_PIXELS)
 
 
 def test_the_committed_run_is_of_a_hundred_thousand_files_and_clean():

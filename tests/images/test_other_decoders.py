@@ -215,6 +215,13 @@ def test_without_photometric_interpretation_zero_is_black():
     ("array", "options", "message"),
     [
         (noise(10), {"bitspersample": 10}, "grey in unsigned samples of 10 bits, 1 for a pixel"),
+        (noise(14), {"bitspersample": 14}, "grey in unsigned samples of 14 bits, 1 for a pixel"),
+        (
+            noise(10),
+            {"bitspersample": 10, "photometric": "miniswhite"},
+            "grey, white is zero in unsigned samples of 10 bits",
+        ),
+        (noise(10, 3), {"bitspersample": 10, "photometric": "rgb"}, "RGB in .* of 10 bits, 3"),
         (noise(14, 3), {"bitspersample": 14, "photometric": "rgb"}, "RGB in .* of 14 bits, 3"),
         (noise(16, 2), {"extrasamples": ["unassalpha"]}, "grey in .* 16 bits, 2 for a pixel"),
         (np.zeros((H, W), np.float64), {}, "float samples of 64 bits"),
@@ -226,7 +233,18 @@ def test_without_photometric_interpretation_zero_is_black():
             "its inks are not cyan",
         ),
     ],
-    ids=["10 bits", "14 bits", "grey and alpha", "float64", "int8", "int16", "inks"],
+    ids=[
+        "10 bits",
+        "14 bits",
+        "10, negative",
+        "10 in RGB",
+        "14 in RGB",
+        "grey and alpha",
+        "float64",
+        "int8",
+        "int16",
+        "inks",
+    ],
 )
 def test_what_is_not_read_is_described(array, options, message):
     options = {"photometric": "minisblack"} | options

@@ -122,14 +122,15 @@ def test_attention_lies_over_the_right_place():
     assert pixels.shape == (40, 80, 3)
     brightest = np.unravel_index(pixels.sum(-1).argmax(), (40, 80))
     assert brightest[0] >= 20 and brightest[1] >= 60
-    assert np.ptp(pixels[:10, :40], axis=(0, 1)).max() == 0
+    assert np.ptp(pixels[:20, :], axis=(0, 1)).max() == 0  # blocks: nothing runs over an edge
+    assert np.ptp(pixels[20:, 60:], axis=(0, 1)).max() == 0
     even = np.asarray(attention_picture(image, torch.full((2, 4), 0.125)))
     assert np.ptp(even, axis=(0, 1)).max() == 0
 
 
 @pytest.mark.parametrize(
     ("size", "panel"),
-    [((60, 40), (90, 60)), ((40, 90), (40, 90)), ((300, 20), (90, 6)), ((20, 2000), (1, 90))],
+    [((60, 40), (60, 40)), ((40, 90), (40, 90)), ((300, 20), (150, 10)), ((20, 2000), (1, 90))],
 )
 def test_sheet_holds_three_panels_of_the_images_shape(size, panel, rng):
     image = Image.new("RGB", size, (10, 200, 60))
@@ -144,6 +145,33 @@ def test_sheet_holds_three_panels_of_the_images_shape(size, panel, rng):
     assert shown.sum() == panel[0] * panel[1]
     below = page.height - rows[-1] > 2 * panel[1]
     assert below == (size[0] > 2 * size[1])
+
+
+@pytest.mark.parametrize("size", [(8, 16), (10, 50)])
+def test_small_images_are_enlarged_without_blur(size, rng):
+    noise = torch.randint(0, 256, (*size, 3), generator=rng, dtype=torch.uint8).numpy()
+    flat = torch.zeros(4, 2, 3)
+    page = sheet(Image.fromarray(noise), pca_colors([flat])[0], flat[0], title="t", panel=90)
+    times = 3 if size[1] > 2 * size[0] else 5
+    large = noise.repeat(times, 0).repeat(times, 1)
+    top, left = 12 + 26 + 24, 12
+    shown = np.asarray(page)[top : top + large.shape[0], left : left + large.shape[1]]
+    assert np.array_equal(shown, large)
+
+
+def test_the_scale_beside_the_heat_has_its_colours_in_order(rng):
+    features = torch.randn(4, 5, 5, generator=rng)
+    attention = torch.zeros(5, 5)
+    attention[2, 2] = 0.5
+    page = sheet(Image.new("RGB", (200, 200)), pca_colors([features])[0], attention, title="t")
+    pixels = np.asarray(page)
+    lightest = (pixels == (252, 255, 164)).all(-1)
+    bar = int(np.flatnonzero(lightest.sum(0) == 1)[0])  # in the heat a block is that light
+    rows = np.flatnonzero(np.abs(np.diff(pixels[:, bar].astype(int), axis=0)).sum(-1))
+    top, height = rows[0] + 1, 600
+    scale = heat_colors(torch.linspace(1, 0, height)).numpy() * 255
+    assert np.abs(pixels[top : top + height, bar] - scale).max() <= 1
+    assert (pixels[top - 2 : top + 20, bar + 12 : bar + 60] != 250).any()  # 12.50x
 
 
 def test_sheet_of_one_patch():

@@ -181,18 +181,18 @@ def test_a_wrong_request_is_400_with_the_reason(server, case):
 @needs_server
 def test_clients_do_not_disturb_each_other(server):
     """Eight at once, images of mixed sizes; two of them send what can't be read."""
-    sizes = [(40, 60), (200, 16), (16, 200), (90, 90), (33, 127), (128, 64)]
+    sizes = [(40, 60), (200, 16), (33, 127)]
     asked = [question(f"What is {n}?", data_uri(png(picture(*s)))) for n, s in enumerate(sizes)]
-    asked[5] += [{"role": "assistant", "content": "It."}, *asked[0]]  # two images
+    asked[2] += [{"role": "assistant", "content": "It."}, *asked[0]]  # two images
     quiet = [json.loads(ask(server, messages))["choices"][0]["message"] for messages in asked]
     assert len({answer["content"] for answer in quiet}) > 1
     bad = [GARBAGE["no image"][0], GARBAGE["a bomb"][0]]
 
     def client(n):
-        return refusal(server, bad[n - 6])[0] if n >= 6 else json.loads(ask(server, asked[n]))
+        return refusal(server, bad[n - 6])[0] if n >= 6 else json.loads(ask(server, asked[n % 3]))
 
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(client, range(8)))
-    assert [answer["choices"][0]["message"] for answer in answers[:6]] == quiet
+    assert [answer["choices"][0]["message"] for answer in answers[:6]] == quiet * 2
     assert answers[6:] == [400, 400]
     assert request(f"{server[0]}/health")

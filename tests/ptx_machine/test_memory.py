@@ -5,8 +5,10 @@ from functools import cache
 import numpy as np
 import pytest
 
+from ptx_machine import ExecutionError
 from ptx_machine.translate import FORMS
 from tests.ptx_machine.exact import bits_of, number, rounded, signed, wrap
+from tests.ptx_machine.handmade import run
 from tests.ptx_machine.samples import RNG, integers
 from tests.ptx_machine.sheet import THREADS, Sheet
 
@@ -151,6 +153,34 @@ def test_parameters():
         if ".s" in op.removeprefix("ld.param"):
             want = wrap(signed(want, bits), max(32, bits))
         assert set(got) == {want}, op
+
+
+CHOSEN = """
+    mov.u32 %r0, %tid.x;
+    setp.lt.u32 %p0, %r0, 5;
+    mov.b64 %rd0, arg_1;
+    mov.b64 %rd1, arg_2;
+    selp.b64 %rd2, %rd0, %rd1, %p0;
+    {guard} ld.param.b32 %r1, [%rd2{offset}];
+    ld.param.b64 %rd3, [arg_0];
+    mad.wide.u32 %rd4, %r0, 4, %rd3;
+    st.global.b32 [%rd4], %r1;
+"""
+
+
+def test_a_parameter_whose_address_is_chosen_by_thread():
+    out = np.zeros(32, np.int32)
+    run(CHOSEN.format(guard="", offset=""), [out, 7, -9], threads=32)
+    assert out.tolist() == [7] * 5 + [-9] * 27
+    with pytest.raises(ExecutionError, match=r"ld\.param\.b32.*lane 0: no parameter is at 0x"):
+        run(CHOSEN.format(guard="", offset=" + 4"), [out, 7, -9], threads=32)
+    # Threads that do not take part may hold any address.
+    run(
+        CHOSEN.format(guard="mov.b32 %r1, 3; @!%p0 mov.b64 %rd2, 0; @%p0", offset=""),
+        [out, 7, -9],
+        threads=32,
+    )
+    assert out.tolist() == [7] * 5 + [3] * 27
 
 
 # Atomics

@@ -105,6 +105,15 @@ def classes_with_tables():
     ]
 
 
+def classes_with_grids(model):
+    """Its models that are given ``grid_thw`` and no text."""
+    return [
+        name
+        for name, (node, forward) in _forwards()[model].items()
+        if _takes(forward, "grid_thw") and not _takes(forward, "input_ids") and _is_model(node)
+    ]
+
+
 def other_vision_classes():
     """(class, a class with its forward alone) of vision attention without ``cu_seqlens``."""
     for classes in _forwards().values():
@@ -116,6 +125,10 @@ def other_vision_classes():
 
 def _takes(forward, name="cu_seqlens"):
     return name in {a.arg for a in (*forward.args.args, *forward.args.kwonlyargs)}
+
+
+def _is_model(node):
+    return any(ast.unparse(base).endswith("PreTrainedModel") for base in node.bases)
 
 
 def _names(node):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import hrvlm
-from hrvlm.towers import folding
 from hrvlm.towers.packed_attention import obstacle
 from tests.numerics import relative_error
 from tests.towers.attention_classes import (
@@ -40,7 +39,7 @@ def test_forward_and_gradients_equal_stock(model, name):
 
 
 @pytest.mark.parametrize(("model", "name"), classes_with_tables())
-def test_rotation_folded_equals_stock(model, name, monkeypatch):
+def test_rotation_folded_equals_stock(model, name, rope_in_kernels):
     tower = build_tower(model, name)
     swapped = copy.deepcopy(tower)
     (part,) = hrvlm.accelerate(swapped).swapped
@@ -48,7 +47,6 @@ def test_rotation_folded_equals_stock(model, name, monkeypatch):
         assert part.rope == "its own RoPE since it turns some of a head's channels only"
     else:
         assert part.rope == "RoPE in the kernels"
-        monkeypatch.setattr(folding, "choose_backend", lambda *args: "triton")
         tables = swapped.rotary(torch.zeros(1), torch.zeros(3, 2, dtype=torch.int64))
         assert [table.dtype for table in tables] == [torch.int32] * 2
     mine, stock = run(swapped, LENGTHS), run(tower, LENGTHS)

@@ -2,6 +2,7 @@ import json
 import math
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hrvlm.training.config import TrainingConfig, read_yaml
 from hrvlm.training.run import last_checkpoint, make_trainer, train, training_arguments
 from hrvlm.training.samples import SampleMaker
 from hrvlm.training.trainer import VLMTrainer, VLMTrainingArguments, freeze_parts, parameter_groups
+from hrvlm.vlm.config import VLMConfig
 from tests.tiny import (
     BYTES,
     SPECIAL,
@@ -418,6 +420,18 @@ def test_flash_attention_takes_one_packed_row_at_a_time(model, rows, tmp_path):
     loaded.decoder.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match=r"set training.per_device_train_batch_size=1"):
         make_trainer(config, training_arguments(config), loaded, processor)
+
+
+def test_the_section_model_lets_the_encoder_run_in_float16(model, rows, tmp_path):
+    config = runs.config_of(tmp_path, model, rows, max_steps=1)
+    allowed = replace(config, model=replace(config.model, allow_fp16=True))
+    batch = {"pixel_values": torch.zeros(4, 192), "image_grid_hw": [(2, 2)]}
+    with torch.autocast("cpu", torch.float16):
+        train_module.load_model(allowed.model)[0].get_image_features(**batch)
+        with pytest.raises(ValueError, match="allow_fp16=True"):
+            train_module.load_model(config.model)[0].get_image_features(**batch)
+    train(allowed)
+    assert VLMConfig.from_pretrained(tmp_path).allow_fp16  # kept with the model
 
 
 def read_jsonl(path):

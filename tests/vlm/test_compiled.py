@@ -1,12 +1,16 @@
 """The model under torch.compile with its defaults, and generation with a cache of fixed length."""
 
+import json
 import os
+import shutil
 
 import pytest
 import torch
 from transformers.generation import CompileConfig
 
+from hrvlm.training.run import train
 from tests.tiny import model_of
+from tests.training import runs
 from tests.vlm.test_vision_language_model import IMAGE, alone, batch_of
 
 SIZES = [[(4, 6)], [(2, 2), (4, 4)], [(8, 2)], [(2, 6), (2, 6), (6, 4)], [(4, 8)], [(6, 2), (2, 4)]]
@@ -24,11 +28,19 @@ def batch_with(grids):
     return batch_of([text], grids)
 
 
-@pytest.mark.skipif("HRVLM_EXPORTS" not in os.environ, reason="run by `make exports`: a minute")
+dear = pytest.mark.skipif(
+    "HRVLM_EXPORTS" not in os.environ, reason="run by `make exports`: minutes"
+)
+
+
+@dear
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_compiled_model_takes_image_after_image_of_other_sizes(training):
+def test_a_compiled_model_takes_image_after_image_of_other_sizes(training, backend):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("Inductor needs a C++ compiler")
     model = model_of().train(training)
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend=backend)
     for grids in SIZES:
         batch = batch_with(grids)
         want, got = (run(**batch, labels=batch["input_ids"]) for run in (model, compiled))
@@ -40,6 +52,21 @@ def test_a_compiled_model_takes_image_after_image_of_other_sizes(training):
                 loss.backward()
                 gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
             torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+@dear
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_a_trainer_compiles_the_model(tmp_path):
+    """Trainer's torch_compile=True, over rows of none, one and two images of two sizes."""
+    model = runs.save_model(tmp_path / "model")
+    rows = {"kind": "jsonl", "path": str(runs.save_rows(tmp_path / "rows"))}
+    histories = []
+    for name, options in (("plain", {}), ("compiled", {"torch_compile": True})):
+        train(runs.config_of(tmp_path / name, model, rows, **options))
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        histories.append([log["loss"] for log in state["log_history"] if "loss" in log])
+    assert len(histories[0]) == 4
+    torch.testing.assert_close(*map(torch.tensor, histories), rtol=1e-4, atol=1e-4)
 
 
 def test_steps_with_a_static_cache_are_one_graph():

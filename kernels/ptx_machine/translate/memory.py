@@ -54,6 +54,10 @@ def _ld(w: Text) -> None:
 @form(f"ld.param{_TYPE}")
 def _ld_param(w: Text) -> None:
     d, memory = w.i.operands
+    if isinstance(memory, Mem) and isinstance(memory.base, Reg):  # one of several, chosen by selp
+        call = f"g.param_at({w.address(memory, 64)}, {TYPES[w.kind]}, I[{w.i.index}], {w.guard()})"
+        w.set(d, call, w.kind)
+        return
     if not isinstance(memory, Mem) or not isinstance(memory.base, Sym):
         raise w.unknown()
     name = memory.base.name
