@@ -232,6 +232,7 @@ def _handed_on(
     if "cu_seqlens" in inspect.signature(innermost(forward)).parameters:
         lengths = torch.tensor([0, tokens], dtype=torch.int32, device=weight.device)
         given = given | {"cu_seqlens": lengths}
+    first: Exception = TypeError("its forward hands on no q and k of [1, H, T, D]")
     for states in (hidden, hidden[None]):
         try:
             with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
@@ -240,10 +241,9 @@ def _handed_on(
         except _Caught as caught:
             if caught.q.ndim == caught.k.ndim == 3 and len(caught.q) == len(caught.k) == tokens:
                 return caught
-        except (IndexError, RuntimeError, TypeError, ValueError):
-            if states is not hidden:
-                raise
-    raise TypeError("its forward hands on no q and k of [1, H, T, D]")
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            first = first if states is not hidden else error
+    raise first
 
 
 def _structure(by_y: Tensor, by_x: Tensor, inv_freq: Tensor) -> Rotation | None:

@@ -204,11 +204,11 @@ class Plain(nn.Module):
         return self.proj(out.reshape(len(hidden_states), -1))
 
 
-class Stretched(Plain):
-    """q grows with its position: no rotation."""
+class Shifted(Plain):
+    """q is shifted after it is rotated."""
 
     def turned(self, q, k, cos, sin):
-        return q * (2 + cos[:, None]), k
+        return q + 1, k
 
 
 class Normed(Plain):
@@ -237,7 +237,7 @@ class Narrow(Plain):
     ("cls", "reason"),
     [
         (Plain, None),
-        (Stretched, "what it does to q and k is not a rotation of pairs by y and x alone"),
+        (Shifted, "what it does to q and k is not a rotation of pairs by y and x alone"),
         (Normed, "what it does to q and k is not a rotation of pairs by y and x alone"),
         (Silent, "it does not hand on what it is given to its attention function"),
         (Narrow, "its rotation could not be tried: RuntimeError: The size of tensor a (32) must"),
