@@ -1,0 +1,1 @@
+"""`hrvlm embed`: whether the encoder waits, and whether memory grows."""
