@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers import DINOv3ViTConfig
 
-from hrvlm.checkpoints.family import get_config
+from hrvlm.checkpoints.family import CONFIGS
 from hrvlm.encoder.vision_transformer import DINOv3Encoder
 
 SEED = 11
@@ -30,7 +31,4 @@ def write_pictures(folder: Path, count: int, sides: tuple[int, int], distinct: i
 def write_encoder(folder: Path, name: str = "vits16", **sizes: int) -> None:
     """A model of the family, or a smaller one, with random weights."""
     torch.manual_seed(SEED)
-    config = get_config(name)
-    for field, value in sizes.items():
-        setattr(config, field, value)
-    DINOv3Encoder(config).save_pretrained(folder)
+    DINOv3Encoder(DINOv3ViTConfig(**{**CONFIGS[name], **sizes})).save_pretrained(folder)

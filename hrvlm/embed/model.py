@@ -1,16 +1,26 @@
-"""An encoder with what is kept of its output."""
+"""An encoder, alone or inside a vision-language model, with what is kept of its output."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..inference.loading import LoadedEncoder, load_encoder, weights_digest
+from hrvlm_kernels import PackedGrids
+
+from ..images.patches import pack_images
+from ..images.processor import check_normalization
+from ..inference.loading import LoadedEncoder, check_backend_runs, load_encoder, weights_digest
+from ..machine import default_dtype, pick_device
 from .config import EmbedConfig, Facts
+
+if TYPE_CHECKING:
+    from ..vlm.vision_language_model import VisionLanguageModel
 
 
 class FeatureModel:
@@ -18,28 +28,37 @@ class FeatureModel:
 
     Args:
         config: Of the run.
-        dtype: Of the weights; default as in `load_encoder`.
+        dtype: Of the weights; default: the config's, else as in `load_encoder`.
 
     Raises:
-        ValueError: there is no such model, device or layer.
+        ValueError: there is no such model, device or layer, or no projector whose tokens are to be
+            kept.
     """
 
     def __init__(self, config: EmbedConfig, dtype: str | None = None):
         self._config = config
-        self.loaded: LoadedEncoder = load_encoder(
-            config.model,
-            backend=config.backend,
-            device=config.device,
-            dtype=dtype or config.dtype,
-            batch_invariant=config.batch_invariant,
-        )
+        self._vlm: VisionLanguageModel | None = None
+        dtype = dtype or config.dtype
+        if config.model is not None and _is_vlm(config.model):
+            self._vlm, self.loaded = _load_vlm(config, dtype)
+        else:
+            self.loaded = load_encoder(
+                config.model,
+                backend=config.backend,
+                device=config.device,
+                dtype=dtype,
+                batch_invariant=config.batch_invariant,
+            )
         self._encoder = self.loaded.encoder
         self.device = self._encoder.device
         layers = self._encoder.config.num_hidden_layers
         if config.layer is not None and not -layers <= config.layer <= layers:
             raise ValueError(f"layer={config.layer}: expected {-layers} to {layers}")
-        if "tokens" in config.keep:
-            raise ValueError("keep='tokens': an encoder without projector has no projector tokens")
+        if "tokens" in config.keep and self._vlm is None:
+            raise ValueError(
+                "keep='tokens': an encoder without projector has no projector tokens; "
+                "a VisionLanguageModel has"
+            )
 
     def keeping(self, config: EmbedConfig) -> FeatureModel:
         """The same encoder with other things kept of its output."""
@@ -59,27 +78,52 @@ class FeatureModel:
         Args:
             images: ``[3, H, W]``, normalised, on the model's device.
         """
-        layer = self._config.layer
-        indices = None if layer is None else [layer]
-        output = self._encoder(list(images), out_indices=indices)
-        hidden = output.packed_last_hidden_state
-        if layer is not None:
-            (hidden,) = output.packed_selected_hidden_states
-        packed = output.packed
-        columns: list[dict[str, Any]] = []
-        means, cls = [], []
-        for tokens in packed.split(hidden):
-            patches = tokens[packed.num_prefix_tokens :]
+        keep = self._config.keep
+        if "tokens" in keep:
+            hidden, packed, projected = self._with_tokens(images)
+        else:
+            layer = self._config.layer
+            output = self._encoder(list(images), out_indices=None if layer is None else [layer])
+            hidden, packed = output.packed_last_hidden_state, output.packed
+            if layer is not None:
+                (hidden,) = output.packed_selected_hidden_states
+        first, means, cls = packed.num_prefix_tokens, [], []
+        columns: list[dict[str, Any]] = [{} for _ in images]
+        for column, tokens in zip(columns, packed.split(hidden), strict=True):
+            patches = tokens[first:]
             means.append(patches.float().mean(0))
             cls.append(tokens[0].float())
-            kept = {"patches": self._stored(patches)} if "patches" in self._config.keep else {}
-            columns.append(kept)
-        pooled = {"mean": torch.stack(means).cpu().numpy()}
-        if packed.num_prefix_tokens:
+            if "patches" in keep:
+                column["patches"] = self._stored(patches)
+        if "tokens" in keep:
+            for column, tokens in zip(columns, projected, strict=True):
+                column["tokens"] = self._stored(tokens)
+        pooled: dict[str, np.ndarray] = {"mean": torch.stack(means).cpu().numpy()}
+        if first:
             pooled["cls"] = torch.stack(cls).cpu().numpy()
         for i, column in enumerate(columns):
             column.update({name: values[i] for name, values in pooled.items()})
-        return columns  # type: ignore[return-value]
+        return list(columns)
+
+    def _with_tokens(self, images: Sequence[Tensor]) -> tuple[Tensor, PackedGrids, list[Tensor]]:
+        """The layer's tokens, their layout, and the projector's tokens ``[gh*gw, D]`` by image."""
+        assert self._vlm is not None
+        layer, encoder = self._config.layer, self._encoder
+        patches, grids = pack_images(images, encoder.patch_size)
+        output = self._vlm.get_image_features(
+            patches.to(encoder.dtype), grids, output_hidden_states=layer is not None
+        )
+        hidden = output.last_hidden_state
+        if layer is not None:
+            hidden = encoder.norm((output.hidden_states or ())[layer])
+        packed = PackedGrids.from_grids(
+            grids, num_prefix_tokens=encoder.num_prefix_tokens, device=self.device
+        )
+        area = self._vlm.config.mp_pixel_shuffle_factor**2  # behind them may stand a projected CLS
+        counts = [hp * wp // area for hp, wp in grids]
+        tokens = [t[:n] for t, n in zip(output.pooler_output, counts, strict=True)]
+        assert hidden is not None
+        return hidden, packed, tokens
 
     def _stored(self, tokens: Tensor) -> bytes:
         dtype = getattr(torch, self._config.stored)
@@ -88,16 +132,52 @@ class FeatureModel:
     def facts(self) -> Facts:
         """What a run has to know of the model."""
         encoder, loaded = self._encoder, self.loaded
+        parts = nn.ModuleList([encoder] if self._vlm is None else [encoder, self._vlm.MP])
         return Facts(
             name=loaded.name,
             random_weights=loaded.random_weights,
-            weights=weights_digest(encoder),
+            weights=weights_digest(parts),
             dtype=str(encoder.dtype).removeprefix("torch."),
             hidden_size=encoder.config.hidden_size,
-            token_size=0,
-            factor=1,
+            token_size=0 if self._vlm is None else self._vlm.config.text_config.hidden_size,
+            factor=1 if self._vlm is None else self._vlm.config.mp_pixel_shuffle_factor,
             patch_size=encoder.patch_size,
             num_prefix_tokens=encoder.num_prefix_tokens,
             image_mean=tuple(loaded.normalization.mean),
             image_std=tuple(loaded.normalization.std),
         )
+
+
+def _is_vlm(model: str) -> bool:
+    from transformers import PretrainedConfig
+
+    from ..checkpoints.foreign import is_foreign
+    from ..vlm.config import VLMConfig
+
+    if is_foreign(model) or Path(model).is_file():
+        return False
+    try:
+        stored, _ = PretrainedConfig.get_config_dict(model)
+    except OSError:
+        return False  # which load_encoder says better
+    return stored.get("model_type") == VLMConfig.model_type
+
+
+def _load_vlm(config: EmbedConfig, dtype: str | None) -> tuple[VisionLanguageModel, LoadedEncoder]:
+    from ..inference.chat import load_vlm
+
+    model, where = str(config.model), pick_device(config.device)
+    name = dtype or default_dtype(where)
+    check_backend_runs(config.backend, where, getattr(torch, name))
+    processor, vlm = load_vlm(model, device=config.device, dtype=name)
+    encoder = vlm.vision_encoder
+    if not hasattr(encoder, "num_prefix_tokens"):
+        raise ValueError(
+            f"model {model!r}: its encoder, {vlm.config.vit_architecture}, takes images of one "
+            "size alone; hrvlm embed needs one that packs"
+        )
+    encoder.backend, encoder.batch_invariant = config.backend, config.batch_invariant
+    encoder.freeze()
+    images = processor.image_processor
+    normalization = check_normalization(images.image_mean, images.image_std)
+    return vlm, LoadedEncoder(encoder, model, False, normalization)

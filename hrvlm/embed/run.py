@@ -241,11 +241,16 @@ class _Pool:
         return cls(encoders, int(gpu), threads, max(1, cpus - encoders * threads))
 
     def of_encoder(self) -> dict[str, Any]:
-        """What Ray is asked for; on one CPU, which the decoding needs too, nothing."""
+        """What Ray is asked for; on one CPU, which the decoding needs too, nothing.
+
+        Never what a decoding task asks for: Ray Data runs steps that ask for the same in one
+        process, one after the other.
+        """
         import ray
 
         one = ray.cluster_resources().get("CPU", 1) < 2
-        return {"num_gpus": self.gpus, "num_cpus": 0 if one else self.threads}
+        cpus = 0 if one else self.threads if self.threads > 1 or self.gpus else 0.99
+        return {"num_gpus": self.gpus, "num_cpus": cpus}
 
 
 class _Progress:

@@ -23,6 +23,9 @@ from hrvlm.embed.run import _Progress
 from hrvlm.embed.sources import list_images, open_source
 from hrvlm.embed.stages import Run, packs, write_part
 from hrvlm.embed.store import Store, part_name
+from hrvlm.images.patches import patchify
+from hrvlm.images.processor import get_image_processor
+from hrvlm.inference.chat import load_vlm
 from tests.embed.here import rows_of, run_here
 from tests.embed.pictures import processor_of, write_model, write_pictures
 
@@ -104,6 +107,38 @@ def test_layers_and_patch_maps(config, encoder):
         run_here(config("other", layer=3))
     with pytest.raises(ValueError, match="without projector has no projector tokens"):
         run_here(config("other", keep=("tokens",)))
+
+
+def test_tokens_are_those_that_the_language_model_gets(config, vlm):
+    keep = ("patches", "tokens")
+    run_here(config(model=str(vlm), keep=keep, rows_per_part=COUNT, max_img_size=64))
+    manifest = Store(config().out).read_manifest()
+    columns = ("id", "error", "mean", "tokens", "patches", "grid_height", "grid_width")
+    row = next(row for row in rows_of(config().out, *columns) if row["error"] is None)
+    processor, model = load_vlm(str(vlm), device="cpu", dtype="float32")
+    images = processor.image_processor
+    process = get_image_processor(
+        64,
+        pixel_shuffle_factor=images.pixel_shuffle_factor,
+        allow_upscale=False,
+        image_mean=images.image_mean,
+        image_std=images.image_std,
+    )
+    pixels, (gh, gw) = process(f"{config().input}/{row['id']}")
+    grid = (row["grid_height"], row["grid_width"])
+    with torch.inference_mode():
+        output = model.get_image_features(patchify(pixels, 16), [grid])
+    tokens = map_of(row, manifest, "tokens")
+    assert tokens.shape == (gh, gw, 32) and manifest.facts.factor == images.pixel_shuffle_factor
+    own = output.pooler_output[0][: gh * gw].bfloat16()
+    torch.testing.assert_close(tokens.flatten(0, 1), own)
+    prefix = model.vision_encoder.num_prefix_tokens
+    mean = output.last_hidden_state[prefix:].mean(0)
+    torch.testing.assert_close(torch.tensor(row["mean"]), mean)
+    options = {"keep": keep, "layer": -1, "rows_per_part": COUNT, "max_img_size": 64}
+    run_here(config("layer", model=str(vlm), **options))
+    last = next(row for row in rows_of(config("layer").out, *columns) if row["error"] is None)
+    np.testing.assert_allclose(last["mean"], row["mean"], rtol=1e-5, atol=1e-6)
 
 
 def test_with_care_the_rows_are_the_same_and_errors_too(config):

@@ -64,9 +64,21 @@ def parts_in(out):
     return len(list(out.glob("part-*.parquet")))
 
 
-def moment(chance, out, driver):
-    """Wait for a random one: in the time that a run takes to start, or after some of its parts."""
+DECODING, ENCODING = "Map(decode_part)", "MapWorker(Map(Encoder))"
+
+
+def moment(chance, out, driver, victim):
+    """Wait for a random one: in the time that a run takes to start, or after some of its parts.
+
+    Pictures this small are decoded long before they are encoded, so that a decoder has to be
+    caught at it.
+    """
     before, started = parts_in(out), time.monotonic()
+    if victim == DECODING:
+        while driver.poll() is None and not any(ray_processes(DECODING)):
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.2))
+        return
     wanted, seconds = chance.randrange(1, 40), chance.uniform(0, 60)
     start_only = chance.random() < 0.3
     while driver.poll() is None:
@@ -85,8 +97,8 @@ def test_twenty_kills_lose_nothing_and_double_nothing(cluster, folder, whole):
         while parts_in(out) < PARTS:
             driver = driver_of(config, cluster)
             while driver.poll() is None and len(kills) < KILLS:
-                victim = chance.choice(("driver", "Encoder", "decode"))
-                moment(chance, out, driver)
+                victim = chance.choice(("driver", ENCODING, DECODING))
+                moment(chance, out, driver, victim)
                 if driver.poll() is not None:
                     break
                 done = parts_in(out)
@@ -114,7 +126,7 @@ def test_an_actor_that_keeps_dying_ends_in_a_run_with_care(cluster, folder, whol
 
     def poison(ending):
         while not ending.is_set() and len(killed) < 6:
-            for process in ray_processes("MapWorker(Map(Encoder)).submit"):
+            for process in ray_processes(f"{ENCODING}.submit"):
                 if process.pid not in killed:
                     process.kill()
                     killed.append(process.pid)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -41,12 +42,18 @@ def config_of(folder, out, rows_per_part=ROWS):
 @pytest.fixture(scope="module")
 def whole(cluster, folder):
     """An undisturbed run: what was planned, told and reported."""
-    plans, told = [], []
+    plans, told, steps = [], [], set()
+
+    def tell(images):
+        told.append(images)
+        steps.update(process.title for process in ray_processes("Encoder"))
+
     report = embed(
         config_of(folder[0], "whole"),
         on_plan=lambda plan: plans.append(plan) or True,
-        on_images=told.append,
+        on_images=tell,
     )
+    assert steps and not any("decode" in title for title in steps), "not side by side"
     return plans[0], told, report
 
 
@@ -86,9 +93,20 @@ def test_every_image_has_a_row_and_broken_ones_their_error(folder, whole):
 def ray_processes(name):
     """Those of Ray whose title says that they do this."""
     for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if title.startswith("ray::") and name in title:
+        process.title = " ".join(process.info["cmdline"] or [])
+        if process.title.startswith("ray::") and name in process.title:
             yield process
+
+
+def killing(names, ending, killed):
+    """Kill the first process of each step that is seen at work."""
+    while len(killed) < len(names) and not ending.is_set():
+        for name in names:
+            for process in [] if name in killed else ray_processes(name):
+                process.kill()
+                killed.append(name)
+                break
+        time.sleep(0.02)
 
 
 def test_after_kills_of_driver_actor_and_worker_the_files_are_the_same(cluster, folder, whole):
@@ -114,17 +132,16 @@ def test_after_kills_of_driver_actor_and_worker_the_files_are_the_same(cluster, 
     left = out / f".{part_name(24)}.77.part"  # as a killed writer leaves it
     left.write_bytes(b"half")
 
-    killed = []
-
-    def kill(_):
-        for name in ("Encoder", "decode"):
-            if name not in killed:
-                for process in ray_processes(name):
-                    process.kill()
-                    killed.append(name)
-
-    report = embed(config, Resources(), on_images=kill)
-    assert "Encoder" in killed
+    killed, ending = [], threading.Event()
+    steps = ("Map(decode_part)", "MapWorker(Map(Encoder)).submit")
+    thread = threading.Thread(target=killing, args=(steps, ending, killed))
+    thread.start()
+    try:
+        report = embed(config, Resources())
+    finally:
+        ending.set()
+        thread.join()
+    assert set(killed) == set(steps)
     assert report.rows == COUNT and report.written == COUNT - before * ROWS
     assert contents(out) == contents(folder / "whole")
 
