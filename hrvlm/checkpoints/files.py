@@ -37,9 +37,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file, or a shard is missing.
+        TypeError: `path` is no path.
         ValueError: the file is damaged, is no checkpoint, holds Python objects besides tensors and
             plain containers, or a directory holds no checkpoint or several.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"checkpoint: expected a file or directory, got {type(path).__name__}")
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")

@@ -45,6 +45,8 @@ class DINOv3Encoder(PackedEncoder):
     _overflows_float16 = True
 
     def __init__(self, config: DINOv3ViTConfig, **options: Any):
+        if not isinstance(config, DINOv3ViTConfig):
+            raise TypeError(f"config: expected a DINOv3ViTConfig, got {type(config).__name__}")
         _refuse_dropout(config, "attention_dropout")
         super().__init__(config, **options)
 

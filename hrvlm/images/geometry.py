@@ -162,9 +162,11 @@ def shuffled_grid(patch_grid: tuple[int, int], factor: int) -> tuple[int, int]:
     """The token grid (gh, gw) that the pixel shuffle makes of a patch grid (hp, wp).
 
     Raises:
-        ValueError: the factor does not divide the patch grid.
+        ValueError: the factor does not divide the patch grid, or they are no positive ints.
     """
-    hp, wp = patch_grid
+    if (pair := positive_pair(patch_grid)) is None:
+        raise ValueError(f"patch grid {patch_grid!r:.60}: expected two positive ints (hp, wp)")
+    (hp, wp), factor = pair, positive_int("factor", factor)
     if hp % factor or wp % factor:
         raise ValueError(
             f"patch grid {hp}x{wp} is not divisible by the pixel-shuffle factor {factor}"

@@ -54,6 +54,7 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     Raises:
         ValueError: the rows do not fill the `grid` (hp, wp).
     """
+    check_tensor("patches", patches)
     (hp, wp), p = grid, patch_size
     *lead, rows, size = patches.shape
     if rows != hp * wp or size % (p * p):

@@ -74,6 +74,11 @@ class VLMTrainingArguments(TrainingArguments):
             raise ValueError(f"freeze={self.freeze}: unknown {unknown}, expected of {[*PARTS]}")
         if set(self.freeze) == set(PARTS):
             raise ValueError("freeze: all parts are frozen, nothing is left to train")
+        for name in (f"learning_rate_{part}" for part in PARTS):
+            rate: Any = getattr(self, name)
+            number = isinstance(rate, int | float) and not isinstance(rate, bool)
+            if rate is not None and not (number and rate >= 0):
+                raise ValueError(f"{name}={rate!r}: expected a number from 0 on")
         super().__post_init__()
         # Left open, one process would cut the batches of an iterable for all: packed images have no
         # batch axis to cut.

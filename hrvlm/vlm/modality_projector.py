@@ -20,6 +20,7 @@ from hrvlm_kernels.ops.pixel_shuffle_linear import compute_dtype
 
 from ..encoder.plain_modules import input_dtype, is_plain
 from ..images.geometry import image_token_count, shuffled_grid
+from ..images.patches import check_tensor
 
 
 def pixel_shuffle(x: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
@@ -33,8 +34,9 @@ def pixel_shuffle(x: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
     Raises:
         ValueError: the rows do not fill the grid, or the factor does not divide it.
     """
+    check_tensor("x", x)
+    gh, gw = shuffled_grid(grid, factor)
     (hp, wp), s = grid, factor
-    gh, gw = shuffled_grid(grid, s)
     *lead, rows, channels = x.shape
     if rows != hp * wp:
         raise ValueError(f"x has {rows} rows, the patch grid {hp}x{wp} has {hp * wp}")
@@ -53,8 +55,9 @@ def pixel_unshuffle(x: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
     Raises:
         ValueError: the rows or channels do not fit.
     """
+    check_tensor("x", x)
+    gh, gw = shuffled_grid(grid, factor)
     (hp, wp), s = grid, factor
-    gh, gw = shuffled_grid(grid, s)
     *lead, rows, size = x.shape
     if rows != gh * gw or size % (s * s):
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -82,6 +83,8 @@ def get_tokenizer(
     Raises:
         ValueError: it has neither a padding token nor an end token, or a file is damaged.
     """
+    if not isinstance(name, str | PathLike):
+        raise TypeError(f"tokenizer: expected a hub id or a directory, got {type(name).__name__}")
     named = dict(extra_special_tokens or {})
     options: dict[str, Any] = {"padding_side": "left"}
     if chat_template is not None:

@@ -245,6 +245,18 @@ class PackedGrids:
         return _cached, (self.grids, self.lengths, self.num_prefix_tokens, self.device)
 
 
+def check_packed(packed: object, **tensors: object) -> None:
+    """Raise TypeError unless `packed` is a layout, and the others, by their names, tensors."""
+    if not isinstance(packed, PackedGrids):
+        raise TypeError(
+            f"packed: expected a PackedGrids, got {type(packed).__name__}; "
+            "PackedGrids.from_grids([(hp, wp), ...]) makes one"
+        )
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
 def _cached(
     grids: tuple[Grid, ...] | None,
     lengths: tuple[int, ...],

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from hrvlm import DINOv3Encoder, VisionLanguageModel
+from hrvlm import (
+    DINOv3Encoder,
+    VisionLanguageModel,
+    VLMTrainingArguments,
+    get_tokenizer,
+    image_token_count,
+    load_checkpoint,
+    pixel_shuffle,
+    pixel_unshuffle,
+    unpatchify,
+)
 from hrvlm.vlm.config import VLMConfig
 from tests.tiny import model_of, picture, processor_of, siglip_config_of, tokenizer_of
 
@@ -96,3 +106,27 @@ def test_parts_are_joined_in_a_floating_point_dtype(model, dtype):
     parts = model.vision_encoder, model.decoder, tokenizer_of()
     with pytest.raises(ValueError, match=r"dtype=.*: expected a floating-point torch.dtype"):
         VisionLanguageModel.from_backbones(*parts, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: image_token_count("ab", 2), r"patch grid 'ab': expected two positive ints"),
+        (lambda: image_token_count((2, 2), "x"), "factor='x': expected a whole number"),
+        (lambda: pixel_shuffle("x", (2, 2), 2), "x: expected a tensor, got str"),
+        (lambda: pixel_shuffle(torch.zeros(4, 8), 4, 2), r"patch grid 4: expected two positive"),
+        (lambda: pixel_unshuffle(torch.zeros(1, 8), None, 2), r"patch grid None: expected two"),
+        (lambda: unpatchify("x", (2, 2), 2), "patches: expected a tensor, got str"),
+        (lambda: load_checkpoint(None), "checkpoint: expected a file or directory, got NoneType"),
+        (lambda: get_tokenizer(3), "tokenizer: expected a hub id or a directory, got int"),
+        (lambda: DINOv3Encoder(None), "config: expected a DINOv3ViTConfig, got NoneType"),
+        (lambda: DINOv3Encoder(VLMConfig()), "config: expected a DINOv3ViTConfig, got VLMConfig"),
+        (
+            lambda: VLMTrainingArguments("runs/x", use_cpu=True, learning_rate_vision="fast"),
+            "learning_rate_vision='fast': expected a number from 0 on",
+        ),
+    ],
+)
+def test_arguments_of_functions_are_named(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

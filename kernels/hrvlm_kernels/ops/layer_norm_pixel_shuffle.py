@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import choose_backend
-from ..packed_grids import PackedGrids
+from ..packed_grids import PackedGrids, check_packed
 from .pixel_shuffle_linear import check_pixel_shuffle_inputs, compute_dtype, pixel_shuffle_linear
 from .torch_op import ops, register, register_backward
 
@@ -210,6 +210,7 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> T
 def _check_norm(
     x: Tensor, packed: PackedGrids, factor: int, weight: Tensor, bias: Tensor | None
 ) -> None:
+    check_packed(packed, x=x, norm_weight=weight)
     packed.shuffle_index(factor)  # raises when the factor does not divide a grid
     if x.ndim != 2:
         raise ValueError(f"x must be [T, C], got {tuple(x.shape)}")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend
-from ..packed_grids import PackedGrids
+from ..packed_grids import PackedGrids, check_packed
 from .torch_op import ops, register, register_backward
 
 
@@ -151,6 +151,7 @@ def check_pixel_shuffle_inputs(
     x: Tensor, packed: PackedGrids, factor: int, weight: Tensor, bias: Tensor | None
 ) -> None:
     """Raise ValueError unless the tensors fit the layout."""
+    check_packed(packed, x=x, weight=weight)
     packed.shuffle_index(factor)  # raises when the factor does not divide a grid
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"x must be [T, C], got {tuple(x.shape)}")

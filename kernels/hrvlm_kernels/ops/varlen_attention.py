@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..attention_problem import Problem
 from ..backends import choose_backend, installed
-from ..packed_grids import PackedGrids
+from ..packed_grids import PackedGrids, check_packed
 from ..traced_grids import TracedGrids
 from .rope_2d import check_constant, check_rope_inputs, rope_2d
 from .torch_op import ops, register, register_backward
@@ -234,6 +234,7 @@ def _runs(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
 
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids) -> None:
     """Raise ValueError unless the tensors fit the layout as :func:`varlen_attention` needs them."""
+    check_packed(packed, q=q, k=k, v=v)
     if (
         q.ndim != 3
         or k.ndim != 3
