@@ -96,7 +96,7 @@ def gluon_job(head_dim, dtype, step, *, buffers=2, group=1):
     tiling = Tiling(128, step, 4, buffers)
     signature, constants = _common("qkvo", head_dim, dtype, tiling, False, group)
     constants |= {"BN": step, "NB": buffers, "GROUPS": gluon.GROUPS, "REGISTERS": gluon.REGISTERS}
-    for name in ("ROPE", "coords", "inv_freq", "BD", "PARTS"):
+    for name in ("ROPE", "table", "BD", "PARTS"):
         del constants[name]
     kernel, options = gluon.varlen_attention_gluon, {"num_warps": tiling.num_warps}
     name = (
@@ -156,9 +156,9 @@ def _common(names, head_dim, dtype, tiling, rope, group):
     constants = {"H": _HEADS, "GROUP": group, "D": head_dim, "ROPE": rope}
     constants |= {"BD": forward.padded_head_dim(head_dim), "PARTS": max(1, 64 // tiling.rows)}
     if rope:
-        signature |= {"coords": "*fp32:16", "inv_freq": "*fp32:16"}
+        signature["table"] = "*fp32:16"
     else:
-        constants |= {"coords": None, "inv_freq": None}
+        constants["table"] = None
     return signature, constants
 
 

@@ -297,7 +297,7 @@ def patchify_job(dtype, config, patch_size=16):
 
 
 def small_jobs(target):
-    """The kernels around the products: adding the parts of a split sum, zeroing prefix rows."""
+    """Beside the large ones: adding parts of a sum, zeroing prefix rows, a table of cos and sin."""
     signature = {"parts": "*fp32:16", "bias": "*bf16:16", "out": "*bf16:16"}
     signature |= {"n_parts": "i32", "size": "i32", "N": "i32:16"}
     constants = {"stride_b": 1, "HAS_BIAS": True, "BLOCK": 1024}
@@ -307,6 +307,9 @@ def small_jobs(target):
     yield Job(
         "zero_prefix", shuffle_backward.pixel_shuffle_linear_zero_prefix, signature, constants
     )
+    signature = dict.fromkeys(("coords", "inv_freq", "table"), "*fp32:16") | {"T": "i32"}
+    constants = {"stride_ct": 2, "stride_ca": 1, "stride_f": 1, "D": 64, "BT": 32, "BD": 32}
+    yield Job("rope_table", rope.rope_table, signature, constants)
 
 
 def jobs(target):

@@ -105,7 +105,7 @@ _ATOMIC = {"_dq": 2, "_dkdv": 8}
 def problem(lengths: Sequence[int], head_dim: int, rotate: bool) -> Problem:
     """As the launchers take it."""
     packed, (q, k, v), rope = inputs(lengths, head_dim)
-    return Problem(q, k, v, packed.segments, rope if rotate else None, head_dim**-0.5, True)
+    return Problem(q, k, v, packed.segments, rope if rotate else None, None, head_dim**-0.5, True)
 
 
 def forward_case(
@@ -148,7 +148,7 @@ def backward_case(
     lengths = PACKS[size]
     packed, (q, k, v), rope = inputs(lengths, head_dim)
     x = Problem(
-        q, k, v, packed.segments, rope if rotate else None, head_dim**-0.5, deterministic
+        q, k, v, packed.segments, rope if rotate else None, None, head_dim**-0.5, deterministic
     )  # fmt: skip
     rng = torch.Generator().manual_seed(1)
     g, out = (torch.randn(q.shape, generator=rng).to(BF16) for _ in range(2))

@@ -20,6 +20,7 @@ class Problem:
         segments: Of the T tokens.
         rope: (coords, inv_freq) to rotate q and k by, or None. Launchers drop it once both are
             rotated; the kernels then get what is left for them to do.
+        table: Cos and sin of `rope`, ``[T, D]`` float32, if they are there already.
         scale: Factor of the scores.
         deterministic: Whether the backward gives the same bits for the same inputs.
     """
@@ -29,6 +30,7 @@ class Problem:
     v: Tensor
     segments: Segments
     rope: tuple[Tensor, Tensor] | None
+    table: Tensor | None
     scale: float
     deterministic: bool
 
@@ -43,10 +45,11 @@ class Problem:
         short_segments: Tensor,
         coords: Tensor | None,
         inv_freq: Tensor | None,
+        table: Tensor | None,
         scale: float,
         deterministic: bool,
     ) -> Problem:
         """What the torch ops get: tensors and numbers alone."""
         segments = Segments(cu_seqlens, tiles_64, tiles_128, short_segments)
         rope = None if coords is None or inv_freq is None else (coords, inv_freq)
-        return Problem(q, k, v, segments, rope, scale, deterministic)
+        return Problem(q, k, v, segments, rope, table, scale, deterministic)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.compiled.compiler import TARGETS, assert_clean, compile_kernel
 from benchmarks.compiled.jobs import rope_jobs
 from hrvlm_kernels import PackedGrids
-from hrvlm_kernels.ops.rope_2d import rope_2d, rope_2d_
+from hrvlm_kernels.ops.rope_2d import rope_2d, rope_2d_, rope_table
 from tests.kernels.helpers import (
     COMPILED,
     DTYPES,
@@ -86,6 +86,20 @@ def test_forward_and_backward(head_dim, dtype):
 
 def test_prefix_tokens_pass_through_bit_for_bit():
     check_prefix()
+
+
+@pytest.mark.parametrize("head_dim", [4, 36, 64])
+def test_the_table_has_the_cos_and_sin_of_the_rotation(head_dim, rng):
+    """Rotated, (1, 0) is (cos, sin): bit for bit what the kernel of q and k computes."""
+    packed = PackedGrids.from_grids(GRIDS, num_prefix_tokens=2)
+    rope = packed.coords, frequencies(head_dim)
+    one = torch.zeros(packed.total_tokens, 1, head_dim)
+    one[..., : head_dim // 2] = 1
+    turned, _ = rope_2d(one, one[:, :0], *rope, backend="triton")
+    assert torch.equal(rope_table(*rope), turned[:, 0])
+    assert rope_table(rope[0][:0], rope[1]).shape == (0, head_dim)
+    with pytest.raises(ValueError, match="inv_freq requires grad"):
+        rope_table(rope[0], rope[1].clone().requires_grad_())
 
 
 @pytest.mark.parametrize("heads", [(6, 2), (1, 5), (4, 0), (0, 3), (20, 20)])

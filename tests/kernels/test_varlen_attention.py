@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrvlm_kernels import PackedGrids, reference
-from hrvlm_kernels.ops.rope_2d import rope_2d
+from hrvlm_kernels.ops.rope_2d import rope_2d, rope_table
 from hrvlm_kernels.ops.varlen_attention import varlen_attention
 from hrvlm_kernels.triton_kernels import varlen_attention as kernels
 from hrvlm_kernels.triton_kernels import varlen_attention_short as short_kernels
@@ -147,6 +147,20 @@ def test_rope_folded_in(head_dim, dtype):
     apart = varlen_attention(*rotated, case.v, case.packed, backend="triton")
     # The first image is short: see below. Compiled, the products of the rotation are fused.
     assert equal_if_interpreted(attend(case)[64:], apart[64:])
+
+
+def test_a_table_may_be_given():
+    """It changes no bit, forward or backward; without one, each call writes its own."""
+    case = make_case((201, 257), heads=2, head_dim=32, rope=True)
+    table = rope_table(*case.rope)
+    results = [kernel_results(case, rope=rope) for rope in (case.rope, (*case.rope, table))]
+    for own, shared in zip(*results, strict=True):
+        assert torch.equal(own, shared)
+    other = kernel_results(case, rope=(*case.rope, table.flip(0)))
+    assert not torch.equal(other[0], results[0][0])
+    for wrong in (table[1:], table[:, :16], table.half()):
+        with pytest.raises(ValueError, match=r"rope: its table must be float32 \[458, 32\]"):
+            kernel_results(case, rope=(*case.rope, wrong))
 
 
 # Short images: k is rotated in the kernel

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend
-from .torch_op import add_op_namespace_prefix, ops, register
+from .torch_op import add_op_namespace_prefix, ops, register, register_backward
 
 
 def _empty_outputs(
@@ -49,6 +49,19 @@ register(
     fake=_empty_outputs,
     setup_context=_save_positions,
     backward=_rotate_back,
+)
+
+
+def _empty_table(coords: Tensor, inv_freq: Tensor) -> Tensor:
+    shape = coords.shape[0], 4 * inv_freq.shape[0]
+    return torch.empty(shape, dtype=torch.float32, device=coords.device)
+
+
+register_backward(
+    "rope_table",
+    "(Tensor coords, Tensor inv_freq) -> Tensor",
+    "rope_2d:write_table",
+    fake=_empty_table,
 )
 
 
@@ -139,6 +152,25 @@ def rope_2d_(
     with torch.no_grad():
         ops.rope_2d_(q, k, coords, inv_freq)
     return q, k
+
+
+def rope_table(coords: Tensor, inv_freq: Tensor) -> Tensor:
+    """``[T, D]`` float32: cos, then sin, of each token's D / 2 angles, by a kernel.
+
+    For the kernels of attention, whose programs have one head each: made once for a layout, it
+    serves all heads of all layers.
+    """
+    check_constant(coords, inv_freq)
+    return ops.rope_table(coords, inv_freq)
+
+
+def check_table(q: Tensor, table: Tensor | None) -> None:
+    """Raise ValueError unless `table`, if there is one, is of the tokens and head_dim of `q`."""
+    if table is not None and (table.shape != q[:, 0].shape or table.dtype != torch.float32):
+        raise ValueError(
+            f"rope: its table must be float32 {list(q[:, 0].shape)}, as rope_table makes it, got "
+            f"{table.dtype} {list(table.shape)}"
+        )
 
 
 def _rope_2d_eager(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:

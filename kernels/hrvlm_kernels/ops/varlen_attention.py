@@ -23,14 +23,14 @@ from ..attention_problem import Problem
 from ..backends import choose_backend, installed
 from ..packed_grids import PackedGrids, check_packed
 from ..traced_grids import TracedGrids
-from .rope_2d import check_constant, check_rope_inputs, rope_2d
+from .rope_2d import check_constant, check_rope_inputs, check_table, rope_2d
 from .torch_op import ops, register, register_backward
 
 MAX_HEAD_DIM = 128
 
 _LAYOUT = (
     "Tensor cu_seqlens, Tensor tiles_64, Tensor tiles_128, Tensor short_segments, Tensor? coords, "
-    "Tensor? inv_freq, float scale, bool deterministic"
+    "Tensor? inv_freq, Tensor? table, float scale, bool deterministic"
 )
 
 
@@ -49,7 +49,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _attention_grad(ctx: Any, g: Tensor, _: None) -> tuple[Tensor | None, ...]:
     grads = ops.varlen_attention_backward(g, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
-    return *grads, *[None] * 8
+    return *grads, *[None] * 9
 
 
 def _backward_arguments(
@@ -91,7 +91,7 @@ def varlen_attention(
     packed: PackedGrids,
     scale: float | None = None,
     *,
-    rope: tuple[Tensor, Tensor] | None = None,
+    rope: tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | None = None,
     deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
@@ -109,7 +109,9 @@ def varlen_attention(
         rope: ``(coords, inv_freq)`` of :func:`hrvlm_kernels.rope_2d`: the result, and the gradients
             of q and k, are those of rotating both first. The kernels then rotate q, dq and dk while
             they have them in registers, and k in a pass of its own or, in images of up to 256
-            tokens on chips where that pays, in registers too.
+            tokens on chips where that pays, in registers too. A third tensor is the table of
+            :func:`hrvlm_kernels.ops.rope_2d.rope_table`, for callers with many layers: without it
+            every call of the kernels writes one.
         deterministic: Whether the backward gives the same bits for the same inputs. False lets
             the kernels add up dq by atomics where that may be faster (16-bit, D up to 64), unless
             ``torch.use_deterministic_algorithms`` is on; "flash_attn" gets it from here, the
@@ -128,16 +130,17 @@ def varlen_attention(
     q, k, v = _as_autocast(q, k, v)
     check_attention_inputs(q, k, v, packed)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    coords, inv_freq = rope if rope is not None else (None, None)
+    coords, inv_freq, table = (*(rope or (None, None)), None)[:3]
     if coords is not None and inv_freq is not None:
         check_rope_inputs(q, k, coords, inv_freq)
+        check_table(q, table)
     chosen = "sdpa" if isinstance(packed, TracedGrids) else _choose(q, backend)
     if chosen == "triton":
         check_constant(coords, inv_freq)
         if scale <= 0:  # the kernels take the largest q.k for the largest score
             q, scale = (-q, -scale) if scale else (q * 0, 1.0)
         out, _ = ops.varlen_attention(
-            q, k, v, *packed.segments, coords, inv_freq, scale, deterministic
+            q, k, v, *packed.segments, coords, inv_freq, table, scale, deterministic
         )
         return out
     if coords is not None and inv_freq is not None:

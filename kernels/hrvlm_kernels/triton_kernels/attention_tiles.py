@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..attention_problem import Problem
 from ..packed_tables import Segments
-from .rope_2d import TWO_PI, cos_sin, rotate_heads
+from .rope_2d import rotate_heads, write_table
 from .tilings import Tiling
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -65,17 +65,13 @@ def store_rows(p_head, rows, n, stride, x, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def rotate(a, coords, inv_freq, first, rows, n, INVERSE: tl.constexpr):
-    """Rotate a [B, D] as rope_2d does, in float32; D is a power of two."""
+def rotate(a, table, first, rows, n, INVERSE: tl.constexpr):
+    """Rotate a [B, D] by the table of cos and sin, in float32; D is a power of two."""
     HALF: tl.constexpr = a.shape[1] // 2
-    QUARTER: tl.constexpr = a.shape[1] // 4
-    p_yx = coords + 2 * (first + rows)
-    y = tl.load(p_yx, mask=rows < n, other=0.0)
-    x = tl.load(p_yx + 1, mask=rows < n, other=0.0)
-    i_d = tl.arange(0, HALF)
-    freq = tl.load(inv_freq + i_d % QUARTER)
-    coord = tl.where((i_d < QUARTER)[None, :], y[:, None], x[:, None])  # [B, HALF]
-    cos, sin = cos_sin((coord * TWO_PI) * freq[None, :])
+    p_cos = table + (first + rows)[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    mask = (rows < n)[:, None]
+    cos = tl.load(p_cos, mask=mask, other=1.0)  # [B, HALF]
+    sin = tl.load(p_cos + HALF, mask=mask, other=0.0)
     if INVERSE:
         sin = -sin
     halves = a.to(tl.float32).reshape(a.shape[0], 2, HALF).permute(0, 2, 1)
@@ -112,6 +108,19 @@ def rotated(a: Tensor, b: Tensor, coords: Tensor, inv_freq: Tensor) -> tuple[Ten
     a_out, b_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a, b))
     rotate_heads(a, b, coords, inv_freq, False, a_out, b_out)
     return a_out, b_out
+
+
+def with_table(problem: Problem) -> Problem:
+    """`problem` with the table of cos and sin that folded kernels read; written unless it is there.
+
+    The current device must be that of the tensors.
+    """
+    if problem.rope is None or problem.table is not None or not rotates_in_kernel(problem.q):
+        return problem
+    tokens, _, head_dim = problem.q.shape
+    table = torch.empty(tokens, head_dim, dtype=torch.float32, device=problem.q.device)
+    write_table(*problem.rope, table)
+    return replace(problem, table=table)
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
-"""The Triton kernel of rope_2d and its launcher; the formula stands in ops/rope_2d.py.
+"""The Triton kernels of rope_2d and their launchers; the formula stands in ops/rope_2d.py.
 
 One program takes a block of tokens: it computes their cos and sin once and rotates every head of
 q, then of k. The backward is the same kernel with the sign of sin turned.
+
+The kernels of attention own one head each and would compute the same cos and sin in all of them:
+they read a table of both, which one launch writes for all heads and layers.
 
 The angle is rounded as the reference rounds it, ``(2 pi * coord) * inv_freq`` in float32. cos and
 sin are our own: the library's have a slow path for huge arguments that costs every thread a stack
@@ -55,6 +58,21 @@ def cos_sin(angle):
 
 
 @triton.jit
+def _turns(
+    coords, inv_freq, i_t, m_t, stride_ct, stride_ca, stride_f, D: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Cos and sin [BT, BD] of tokens i_t, and which of them have no angle, [BT]."""
+    y = tl.load(coords + i_t * stride_ct, mask=m_t, other=0.0)
+    x = tl.load(coords + i_t * stride_ct + stride_ca, mask=m_t, other=0.0)
+    QUARTER: tl.constexpr = D // 4
+    i_d = tl.arange(0, BD)
+    freq = tl.load(inv_freq + (i_d % QUARTER) * stride_f, mask=i_d < 2 * QUARTER, other=0.0)
+    coord = tl.where((i_d < QUARTER)[None, :], y[:, None], x[:, None])  # [BT, BD]
+    cos, sin = cos_sin((coord * TWO_PI) * freq[None, :])
+    return cos, sin, (y == 0.0) & (x == 0.0)
+
+
+@triton.jit
 def _rotate_block(
     src, dst, i_t, m_t, m_keep, cos, sin,
     stride_st, stride_sh, stride_sd, stride_dt, stride_dh, stride_dd,
@@ -96,18 +114,11 @@ def rope_2d(
     """Rotate q [T, HQ, D] and k [T, HK, D] into q_out and k_out, which may be q and k."""
     i_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     m_t = i_t < T
-    y = tl.load(coords + i_t * stride_ct, mask=m_t, other=0.0)
-    x = tl.load(coords + i_t * stride_ct + stride_ca, mask=m_t, other=0.0)
-
-    QUARTER: tl.constexpr = D // 4
-    i_d = tl.arange(0, BD)
-    freq = tl.load(inv_freq + (i_d % QUARTER) * stride_f, mask=i_d < 2 * QUARTER, other=0.0)
-    coord = tl.where((i_d < QUARTER)[None, :], y[:, None], x[:, None])  # [BT, BD]
-    cos, sin = cos_sin((coord * TWO_PI) * freq[None, :])
+    cos, sin, still = _turns(coords, inv_freq, i_t, m_t, stride_ct, stride_ca, stride_f, D, BD)
     if INVERSE:
         sin = -sin
     cos, sin = cos[:, None, :], sin[:, None, :]
-    m_keep = ((y == 0.0) & (x == 0.0))[:, None, None]
+    m_keep = still[:, None, None]
 
     _rotate_block(
         q, q_out, i_t, m_t, m_keep, cos, sin,
@@ -119,7 +130,24 @@ def rope_2d(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["T"])
+def rope_table(
+    coords, inv_freq, table, T, stride_ct, stride_ca, stride_f,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Cos, then sin, of the D / 2 angles of BT tokens, into the contiguous table [T, D]."""
+    i_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    m_t = i_t < T
+    cos, sin, _ = _turns(coords, inv_freq, i_t, m_t, stride_ct, stride_ca, stride_f, D, BD)
+    i_d = tl.arange(0, BD)
+    mask = m_t[:, None] & (i_d < D // 2)[None, :]
+    p_table = table + (i_t * D)[:, None] + i_d[None, :]
+    tl.store(p_table, cos, mask=mask)
+    tl.store(p_table + D // 2, sin, mask=mask)
+
+
 _INTERPRETER = RopeConfig(16, 4, 1)
+_TABLE_ROWS = 32
 
 
 def select_config(arch: str, head_dim: int, dtype: torch.dtype) -> RopeConfig:
@@ -157,4 +185,16 @@ def rotate_heads(
             BD=triton.next_power_of_2(head_dim // 2),
             INVERSE=inverse,
             num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def write_table(coords: Tensor, inv_freq: Tensor, table: Tensor) -> None:
+    """Write cos and sin of the tokens at `coords` ``[T, 2]`` into the contiguous `table`."""
+    tokens, head_dim = table.shape
+    if tokens == 0:
+        return
+    with device_guard(coords):
+        rope_table[(triton.cdiv(tokens, _TABLE_ROWS),)](
+            coords, inv_freq, table, tokens, *coords.stride(), *inv_freq.stride(),
+            D=head_dim, BT=_TABLE_ROWS, BD=triton.next_power_of_2(head_dim // 2), num_warps=4,
         )  # fmt: skip

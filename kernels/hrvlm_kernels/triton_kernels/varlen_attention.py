@@ -54,6 +54,7 @@ from .attention_tiles import (
     store_rows,
     strides,
     tile_list,
+    with_table,
 )
 from .launch import architecture, device_guard, launch, tile_choices
 from .tilings import Tiling, table_head_dim
@@ -62,7 +63,7 @@ from .varlen_attention_short import forward_short, select_short_tilings
 
 @triton.jit(do_not_specialize=["T"])
 def varlen_attention_forward(
-    q, k, v, k_blocks, v_blocks, out, lse, cu_seqlens, tiles, coords, inv_freq, T, scale,
+    q, k, v, k_blocks, v_blocks, out, lse, cu_seqlens, tiles, table, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, ROPE: tl.constexpr,
@@ -82,7 +83,7 @@ def varlen_attention_forward(
     p_v = v + first * stride_vt + i_hk * stride_vh
     b_q = load_rows(q + first * stride_qt + i_h * stride_qh, i_m, n, stride_qt, D, BD, True)
     if ROPE:
-        b_q = rotate(b_q, coords, inv_freq, first, i_m, n, False).to(b_q.dtype)
+        b_q = rotate(b_q, table, first, i_m, n, False).to(b_q.dtype)
 
     qk_scale = scale * LOG2_E
     peak = tl.full([BM], float("-inf"), tl.float32)
@@ -118,7 +119,7 @@ def varlen_attention_forward(
             b_v = load_rows(p_v, s + i_n, n, stride_vt, D, BD, False)
             acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
 
-    acc = acc / total[:, None]
+    acc *= (1.0 / total)[:, None]
     store_rows(out + first * stride_ot + i_h * stride_oh, i_m, n, stride_ot, acc, D, BD)
     tl.store(lse + i_h * T + first + i_m, peak + tl.log2(total), mask=i_m < n)
 
@@ -162,7 +163,7 @@ def forward(
         return
     row = architecture(x.q.device), x.q.shape[2], x.q.dtype
     with device_guard(x.q):
-        x, skip = as_kernels_read_it(x), 0
+        x, skip = with_table(as_kernels_read_it(x)), 0
         if x.rope is not None and rotates_in_kernel(x.q):
             if short_tilings is None:
                 short_tilings = select_short_tilings(*row)
@@ -189,7 +190,7 @@ def _start(x: Problem, out: Tensor, lse: Tensor, skip: int, tiling: Tiling) -> N
         k_blocks, v_blocks = (TensorDescriptor.from_tensor(a, block) for a in (x.k, x.v))
     varlen_attention_forward[(tiles.shape[0] * parts * x.q.shape[1],)](
         x.q, x.k, x.v, k_blocks, v_blocks, out, lse, x.segments.cu_seqlens, tiles,
-        *(x.rope or (None, None)), x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, out),
+        x.table, x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, out),
         BD=width, BM=tiling.rows, BN=tiling.step, PARTS=parts, AHEAD=tiling.order == "ahead",
         ROPE=x.rope is not None, SKIP=skip, **constants(x, tiling),
     )  # fmt: skip

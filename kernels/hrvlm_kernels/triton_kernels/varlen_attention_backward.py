@@ -43,6 +43,7 @@ from .attention_tiles import (
     strides,
     tile_list,
     unit_stride,
+    with_table,
 )
 from .launch import architecture, device_guard, launch, tile_choices
 from .rope_2d import rotate_heads
@@ -67,7 +68,7 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=["T"])
 def varlen_attention_dq(
-    q, k, v, out, g, dq, lse, delta, cu_seqlens, tiles, coords, inv_freq, T, scale,
+    q, k, v, out, g, dq, lse, delta, cu_seqlens, tiles, table, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_gt, stride_gh, stride_dqt, stride_dqh,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
@@ -102,7 +103,7 @@ def varlen_attention_dq(
         )  # fmt: skip
     acc *= scale
     if ROPE:
-        acc = rotate(acc, coords, inv_freq, first, i_m, n, True)
+        acc = rotate(acc, table, first, i_m, n, True)
     store_rows(dq + first * stride_dqt + i_h * stride_dqh, i_m, n, stride_dqt, acc, D, BD)
 
 
@@ -138,7 +139,7 @@ def _dkdv_step(
 
 @triton.jit(do_not_specialize=["T"])
 def varlen_attention_dkdv(
-    q, k, v, g, dq, dk, dv, lse, delta, cu_seqlens, tiles, coords, inv_freq, T, scale,
+    q, k, v, g, dq, dk, dv, lse, delta, cu_seqlens, tiles, table, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
     stride_dqt, stride_dqh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
@@ -177,7 +178,7 @@ def varlen_attention_dkdv(
     store_rows(dv + first * stride_dvt + i_h * stride_dvh, i_n, n, stride_dvt, b_dv, D, BD)
     b_dk *= scale
     if ROPE:
-        b_dk = rotate(b_dk, coords, inv_freq, first, i_n, n, True)
+        b_dk = rotate(b_dk, table, first, i_n, n, True)
     store_rows(dk + first * stride_dkt + i_h * stride_dkh, i_n, n, stride_dkt, b_dk, D, BD)
 
 
@@ -215,7 +216,7 @@ def _start_dq(x: _Inputs, dq: Tensor, delta_only: bool, tiling: Tiling) -> None:
     tiles, parts = tile_list(x.segments, tiling)
     varlen_attention_dq[(tiles.shape[0] * parts * x.q.shape[1],)](
         x.q, x.k, x.v, x.out, x.g, dq, x.lse, x.delta, x.segments.cu_seqlens, tiles,
-        *(x.rope or (None, None)), x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, x.out, x.g, dq),
+        x.table, x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, x.out, x.g, dq),
         BD=padded_head_dim(x.q.shape[2]), BM=tiling.rows, BN=tiling.step, PARTS=parts,
         DELTA_ONLY=delta_only, ROPE=x.rope is not None, **constants(x, tiling),
     )  # fmt: skip
@@ -225,7 +226,7 @@ def _start_dkdv(x: _Inputs, dq_sum: Tensor | None, dk: Tensor, dv: Tensor, tilin
     tiles, parts = tile_list(x.segments, tiling)
     varlen_attention_dkdv[(tiles.shape[0] * parts * x.q.shape[1],)](
         x.q, x.k, x.v, x.g, dq_sum, dk, dv, x.lse, x.delta, x.segments.cu_seqlens, tiles,
-        *(x.rope or (None, None)), x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, x.g),
+        x.table, x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, x.g),
         *((0, 0) if dq_sum is None else strides(dq_sum)), *strides(dk, dv),
         BD=padded_head_dim(x.q.shape[2]), BM=tiling.step, BN=tiling.rows, PARTS=parts,
         ATOMIC=dq_sum is not None, ROPE=x.rope is not None, **constants(x, tiling),
@@ -255,7 +256,7 @@ def backward(
     deterministic = x.deterministic or torch.are_deterministic_algorithms_enabled()
     atomic = bool(tilings.atomic) and not deterministic
     with device_guard(x.q):
-        x = as_kernels_read_it(x)
+        x = with_table(as_kernels_read_it(x))
         rope, folded = x.rope, rotates_in_kernel(x.q)
         if rope is not None:
             q, k = (x.q, x.k) if is_rotated else rotated(x.q, x.k, *rope)

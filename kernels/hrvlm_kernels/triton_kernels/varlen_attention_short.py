@@ -29,7 +29,7 @@ _INTERPRETER = (Tiling(64, 256, 1, 1),)
 
 @triton.jit(do_not_specialize=["T"])
 def varlen_attention_short(
-    q, k, v, out, lse, segments, coords, inv_freq, T, scale,
+    q, k, v, out, lse, segments, table, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -41,19 +41,19 @@ def varlen_attention_short(
     n = tl.load(p_segment + 1)
     i_n = tl.arange(0, BN)
     b_k = load_rows(k + first * stride_kt + i_hk * stride_kh, i_n, n, stride_kt, D, D, True)
-    b_k = rotate(b_k, coords, inv_freq, first, i_n, n, False).to(b_k.dtype)
+    b_k = rotate(b_k, table, first, i_n, n, False).to(b_k.dtype)
     b_v = load_rows(v + first * stride_vt + i_hk * stride_vh, i_n, n, stride_vt, D, D, True)
     p_q = q + first * stride_qt + i_h * stride_qh
     for s in range(0, n, BM):
         i_m = s + tl.arange(0, BM)
         b_q = load_rows(p_q, i_m, n, stride_qt, D, D, True)
-        b_q = rotate(b_q, coords, inv_freq, first, i_m, n, False).to(b_q.dtype)
+        b_q = rotate(b_q, table, first, i_m, n, False).to(b_q.dtype)
         qk = tl.dot(b_q, b_k.T, input_precision=PRECISION) * (scale * LOG2_E)  # [BM, BN]
         qk = tl.where((i_n < n)[None, :], qk, float("-inf"))
         peak = tl.max(qk, 1)
         p = tl.exp2(qk - peak[:, None])
         total = tl.sum(p, 1)
-        acc = tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION) / total[:, None]
+        acc = tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION) * (1.0 / total)[:, None]
         store_rows(out + first * stride_ot + i_h * stride_oh, i_m, n, stride_ot, acc, D, D)
         tl.store(lse + i_h * T + first + i_m, peak + tl.log2(total), mask=i_m < n)
 
@@ -66,18 +66,18 @@ def select_short_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> tuple[
 
 
 def forward_short(x: Problem, out: Tensor, lse: Tensor, tilings: Sequence[Tiling]) -> None:
-    """Write `out` and `lse` of the short segments, given a problem with RoPE.
+    """Write `out` and `lse` of the short segments, given a problem with a table of RoPE.
 
     The current device must be that of the tensors.
     """
-    segments, rope = x.segments.short, x.rope
+    segments = x.segments.short
     programs = (segments.shape[0] // 3 - 1) * x.q.shape[1]
-    if not programs or rope is None:
+    if not programs:
         return
 
     def start(tiling: Tiling) -> None:
         varlen_attention_short[(programs,)](
-            x.q, x.k, x.v, out, lse, segments, *rope, x.q.shape[0], x.scale,
+            x.q, x.k, x.v, out, lse, segments, x.table, x.q.shape[0], x.scale,
             *strides(x.q, x.k, x.v, out),
             BM=tiling.rows, BN=tiling.step, **constants(x, tiling),
         )  # fmt: skip
