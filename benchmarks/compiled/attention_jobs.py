@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from benchmarks.compiled.jobs import NAMES, Job, of_row
+from hrvlm_kernels.attention_problem import folds_rope
 from hrvlm_kernels.packed_tables import SHORT_SEQLEN
 from hrvlm_kernels.triton_kernels import varlen_attention as forward
 from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
@@ -19,8 +20,7 @@ def attention_jobs(target, *, head_dims=HEAD_DIMS, dtypes=(torch.bfloat16, torch
     """Every entry of the tables, with 16 heads, with RoPE and with shared heads of k and v."""
     for head_dim in head_dims:
         for dtype in dtypes:
-            example = torch.empty(0, 1, head_dim, dtype=dtype, device="meta")
-            ropes = (False, True) if forward.rotates_in_kernel(example) else (False,)
+            ropes = (False, True) if folds_rope(dtype, head_dim) else (False,)
             for rope in ropes:
                 yield from _forward_jobs(target, head_dim, dtype, rope)
                 yield from _backward_jobs(target, head_dim, dtype, rope)

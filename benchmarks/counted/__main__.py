@@ -27,13 +27,12 @@ from typing import Any
 
 import torch
 
-import ptx_machine
 from benchmarks.case import RESULTS
 from benchmarks.counted import attention, page, peers, rows
 from benchmarks.counted.case import Case, count
+from benchmarks.counted.machine import machine
 from benchmarks.suite import commit_here
 from hrvlm.files import write_text
-from hrvlm_kernels.triton_kernels import launch
 
 CHIPS = {"sm_80": 80, "sm_90": 90}
 SCHEMA = 1
@@ -59,16 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write(path, chip, merged(path, found, tuple(args.only)), missing)
     write_text(args.docs / page.NAME, page.render(args.results))
     return 0
-
-
-def machine(chip: int) -> ptx_machine.PtxDriver:
-    """The executor, counting, and without its checks."""
-    gpu = ptx_machine.install(
-        chip, ptx_machine.Options(check=False, check_global=False, count=True)
-    )
-    for cached in (launch.architecture, launch.multiprocessors):
-        cached.cache_clear()
-    return gpu
 
 
 def run(

@@ -2,6 +2,7 @@
 
     python -m benchmarks.tuning [--op forward ...] [--head-dim 64 ...] [--bytes 2]
     python -m benchmarks.tuning --dry-run [--chip sm_90] ...
+    python -m benchmarks.tuning --counted --chip sm_90 ...
 
 For every row of triton_kernels/tile_tables.py that belongs to this chip, each candidate has to pass
 its op's case of ``hrvlm verify`` first, in a process of its own: one that hangs or breaks the
@@ -12,7 +13,9 @@ benchmarks/results/tune-*.json, beside what the device reaches at best and the c
 on the same commit adds to that file.
 
 ``--dry-run`` compiles every candidate for a chip that need not be there, and tells registers,
-spills and shared memory. Nothing is timed or written.
+spills and shared memory. Nothing is timed or written. ``--counted`` chooses where no GPU has, by
+the bounds that follow from what the candidates execute (:mod:`benchmarks.tuning.counted`), and
+writes the tables.
 
 Exit codes: 0; 1 if a row has no candidate that works; 2 without a GPU, or on wrong arguments.
 """
@@ -28,7 +31,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-if "--dry-run" in sys.argv:  # with the interpreter, nothing would be compiled
+if {"--dry-run", "--counted"} & set(sys.argv):  # with the interpreter, nothing would be compiled
     os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
@@ -38,7 +41,7 @@ from triton.errors import TritonError
 from benchmarks.case import RESULTS, Settings
 from benchmarks.compiled.compiler import TARGETS, assert_clean, compile_kernel
 from benchmarks.suite import SuiteRun
-from benchmarks.tuning import table_file
+from benchmarks.tuning import counted, table_file
 from benchmarks.tuning.ops import OPS, trouble
 from benchmarks.tuning.rows import (
     MISSING,
@@ -74,15 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", nargs="+", type=int, help="of attention and RoPE; or C")
     parser.add_argument("--bytes", nargs="+", type=int, choices=(2, 4), help="of an element")
     parser.add_argument("--dry-run", action="store_true", help="compile the candidates only")
-    parser.add_argument("--chip", choices=TARGETS, help="of a dry run; default: this GPU's")
+    parser.add_argument("--counted", action="store_true", help="choose by counted bounds")
+    parser.add_argument("--chip", choices=TARGETS, help="of what is not timed; default: this GPU's")
     parser.add_argument("--out", type=Path, default=table_file.PATH, help="the tables' file")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the JSON file")
     parser.add_argument("--commit", help="commit to name in it, where there is no git")
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
-    if args.chip and not args.dry_run:
+    if args.counted and args.chip not in counted.CHIPS:
+        parser.error(f"--counted needs --chip, one of {', '.join(counted.CHIPS)}")
+    if args.chip and not (args.dry_run or args.counted):
         parser.error("--chip goes with --dry-run: only this machine's chip can be timed")
-    if not gpu and not args.dry_run:
+    if not gpu and not args.dry_run and not args.counted:
         return _refuse("there is no GPU to time on; --dry-run --chip sm_90 compiles the candidates")
     if not gpu and not args.chip:
         return _refuse("there is no GPU: --dry-run needs --chip")
@@ -92,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"no row of the tables fits --head-dim {args.head_dim} --bytes {args.bytes}")
     if args.dry_run:
         return dry_run(rows, chip)
+    if args.counted:
+        return counted.choose(rows, chip, args.out, compiled, put)
     device = torch.device("cuda", torch.cuda.current_device())
     settings = Settings(device, round_s=ROUNDS_S, results=args.results, commit=args.commit)
     return tune(rows, chip, args.out, settings)

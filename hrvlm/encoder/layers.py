@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hrvlm_kernels import PackedGrids, residual_layer_norm, rope_2d, swiglu, varlen_attention
 from hrvlm_kernels.backends import choose_backend
 from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH
+from hrvlm_kernels.ops.varlen_attention import with_rope_table
 
 from ..checkpoints.sizes import ViTSizes
 from .plain_modules import input_dtype, is_plain
@@ -183,13 +184,22 @@ class EncoderAttention(nn.Module):
             qkv = self.qkv_bias(self.qkv(x))
         return qkv.unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
 
-    def rope(self, packed: PackedGrids) -> tuple[Tensor, Tensor] | None:
-        """Positions and frequencies that q and k are rotated by; None without RoPE."""
+    def with_rope_table(self, packed: PackedGrids, x: Tensor, backend: str) -> PackedGrids:
+        """`packed` with cos and sin of all tokens, for every layer, where attention reads them."""
+        rope = self.rope(packed)
+        return packed if rope is None else with_rope_table(packed, x, rope[1], backend)
+
+    def rope(self, packed: PackedGrids) -> tuple[Tensor, ...] | None:
+        """Positions, frequencies and, if there is one, their table: q and k are rotated by them.
+
+        None without RoPE.
+        """
         if self.rope_theta is None:
             return None
         if self._inv_freq.device != packed.device:
             self._inv_freq = self._frequencies(packed.device)
-        return packed.coords, self._inv_freq
+        rope = packed.coords, self._inv_freq
+        return rope if packed.rope_table is None else (*rope, packed.rope_table)
 
     def _frequencies(self, device: torch.device) -> Tensor:
         return rope_frequencies(self.rope_theta or 1.0, self.head_dim, device)
@@ -204,7 +214,7 @@ class EncoderAttention(nn.Module):
 
     def _prefix_attention(self, q: Tensor, k: Tensor, packed: PackedGrids, backend: str) -> Tensor:
         if rope := self.rope(packed):
-            q, k = rope_2d(q, k, *rope, backend=backend)
+            q, k = rope_2d(q, k, *rope[:2], backend=backend)
         maps = []
         for q_i, k_i in zip(packed.split(q), packed.split(k), strict=True):
             prefix = q_i[: self.num_prefix_tokens].float() * self.head_dim**-0.5

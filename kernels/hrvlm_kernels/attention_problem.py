@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .packed_tables import Segments
+
+
+def folds_rope(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernels of attention rotate q and k themselves; else a pass before them does.
+
+    The halves of a head change places in registers, which takes heads that fill the tile; in
+    float32 there are too few registers.
+    """
+    return dtype.itemsize == 2 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,20 @@ class PackedGrids:
     def with_coords(self, coords: Tensor) -> PackedGrids:
         """The same layout with other coordinates ``[T, 2]`` float32, e.g. augmented ones."""
         self.check_rows(coords, "coords")
-        return replace(self, _coords=coords.float().contiguous().view(torch.int32))
+        tables = {name: table for name, table in self._tables.items() if name != "rope"}
+        bits = coords.float().contiguous().view(torch.int32)
+        return replace(self, _coords=bits, _tables=tables)
+
+    @property
+    def rope_table(self) -> Tensor | None:
+        """RoPE's table of these coordinates, if :meth:`with_rope_table` gave one."""
+        bits = self._tables.get("rope")
+        return None if bits is None else bits.view(torch.float32)
+
+    def with_rope_table(self, table: Tensor) -> PackedGrids:
+        """The same layout with RoPE's table ``[T, D]``, for the attention of all layers."""
+        self.check_rows(table, "table")
+        return replace(self, _tables=self._tables | {"rope": table.view(torch.int32)})
 
     def check_rows(self, x: Tensor, name: str) -> None:
         """Raise ValueError, about the tensor called `name`, unless `x` has one row per token."""

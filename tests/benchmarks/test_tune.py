@@ -13,7 +13,7 @@ from triton.runtime.errors import PTXASError
 
 from benchmarks.case import Settings
 from benchmarks.tuning import __main__ as tune
-from benchmarks.tuning import attention, ops, rows, table_file
+from benchmarks.tuning import attention, counted, ops, rows, table_file
 from benchmarks.tuning.rows import Call, candidates_of, row
 from benchmarks.tuning.worker import Worker
 from hrvlm_kernels.triton_kernels import tile_tables
@@ -32,6 +32,22 @@ def test_without_a_gpu_it_says_so(capsys):
     assert "there is no GPU to time on; --dry-run" in capsys.readouterr().err
     assert tune.main(["--dry-run"]) == 2
     assert "--dry-run needs --chip" in capsys.readouterr().err
+
+
+def test_counted_needs_a_chip_that_the_executor_has(capsys):
+    for arguments in (["--counted"], ["--counted", "--chip", "gfx942"]):
+        with pytest.raises(SystemExit):
+            tune.main(arguments)
+        assert "--counted needs --chip, one of sm_80, sm_90" in capsys.readouterr().err
+
+
+def test_what_is_chosen_by_counts():
+    """The smallest bound; of those within a hundredth, the fewest instructions; then the first."""
+    assert counted.best_of({"a": (100, 9), "b": (98.9, 10), "c": (120, 1)}) == "b"
+    assert counted.best_of({"a": (100, 9), "b": (99.5, 10), "c": (120, 1)}) == "a"
+    assert counted.best_of({"a": (100, 10), "b": (99.5, 9.99)}) == "a"
+    assert counted.inside((7, 1, 2)) == [([1, 4, 7, 9, 12], 14 / 5)]
+    assert counted.inside((2, 1, 1)) == [([0, 1], 1)]
 
 
 def test_a_dry_run_compiles_every_candidate(capsys, monkeypatch):

@@ -438,6 +438,33 @@ def test_rope_augmentation_acts_only_when_asked_for(rng):
     assert torch.equal(augmented, ours(images, rope_augment=True).packed_last_hidden_state)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
+@pytest.mark.parametrize("augment", [False, True])
+def test_all_layers_read_one_table_of_rotations(augment, rng, monkeypatch):
+    """As if each had computed its own; of drawn coordinates too."""
+    from hrvlm_kernels.triton_kernels import attention_tiles, rope_2d
+
+    drawn = {"pos_embed_shift": 0.5, "pos_embed_rescale": 2.0}
+    config = config_of(num_hidden_layers=2, num_attention_heads=4, **drawn)
+    encoder = DINOv3Encoder(config, allow_fp16=True, backend="triton").half().eval()
+    images = [image.half() for image in images_of([(32, 48), (16, 16)], rng)]
+    written, write = [], rope_2d.write_table
+    for module in (rope_2d, attention_tiles):
+        noted = lambda *args: (written.append(args[2].shape), write(*args))  # noqa: E731
+        monkeypatch.setattr(module, "write_table", noted)
+
+    def run():
+        written.clear()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return encoder(images, rope_augment=augment).packed_last_hidden_state
+
+    shared = run()
+    assert written == [(17, 16)]
+    monkeypatch.setattr(type(encoder.layer[0].attention), "with_rope_table", lambda s, p, *a: p)
+    assert torch.equal(run(), shared) and len(written) == 2
+
+
 def test_augmented_coordinates_keep_prefix_tokens_at_the_origin_and_the_limits():
     _, ours = pair_of(pos_embed_rescale=2.0, pos_embed_shift=None, pos_embed_jitter=None)
     packed = PackedGrids.from_grids([(4, 6), (3, 3)], num_prefix_tokens=5)

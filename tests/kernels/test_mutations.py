@@ -21,7 +21,10 @@ ROPE = {
     "cos in half precision": ("cos[:, None, :],", "cos[:, None, :].to(tl.float16),"),
     "backward not inverse": ("sin = -sin", "sin = sin"),
     "wrong half": ("second * cos + first * sin", "second * cos - first * sin"),
-    "last token missing": ("m_t = i_t < T", "m_t = i_t < T - 1"),
+    "last token missing": (
+        "m_t = i_t < T\n    cos, sin, still",
+        "m_t = i_t < T - 1\n    cos, sin, still",
+    ),
     "last head missing": ("(i_h < H)[None", "(i_h < H - 1)[None"),
     "prefix computed": ("tl.where(m_keep, b_first, o_first)", "o_first"),
     "k's second block of heads": ("for h in range(0, H, BH)", "for h in range(0, 1, BH)"),

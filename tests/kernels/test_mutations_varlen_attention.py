@@ -37,8 +37,8 @@ FORWARD = {
     "v of the first block": ("p_v, s + i_n, n", "p_v, i_n, n"),
     "lse without its sum": ("peak + tl.log2(total)", "peak"),
     "halves mixed up": ("left * cos - right * sin", "left * cos + right * sin"),
-    "x and y swapped": ("y[:, None], x[:, None])", "x[:, None], y[:, None])"),
-    "positions of another image": ("coords + 2 * (first + rows)", "coords + 2 * rows"),
+    "cos for sin": ("tl.load(p_cos + HALF", "tl.load(p_cos"),
+    "positions of another image": ("(first + rows)[:, None] * (2", "rows[:, None] * (2"),
 }
 
 AHEAD = {
@@ -51,7 +51,7 @@ AHEAD = {
 
 SHORT = {
     "k not rotated": (
-        "b_k = rotate(b_k, coords, inv_freq, first, i_n, n, False).to",
+        "b_k = rotate(b_k, table, first, i_n, n, False).to",
         "b_k = b_k.to",
     ),
     "q rotated back": ("first, i_m, n, False)", "first, i_m, n, True)"),

@@ -273,7 +273,7 @@ def op_arguments(case):
     packed, rope = case.packed, case.rope or (None, None)
     scale = case.q.shape[-1] ** -0.5
     tables = packed.cu_seqlens, packed.tiles(64), packed.tiles(128), packed.short_segments
-    return *tables, *rope, scale, True
+    return *tables, *rope, None, scale, True
 
 
 @pytest.mark.parametrize("rope", [False, True])

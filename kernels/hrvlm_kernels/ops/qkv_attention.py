@@ -31,8 +31,8 @@ def _arguments(g: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *layout: Any) -
 register_backward(
     "qkv_attention_backward",
     "(Tensor g, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, Tensor tiles_64, "
-    "Tensor tiles_128, Tensor short_segments, Tensor? coords, Tensor? inv_freq, float scale, "
-    "bool deterministic) -> Tensor",
+    "Tensor tiles_128, Tensor short_segments, Tensor? coords, Tensor? inv_freq, Tensor? table, "
+    "float scale, bool deterministic) -> Tensor",
     "varlen_attention_backward:backward_of_rotated",
     fake=_empty_grad,
     arguments=_arguments,
@@ -44,16 +44,16 @@ class _QKVAttention(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, q_bias: Tensor | None, k_bias: Tensor | None,
         v_bias: Tensor | None, joined: Tensor | None, packed: PackedGrids,
-        rope: tuple[Tensor, Tensor] | None, heads: int,
+        rope: tuple[Tensor, ...] | None, heads: int,
     ) -> Tensor:  # fmt: skip
         qkv = F.linear(x, weight, joined)
         qkv = qkv.view(len(x), 3, heads, weight.shape[1] // heads)
         q, k, v = qkv.unbind(1)
-        positions = rope or (None, None)
+        positions = (*(rope or (None, None)), None)[:3]
         if rope is not None:
-            ops.rope_2d_(q, k, *rope)
+            ops.rope_2d_(q, k, *rope[:2])
         ctx.scale, segments = q.shape[-1] ** -0.5, packed.segments
-        out, lse = ops.varlen_attention(q, k, v, *segments, None, None, ctx.scale, True)
+        out, lse = ops.varlen_attention(q, k, v, *segments, None, None, None, ctx.scale, True)
         ctx.save_for_backward(x, weight, qkv, out, lse, *segments, *positions)
         return out.flatten(1)
 
@@ -82,7 +82,7 @@ def qkv_attention(
     biases: tuple[Tensor | None, Tensor | None, Tensor | None],
     joined: Tensor | None,
     packed: PackedGrids,
-    rope: tuple[Tensor, Tensor] | None,
+    rope: tuple[Tensor, ...] | None,
     heads: int,
 ) -> Tensor:
     """Attention ``[T, C]`` of ``[T, C]``, by the kernels.
@@ -93,7 +93,7 @@ def qkv_attention(
         biases: Of q, k and v, ``[C]`` or None each: what gets gradients.
         joined: The same as one, ``[3C]``; None without any.
         packed: Layout of the T tokens.
-        rope: ``(coords, inv_freq)`` of :func:`hrvlm_kernels.rope_2d`, or None.
+        rope: ``(coords, inv_freq)``, or with a table, as of :func:`varlen_attention`; or None.
         heads: D is ``C / heads``, at most 128.
     """
     joined = None if joined is None else joined.detach()

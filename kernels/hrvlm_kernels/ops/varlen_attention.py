@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention_problem import Problem
+from ..attention_problem import Problem, folds_rope
 from ..backends import choose_backend, installed
 from ..packed_grids import PackedGrids, check_packed
 from ..traced_grids import TracedGrids
-from .rope_2d import check_constant, check_rope_inputs, check_table, rope_2d
+from .rope_2d import check_constant, check_rope_inputs, check_table, rope_2d, rope_table
 from .torch_op import ops, register, register_backward
 
 MAX_HEAD_DIM = 128
@@ -91,7 +91,7 @@ def varlen_attention(
     packed: PackedGrids,
     scale: float | None = None,
     *,
-    rope: tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | None = None,
+    rope: tuple[Tensor, ...] | None = None,
     deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
@@ -154,6 +154,24 @@ def varlen_attention(
     from .. import reference
 
     return reference.varlen_attention(q, k, v, packed, scale)[0]
+
+
+def with_rope_table(
+    packed: PackedGrids, x: Tensor, inv_freq: Tensor, backend: str = "auto"
+) -> PackedGrids:
+    """`packed` with RoPE's table, where the attention of queries in the dtype of `x` reads one.
+
+    A model with several layers calls it once in a forward, and hands ``packed.rope_table`` to each
+    as the third tensor of `rope`.
+    """
+    if isinstance(packed, TracedGrids) or packed.rope_table is not None:
+        return packed
+    (x,) = _as_autocast(x)
+    if not folds_rope(x.dtype, 4 * inv_freq.shape[0]):
+        return packed
+    if choose_backend("varlen_attention", backend, x) != "triton":
+        return packed
+    return packed.with_rope_table(rope_table(packed.coords, inv_freq))
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention_problem import Problem
+from ..attention_problem import Problem, folds_rope
 from ..packed_tables import Segments
 from .rope_2d import rotate_heads, write_table
 from .tilings import Tiling
@@ -94,15 +94,6 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def rotates_in_kernel(x: Tensor) -> bool:
-    """Whether RoPE is folded into the kernels for tensors like `x`; else it is a pass of its own.
-
-    The halves of a head change places in registers, which takes heads that fill the tile; in
-    float32 there are too few registers.
-    """
-    return x.dtype.itemsize == 2 and x.shape[2] == padded_head_dim(x.shape[2])
-
-
 def rotated(a: Tensor, b: Tensor, coords: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """`a` and `b` rotated, in new contiguous tensors; their device is the current one."""
     a_out, b_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a, b))
@@ -115,7 +106,11 @@ def with_table(problem: Problem) -> Problem:
 
     The current device must be that of the tensors.
     """
-    if problem.rope is None or problem.table is not None or not rotates_in_kernel(problem.q):
+    if (
+        problem.rope is None
+        or problem.table is not None
+        or not folds_rope(problem.q.dtype, problem.q.shape[2])
+    ):
         return problem
     tokens, _, head_dim = problem.q.shape
     table = torch.empty(tokens, head_dim, dtype=torch.float32, device=problem.q.device)

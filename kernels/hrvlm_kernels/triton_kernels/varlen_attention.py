@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..attention_problem import Problem
+from ..attention_problem import Problem, folds_rope
 from .attention_tiles import (
     LOG2_E,
     PRECISION,
@@ -49,7 +49,6 @@ from .attention_tiles import (
     padded_head_dim,
     rotate,
     rotated,
-    rotates_in_kernel,
     softmax_step,
     store_rows,
     strides,
@@ -164,7 +163,7 @@ def forward(
     row = architecture(x.q.device), x.q.shape[2], x.q.dtype
     with device_guard(x.q):
         x, skip = with_table(as_kernels_read_it(x)), 0
-        if x.rope is not None and rotates_in_kernel(x.q):
+        if x.rope is not None and folds_rope(x.q.dtype, x.q.shape[2]):
             if short_tilings is None:
                 short_tilings = select_short_tilings(*row)
             if short_tilings:

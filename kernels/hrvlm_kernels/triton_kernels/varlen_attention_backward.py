@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention_problem import Problem
+from ..attention_problem import Problem, folds_rope
 from .attention_tiles import (
     LOG2_E,
     PRECISION,
@@ -38,7 +38,6 @@ from .attention_tiles import (
     padded_head_dim,
     rotate,
     rotated,
-    rotates_in_kernel,
     store_rows,
     strides,
     tile_list,
@@ -257,7 +256,7 @@ def backward(
     atomic = bool(tilings.atomic) and not deterministic
     with device_guard(x.q):
         x = with_table(as_kernels_read_it(x))
-        rope, folded = x.rope, rotates_in_kernel(x.q)
+        rope, folded = x.rope, folds_rope(x.q.dtype, x.q.shape[2])
         if rope is not None:
             q, k = (x.q, x.k) if is_rotated else rotated(x.q, x.k, *rope)
             x = replace(x, q=q, k=k, rope=rope if folded else None)
