@@ -7,6 +7,7 @@ what it allocated is then filled. Everything is computed in float32 and rounded 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -106,6 +107,11 @@ def _rope_2d(
     return q_out, k_out
 
 
+def _rope_table(coords: Tensor, inv_freq: Tensor) -> Tensor:
+    angle = (2 * math.pi * coords)[:, :, None] * inv_freq  # [T, 2, D / 4]
+    return torch.stack((angle.cos(), angle.sin()), 1).flatten(1)
+
+
 def _rope_2d_in_place(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
     q_out, k_out = _rope_2d(q.clone(), k.clone(), coords, inv_freq, False)
     q.copy_(q_out)
@@ -136,8 +142,8 @@ def _attend(
 
 def _varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, tiles_64: Tensor, tiles_128: Tensor,
-    short_segments: Tensor, coords: Tensor | None, inv_freq: Tensor | None, scale: float,
-    deterministic: bool,
+    short_segments: Tensor, coords: Tensor | None, inv_freq: Tensor | None, table: Tensor | None,
+    scale: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = _attend(q, k, v, cu_seqlens, (coords, inv_freq), scale)
     return out.to(q.dtype), lse * _LOG2_E
@@ -146,7 +152,7 @@ def _varlen_attention(
 def _varlen_attention_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
     tiles_64: Tensor, tiles_128: Tensor, short_segments: Tensor, coords: Tensor | None,
-    inv_freq: Tensor | None, scale: float, deterministic: bool,
+    inv_freq: Tensor | None, table: Tensor | None, scale: float, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     leaves = _leaves(q, k, v)
     q_leaf, k_leaf, v_leaf = leaves
@@ -263,7 +269,7 @@ def _bias_gelu_backward(g: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, ...
 def _qkv_attention_backward(
     g: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, tiles_64: Tensor,
     tiles_128: Tensor, short_segments: Tensor, coords: Tensor | None, inv_freq: Tensor | None,
-    scale: float, deterministic: bool,
+    table: Tensor | None, scale: float, deterministic: bool,
 ) -> Tensor:  # fmt: skip
     leaves = _leaves(*qkv.unbind(1))
     exact, _ = _attend(*leaves, cu_seqlens, (None, None), scale)  # they come rotated
@@ -308,6 +314,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "residual_layer_norm_backward": _residual_layer_norm_backward,
     "rope_2d": _rope_2d,
     "rope_2d_": _rope_2d_in_place,
+    "rope_table": _rope_table,
     "shifted_layer_norm": _shifted_layer_norm,
     "swiglu": _swiglu,
     "swiglu_backward": _swiglu_backward,
