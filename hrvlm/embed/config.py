@@ -1,6 +1,6 @@
 """What a run of `hrvlm embed` is asked for, and what its folder says of it.
 
-The folder holds ``manifest.json`` (what decides about the rows), ``listing.parquet`` (a row for
+The folder holds ``_manifest.json`` (what decides about the rows), ``_listing.parquet`` (a row for
 each image, a row group for each part) and ``part-00000000.parquet`` and so on. Row group k of the
 listing is part k of the output: which rows a part has, and how they are packed, is settled before
 anything runs, and no retry, kill or shard can change it.

@@ -136,7 +136,7 @@ def _state_of(store: Store, manifest: Manifest) -> str:
 
 
 def _names(by: str) -> tuple[str, str]:
-    return f"index-{by}.faiss", f"index-{by}.json"
+    return f"_index-{by}.faiss", f"_index-{by}.json"
 
 
 def _kept(store: Store, manifest: Manifest, by: str, state: str) -> Index | None:

@@ -18,7 +18,8 @@ from .config import Manifest
 
 _PART = re.compile(r"part-(\d{8})\.parquet")
 _TEMPORARY = re.compile(r"\.part-(\d{8})\.parquet\..*\.part")
-MANIFEST, LISTING = "manifest.json", "listing.parquet"
+# Who reads the folder as one table passes over names that begin so.
+MANIFEST, LISTING = "_manifest.json", "_listing.parquet"
 
 
 def part_name(part: int) -> str:

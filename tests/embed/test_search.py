@@ -98,7 +98,7 @@ def test_many_rows_are_searched_by_lists_and_recall_is_measured(folder, monkeypa
 
 def test_what_can_not_be_searched(folder, tmp_path):
     query = folder / "in" / "0003.png"
-    assert "no manifest.json" in error_of(run("search", query, "--index", tmp_path))
+    assert "no _manifest.json" in error_of(run("search", query, "--index", tmp_path))
     broken = folder / "in" / "0000.png"
     assert "0000.png" in error_of(run("search", broken, "--index", folder / "index"))
     by = run("search", query, "--index", folder / "index", "--by", "registers")

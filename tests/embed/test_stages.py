@@ -70,6 +70,8 @@ def test_two_shards_in_one_folder_are_the_whole(config):
         rows_of(config("shards").out)
     run_here(config("shards"), shard=(0, 2))
     assert contents(config("shards")) == contents(config("whole"))
+    table = pq.read_table(config("whole").out, columns=["row"])  # the folder, as others read it
+    assert table["row"].to_pylist() == list(range(COUNT))
 
 
 def test_packs_and_parts_do_not_change_rows(config):
@@ -199,13 +201,13 @@ def test_another_run_in_the_folder_is_refused_by_name(config, folder):
     write_model(folder / "other", seed=1)
     other = probe(config(model=str(folder / "other")), sample_of(entries, 2)).facts
     refused("the model's weights", config(), facts=other)
-    manifest_file = f"{config().out}/manifest.json"
+    manifest_file = f"{config().out}/_manifest.json"
     with open(manifest_file, "w") as file:
         json.dump({"format": 99}, file)
-    with pytest.raises(ValueError, match=r"manifest\.json: format 99, expected 1"):
+    with pytest.raises(ValueError, match=r"_manifest\.json: format 99, expected 1"):
         Store(config().out).read_manifest()
     os.remove(manifest_file)
-    with pytest.raises(ValueError, match=r"has parts but no manifest\.json"):
+    with pytest.raises(ValueError, match=r"has parts but no _manifest\.json"):
         Store(config().out).read_manifest()
 
 
@@ -240,7 +242,7 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(config, tmp_pa
         told = [json.loads(t["told"]) for t in run_here(config(keep=("patches",)))]
         assert "failed" not in told[0] and told[-1]["failed"] == "No space left on device"
         written = sorted(os.listdir(tmp_path / "out"))
-        assert written[0] == "listing.parquet" and not any(n.startswith(".") for n in written)
+        assert written[0] == "_listing.parquet" and not any(n.startswith(".") for n in written)
         with pytest.raises(OSError, match="out: No space left on device"):
             _Progress().add(told[-1], config().out)
     finally:
