@@ -61,9 +61,10 @@ def get_config(name: str, **overrides: Any) -> DINOv3ViTConfig:
     """
     if name not in CONFIGS:
         raise ValueError(f"name must be one of {', '.join(CONFIGS)}; got {name!r}")
-    kind = config_classes("dinov3")[0]
-    check_overrides(kind, overrides)
-    return kind.from_dict({**CONFIGS[name], **overrides})
+    from transformers import DINOv3ViTConfig
+
+    check_overrides(DINOv3ViTConfig, overrides)
+    return DINOv3ViTConfig.from_dict({**CONFIGS[name], **overrides})
 
 
 def check_overrides(kind: type[Config], overrides: Mapping[str, Any]) -> None:
@@ -123,7 +124,7 @@ def _no_heads(size: int, known: str) -> str:
     )
 
 
-def periods_of(config: DINOv3ViTConfig) -> Tensor:
+def periods_of(config: Any) -> Tensor:
     """``theta ** (4 j / D)``, j < D / 4: dinov3's ``layers/rope_position_encoding.py``."""
     count = config.hidden_size // config.num_attention_heads // 4
     return config.rope_theta ** (2 * torch.arange(count, dtype=torch.float32) / (2 * count))

@@ -25,9 +25,9 @@ def show(summary: dict[str, Any]) -> None:
     config = summary["config"]
     print_line(
         f"config: hidden_size {config['hidden_size']}, {config['num_hidden_layers']} layers, "
-        f"{config['num_attention_heads']} heads, MLP {config['intermediate_size']}"
-        f"{' gated' if config['use_gated_mlp'] else ''}, patch {config['patch_size']}, "
-        f"{config['num_register_tokens']} registers, {config['dtype']}"
+        f"{config['num_attention_heads']} heads, MLP {summary['mlp_size']}"
+        f"{' gated' if summary['gated_mlp'] else ''}, patch {config['patch_size']}, "
+        f"{summary['registers']} registers, {config['dtype']}"
     )
     print_line(f"wrote {summary['tensors']} tensors to {summary['directory']}")
 
@@ -44,7 +44,7 @@ def convert(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
 ) -> dict[str, Any]:
-    """Turn a DINOv3 checkpoint of any origin into a directory.
+    """Turn a checkpoint of DINOv3, DINOv2 or EUPE, of any origin, into a directory.
 
     Meta, timm and transformers layouts are recognised by their keys; the result is in the layout of
     transformers.
@@ -69,11 +69,15 @@ def convert(
 def _summary(directory: Path, info: CheckpointInfo) -> dict[str, Any]:
     """What ``hrvlm convert`` wrote, read back from the files."""
     from safetensors import safe_open
+    from transformers import AutoConfig
+
+    from ..checkpoints.sizes import sizes_of
 
     count = 0
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as stored:
             count += len(stored.keys())
+    sizes = sizes_of(AutoConfig.from_pretrained(directory))
     return {
         "directory": str(directory),
         "layout": info.layout,
@@ -81,5 +85,8 @@ def _summary(directory: Path, info: CheckpointInfo) -> dict[str, Any]:
         "tensors": count,
         "left_out": list(info.left_out),
         "added": list(info.added),
+        "mlp_size": sizes.intermediate_size,
+        "gated_mlp": sizes.use_gated_mlp,
+        "registers": sizes.num_register_tokens,
         "config": json.loads((directory / "config.json").read_text(encoding="utf-8")),
     }

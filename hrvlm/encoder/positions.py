@@ -57,7 +57,7 @@ class LearnedPositionEmbeddings(EncoderEmbeddings):
     def _positions_of(self, hp: Any, wp: Any, *, always: bool = False) -> Tensor:
         """``[hp * wp, C]`` of a patch grid, row by row."""
         side, square = self.positions.side, self.position_embeddings[0, 1:]
-        if (hp, wp) == (side, side) and not always:
+        if not always and (hp, wp) == (side, side):
             return square
         maps = square[None].unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
         new = nn.functional.interpolate(

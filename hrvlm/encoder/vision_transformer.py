@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,6 +11,7 @@ from transformers import Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfi
 from hrvlm_kernels import PackedGrids
 
 from ..checkpoints import mapping
+from ..checkpoints.foreign import open_checkpoint
 from ..checkpoints.keys import Family
 from ..checkpoints.sizes import is_dinov2
 from .packed_encoder import PackedEncoder
@@ -97,6 +99,23 @@ class DINOv2Encoder(PackedEncoder):
 def encoder_class(config: PreTrainedConfig) -> type[DINOv3Encoder] | type[DINOv2Encoder]:
     """The class for a config of one of the families."""
     return DINOv2Encoder if is_dinov2(config) else DINOv3Encoder
+
+
+def load_file(
+    source: str | PathLike[str],
+) -> tuple[DINOv3Encoder | DINOv2Encoder, dict[str, Any]]:
+    """The encoder in a weight file of either family, and the document of an image processor.
+
+    Raises:
+        ValueError: as :func:`hrvlm.checkpoints.foreign.open_checkpoint`.
+    """
+    opened = open_checkpoint(source)
+    opened.config.name_or_path = str(source)
+    encoder = encoder_class(opened.config).from_pretrained(
+        None, config=opened.config, state_dict=opened.tensors
+    )
+    encoder.name_or_path = encoder.config.name_or_path = str(source)
+    return encoder, opened.preprocessor
 
 
 def without_mask_token(encoder: Encoder) -> Encoder:

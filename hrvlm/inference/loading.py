@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..checkpoints.damage import naming_damaged_files
-from ..checkpoints.files import read_json
-from ..images.processor import Normalization, check_normalization, normalization_for
+from ..checkpoints.sizes import DINOV2_TYPES
+from ..images.processor import Normalization, normalization_for
 from ..machine import MODEL_DTYPES, default_dtype, first_line, pick_device, torch_dtype
 
 if TYPE_CHECKING:
-    from ..encoder.vision_transformer import DINOv3Encoder
+    from ..encoder.packed_encoder import PackedEncoder
 
+ENCODER_TYPES = ("dinov3_vit", *DINOV2_TYPES)
 RANDOM_MODEL, RANDOM_SEED = "vits16", 0
 _DIGESTED = 1024  # values of a weight that its digest looks at
 
@@ -35,7 +36,7 @@ class LoadedEncoder:
         normalization: Mean and std of the pixels it takes.
     """
 
-    encoder: DINOv3Encoder
+    encoder: PackedEncoder
     name: str
     random_weights: bool
     normalization: Normalization
@@ -61,7 +62,7 @@ def load_encoder(
         batch_invariant: Give an image's features the same bits whatever it is packed with.
 
     Raises:
-        ValueError: no DINOv3 encoder there, weights missing from it, a name is unknown, or backend
+        ValueError: no encoder there, weights missing from it, a name is unknown, or backend
             or device can't be used here; the message says why.
     """
     where = pick_device(device)
@@ -102,7 +103,7 @@ def check_backend_runs(backend: str, device: torch.device, dtype: torch.dtype) -
             raise ValueError(str(error)) from error
 
 
-def _random_encoder() -> DINOv3Encoder:
+def _random_encoder() -> PackedEncoder:
     from ..checkpoints.family import get_config
     from ..encoder.vision_transformer import DINOv3Encoder
 
@@ -111,25 +112,28 @@ def _random_encoder() -> DINOv3Encoder:
         return DINOv3Encoder(get_config(RANDOM_MODEL))
 
 
-def _pretrained_encoder(model: str) -> tuple[DINOv3Encoder, Normalization | None]:
+def _pretrained_encoder(model: str) -> tuple[PackedEncoder, Normalization | None]:
     """The encoder, and mean and std of its own image processor if it has one."""
-    from ..checkpoints.foreign import is_foreign, open_checkpoint
-    from ..encoder.vision_transformer import DINOv3Encoder
+    from ..checkpoints.foreign import is_foreign
+    from ..checkpoints.preprocessor import normalization_in, stored_normalization
+    from ..encoder.vision_transformer import DINOv2Encoder, DINOv3Encoder, load_file
 
     if is_foreign(model):
         with quiet_loading(model):
-            opened = open_checkpoint(model)
-            encoder = DINOv3Encoder.from_pretrained(
-                None, config=opened.config, state_dict=opened.tensors
-            )
-        return encoder, _normalization_in(opened.preprocessor, model)
-    check_model_type(model, "dinov3_vit")
+            encoder, preprocessor = load_file(model)
+        return encoder, normalization_in(preprocessor, model)
+    kind = check_model_type(model, *ENCODER_TYPES)
     with quiet_loading(model):
-        return DINOv3Encoder.from_pretrained(model), _stored_normalization(model)
+        family = DINOv2Encoder if kind in DINOV2_TYPES else DINOv3Encoder
+        return family.from_pretrained(model), stored_normalization(model)
 
 
-def check_model_type(model: str, expected: str) -> None:
-    """Raise ValueError unless `model` is a directory or a hub id of a model of that type."""
+def check_model_type(model: str, *expected: str) -> str:
+    """The type of the model in a directory or of a hub id.
+
+    Raises:
+        ValueError: there is none, or it is none of those expected.
+    """
     from transformers import PretrainedConfig
 
     path = Path(model)
@@ -146,10 +150,10 @@ def check_model_type(model: str, expected: str) -> None:
             stored, _ = PretrainedConfig.get_config_dict(model)
     except OSError as error:
         raise ValueError(f"model {model!r} can't be loaded: {first_line(error)}") from error
-    if stored.get("model_type") != expected:
-        raise ValueError(
-            f"model {model!r} is of type {stored.get('model_type')!r}, expected {expected!r}"
-        )
+    if (kind := stored.get("model_type")) not in expected:
+        wanted = " or ".join(map(repr, expected))
+        raise ValueError(f"model {model!r} is of type {kind!r}, expected {wanted}")
+    return kind
 
 
 @contextmanager
@@ -175,27 +179,3 @@ def quiet_loading(source: str | None = None) -> Iterator[None]:
     finally:
         if quiet:
             logging.enable_progress_bar()
-
-
-def _stored_normalization(model: str) -> Normalization | None:
-    """Mean and std of the model's own image processor, None where it has none."""
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    stored: dict[str, Any]
-    if Path(model).is_dir():
-        stored = read_json(Path(model) / "preprocessor_config.json") or {}
-    else:
-        try:
-            stored, _ = ImageProcessingMixin.get_image_processor_dict(model)
-        except OSError:
-            return None
-    return _normalization_in(stored, model)
-
-
-def _normalization_in(preprocessor: dict[str, Any], model: str) -> Normalization | None:
-    if "image_mean" not in preprocessor or "image_std" not in preprocessor:
-        return None
-    try:
-        return check_normalization(preprocessor["image_mean"], preprocessor["image_std"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"model {model!r}: its preprocessor_config.json: {error}") from error

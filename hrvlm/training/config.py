@@ -35,7 +35,7 @@ class ModelConfig:
 
     Attributes:
         path: Directory or hub id of a VisionLanguageModel with its processor.
-        vision: Directory or hub id of a DINOv3 or SigLIP checkpoint.
+        vision: Directory or hub id of a checkpoint of DINOv3, DINOv2, SigLIP or SigLIP2.
         language: Directory or hub id of a causal language model.
         tokenizer: Directory or hub id.
         options: Attributes of VLMConfig that go with pretrained parts.

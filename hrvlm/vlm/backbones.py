@@ -9,25 +9,31 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
     DINOv3ViTModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    SiglipVisionConfig,
+    Siglip2VisionModel,
     SiglipVisionModel,
 )
 
 from ..checkpoints.damage import naming_damaged_files
 from ..checkpoints.foreign import is_foreign
+from ..checkpoints.preprocessor import stored_normalization
 from ..checkpoints.strict import load_strictly
+from ..encoder.packed_encoder import PackedEncoder
 from ..encoder.plain_modules import cast_parameters, is_float
-from ..encoder.vision_transformer import DINOv3Encoder, without_mask_token
+from ..encoder.vision_transformer import encoder_class, load_file, without_mask_token
 from .config import VLMConfig
+from .part_configs import ARCHITECTURE_OF, ARCHITECTURES
 from .tokenizer import get_tokenizer
 
 if TYPE_CHECKING:
     from .vision_language_model import VisionLanguageModel
 
 # What a checkpoint of SigLIP has besides the vision tower without its pooling head.
+_SIGLIP: dict[str | None, Any] = {"siglip": SiglipVisionModel, "siglip2": Siglip2VisionModel}
 _OF_SIGLIP = ("text_model.", "logit_scale", "logit_bias", "vision_model.head.", "head.")
 
 
@@ -61,6 +67,9 @@ def join(
     embeddings: Any = decoder.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         decoder.resize_token_embeddings(len(tokenizer))
+    if isinstance(vision, str) and "image_mean" not in options and not is_foreign(vision):
+        stored = stored_normalization(vision)
+        options |= {"image_mean": stored.mean, "image_std": stored.std} if stored else {}
     config = VLMConfig(
         vision_config=encoder.config,
         text_config=decoder.config,
@@ -85,47 +94,52 @@ def _device_of(model: PreTrainedModel) -> torch.device:
     return next(devices, torch.device("cpu"))
 
 
-def new_encoder(config: VLMConfig) -> DINOv3Encoder | SiglipVisionModel:
+def new_encoder(config: VLMConfig) -> PreTrainedModel:
     """The encoder that a config says, with random weights."""
-    if config.vit_architecture == "siglip":
-        config.vision_config.vision_use_head = False  # its pooling would be left without gradients
-        return SiglipVisionModel(config.vision_config)
-    if config.vision_config._attn_implementation != "eager":  # the encoder has its own backends
-        config.vision_config._attn_implementation = "sdpa"
-    return without_mask_token(DINOv3Encoder(config.vision_config))
+    vision = config.vision_config
+    if config.vit_architecture in _SIGLIP:
+        vision.vision_use_head = False  # its pooling would be left without gradients
+        return _SIGLIP[config.vit_architecture](vision)
+    if vision._attn_implementation != "eager":  # the encoder has its own backends
+        vision._attn_implementation = "sdpa"
+    return without_mask_token(encoder_class(vision)(vision))
 
 
-def load_vision(source: str | PreTrainedModel) -> DINOv3Encoder | SiglipVisionModel:
+def load_vision(source: str | PreTrainedModel) -> PreTrainedModel:
     """The encoder for `source`; weights of a loaded model are shared where their layout allows.
 
     Raises:
         TypeError: `source` is a model of another kind.
         ValueError: the checkpoint is of another kind, its weights do not fit, or it is damaged.
     """
-    if isinstance(source, DINOv3Encoder):
+    if isinstance(source, PackedEncoder):
         return source
-    if isinstance(source, DINOv3ViTModel):
-        return _refilled(DINOv3Encoder, source)
-    if isinstance(source, SiglipVisionModel):
-        return _refilled(SiglipVisionModel, source)
+    if isinstance(source, (DINOv3ViTModel, Dinov2Model, Dinov2WithRegistersModel)):
+        return _refilled(encoder_class(source.config), source)
+    for siglip in _SIGLIP.values():
+        if isinstance(source, siglip):
+            return _refilled(siglip, source)
     if not isinstance(source, str):
         raise TypeError(
-            "vision: expected a name, a DINOv3Encoder, a DINOv3ViTModel or a SiglipVisionModel, "
-            f"got {type(source).__name__}"
+            "vision: expected a name, a DINOv3Encoder, a DINOv2Encoder, or the DINOv3ViTModel, "
+            "Dinov2Model, Dinov2WithRegistersModel, SiglipVisionModel or Siglip2VisionModel of "
+            f"transformers, got {type(source).__name__}"
         )
     if is_foreign(source):
-        return DINOv3Encoder.from_pretrained(source)
+        return load_file(source)[0]
     with naming_damaged_files(source):
         config = AutoConfig.from_pretrained(source)
     config = getattr(config, "vision_config", config)
-    if config.model_type == "dinov3_vit":
-        return DINOv3Encoder.from_pretrained(source)
-    if config.model_type == "siglip_vision_model":
+    architecture = ARCHITECTURE_OF.get(config.model_type)
+    if architecture in _SIGLIP:
         config.vision_use_head = False
-        return load_strictly(
-            SiglipVisionModel.from_pretrained, source, config=config, not_needed=_OF_SIGLIP
-        )
-    raise ValueError(f"vision={source!r}: expected dinov3_vit or siglip, got {config.model_type}")
+        load = _SIGLIP[architecture].from_pretrained
+        return load_strictly(load, source, config=config, not_needed=_OF_SIGLIP)
+    if architecture is not None:
+        return encoder_class(config).from_pretrained(source)
+    raise ValueError(
+        f"vision={source!r}: expected one of {', '.join(ARCHITECTURES)}, got {config.model_type}"
+    )
 
 
 def load_language(source: str | PreTrainedModel) -> PreTrainedModel:
@@ -157,15 +171,12 @@ def _refilled(model_class: Any, source: PreTrainedModel) -> Any:
                 f"{parameter.device}; expected weights that are neither quantised nor offloaded"
             )
     config = copy.deepcopy(source.config)
-    if isinstance(config, SiglipVisionConfig):
+    if model_class in _SIGLIP.values():
         config.vision_use_head = False
     with torch.device("meta"):
         model = model_class(config)
-    wanted = {f"{name}." for name, _ in model.named_children()}
-    state = {
-        key: value
-        for key, value in source.state_dict().items()
-        if key.startswith(("model.", *wanted))
-    }
+    state = source.state_dict()
+    if model_class in _SIGLIP.values():
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}
     model.load_state_dict(state, assign=True)
     return model.train(source.training)

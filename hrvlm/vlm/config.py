@@ -13,12 +13,14 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..files import read_mapping
 from ..images.geometry import positive_int, square_side
+from ..images.processor import Normalization, check_normalization, normalization_for
 from .part_configs import (
-    ARCHITECTURES,
-    DINOV3_ONLY,
+    ARCHITECTURE_OF,
     LM_NAMES,
+    TWO_TOWERS,
     VIT_NAMES,
     as_config,
+    names_with_one_value,
     text_from_names,
     vision_from_names,
 )
@@ -34,6 +36,8 @@ _OWN_NAMES = (
     "lm_model_type",
     "lm_tokenizer",
     "lm_chat_template",
+    "image_mean",
+    "image_std",
     "vlm_extra_tokens",
 )
 _ALIASES = {"resize_to_max_side_len": "allow_upscale", "vit_num_registers": "vit_n_registers"}
@@ -77,7 +81,8 @@ class VLMConfig(PreTrainedConfig):
     Attributes:
         vision_config: Of the encoder: a ``DINOv3ViTConfig`` (whose ``use_rope=False`` switches the
             rotation off, whose ``backend`` chooses the kernels and whose ``allow_fp16`` lets it run
-            in float16) or a ``SiglipVisionConfig``.
+            in float16), a ``Dinov2Config`` or ``Dinov2WithRegistersConfig`` (``backend`` too), a
+            ``SiglipVisionConfig`` or a ``Siglip2VisionConfig``.
         text_config: Of the language model: the config of any causal LM of transformers.
         image_token_id: The placeholder's id in the LM's vocabulary; needed to run with images.
         mp_pixel_shuffle_factor: s: s x s patches make one token.
@@ -91,6 +96,9 @@ class VLMConfig(PreTrainedConfig):
         lm_model_type: Hub id or directory that the language model comes from.
         lm_tokenizer: Hub id or directory of the tokenizer.
         lm_chat_template: Chat template that replaces the tokenizer's.
+        image_mean: Mean of the pixels that the encoder was trained with, for red, green and blue;
+            by default what `vit_model_type` and the architecture say.
+        image_std: Their standard deviation, likewise.
         vlm_extra_tokens: Named special tokens to add, ``{"image_token": ...}`` among them.
 
     Raises:
@@ -114,6 +122,8 @@ class VLMConfig(PreTrainedConfig):
     lm_model_type: str | None = None
     lm_tokenizer: str | None = None
     lm_chat_template: str | None = None
+    image_mean: list[float] | tuple[float, ...] | None = None
+    image_std: list[float] | tuple[float, ...] | None = None
     vlm_extra_tokens: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -121,7 +131,7 @@ class VLMConfig(PreTrainedConfig):
         _refuse_misspelt(kwargs)
         self.vision_config = as_config(self.vision_config, "vision_config", "dinov3_vit")
         self.text_config = as_config(self.text_config, "text_config", "llama")
-        if self.vision_config.model_type == "siglip":  # the hub's checkpoints hold both towers
+        if self.vision_config.model_type in TWO_TOWERS:
             self.vision_config = self.vision_config.vision_config
         super().__post_init__(**kwargs)
         self._check()
@@ -130,10 +140,11 @@ class VLMConfig(PreTrainedConfig):
         vision = self.vision_config
         s = positive_int("mp_pixel_shuffle_factor", self.mp_pixel_shuffle_factor)
         limit = positive_int("max_img_size", self.max_img_size)
-        if vision.model_type not in ARCHITECTURES.values():
+        self._check_normalization()
+        if vision.model_type not in ARCHITECTURE_OF:
             raise ValueError(
                 f"vision_config.model_type={vision.model_type!r}: "
-                f"expected one of {sorted(ARCHITECTURES.values())}"
+                f"expected one of {sorted(ARCHITECTURE_OF)}"
             )
         unit = self.vit_patch_size * s
         if limit < unit:
@@ -143,24 +154,40 @@ class VLMConfig(PreTrainedConfig):
             )
         if self.mp_append_cls and not self.mp_handle_special_tokens:
             raise ValueError("mp_append_cls=True needs mp_handle_special_tokens=True")
-        if self.vit_architecture == "siglip":
-            self._check_siglip(unit)
+        if self.vit_architecture != "dinov3":
+            self._check_others(unit)
 
-    def _check_siglip(self, unit: int) -> None:
-        if self.vision_config.image_size % unit:
+    def _check_normalization(self) -> None:
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError(
+                f"image_mean={self.image_mean}, image_std={self.image_std}: expected both or none"
+            )
+        if self.image_mean is not None and self.image_std is not None:
+            check_normalization(self.image_mean, self.image_std)
+
+    @property
+    def normalization(self) -> Normalization:
+        """Mean and std of the encoder's pixels: the config's, else those of its family."""
+        if self.image_mean is not None and self.image_std is not None:
+            return check_normalization(self.image_mean, self.image_std)
+        return normalization_for(f"{self.vit_architecture} {self.vit_model_type or ''}")
+
+    def _check_others(self, unit: int) -> None:
+        if self.vit_architecture == "siglip" and self.vision_config.image_size % unit:
             raise ValueError(
                 f"vision_config.image_size={self.vision_config.image_size}: expected a multiple of "
                 f"patch size * mp_pixel_shuffle_factor = {unit}"
             )
         if getattr(self.vision_config, "use_rope", False):
-            raise ValueError(f"vit_use_rope=True: {DINOV3_ONLY['vit_use_rope'][1]}")
-        if self.mp_append_cls:
-            raise ValueError("mp_append_cls=True: siglip has no CLS token")
+            why = names_with_one_value(self.vit_architecture)["vit_use_rope"][1]
+            raise ValueError(f"vit_use_rope=True: {why}")
+        if self.mp_append_cls and not self.num_prefix_tokens:
+            raise ValueError(f"mp_append_cls=True: {self.vit_architecture} has no CLS token")
 
     @property
     def vit_architecture(self) -> str:
-        """The encoder: "dinov3" or "siglip"."""
-        return {v: k for k, v in ARCHITECTURES.items()}[self.vision_config.model_type]
+        """The encoder: "dinov3", "dinov2", "siglip" or "siglip2"."""
+        return ARCHITECTURE_OF[self.vision_config.model_type]
 
     @property
     def vit_patch_size(self) -> int:
@@ -188,7 +215,7 @@ class VLMConfig(PreTrainedConfig):
 
     @property
     def vit_img_size(self) -> int | None:
-        """Side of the squares, in pixels, that the encoder was made for; dinov3 takes any size."""
+        """Side of the squares, in pixels, that the encoder was made for; only siglip is bound."""
         size = getattr(self.vision_config, "image_size", None)
         return size if size is None or isinstance(size, int) else max(size)
 
@@ -200,9 +227,9 @@ class VLMConfig(PreTrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """CLS and registers in front of each image's patches."""
-        if self.vit_architecture == "siglip":
+        if self.vit_architecture in TWO_TOWERS:
             return 0
-        return 1 + self.vision_config.num_register_tokens
+        return 1 + getattr(self.vision_config, "num_register_tokens", 0)
 
     @property
     def lm_hidden_dim(self) -> int:
@@ -239,11 +266,12 @@ class VLMConfig(PreTrainedConfig):
     def from_names(cls, names: Mapping[str, Any]) -> VLMConfig:
         """Build a config from nanoVLM's names.
 
-        ``vit_architecture`` is "dinov3" (default) or "siglip". ``vit_*`` and ``lm_*`` set sizes;
-        with ``vit_model_type`` or ``lm_model_type`` they change those of the checkpoint named
-        there, and without, those of DINOv3 ViT-S/16, SigLIP-B/16 or a Llama with SmolLM2's sizes.
-        The rest are the attributes of this class; ``resize_to_max_side_len`` is `allow_upscale`,
-        ``vit_num_registers`` is ``vit_n_registers``. With dinov3, ``vit_img_size`` limits nothing.
+        ``vit_architecture`` is "dinov3" (default), "dinov2", "siglip" or "siglip2". ``vit_*`` and
+        ``lm_*`` set sizes; with ``vit_model_type`` or ``lm_model_type`` they change those of the
+        checkpoint named there, and without, those of DINOv3 ViT-S/16, DINOv2 ViT-S/14, SigLIP-B/16,
+        SigLIP2-B/16 or a Llama with SmolLM2's sizes. The rest are the attributes of this class;
+        ``resize_to_max_side_len`` is `allow_upscale`, ``vit_num_registers`` is ``vit_n_registers``.
+        ``vit_img_size`` limits the images of siglip alone.
 
         Raises:
             ValueError: a name is unknown (the nearest one, or what replaced it, is named), a value

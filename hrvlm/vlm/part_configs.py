@@ -10,12 +10,25 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..images.geometry import positive_int
 
-ARCHITECTURES = {"dinov3": "dinov3_vit", "siglip": "siglip_vision_model"}
+# Names of encoders, and the model_type of their configs: by default the first.
+ARCHITECTURES = {
+    "dinov3": ("dinov3_vit",),
+    "dinov2": ("dinov2", "dinov2_with_registers"),
+    "siglip": ("siglip_vision_model",),
+    "siglip2": ("siglip2_vision_model",),
+}
+ARCHITECTURE_OF = {kind: name for name, kinds in ARCHITECTURES.items() for kind in kinds}
+TWO_TOWERS = ("siglip", "siglip2")  # the hub's checkpoints hold both, and a config of them
 
-# What a config says by default: DINOv3 ViT-S/16, SigLIP-B/16 at 512 px, SmolLM2 360M.
+# What a config says by default: DINOv3 ViT-S/16, DINOv2 ViT-S/14, SigLIP-B/16 at 512 px, SigLIP2-B,
+# SmolLM2 360M.
+_DINOV2_DEFAULTS = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518}
 _VISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "dinov3_vit": {"num_register_tokens": 4},
+    "dinov2": _DINOV2_DEFAULTS,
+    "dinov2_with_registers": _DINOV2_DEFAULTS | {"patch_size": 14},
     "siglip_vision_model": {"image_size": 512},
+    "siglip2_vision_model": {},
 }
 _TEXT_DEFAULTS: dict[str, Any] = {
     "model_type": "llama",
@@ -66,12 +79,24 @@ _DERIVED = {  # what a config derives from a field unless told, and saves
     "num_attention_heads": ("head_dim",),
     "num_hidden_layers": ("layer_types", "stage_names", "out_features", "out_indices"),
 }
-DINOV3_ONLY = {  # names that siglip has with one value only, and why
-    "vit_n_registers": (0, "siglip has no register tokens"),
-    "vit_use_rope": (False, "siglip has learned positions; leave it out, or use dinov3"),
-    "allow_fp16": (False, "siglip runs in float16 as it is"),
-    "backend": ("auto", "siglip runs as transformers' SiglipVisionModel"),
-}
+_OWN_CLASS = {"siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel"}
+
+
+def names_with_one_value(architecture: str) -> dict[str, tuple[Any, str]]:
+    """Names that are for others than `architecture`: the value that says nothing, and why."""
+    if architecture == "dinov3":
+        return {}
+    own = architecture
+    names: dict[str, tuple[Any, str]] = {
+        "vit_use_rope": (False, f"{own} has learned positions; leave it out, or use dinov3"),
+        "allow_fp16": (False, f"{own} runs in float16 as it is"),
+    }
+    if architecture in _OWN_CLASS:
+        names |= {
+            "vit_n_registers": (0, f"{own} has no register tokens"),
+            "backend": ("auto", f"{own} runs as transformers' {_OWN_CLASS[own]}"),
+        }
+    return names
 
 
 def as_config(
@@ -109,7 +134,7 @@ def vision_from_names(names: Mapping[str, Any], said: Mapping[str, str]) -> PreT
     if source := given.get("vit_model_type"):
         base = AutoConfig.from_pretrained(source)
         base = getattr(base, "vision_config", base)
-        found = {v: k for k, v in ARCHITECTURES.items()}.get(base.model_type)
+        found = ARCHITECTURE_OF.get(base.model_type)
         if found is None or architecture not in (None, found):
             raise ValueError(
                 f"vit_model_type={source!r} is a {base.model_type}, "
@@ -118,18 +143,47 @@ def vision_from_names(names: Mapping[str, Any], said: Mapping[str, str]) -> PreT
         architecture = found
     else:
         architecture = architecture or "dinov3"
-        model_type = ARCHITECTURES[architecture]
+        model_type = ARCHITECTURES[architecture][0]
+        if architecture == "dinov2" and given.get("vit_n_registers"):
+            model_type = ARCHITECTURES[architecture][1]
         base = CONFIG_MAPPING[model_type](**_VISION_DEFAULTS[model_type])
     given = {name: value for name, value in given.items() if name in VIT_NAMES}
-    if architecture == "siglip":
-        for name, (only, why) in DINOV3_ONLY.items():
-            if given.pop(name, only) != only:
-                raise ValueError(f"{said.get(name, name)}={names[name]!r}: {why}")
+    for name, (only, why) in names_with_one_value(architecture).items():
+        if given.pop(name, only) != only:
+            raise ValueError(f"{said.get(name, name)}={names[name]!r}: {why}")
     if given.get("vit_img_size") is None:
         given.pop("vit_img_size", None)
     else:
         positive_int("vit_img_size", given["vit_img_size"])
-    return _changed(base, {VIT_NAMES[name]: value for name, value in given.items()})
+    changes = {VIT_NAMES[name]: value for name, value in given.items()}
+    if architecture == "dinov2":
+        changes = _in_words_of_dinov2(changes, base, said)
+    elif architecture == "siglip2":
+        changes.pop("image_size", None)  # it takes any
+    return _changed(base, changes)
+
+
+def _in_words_of_dinov2(
+    changes: dict[str, Any], base: PreTrainedConfig, said: Mapping[str, str]
+) -> dict[str, Any]:
+    """Fields of DINOv3's config as DINOv2's has them.
+
+    Raises:
+        ValueError: the MLP is no multiple of the hidden size, or a checkpoint without registers is
+            to have some.
+    """
+    new = dict(changes)
+    if "attention_dropout" in new:
+        new["attention_probs_dropout_prob"] = new.pop("attention_dropout")
+    if (inner := new.pop("intermediate_size", None)) is not None:
+        size = new.get("hidden_size", getattr(base, "hidden_size", 1))
+        if inner % size:
+            raise ValueError(f"vit_inter_dim={inner}: expected a multiple of vit_hidden_dim={size}")
+        new["mlp_ratio"] = inner // size
+    if not hasattr(base, "num_register_tokens") and (count := new.pop("num_register_tokens", 0)):
+        name = said.get("vit_n_registers", "vit_n_registers")
+        raise ValueError(f"{name}={count}: the checkpoint has no register tokens")
+    return new
 
 
 def text_from_names(given: Mapping[str, Any]) -> PreTrainedConfig:

@@ -23,7 +23,7 @@ from ..files import save_whole
 from ..images.fetch import readable
 from ..images.geometry import image_token_count, shuffled_grid
 from ..images.intake import upright_rgb
-from ..images.processor import normalization_for, resize
+from ..images.processor import resize
 from ..images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
 from .answers import answer_pieces, tokens_of
 from .config import VLMConfig
@@ -107,11 +107,10 @@ class VLMProcessor(ProcessorMixin):
         Args:
             config: The model's.
             tokenizer: The model's.
-            **image_options: Options of VLMImageProcessor; mean and std are by default those that
-                ``config.vit_model_type`` was trained with.
+            **image_options: Options of VLMImageProcessor; mean and std are by default
+                ``config.normalization``, those that the encoder was trained with.
         """
-        family = config.vit_model_type or config.vit_architecture
-        mean, std = normalization_for(family)
+        mean, std = config.normalization
         options = {
             "patch_size": config.vit_patch_size,
             "pixel_shuffle_factor": config.mp_pixel_shuffle_factor,

@@ -26,10 +26,8 @@ from transformers.utils.generic import can_return_tuple
 from hrvlm_kernels import PackedGrids
 
 from ..checkpoints.strict import StrictModel
-from ..encoder.inputs import check_pixels
 from ..encoder.plain_modules import is_plain
-from ..encoder.vision_transformer import DINOv3Encoder, without_mask_token
-from ..images.patches import unpatchify
+from ..encoder.vision_transformer import DINOv2Encoder, DINOv3Encoder, without_mask_token
 from .backbones import join, new_encoder
 from .config import VLMConfig
 from .generation import PackedGenerationMixin
@@ -43,7 +41,8 @@ from .image_embedding import (
 )
 from .modality_projector import ModalityProjector
 from .output import CACHE_NAME, ImageFeatures, VLMOutput, name_cache
-from .placeholders import Grid, as_grids, count_tokens
+from .placeholders import as_grids, count_tokens
+from .siglip import encode_padded, encode_squares
 
 
 class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
@@ -92,8 +91,9 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
         """Join a pretrained encoder and a pretrained language model by a new projector.
 
         Args:
-            vision: Hub id or directory of a DINOv3 or SigLIP checkpoint, or a loaded DINOv3Encoder,
-                DINOv3ViTModel or SiglipVisionModel.
+            vision: Hub id or directory of a checkpoint of DINOv3, DINOv2, SigLIP or SigLIP2
+                (NaFlex), or a loaded encoder: a DINOv3Encoder, a DINOv2Encoder, or the vision model
+                of transformers.
             language: Hub id or directory of a causal LM, or a loaded one. Loaded parts become parts
                 of the new model; they are not copied.
             tokenizer: Hub id or directory, read by :func:`hrvlm.vlm.tokenizer.get_tokenizer`, or a
@@ -165,7 +165,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             pixel_values: Packed patches ``[N, 3*p*p]`` of all images.
             image_grid_hw: Patch grid (hp, wp) of each image.
             output_attentions: Return the encoder's attention weights: siglip's, with "eager"
-                attention; DINOv3Encoder refuses. Default: the ``vision_config``'s.
+                attention; the encoders of this package refuse. Default: the ``vision_config``'s.
             output_hidden_states: Return the encoder's hidden states. Default likewise.
             with_last_hidden_state: False where the features are enough: `last_hidden_state` is
                 None then where the projector applies the encoder's last norm.
@@ -183,29 +183,30 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             "output_hidden_states": output_hidden_states,
             "return_dict": True,
         }
-        if self.config.vit_architecture == "siglip":
-            output = self._encode_squares(pixel_values, grids, flags)
-            hidden, states, attentions = (
-                output.last_hidden_state,
-                output.hidden_states,
-                output.attentions,
-            )
+        architecture, encoder = self.config.vit_architecture, self.vision_encoder
+        factors = (self.config.mp_pixel_shuffle_factor,)
+        attentions = None
+        if architecture == "siglip":
+            hidden, states, attentions = encode_squares(encoder, pixel_values, grids, flags)
             features = self.MP(hidden).flatten(0, 1)
+        elif architecture == "siglip2":
+            hidden, states, attentions = encode_padded(encoder, pixel_values, grids, flags)
+            layout = PackedGrids.from_grids(grids, device=hidden.device, shuffle_factors=factors)
+            features = self.MP(hidden, packed=layout)
         else:
             later = not with_last_hidden_state and self._projector_takes_norm()
             whole = self.config.mp_handle_special_tokens  # the projector gets the same layout
-            factors = (self.config.mp_pixel_shuffle_factor,)
             layout = PackedGrids.from_grids(
                 grids,
-                num_prefix_tokens=self.vision_encoder.num_prefix_tokens,
+                num_prefix_tokens=encoder.num_prefix_tokens,
                 device=pixel_values.device,
                 shuffle_factors=factors if whole else (),
             )
-            output = self.vision_encoder(pixel_values, grids=layout, final_norm=not later, **flags)
+            output = encoder(pixel_values, grids=layout, final_norm=not later, **flags)
             hidden, packed = output.packed_last_hidden_state, output.packed
-            states, attentions = output.packed_hidden_states, None
+            states = output.packed_hidden_states
             if later:
-                features = self.MP(hidden, packed=packed, norm=self.vision_encoder.norm)
+                features = self.MP(hidden, packed=packed, norm=encoder.norm)
                 hidden = None
             elif whole:
                 features = self.MP(hidden, packed=packed)
@@ -226,36 +227,10 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
         encoder, projector = self.vision_encoder, self.MP
         return (
             self.config.mp_handle_special_tokens
-            and is_plain(encoder, DINOv3Encoder)
+            and (is_plain(encoder, DINOv3Encoder) or is_plain(encoder, DINOv2Encoder))
             and type(projector) is ModalityProjector
             and projector.takes_norm(encoder.norm)
         )
-
-    def _encode_squares(
-        self, pixel_values: Tensor, grids: list[Grid], flags: dict[str, bool | None]
-    ) -> Any:
-        """Packed patches of square images through SigLIP, whose positions are for one size."""
-        p, side = self.config.vit_patch_size, self.config.vision_config.image_size
-        n = side // p
-        for i, grid in enumerate(grids):
-            if grid != (n, n):
-                raise ValueError(
-                    f"image {i}: patch grid {grid[0]}x{grid[1]}, but siglip has positions for "
-                    f"{n}x{n} only: every image must be {side}x{side} pixels"
-                )
-        check_pixels(pixel_values, 3)
-        width = 3 * p * p
-        if tuple(pixel_values.shape) != (len(grids) * n * n, width):
-            raise ValueError(
-                f"pixel_values: {tuple(pixel_values.shape)}, expected "
-                f"{(len(grids) * n * n, width)} for {len(grids)} images of {n}x{n} patches"
-            )
-        images = unpatchify(pixel_values.view(len(grids), n * n, width), (n, n), p)
-        output = self.vision_encoder(images, **flags)
-        asked = flags["output_attentions"]
-        asked = self.config.vision_config.output_attentions if asked is None else asked
-        check_attentions(bool(asked), output.attentions, "vision_config")
-        return output
 
     @property
     def headless(self) -> HeadlessVLM:

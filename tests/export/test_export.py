@@ -21,6 +21,7 @@ from hrvlm.export.graphs import GRAPHS, export_program, graph_of
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.traced_grids import TracedGrids
 from tests.commands.helpers import run
+from tests.encoder import dinov2_models
 from tests.encoder.encoders import config_of, pair_of
 from tests.tiny import model_of
 from tests.vlm.test_vision_language_model import alone, batch_of
@@ -63,6 +64,17 @@ def test_a_program_of_a_pack_serves_any_mixture():
         want = encoder(patches, grids=grids)
         close(hidden, want.packed_last_hidden_state)
         close(pooled, want.pooler_output)
+
+
+@torch.no_grad()
+def test_a_program_of_dinov2_interpolates_positions_for_any_batch(rng):
+    encoder = dinov2_models.pair_of("registers", num_hidden_layers=1)[1]
+    program = export_program(encoder, "batch").module()
+    for shape in ((2, 3, 56, 56), (1, 3, 28, 112), (3, 3, 140, 42)):  # of its weights, and others
+        images = torch.randn(shape, generator=rng)
+        close(program(images)[0], encoder(images).last_hidden_state)
+    with pytest.raises(ValueError, match="any mixed pack can't hold learned positions"):
+        export_program(encoder, "pack")
 
 
 @torch.no_grad()
@@ -234,6 +246,14 @@ def test_a_program_of_torch_is_loaded_again(form, tmp_path):
 @pytest.mark.parametrize("name", ["vit_gated", "vit_7b", "no_registers_no_biases", "patch_8"])
 def test_every_branch_of_the_family_is_exported(name, tmp_path):
     encoder = encoder_of(name)
+    export(encoder, tmp_path / "encoder.onnx")
+    compare(encoder, "batch", FORMATS["onnx"].load(tmp_path / "encoder.onnx"), 10)
+
+
+@heavy
+@pytest.mark.parametrize("name", dinov2_models.FAMILY)
+def test_every_branch_of_dinov2_is_exported(name, tmp_path):
+    encoder = dinov2_models.pair_of(name, num_hidden_layers=1)[1]
     export(encoder, tmp_path / "encoder.onnx")
     compare(encoder, "batch", FORMATS["onnx"].load(tmp_path / "encoder.onnx"), 10)
 
