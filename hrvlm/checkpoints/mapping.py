@@ -63,7 +63,7 @@ def keys_in_files(key: str) -> tuple[str, ...]:
 def key_in_file(model: Any, key: str) -> str:
     """What a canonical key of a model is called in its files, for people to read."""
     encoder, head = model, ""
-    if key.startswith(_PART):
+    if key.startswith(_PART) and hasattr(model, "vision_encoder"):
         encoder, head, key = model.vision_encoder, _PART, key.removeprefix(_PART)
     if getattr(encoder, "family", None) != "dinov2":
         return head + key

@@ -27,7 +27,10 @@ def show(exported: Exported) -> None:
 @command(show=show)
 def export(
     model: Annotated[
-        str, typer.Argument(metavar="DIR", help="Checkpoint of DINOv3 or DINOv2: directory, file or hub id.")
+        str,
+        typer.Argument(
+            metavar="DIR", help="Checkpoint of DINOv3 or DINOv2: directory, file, hub id."
+        ),
     ],
     output: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")],
     format: Annotated[str, typer.Option(help="{hrvlm.export.files.FORMATS}.")] = "onnx",

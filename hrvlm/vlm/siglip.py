@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..encoder.inputs import check_pixels
 from ..images.patches import unpatchify
 from .image_embedding import check_attentions
 from .placeholders import Grid
@@ -70,6 +71,7 @@ def encode_padded(
 
 
 def _check_patches(pixel_values: Tensor, expected: tuple[int, int], what: str) -> None:
+    check_pixels(pixel_values, 3)
     if tuple(pixel_values.shape) != expected:
         raise ValueError(
             f"pixel_values: {tuple(pixel_values.shape)}, expected {expected} for {what} patches"
