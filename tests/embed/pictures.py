@@ -12,13 +12,13 @@ from hrvlm import DINOv3Encoder, get_image_processor
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
 
-def write_pictures(folder, count, broken_every=20):
-    """PNG files of 16 to 63 pixels a side, at two depths; returns the names of the broken ones."""
+def write_pictures(folder, count, broken_every=20, sides=(16, 64)):
+    """PNG files with sides in a range, at two depths; returns the names of the broken ones."""
     noise = np.random.default_rng(7)
     (folder / "deep" / "er").mkdir(parents=True)
     broken = []
     for i in range(count):
-        height, width = noise.integers(16, 64, 2)
+        height, width = noise.integers(*sides, 2)
         name = f"{'deep/er/' if i % 3 else ''}{i:04}.png"
         pixels = noise.integers(0, 256, (2, 2, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((width, height)).save(folder / name, compress_level=1)
