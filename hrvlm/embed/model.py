@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hrvlm_kernels import PackedGrids
 
+from ..encoder.packed_encoder import PackedEncoder
 from ..images.patches import pack_images
 from ..images.processor import check_normalization
 from ..inference.loading import LoadedEncoder, check_backend_runs, load_encoder, weights_digest
@@ -171,7 +172,7 @@ def _load_vlm(config: EmbedConfig, dtype: str | None) -> tuple[VisionLanguageMod
     check_backend_runs(config.backend, where, getattr(torch, name))
     processor, vlm = load_vlm(model, device=config.device, dtype=name)
     encoder = vlm.vision_encoder
-    if not hasattr(encoder, "num_prefix_tokens"):
+    if not isinstance(encoder, PackedEncoder):
         raise ValueError(
             f"model {model!r}: its encoder, {vlm.config.vit_architecture}, takes images of one "
             "size alone; hrvlm embed needs one that packs"

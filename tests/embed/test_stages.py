@@ -28,6 +28,7 @@ from hrvlm.images.processor import get_image_processor
 from hrvlm.inference.chat import load_vlm
 from tests.embed.here import rows_of, run_here
 from tests.embed.pictures import processor_of, write_model, write_pictures
+from tests.encoder.dinov2_models import pair_of
 
 COUNT = 24
 
@@ -109,6 +110,24 @@ def test_layers_and_patch_maps(config, encoder):
         run_here(config("other", layer=3))
     with pytest.raises(ValueError, match="without projector has no projector tokens"):
         run_here(config("other", keep=("tokens",)))
+
+
+@pytest.mark.parametrize("name", ["plain", "registers"])
+def test_dinov2(config, tmp_path, name):
+    _, encoder = pair_of(name)
+    encoder.save_pretrained(tmp_path / "model")
+    run_here(config(model=str(tmp_path / "model"), max_img_size=56), shard=(0, COUNT))
+    rows = pq.read_table(f"{config().out}/{part_name(0)}").to_pylist()
+    row = next(row for row in rows if row["error"] is None)
+    process = get_image_processor(
+        56, vit_patch_size=14, pixel_shuffle_factor=1, allow_upscale=False
+    )
+    pixels, grid = process(f"{config().input}/{row['id']}")
+    with torch.inference_mode():
+        output = encoder.eval()([pixels])
+    assert (row["grid_height"], row["grid_width"]) == grid == output.grids[0]
+    torch.testing.assert_close(torch.tensor(row["cls"]), output.cls[0])
+    torch.testing.assert_close(torch.tensor(row["mean"]), output.patches[0].mean(0))
 
 
 def test_tokens_are_those_that_the_language_model_gets(config, vlm):
