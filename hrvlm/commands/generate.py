@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from ..inference.chat import Chat, Generated
 
 
-@command()
+def _none_refused(result: dict[str, Any]) -> None:
+    """Raise if an image was refused; the others' answers are out."""
+    answers = result.get("answers", [])
+    if refused := sum("refused" in answer for answer in answers):
+        raise ValueError(f"{refused} of {len(answers)} images were refused")
+
+
+@command(check=_none_refused)
 def generate(
     prompt: Annotated[
         str | None, typer.Option(help="What to ask; with --chat: what to ask first.")
@@ -40,7 +47,7 @@ def generate(
     device: Device = None,
     dtype: StoredDType = "auto",
     as_json: Json = False,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Answer a prompt about images; the text streams to stdout."""
     ours = model is None
     if ours and not image:
@@ -62,8 +69,15 @@ def generate(
     options = GenerateOptions(max_new_tokens, temperature, num_beams, **bound)
     groups = [[path] for path in images] if each else [images]
     talks = start_chats(model, groups, options, device=device, dtype=dtype)
+    refused = _not_read(talks, groups) if ours else {}
+    if refused and not each:
+        raise ValueError("; ".join(f"{path}: {reason}" for path, reason in refused.items()))
     turns = []
     for talk, group in zip(talks, groups, strict=True):
+        if reason := refused.get(group[0]) if each else None:
+            note(f"{group[0]}: refused: {reason}")
+            turns.append({"image": str(group[0]), "refused": reason})
+            continue
         for question in _questions(prompt, chat):
             if each and not as_json:
                 print(f"{group[0]}: ", end="", flush=True)
@@ -74,12 +88,23 @@ def generate(
             turns.append(asked | {"prompt": question} | result.to_json())
             if not as_json:
                 _show_speed(result)
-    if not as_json:
-        return None
     if each:
         return {"model": model, "answers": turns}
     shown = {"model": model, "images": [str(path) for path in images]}
     return shown | ({"turns": turns} if chat else turns[0])
+
+
+def _not_read(talks: Sequence[Chat], groups: Sequence[Sequence[Path]]) -> dict[Path, str]:
+    """The pictures that the reader refuses, with the reasons."""
+    from ..reader.model import why_not_read
+
+    pictures = zip(
+        (path for group in groups for path in group),
+        (image for talk in talks for image in talk.images),
+        strict=True,
+    )
+    reasons = ((path, why_not_read(image)) for path, image in pictures)
+    return {path: reason for path, reason in reasons if reason is not None}
 
 
 def _questions(prompt: str | None, chat: bool) -> Iterator[str]:

@@ -103,7 +103,7 @@ class Chat:
         self.processor, self.vlm = processor, vlm
         self.options = options or GenerateOptions()
         self.messages: list[dict[str, Any]] = []
-        self._images = list(images)
+        self.images = list(images)
 
     def ask(self, prompt: str, *, stream: bool = False) -> Generated:
         """Answer the next question.
@@ -117,7 +117,7 @@ class Chat:
                 the model's context; the conversation is then as it was before.
         """
         start = time.perf_counter()
-        messages = [*self.messages, user_message(prompt, [] if self.messages else self._images)]
+        messages = [*self.messages, user_message(prompt, [] if self.messages else self.images)]
         inputs = chat_inputs(self.processor, messages).to(self.vlm.device)
         streamer = None
         if self.options.num_beams == 1:

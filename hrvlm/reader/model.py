@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,6 +26,10 @@ WHAT_IT_READS = (
     "lines of 14 to 32 px, and small receipts, forms and panels; not pages, photographs or "
     "handwriting, and whatever the prompt, it answers no questions"
 )
+# The largest picture that it is asked about, height and width in pixels: as high as in its
+# training, as wide as a line of 40 characters. In larger ones it makes text up, by
+# recipes/reader/peers.py.
+LARGEST = (320, 640)
 PAD, END, USER, ANSWER = "<|pad|>", "<|end|>", "<|user|>", "<|answer|>"
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -50,6 +55,21 @@ def reader_path() -> str:
             f"{directory}: the reader's weights are not there; reinstall hrvlm, or give a model"
         )
     return str(directory)
+
+
+def why_not_read(image: Image.Image) -> str | None:
+    """Why the reader can't read a picture, to stand behind its name; None if it may.
+
+    Its size alone tells: what it makes of a small one, ``hrvlm.inference.doubts`` judges.
+    """
+    if image.height <= LARGEST[0] and image.width <= LARGEST[1]:
+        return None
+    height, width = LARGEST
+    return (
+        f"{image.height} x {image.width} px (height x width) is more than the reader of hrvlm has "
+        f"learned to read, {height} x {width}: give it a line or a small part, with text of 14 to "
+        "32 px, or another model with --model"
+    )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

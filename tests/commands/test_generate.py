@@ -2,6 +2,11 @@
 
 import json
 
+import pytest
+from PIL import Image
+
+from hrvlm.drawn_text.drawing import render
+from hrvlm.reader.model import why_not_read
 from tests.commands.helpers import error_of, run
 
 
@@ -26,3 +31,27 @@ def test_generate_refuses_what_is_no_such_model(images, model, vlm):
     assert "is of type 'dinov3_vit', expected 'hrvlm'" in error_of(run(*arguments, model))
     assert "notes.txt" in error_of(run(*arguments, vlm, "--image", images / "notes.txt"))
     assert "image token" in error_of(run(*arguments, vlm, "--prompt", "<|image|>"))
+
+
+def test_the_reader_refuses_pages_with_the_reason_and_answers_the_rest(tmp_path):
+    line, page = tmp_path / "line.png", tmp_path / "page.png"
+    render(5, 0).image.save(line)
+    Image.new("RGB", (641, 40), "white").save(page)
+    result = run("generate", "--image", line, "--image", page)
+    assert result.exit_code == 2 and not result.stdout
+    message = result.stderr.splitlines()[-1]
+    assert f"error: {page}: 40 x 641 px (height x width) is more than the reader" in message
+    assert "320 x 640" in message and "--model" in message
+    each = run("generate", "--each", "--image", page, "--image", line, "--json")
+    assert each.exit_code == 2 and "1 of 2 images were refused" in each.stderr
+    refused, answered = json.loads(each.stdout)["answers"]
+    assert refused.keys() == {"image", "refused"} and "40 x 641" in refused["refused"]
+    assert answered["image"] == str(line) and answered["text"]
+    text = run("generate", "--each", "--image", page, "--image", line)
+    assert text.exit_code == 2 and text.stdout == f"{line}: {answered['text']}\n"
+    assert f"{page}: refused: 40 x 641 px" in text.stderr
+
+
+@pytest.mark.parametrize(("height", "width", "read"), [(320, 640, True), (321, 9, False)])
+def test_the_largest_picture_of_the_reader(height, width, read):
+    assert (why_not_read(Image.new("L", (width, height))) is None) == read

@@ -4,7 +4,7 @@ import json
 
 from hrvlm.inference.chat import load_vlm
 from hrvlm.reader.model import DOUBT_BELOW, reader_path
-from recipes.reader import doubts, score
+from recipes.reader import doubts, peers, score
 
 
 def test_the_bound_tells_what_it_reads_from_what_it_can_not():
@@ -28,3 +28,14 @@ def test_the_card_has_the_doubts_of_the_results():
     report = json.loads(doubts.RESULTS.read_text(encoding="utf-8"))
     assert doubts.table(report) in doubts.CARD.read_text(encoding="utf-8")
     assert report["bound"] == DOUBT_BELOW
+
+
+def test_the_card_has_the_peers_of_the_results():
+    report = json.loads(peers.RESULTS.read_text(encoding="utf-8"))
+    assert peers.table(report) in peers.CARD.read_text(encoding="utf-8")
+    kinds = [row["set"] for row in report["sets"]]
+    assert len(kinds) == 7 and len(peers.SYSTEM_FONTS) >= 12
+    assert all(row["samples"] == peers.SAMPLES for row in report["sets"])
+    documents = report["sets"][-1]
+    assert documents["set"] == "paragraphs of PDFs"
+    assert documents["reader"]["refused"] + documents["reader"]["doubtful"] >= 0.9 * peers.SAMPLES
