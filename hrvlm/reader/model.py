@@ -26,10 +26,9 @@ WHAT_IT_READS = (
     "lines of 14 to 32 px, and small receipts, forms and panels; not pages, photographs or "
     "handwriting, and whatever the prompt, it answers no questions"
 )
-# The largest picture that it is asked about, height and width in pixels: as high as in its
-# training, as wide as a line of 40 characters. In larger ones it makes text up, by
-# recipes/reader/peers.py.
-LARGEST = (320, 640)
+# The largest pictures that it is asked about, height and width in pixels: those of its training, and
+# a line of 40 characters. In larger ones it makes text up: recipes/reader/peers.py.
+LARGEST, LONGEST_LINE = (320, 512), (64, 640)
 PAD, END, USER, ANSWER = "<|pad|>", "<|end|>", "<|user|>", "<|answer|>"
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -62,13 +61,14 @@ def why_not_read(image: Image.Image) -> str | None:
 
     Its size alone tells: what it makes of a small one, ``hrvlm.inference.doubts`` judges.
     """
-    if image.height <= LARGEST[0] and image.width <= LARGEST[1]:
+    height, width = image.height, image.width
+    if any(height <= most and width <= widest for most, widest in (LARGEST, LONGEST_LINE)):
         return None
-    height, width = LARGEST
+    largest, line = (f"{most} x {widest}" for most, widest in (LARGEST, LONGEST_LINE))
     return (
-        f"{image.height} x {image.width} px (height x width) is more than the reader of hrvlm has "
-        f"learned to read, {height} x {width}: give it a line or a small part, with text of 14 to "
-        "32 px, or another model with --model"
+        f"{height} x {width} px (height x width) is more than the reader of hrvlm has learned to "
+        f"read, {largest}, or {line} for a line: give it a line or a small part, with text of 14 "
+        "to 32 px, or another model with --model"
     )
 
 

@@ -210,19 +210,15 @@ def rapidocr() -> Callable[[Picture], str]:
     return read
 
 
-def measured(samples: int) -> list[dict[str, Any]]:
-    """By kind: characters wrong of each of the three; what the reader refuses and doubts."""
+def measured(samples: int, *, peers: bool) -> list[dict[str, Any]]:
+    """By kind: characters wrong of each reader; what the one of hrvlm refuses and doubts."""
     processor, vlm = load_vlm(reader_path(), dtype="float32")
     options = GenerateOptions(doubt_below=DOUBT_BELOW)
-    other = rapidocr()
+    others = {"tesseract": tesseract, "rapidocr": rapidocr()} if peers else {}
     rows: dict[str, dict[str, Any]] = {}
     for picture in pictures(samples):
         answer = Chat(processor, vlm, [picture.image], options).ask(PROMPT)
-        read = {
-            "reader": answer.text,
-            "tesseract": tesseract(picture),
-            "rapidocr": other(picture),
-        }
+        read = {"reader": answer.text} | {name: other(picture) for name, other in others.items()}
         row = rows.setdefault(
             picture.kind,
             {"set": picture.kind, "samples": 0, "characters": 0}
@@ -274,25 +270,37 @@ def fill_card(report: dict[str, Any]) -> None:
 def main() -> None:
     """Read every picture, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="Of each kind.")
     parser.add_argument("--small", action="store_true", help="Two of each kind; writes nothing.")
+    parser.add_argument("--reader-only", action="store_true", help="The others' as measured last.")
     parser.add_argument("--card-only", action="store_true", help="Only write the card's table.")
     args = parser.parse_args()
+    last = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if args.card_only:
-        fill_card(json.loads(RESULTS.read_text(encoding="utf-8")))
+        fill_card(last)
         return
     for program in ("tesseract", "pdfinfo", "pdftoppm", "pdftotext"):
         if shutil.which(program) is None:
             raise SystemExit(f"{program} is not found; see `python -m recipes.reader.peers --help`")
-    tools = subprocess.run(["tesseract", "--version"], capture_output=True, text=True, check=True)
-    peers = {"tesseract": tools.stdout.split()[1], "rapidocr": version("rapidocr")}
-    sets = measured(2 if args.small else args.samples)
     machine = describe_device(pick_device("cpu")) | {"commit": commit_here()}
-    report = {"machine": machine, "peers": peers, "dpi": DPI, "sets": sets}
+    sets = measured(2 if args.small else SAMPLES, peers=not args.reader_only)
+    if args.reader_only:
+        for row, before in zip(sets, last["sets"], strict=True):
+            assert (row["set"], row["characters"]) == (before["set"], before["characters"])
+            row["errors"] = before["errors"] | row["errors"]
+        report = last | {"machine": machine, "sets": sets}
+    else:
+        facts = {"commit": machine["commit"], "tesseract": _tesseract_version()}
+        peers = facts | {"rapidocr": version("rapidocr")}
+        report = {"machine": machine, "peers": peers, "dpi": DPI, "sets": sets}
     print(table(report))
     if not args.small:
         write_text(RESULTS, json.dumps(report, indent=1) + "\n")
         fill_card(report)
+
+
+def _tesseract_version() -> str:
+    shown = subprocess.run(["tesseract", "--version"], capture_output=True, text=True, check=True)
+    return shown.stdout.split()[1]
 
 
 if __name__ == "__main__":

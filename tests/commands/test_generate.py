@@ -41,7 +41,7 @@ def test_the_reader_refuses_pages_with_the_reason_and_answers_the_rest(tmp_path)
     assert result.exit_code == 2 and not result.stdout
     message = result.stderr.splitlines()[-1]
     assert f"error: {page}: 40 x 641 px (height x width) is more than the reader" in message
-    assert "320 x 640" in message and "--model" in message
+    assert "320 x 512, or 64 x 640 for a line" in message and "--model" in message
     each = run("generate", "--each", "--image", page, "--image", line, "--json")
     assert each.exit_code == 2 and "1 of 2 images were refused" in each.stderr
     refused, answered = json.loads(each.stdout)["answers"]
@@ -52,6 +52,9 @@ def test_the_reader_refuses_pages_with_the_reason_and_answers_the_rest(tmp_path)
     assert f"{page}: refused: 40 x 641 px" in text.stderr
 
 
-@pytest.mark.parametrize(("height", "width", "read"), [(320, 640, True), (321, 9, False)])
+@pytest.mark.parametrize(
+    ("height", "width", "read"),
+    [(320, 512, True), (321, 9, False), (64, 640, True), (65, 513, False), (9, 641, False)],
+)
 def test_the_largest_picture_of_the_reader(height, width, read):
     assert (why_not_read(Image.new("L", (width, height))) is None) == read
