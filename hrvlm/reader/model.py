@@ -26,8 +26,8 @@ WHAT_IT_READS = (
     "lines of 14 to 32 px, and small receipts, forms and panels; not pages, photographs or "
     "handwriting, and whatever the prompt, it answers no questions"
 )
-# The largest pictures that it is asked about, height and width in pixels: those of its training, and
-# a line of 40 characters. In larger ones it makes text up: recipes/reader/peers.py.
+# The largest pictures that it is asked about, height and width in pixels: those of its training,
+# and a line of 40 characters. In larger ones it makes text up: recipes/reader/peers.py.
 LARGEST, LONGEST_LINE = (320, 512), (64, 640)
 PAD, END, USER, ANSWER = "<|pad|>", "<|end|>", "<|user|>", "<|answer|>"
 CHAT_TEMPLATE = (
