@@ -50,6 +50,7 @@ class Architecture:
     qkv_biases: int  # how many of q, k and v have one
     proj_bias: bool
     mlp_bias: bool
+    num_positions: int = 0  # learned ones, that of CLS among them
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, name: str = "") -> Architecture:
@@ -68,17 +69,19 @@ class Architecture:
             qkv_biases=sizes.query_bias + sizes.key_bias + sizes.value_bias,
             proj_bias=sizes.proj_bias,
             mlp_bias=sizes.mlp_bias,
+            num_positions=sizes.positions.count if sizes.positions else 0,
         )
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of a DINOv3Encoder of these sizes, mask token included."""
+        """Parameters of an encoder of these sizes, mask token included."""
         c, m = self.hidden_size, self.mlp_size
         ups = 2 if self.gated_mlp else 1
         attention = 4 * c * c + self.qkv_biases * c + self.proj_bias * c
         mlp = (ups + 1) * c * m + self.mlp_bias * (ups * m + c)
         norms_and_scales = 2 * 2 * c + 2 * c
         embeddings = (3 * self.patch_size**2 + 1) * c + (self.num_prefix_tokens + 1) * c
+        embeddings += self.num_positions * c
         return embeddings + self.num_layers * (attention + mlp + norms_and_scales) + 2 * c
 
     @property

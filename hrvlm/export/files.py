@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..encoder.vision_transformer import DINOv3Encoder
+from ..encoder.packed_encoder import PackedEncoder
 from ..files import folder_for_results
 from .graphs import BatchGraph, export_program, graph_of
 
@@ -151,7 +151,7 @@ NOT_WRITTEN = {
 
 
 def export(
-    encoder: DINOv3Encoder, path: str | Path, *, format: str = "onnx", form: str = "batch"
+    encoder: PackedEncoder, path: str | Path, *, format: str = "onnx", form: str = "batch"
 ) -> Exported:
     """Write an encoder as one file for any size, and check it.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..encoder.vision_transformer import DINOv3Encoder
+from ..encoder.packed_encoder import PackedEncoder
 
 Sizes = Sequence[tuple[int, int]]  # patch grids; of a batch, equal ones
 
@@ -31,7 +31,7 @@ class BatchGraph(nn.Module):
     example: Sizes = ((4, 6),) * 2
     checks: tuple[Sizes, ...] = (((2, 3),), ((3, 2),) * 2, ((7, 5),) * 3, ((2, 11),) * 5)
 
-    def __init__(self, encoder: DINOv3Encoder):
+    def __init__(self, encoder: PackedEncoder):
         super().__init__()
         self.encoder = encoder
 
@@ -80,7 +80,7 @@ class PackGraph(BatchGraph):
 GRAPHS = {"batch": BatchGraph, "pack": PackGraph}
 
 
-def graph_of(encoder: DINOv3Encoder, form: str) -> BatchGraph:
+def graph_of(encoder: PackedEncoder, form: str) -> BatchGraph:
     """The graph of that name for an encoder.
 
     Raises:
@@ -97,7 +97,7 @@ def graph_of(encoder: DINOv3Encoder, form: str) -> BatchGraph:
     return GRAPHS[form](encoder).eval()
 
 
-def export_program(encoder: DINOv3Encoder, form: str = "batch") -> ExportedProgram:
+def export_program(encoder: PackedEncoder, form: str = "batch") -> ExportedProgram:
     """``torch.export.export`` of an encoder for any size.
 
     A program of torch itself checks that a side has at least two patches, which is how it tells

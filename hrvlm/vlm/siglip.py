@@ -20,8 +20,8 @@ class Encoded(NamedTuple):
     """What an encoder gives, and its tokens without padding where it had any."""
 
     last_hidden_state: Tensor
-    hidden_states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
+    hidden_states: Any
+    attentions: Any
 
 
 def encode_squares(

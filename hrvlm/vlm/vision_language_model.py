@@ -183,9 +183,11 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             "output_hidden_states": output_hidden_states,
             "return_dict": True,
         }
-        architecture, encoder = self.config.vit_architecture, self.vision_encoder
+        architecture = self.config.vit_architecture
+        encoder: Any = self.vision_encoder
         factors = (self.config.mp_pixel_shuffle_factor,)
-        attentions = None
+        hidden: Any
+        attentions: Any = None
         if architecture == "siglip":
             hidden, states, attentions = encode_squares(encoder, pixel_values, grids, flags)
             features = self.MP(hidden).flatten(0, 1)

@@ -19,6 +19,7 @@ from hrvlm.inference.encode import EncodeOptions, encode
 from hrvlm.inference.inputs import find_images, gathered
 from hrvlm.inference.loading import LoadedEncoder, load_encoder
 from tests.commands.helpers import error_of, run
+from tests.encoder import dinov2_models
 from tests.encoder.encoders import config_of
 
 
@@ -48,6 +49,19 @@ def test_encode_table_files_and_pictures(images, model, tmp_path):
         with Image.open(out / f"{name}.features.png") as picture:
             widths[name] = picture.size
     assert widths["b_wide"][0] > widths["b_wide"][1]
+
+
+def test_a_dinov2_is_known_by_its_config_or_its_weights(images, tmp_path):
+    theirs, _ = dinov2_models.pair_of("registers", hidden_size=384, num_attention_heads=6)
+    theirs.save_pretrained(tmp_path / "directory")
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    for name in ("directory", "weights.pth"):
+        result = run(
+            "encode", images / "b_wide.png", "--model", tmp_path / name, "--max-img-size", 112
+        )
+        assert result.exit_code == 0, result.output
+        words = result.stdout.splitlines()[2].split()
+        assert words[1:6] == ["100x200", "56x112", "1.00x", "4x8", "32"]  # patches of 14
 
 
 def test_features_are_those_of_the_encoder_on_the_image_alone(images, model, tmp_path):

@@ -18,6 +18,7 @@ from hrvlm.encoder.vision_transformer import without_mask_token
 from hrvlm_kernels import PackedGrids
 from tests.checkpoints.states import assert_same
 from tests.encoder.dinov2_models import FAMILY, config_of, pair_of
+from tests.kernels.helpers import interpreter_only
 from tests.numerics import relative_error
 
 # The square of the weights, as many patches in another shape, larger, and smaller.
@@ -76,6 +77,31 @@ def test_mixed_shapes_equal_transformers_image_by_image(name, rng):
     for given in (grids, torch.tensor(grids), layout):
         again = ours(patches, grids=given).packed_last_hidden_state
         assert torch.equal(again, out.packed_last_hidden_state)
+
+
+@interpreter_only
+def test_the_kernels_give_transformers_features_and_gradients(rng):
+    """With gradients and without, which are two ways through the blocks."""
+    theirs, ours = pair_of("giant_registers", num_hidden_layers=1)
+    ours.backend = "triton"
+    images = images_of(ours, rng, [(2, 3), (3, 1)])
+    with torch.no_grad():
+        inferred = ours(images).packed_last_hidden_state
+    out = ours(images)
+    cotangent = torch.randn(inferred.shape, generator=rng)
+    out.packed_last_hidden_state.backward(cotangent)
+    for i, (image, part) in enumerate(zip(images, out.packed.split(cotangent), strict=True)):
+        expected = theirs(image[None]).last_hidden_state
+        expected.backward(part[None])
+        for got in (inferred, out.packed_last_hidden_state):
+            assert relative_error(out.packed.split(got)[i], expected[0]) <= 1e-5
+    gradients = {key: p.grad for key, p in theirs.named_parameters() if p.grad is not None}
+    own = {key: p.grad for key, p in ours.named_parameters() if p.grad is not None}
+    mask = {"embeddings.mask_token": torch.zeros(1, 64)}
+    got, expected = to_transformers(own | mask), to_transformers(gradients | mask)
+    assert got.keys() == expected.keys()
+    for key in [key for key in expected if key not in mask and "key.bias" not in key]:
+        assert relative_error(got[key], expected[key]) <= 1e-5, key
 
 
 def test_the_same_in_bfloat16_and_in_float16(rng):

@@ -66,6 +66,7 @@ def test_a_program_of_a_pack_serves_any_mixture():
         close(pooled, want.pooler_output)
 
 
+@heavy
 @torch.no_grad()
 def test_a_program_of_dinov2_interpolates_positions_for_any_batch(rng):
     encoder = dinov2_models.pair_of("registers", num_hidden_layers=1)[1]
