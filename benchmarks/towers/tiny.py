@@ -7,6 +7,9 @@ from torch import nn
 
 PATCH = 4
 GRIDS = ((1, 4, 6), (1, 8, 2), (1, 2, 10))
+# Eight images of mixed sizes.
+MIXED = tuple((1, h, w) for h, w in ((24, 32), (46, 16), (20, 38), (8, 12), (30, 30), (64, 10)))
+MIXED += ((1, 16, 16), (1, 12, 40))
 
 # model: (class of the tower, of its config, options of the config, channels of a patch)
 _QWEN = {"patch_size": PATCH, "num_heads": 2}
@@ -107,6 +110,25 @@ TOWERS = {
         },
         (),
     ),
+}
+
+# One more layer of towers as wide as those that people run: the tower, its widths with two layers,
+# and what gives it the third.
+_QWEN_2_5 = {"hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "window_size": 32}
+_QWEN_3 = {"hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304}
+_QWEN_3 |= {"deepstack_visual_indexes": []}
+LAYERS = {
+    "Qwen2.5-VL, windows": (
+        "qwen2_5_vl",
+        _QWEN_2_5 | {"fullatt_block_indexes": [1]},
+        {"depth": 3},
+    ),
+    "Qwen2.5-VL, whole images": (
+        "qwen2_5_vl",
+        _QWEN_2_5 | {"fullatt_block_indexes": [1, 2]},
+        {"depth": 3},
+    ),
+    "Qwen3-VL": ("qwen3_vl", _QWEN_3, {"depth": 3}),
 }
 
 
