@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .command import command
-from .console import note, progress
+from .console import note, printable, progress
 from .options import Device, DType, MaxImgSize, Upscale
 from .tables import counted, grid, print_line, print_table, quantity
 
@@ -21,8 +21,8 @@ def show(result: ExploreResult) -> None:
     print_table(
         ["image", "patch grid", "patches"],
         [
-            (path, grid(geometry.patch_grid), geometry.num_patches)
-            for path, geometry in result.images
+            (name, grid(geometry.patch_grid), geometry.num_patches)
+            for name, geometry in result.images
         ],
     )
     reduced = result.page.reduced
@@ -42,7 +42,10 @@ def show(result: ExploreResult) -> None:
 
 @command(show=show)
 def explore(
-    images: Annotated[list[Path], typer.Argument(help="Image files, or directories of them.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Image files, folders of them, - for standard input, addresses."),
+    ],
     out: Annotated[Path, typer.Option(help="The page, an HTML file.")],
     model: Annotated[
         str | None,
@@ -65,6 +68,7 @@ def explore(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Report unreadable images and go on.")
     ] = False,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch images from addresses.")] = False,
 ) -> ExploreResult:
     """Write a page to look through the features of images.
 
@@ -73,26 +77,27 @@ def explore(
     """
     from ..explore.explore import ExploreOptions
     from ..explore.explore import explore as run
-    from ..inference.inputs import find_images
+    from ..inference.inputs import gathered
     from ..inference.loading import load_encoder
 
-    skipped: list[Path] = []
-    paths = find_images(images, skipped)
-    loaded = load_encoder(model, backend=backend, device=device, dtype=dtype)
-    if loaded.random_weights:
-        note("note: no --model, so the weights are random: the features mean nothing")
-    options = ExploreOptions(
-        layer=layer,
-        title=title,
-        max_img_size=max_img_size,
-        allow_upscale=upscale,
-        max_tokens_per_pass=max_tokens_per_pass,
-        skip_bad=skip_bad,
-    )
-    with progress("encoding", len(paths)) as advance:
-        result = run(paths, loaded, out, options, on_images=advance)
-    for path in skipped:
-        note(f"skipped {path}: no image by its name")
-    for path, reason in result.bad:
-        note(f"skipped {path}: {reason}")
+    with gathered(images, fetch=fetch, skip_bad=skip_bad) as inputs:
+        loaded = load_encoder(model, backend=backend, device=device, dtype=dtype)
+        if loaded.random_weights:
+            note("note: no --model, so the weights are random: the features mean nothing")
+        options = ExploreOptions(
+            layer=layer,
+            title=title,
+            max_img_size=max_img_size,
+            allow_upscale=upscale,
+            max_tokens_per_pass=max_tokens_per_pass,
+            skip_bad=skip_bad,
+            names=inputs.names,
+        )
+        with progress("encoding", len(inputs.paths)) as advance:
+            result = run(inputs.paths, loaded, out, options, on_images=advance)
+    result.bad += [(inputs.name(path), error) for path, error in inputs.bad]
+    for path in inputs.skipped:
+        note(f"skipped {printable(path)}: no image by its name")
+    for name, reason in result.bad:
+        note(f"skipped {printable(name)}: {reason}")
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class ExploreOptions:
     allow_upscale: bool = False
     max_tokens_per_pass: int = DEFAULT_MAX_TOKENS
     skip_bad: bool = False  # report unreadable images instead of raising
+    names: Mapping[Path, str] = field(default_factory=dict)  # of files that are called otherwise
 
 
 @dataclass
@@ -36,8 +37,8 @@ class ExploreResult:
     layer: int
     layers: int
     page: Page
-    images: list[tuple[Path, Geometry]] = field(default_factory=list)
-    bad: list[tuple[Path, str]] = field(default_factory=list)
+    images: list[tuple[str, Geometry]] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; grids are (height, width)."""
@@ -49,10 +50,10 @@ class ExploreResult:
             "weights": "random" if self.random_weights else "pretrained",
             "layer": self.layer,
             "images": [
-                {"image": str(path), "patch_grid": list(geometry.patch_grid)}
-                for path, geometry in self.images
+                {"image": name, "patch_grid": list(geometry.patch_grid)}
+                for name, geometry in self.images
             ],
-            "bad": [{"image": str(path), "error": error} for path, error in self.bad],
+            "bad": [{"image": name, "error": error} for name, error in self.bad],
             "components": len(reduced.scales),
             "variance_kept": reduced.variance_kept,
             "largest_similarity_error": reduced.largest_error,
@@ -99,11 +100,13 @@ def explore(
         bad=bad if options.skip_bad else None,
         on_bad=on_images,
     )
-    images: list[tuple[Path, Geometry]] = []
+    images: list[tuple[str, Geometry]] = []
     shown: list[PageImage] = []
     for batch in read:
         shown += _encoded(batch, loaded, layer)
-        images += [(image.path, image.geometry) for image in batch]
+        images += [
+            (options.names.get(image.path, str(image.path)), image.geometry) for image in batch
+        ]
         if on_images:
             on_images(len(batch))
     if not images:
@@ -112,7 +115,8 @@ def explore(
     page = write_page(
         out, shown, title=options.title or "What the patches share", about=loaded.name + which
     )
-    return ExploreResult(loaded.name, loaded.random_weights, layer, layers, page, images, bad)
+    unread = [(options.names.get(path, str(path)), error) for path, error in bad]
+    return ExploreResult(loaded.name, loaded.random_weights, layer, layers, page, images, unread)
 
 
 def _layer(layer: int | None, loaded: LoadedEncoder) -> tuple[int, int]:

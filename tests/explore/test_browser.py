@@ -293,14 +293,15 @@ def test_one_image_without_attention_shows_no_more_than_it_can(browser, rng, tmp
 
 
 def test_twenty_large_images_are_a_small_page_that_answers_at_once(browser, rng, tmp_path):
-    photo = Image.open(PHOTO).convert("RGB").resize((1024, 1024))
+    photo = np.asarray(Image.open(PHOTO).convert("RGB").resize((1024, 1024)))
+    noise = np.random.default_rng(0).integers(-12, 13, photo.shape)  # fine grain, as cameras have
+    picture = Image.fromarray((photo + noise).clip(0, 255).astype(np.uint8))
     basis = torch.randn(64, 96, generator=rng)
     images = []
     for i in range(20):
-        noise = np.random.default_rng(i).integers(-12, 13, (1024, 1024, 3))
-        picture = Image.fromarray((np.asarray(photo) + noise).clip(0, 255).astype(np.uint8))
         features = torch.randn(73, 73, 64, generator=rng) @ basis  # patches of 14 pixels
-        images.append(PageImage(f"{i}.png", picture, features, torch.rand(73, 73, generator=rng)))
+        attention = torch.rand(73, 73, generator=rng)
+        images.append(PageImage(f"{i}.png", picture, features, attention))
     page = write_page(tmp_path / "page.html", images, title="twenty")
     assert page.bytes <= 15_000_000
     with opened(browser, page.path) as tab:
