@@ -152,7 +152,7 @@ def test_options_out_of_range_are_named():
         make_plan(["8x8"], architecture, max_img_size=64, dtype="int8")
     with pytest.raises(ValueError, match="max_img_size=32"):
         make_plan(["8x8"], architecture, max_img_size=32)
-    with pytest.raises(ValueError, match=r"model must be one of vits16, .*got 'vits'"):
+    with pytest.raises(ValueError, match=r"model must be one of vitt16, .*got 'vits'"):
         named_architecture("vits")
     with pytest.raises(ValueError, match="patch_size=0"):
         named_architecture("vits16", 0)
