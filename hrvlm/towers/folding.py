@@ -30,10 +30,12 @@ from .rotation import TABLES, Rotation, as_tables, find_rotation
 from .swapping import has_own_forward, set_class, stock_class, swapped_class
 
 # What accelerated modules have beyond the stock ones: an attention its backend, it and what makes
-# its tables their rotation, and the latter all attention that reads them.
+# its tables their rotation, and the latter all attention that reads them and its own options when
+# they were tried.
 OPTION = "hrvlm_backend"
 ROTATION = "hrvlm_rotation"
 READERS = "hrvlm_readers"
+TRIED = "hrvlm_tried"
 
 
 def fold(
@@ -71,7 +73,7 @@ def fold(
 
 def unfold(module: nn.Module) -> None:
     """Forget what :func:`fold` noted on `module`."""
-    for name in (ROTATION, READERS):
+    for name in (ROTATION, READERS, TRIED):
         vars(module).pop(name, None)
 
 
@@ -84,8 +86,15 @@ def _set(rotary: nn.Module, readers: tuple[nn.Module, ...], found: Rotation | st
         return
     set_class(rotary, swapped_class(stock, rotary_methods))
     setattr(rotary, READERS, readers)
+    setattr(rotary, TRIED, _options(rotary))
     for module in (rotary, *readers):
         setattr(module, ROTATION, found)
+
+
+def _options(rotary: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """What its tables may depend on beside frequencies: a factor of cos and sin, say."""
+    plain = {n: v for n, v in vars(rotary).items() if isinstance(v, bool | int | float | str)}
+    return tuple((n, v) for n, v in plain.items() if n != "training" and not n.startswith("_"))
 
 
 def _found(
@@ -113,6 +122,9 @@ def _found(
                 return f"{cls.__name__} does more with the tables than to hand them on"
         elif not holds and _takes_tables(module):
             return f"{cls.__name__} reads the tables, too"
+    known = {vars(m).get(ROTATION) for m in (rotary, *readers)}
+    if None not in known and any(m.is_meta for r in readers for m in r.parameters()):
+        return known.pop()  # tried before they were offloaded
     first: dict[type[nn.Module], Rotation | str] = {}
     for reader in readers:
         if type(reader) not in first:
@@ -209,6 +221,8 @@ def _is_left_to_kernels(rotary: nn.Module, x: Tensor) -> bool:
     """Whether all that read its tables would leave the rotation to a kernel, with x's dtype."""
     readers = getattr(rotary, READERS)
     if not all(hasattr(m, ROTATION) and not has_own_forward(m) for m in readers):
+        return False
+    if any(getattr(rotary, name, None) != value for name, value in getattr(rotary, TRIED)):
         return False
     inv_freq = rotary.get_buffer("inv_freq")
     # Where x has frequencies of its own, rounded ones are no longer proportional to those of y.

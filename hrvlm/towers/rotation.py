@@ -136,7 +136,7 @@ def find_rotation(
         rotary: What makes the tables of cos and sin in its tower, from ``(x, position_ids)``.
         names: What an accelerated attention's code finds in place of its module's names.
     """
-    weight, inv_freq = next(attention.parameters()), rotary.get_buffer("inv_freq")
+    weight, inv_freq = _weight(attention), rotary.get_buffer("inv_freq")
     if weight.is_meta or inv_freq.is_meta:
         return "nothing can be tried on the meta device"
     cls, stock_rotary = (stock_class(m) or type(m) for m in (attention, rotary))
@@ -226,8 +226,9 @@ def _handed_on(
     forward: Callable[..., Any], attention: nn.Module, tokens: int, given: dict[str, Any]
 ) -> _Caught:
     """What `forward` gives its attention function, of random tokens in one segment."""
-    weight = next(attention.parameters())
-    size: Any = next(m.in_features for m in attention.modules() if hasattr(m, "in_features"))
+    weight = _weight(attention)
+    sizes: list[Any] = [m.in_features for m in attention.modules() if hasattr(m, "in_features")]
+    size = sizes[0] if sizes else weight.shape[-1]
     hidden = torch.randn(tokens, size, generator=torch.Generator().manual_seed(0)).to(weight)
     if "cu_seqlens" in inspect.signature(innermost(forward)).parameters:
         lengths = torch.tensor([0, tokens], dtype=torch.int32, device=weight.device)
@@ -244,6 +245,15 @@ def _handed_on(
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             first = first if states is not hidden else error
     raise first
+
+
+def _weight(attention: nn.Module) -> Tensor:
+    """Its first matrix of floating-point numbers, or its first of any such tensor."""
+    tensors = [a for a in (*attention.parameters(), *attention.buffers()) if a.is_floating_point()]
+    found = next((a for a in tensors if a.ndim == 2), next(iter(tensors), None))
+    if found is None:
+        raise TypeError("it has no weights of floating-point numbers")
+    return found
 
 
 def _structure(by_y: Tensor, by_x: Tensor, inv_freq: Tensor) -> Rotation | None:

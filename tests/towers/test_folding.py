@@ -135,10 +135,42 @@ def test_frequencies_are_those_of_the_moment(ropes):
     assert relative_error(out, expected_of(hrvlm.restore(tower))) <= 1e-6
 
 
-def test_on_meta_it_stays_its_own():
+def test_options_of_the_tables_that_change(ropes):
+    tower = qwen()
+    hrvlm.accelerate(tower)
+    tower.rotary_pos_emb.attention_scaling = 1.5
+    out = expected_of(tower)
+    assert not any(ropes)
+    assert torch.equal(out, expected_of(hrvlm.restore(tower)))
+
+
+def test_on_meta_it_stays_as_it_is():
     tower = qwen().to("meta")
     (part,) = hrvlm.accelerate(tower).swapped
     assert part.rope == "its own RoPE since nothing can be tried on the meta device"
+    tower = qwen()
+    for place in ("cpu", "meta"):
+        (part,) = hrvlm.accelerate(tower.to(place)).swapped
+        assert part.rope == IN_KERNELS
+    (part,) = hrvlm.accelerate(hrvlm.restore(tower)).swapped
+    assert part.rope != IN_KERNELS
+
+
+def test_projections_of_a_class_of_their_own(ropes):
+    class Linear(nn.Module):
+        def __init__(self, stock):
+            super().__init__()
+            self.matrix, self.shift = stock.weight, stock.bias
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.matrix, self.shift)
+
+    tower = qwen()
+    expected = expected_of(tower)
+    for block in tower.blocks:
+        block.attn.qkv = Linear(block.attn.qkv)
+    hrvlm.accelerate(tower)
+    check(tower, expected, ropes, folded=True)
 
 
 class Deaf(nn.Module):
