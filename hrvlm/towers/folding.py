@@ -122,9 +122,10 @@ def _found(
                 return f"{cls.__name__} does more with the tables than to hand them on"
         elif not holds and _takes_tables(module):
             return f"{cls.__name__} reads the tables, too"
-    known = {vars(m).get(ROTATION) for m in (rotary, *readers)}
-    if None not in known and any(m.is_meta for r in readers for m in r.parameters()):
-        return known.pop()  # tried before they were offloaded
+    known: Rotation | None = vars(rotary).get(ROTATION)
+    is_offloaded = any(weight.is_meta for m in readers for weight in m.parameters())
+    if known and is_offloaded and all(vars(m).get(ROTATION) == known for m in readers):
+        return known
     first: dict[type[nn.Module], Rotation | str] = {}
     for reader in readers:
         if type(reader) not in first:

@@ -236,8 +236,8 @@ def _handed_on(
     first: Exception = TypeError("its forward hands on no q and k of [1, H, T, D]")
     for states in (hidden, hidden[None]):
         try:
+            # Adapters may have dropout: each trial starts from the same state, and leaves it.
             with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-                torch.manual_seed(0)  # adapters may have dropout
                 forward(attention, hidden_states=states, **given)
         except _Caught as caught:
             if caught.q.ndim == caught.k.ndim == 3 and len(caught.q) == len(caught.k) == tokens:

@@ -156,6 +156,16 @@ def test_on_meta_it_stays_as_it_is():
     assert part.rope != IN_KERNELS
 
 
+def test_adapters_with_dropout_are_tried_and_random_numbers_left_alone():
+    peft = pytest.importorskip("peft")
+    options = {"r": 2, "lora_dropout": 0.5, "init_lora_weights": False}
+    model = peft.get_peft_model(qwen(), peft.LoraConfig(target_modules=["qkv"], **options)).train()
+    state = torch.get_rng_state()
+    (part,) = hrvlm.accelerate(model).swapped
+    assert part.rope == IN_KERNELS
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_projections_of_a_class_of_their_own(ropes):
     class Linear(nn.Module):
         def __init__(self, stock):
