@@ -89,7 +89,7 @@ def test_version_and_bare_call():
         (["frobnicate"], "No such command 'frobnicate'"),
         (["plan", "8x8", "--bogus"], "No such option"),
         (["plan", "8x8", "--factor", "two"], "--factor"),
-        (["plan", "8x8", "--model", "vit"], "model must be one of vits16"),
+        (["plan", "8x8", "--model", "vit"], "model must be one of vitt16"),
         (["plan", "8x8", "--max-img-size", "63"], "max_img_size=63"),
         (["encode", "missing.png"], "missing.png: no such file"),
         (["encode", "tests/encoder"], "no images in this directory"),
