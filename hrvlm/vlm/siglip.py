@@ -39,7 +39,7 @@ def encode_squares(
             )
     _check_patches(pixel_values, (len(grids) * n * n, 3 * p * p), f"{len(grids)} images of {n}x{n}")
     images = unpatchify(pixel_values.view(len(grids), n * n, 3 * p * p), (n, n), p)
-    return _checked(encoder(images, **flags), config, flags)
+    return _checked(encoder(images, **_given(flags)), config, flags)
 
 
 def encode_padded(
@@ -59,7 +59,7 @@ def encode_padded(
         pixel_values=padded,
         pixel_attention_mask=mask.index_fill(0, kept, 1).view(len(grids), n),
         spatial_shapes=torch.tensor(grids),  # on the host, where it is read
-        **flags,
+        **_given(flags),
     )
     encoded = _checked(output, config, flags)
     states = encoded.hidden_states
@@ -76,6 +76,11 @@ def _check_patches(pixel_values: Tensor, expected: tuple[int, int], what: str) -
         raise ValueError(
             f"pixel_values: {tuple(pixel_values.shape)}, expected {expected} for {what} patches"
         )
+
+
+def _given(flags: dict[str, bool | None]) -> dict[str, bool]:
+    """A flag of None would stand in the way of the config's."""
+    return {name: flag for name, flag in flags.items() if flag is not None}
 
 
 def _checked(output: Any, config: Any, flags: dict[str, bool | None]) -> Encoded:

@@ -1,7 +1,7 @@
 """Collects the tests of this folder for `make conformance` only.
 
 Those that do not apply (``not_applicable.json``) have to fail: one that passes, or that is not
-there, fails the run. The outcome of a run of all tests goes into the file that CONFORMANCE names.
+there, fails the run. The outcome of whole classes goes into the file that CONFORMANCE names.
 """
 
 import datetime
@@ -25,9 +25,8 @@ MARKS = (
     "is_pipeline_test is_tensor_parallel_test is_training_test run_first torch_compile_test "
     "torch_export_test training_ci"
 )
-counts = defaultdict(Counter)
-failed = []
-unmet = set()
+found = {}  # of each test: passed, failed, skipped, does not apply
+met = set()
 
 
 def listed():
@@ -45,8 +44,6 @@ def is_newest():
 def pytest_configure(config):
     for mark in MARKS.split():
         config.addinivalue_line("markers", f"{mark}: of transformers' tests")
-    if OUTCOME is not None:
-        unmet.update(listed())
 
 
 def pytest_collection_modifyitems(items):
@@ -58,37 +55,54 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_logreport(report):
-    """Count by class; a test that is skipped before it runs has no call."""
-    if OUTCOME is None or (report.when != "call" and report.passed):
+    """Note the outcome; a failure of a part of a test, or of what is around it, is the test's."""
+    if OUTCOME is None or "::" not in report.nodeid:
         return
-    name, test = report.nodeid.split("::")[1:3]
+    name = "::".join(report.nodeid.split("::")[1:])
     kind = report.outcome
     if hasattr(report, "wasxfail") and report.skipped:
         kind = "does not apply"
-        unmet.discard(report.wasxfail.partition("]")[0].removeprefix("["))
-    counts[name][kind] += 1
-    if report.failed:
-        failed.append(f"{name}::{test}")
+        met.add(report.wasxfail.partition("]")[0].removeprefix("["))
+    subtest = type(report).__name__ == "SubtestReport"
+    tells = kind == "failed" if subtest else report.when == "call" or kind != "passed"
+    if tells and found.get(name) != "failed":
+        found[name] = kind
 
 
 def pytest_sessionfinish(session):
-    """Keep what a run of all tests showed, in the process that has all reports."""
+    """Keep what all tests of some classes showed, in the process that has all reports."""
     if OUTCOME in (None, "-") or hasattr(session.config, "workerinput"):
         return
+    counts = defaultdict(Counter)
+    for name, kind in found.items():
+        counts[name.partition("::")[0]][kind] += 1
+    failed = sorted(name for name, kind in found.items() if kind == "failed")
+    failed += [f"{pattern}: no test of that name fails" for pattern in sorted(unmet(counts))]
+    path = Path(OUTCOME)
+    before = json.loads(path.read_text()) if path.exists() else {"classes": {}, "failed": []}
+    classes = before["classes"] | {name: dict(sorted(counts[name].items())) for name in counts}
+    others = [name for name in before["failed"] if name.partition("::")[0] not in counts]
     kept = {
         "date": datetime.date.today().isoformat(),
         "transformers": version("transformers"),
         "torch": version("torch").partition("+")[0],
         "Python": platform.python_version(),
-        "classes": {name: dict(sorted(counts[name].items())) for name in sorted(counts)},
-        "failed": sorted(failed + [f"{pattern}: no test fails" for pattern in unmet]),
+        "classes": dict(sorted(classes.items())),
+        "failed": others + failed,
     }
-    Path(OUTCOME).parent.mkdir(exist_ok=True)
-    Path(OUTCOME).write_text(json.dumps(kept, indent=2) + "\n")
-    if unmet:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(kept, indent=2) + "\n")
+    if failed:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+def unmet(classes):
+    """Entries of the list for these classes that no test has met."""
+    named = {pattern for pattern in listed() if pattern not in met}
+    return {p for p in named if any(fnmatchcase(c, p.partition("::")[0]) for c in classes)}
+
+
 def pytest_terminal_summary(terminalreporter):
-    if OUTCOME not in (None, "-") and unmet:
-        terminalreporter.write_line(f"{LIST.name}: no test fails that {sorted(unmet)} names")
+    if OUTCOME not in (None, "-"):
+        for pattern in sorted(unmet({name.partition("::")[0] for name in found})):
+            terminalreporter.write_line(f"{LIST.name}: no test fails that is named {pattern}")

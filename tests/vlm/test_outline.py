@@ -141,6 +141,9 @@ def test_siglip_gives_its_attentions_where_it_computes_them():
     model.set_attn_implementation({"vision_config": "eager"})
     out = model.get_image_features(pixels, grids, output_attentions=True, output_hidden_states=True)
     assert out.attentions[0].shape == (1, 2, 16, 16) and len(out.hidden_states) == 3
+    model.config.vision_config.output_hidden_states = True
+    assert len(model.get_image_features(pixels, grids).hidden_states) == 3
+    assert model.get_image_features(pixels, grids, output_hidden_states=False).hidden_states is None
 
 
 def test_attentions_that_nobody_computes_are_refused_by_name():
