@@ -88,7 +88,7 @@ const share = (value) => `${value.toFixed(value < 10 ? 1 : 0)}\u00d7`;
 function drawLegend(low, high) {
   const written = state.mode === "attention" ? share : number;
   get("legend-name").textContent = {
-    similarity: "cosine similarity",
+    similarity: "cosine similarity to the marked patch",
     attention: "attention of CLS, against an even share",
     pca: "the first three principal components as red, green and blue: equal colours are equal features",
   }[state.mode];
