@@ -105,8 +105,8 @@ def sizes_of(config: Any) -> ViTSizes:
 
 
 def is_dinov2(config: Any) -> bool:
-    """Whether a config is of DINOv2, with or without registers; only theirs has an MLP's ratio."""
-    return hasattr(config, "mlp_ratio")
+    """Whether a config is of DINOv2, with or without registers."""
+    return config.model_type in DINOV2_TYPES
 
 
 def patch_size_of(config: Any) -> int:
