@@ -1,7 +1,8 @@
 """Test files that need Triton without its interpreter, or a Ray cluster, in a process of their own.
 
 Triton decides when it is imported whether kernels are compiled or interpreted, and the kernels'
-tests want the interpreter where there is no GPU. So a file in one of the folders that
+tests want the interpreter where there is no GPU. And a cluster is started once, not by each worker
+of the run. So a file in one of the folders that
 ``conftest.py`` names is one item of the run, which starts a pytest of its own on it with
 ``TRITON_INTERPRET=0``; in that process, the folder's fixtures install :mod:`ptx_machine`. By hand,
 test by test::

@@ -237,7 +237,7 @@ class _Pool:
         cpus = max(1, int(total.get("CPU", 1)))
         gpu = probed.device != "cpu"
         encoders = resources.encoders or (max(1, int(total.get("GPU", 1))) if gpu else 1)
-        threads = 0 if gpu else resources.threads or max(1, cpus * 3 // 4 // encoders)
+        threads = 0 if gpu else _threads(resources, cpus, encoders)
         return cls(encoders, int(gpu), threads, max(1, cpus - encoders * threads))
 
     def of_encoder(self) -> dict[str, Any]:
@@ -251,6 +251,11 @@ class _Pool:
         one = ray.cluster_resources().get("CPU", 1) < 2
         cpus = 0 if one else self.threads if self.threads > 1 or self.gpus else 0.99
         return {"num_gpus": self.gpus, "num_cpus": cpus}
+
+
+def _threads(resources: Resources, cpus: int, encoders: int) -> int:
+    """Of an encoder on the CPU."""
+    return resources.threads or max(1, cpus * 3 // 4 // encoders)
 
 
 class _Progress:
@@ -367,9 +372,10 @@ def _remote_probe(
     """The probe, where an encoder will run."""
     import ray
 
-    gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
+    total = ray.cluster_resources()
+    gpu = config.device != "cpu" and total.get("GPU", 0) >= 1
     dtype = manifest.facts.dtype if manifest else config.dtype
-    threads = resources.threads or 0
+    threads = _threads(resources, int(total.get("CPU", 1)), resources.encoders or 1)
     remote: Any = ray.remote(num_gpus=int(gpu))(probe)
     try:
         result: Probed = ray.get(remote.remote(config, sample, dtype, threads))

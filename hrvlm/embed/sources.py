@@ -318,7 +318,7 @@ def _files(address: str) -> tuple[str, dict[str, int], Any]:
     names = {
         name[len(root) + 1 :]: int(info.get("size") or 0)
         for name, info in found.items()
-        if info.get("type") != "directory"
+        if info.get("type") == "file" or info.get("islink")  # no folders, and no pipes, which wait
     }
     if not names:
         raise FileNotFoundError(f"{address}: no files")

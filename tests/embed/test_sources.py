@@ -44,6 +44,7 @@ def folder(tmp_path):
     for i, name in enumerate(("b/z.png", "a.PNG", "b/c.jpg")):
         (tmp_path / "in" / name).write_bytes(png(17 + i))
     (tmp_path / "in" / "notes.txt").write_text("no image")
+    os.mkfifo(tmp_path / "in" / "pipe.png")  # to open it would wait for ever
     return tmp_path
 
 
@@ -60,6 +61,11 @@ def test_ids_and_digests_do_not_depend_on_where_the_input_lies(folder):
     assert before == after and digest_of(before) == digest_of(after)
     (folder / "moved" / "a.PNG").write_bytes(png(400))
     assert digest_of(list_images(open_source(config_of(folder / "moved")))) != digest_of(after)
+
+
+def test_links_are_followed(folder):
+    (folder / "in" / "b" / "link.png").symlink_to(folder / "in" / "a.PNG")
+    assert opened(config_of(folder / "in"))["b/link.png"] == 18
 
 
 def test_patterns(folder):

@@ -19,7 +19,13 @@ import pytest
 from hrvlm.embed.run import embed
 from hrvlm.embed.store import part_name
 from tests.embed.here import rows_of
-from tests.embed.on_ray.test_run import config_of, contents, ray_processes
+from tests.embed.on_ray.test_run import (
+    DECODING,
+    ENCODING,
+    config_of,
+    contents,
+    ray_processes,
+)
 from tests.embed.pictures import write_model, write_pictures
 
 pytestmark = pytest.mark.skipif("HRVLM_SCALE" not in os.environ, reason="run by `make test-scale`")
@@ -64,9 +70,6 @@ def parts_in(out):
     return len(list(out.glob("part-*.parquet")))
 
 
-DECODING, ENCODING = "Map(decode_part)", "MapWorker(Map(Encoder))"
-
-
 def moment(chance, out, driver):
     """Wait for a random one: in the time that a run takes to start, or after some of its parts."""
     before, started = parts_in(out), time.monotonic()
@@ -98,8 +101,8 @@ def test_twenty_kills_lose_nothing_and_double_nothing(cluster, folder, whole):
                     driver.wait()
                 else:
                     victims = list(ray_processes(victim))
-                    for process in victims[:1]:
-                        process.kill()
+                    for process, _ in victims[:1]:
+                        os.kill(process, signal.SIGKILL)
                     if not victims:
                         continue
                 kills.append({"killed": victim, "run": runs, "parts_done": done})
@@ -108,8 +111,8 @@ def test_twenty_kills_lose_nothing_and_double_nothing(cluster, folder, whole):
             assert driver.returncode in (0, -signal.SIGKILL), driver.stderr.read()
         assert contents(out) == whole, f"after {kills}"
         print(f"run {runs}: {PARTS} parts are those of the undisturbed run", flush=True)
-    report("twenty_kills", {"seed": SEED, "runs": runs, "images": COUNT, "parts": PARTS,
-                            "kills": kills, "equal_bytes": True})  # fmt: skip
+        told = {"seed": SEED, "runs": runs, "images": COUNT, "parts": PARTS, "kills": kills}
+        report("kills", told | {"equal_bytes": True})  # of what is done by now
 
 
 def test_an_actor_that_keeps_dying_ends_in_a_run_with_care(cluster, folder, whole):
@@ -117,11 +120,11 @@ def test_an_actor_that_keeps_dying_ends_in_a_run_with_care(cluster, folder, whol
 
     def poison(ending):
         while not ending.is_set() and len(killed) < 6:
-            for process in ray_processes(f"{ENCODING}.submit"):
-                if process.pid not in killed:
-                    process.kill()
-                    killed.append(process.pid)
-            time.sleep(0.002)
+            for process, _ in ray_processes(f"{ENCODING}.submit"):
+                if process not in killed:
+                    os.kill(process, signal.SIGKILL)
+                    killed.append(process)
+            time.sleep(0.01)
 
     ending = threading.Event()
     thread = threading.Thread(target=poison, args=(ending,))
