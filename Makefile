@@ -11,6 +11,7 @@
 # make conformance-newest  the same under the newest releases, where make test-newest has put them
 # make sanitize  the kernels on small shapes under compute-sanitizer, on a GPU
 # make test-scale  hrvlm embed under twenty kills, a dying actor, a full disk (minutes): benchmarks/results/scale_kills.json
+# make fuzz    a million odd inputs for all that takes something from outside (minutes)
 # make fuzz-images  read 100 000 mutated image files under a memory and time rule (minutes)
 # make clean   remove what the others wrote, .venv excepted
 #
@@ -22,7 +23,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := demo
 .NOTPARALLEL:
-.PHONY: demo test test-newest test-oldest lint compiled tune gpu sanitize fuzz-images exports clean pretended test-scale conformance conformance-newest
+.PHONY: demo test test-newest test-oldest lint compiled tune gpu sanitize fuzz fuzz-images exports clean pretended test-scale conformance conformance-newest
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -128,6 +129,9 @@ sanitize:
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.kernels.sanitize \
 	    || status=$$?; \
 	done; exit $$status
+
+fuzz: $(INSTALLED_DEV)
+	$(BIN)/python -m benchmarks.hardening.fuzz --out fuzz.json
 
 fuzz-images: $(INSTALLED_DEV)
 	$(BIN)/python -m benchmarks.images.fuzz --out image_fuzz.json

@@ -41,9 +41,10 @@ def architecture(canonical: Mapping[str, Tensor]) -> ViTSizes:
         num_hidden_layers=num_layers,
         num_attention_heads=0,
         intermediate_size=layers["mlp.up_proj.weight"].shape[0]
-        if "mlp.up_proj.weight" in layers
+        if "mlp.up_proj.weight" in layers and layers["mlp.up_proj.weight"].ndim
         else 4 * patch[0],
-        num_register_tokens=0 if registers is None else registers.shape[1],
+        # Of a shape without such an axis, any number says that it is another shape.
+        num_register_tokens=0 if registers is None else [*registers.shape, 0, 0][1],
         use_gated_mlp=gated,
         hidden_act="silu" if gated else "gelu",
         query_bias="attention.q_proj.bias" in layers,

@@ -106,7 +106,13 @@ def config_of(reading: Reading, overrides: Mapping[str, Any]) -> Config:
     found = {name: value for name, value in asdict(sizes).items() if name in names}
     size = sizes.hidden_size
     if reading.periods is not None:
-        found["num_attention_heads"] = size // (4 * reading.periods.numel())
+        pairs = reading.periods.numel()
+        if not pairs or size % (4 * pairs) or reading.periods.ndim != 1:
+            raise ValueError(
+                f"rope_embed.periods {[*reading.periods.shape]}: expected head_dim / 4 numbers, "
+                f"of a head_dim that divides the hidden_size {size}"
+            )
+        found["num_attention_heads"] = size // (4 * pairs)
         if "rope_theta" not in overrides:
             found["rope_theta"] = _theta(reading.periods)
     elif "num_attention_heads" not in overrides:

@@ -207,9 +207,9 @@ def _split_qkv(match: re.Match[str], tensor: Tensor) -> Iterator[tuple[str, Tens
     if name is not None:
         yield f"{name}_proj.bias", tensor
         return
-    if tensor.shape[0] % 3:
+    if not tensor.ndim or tensor.shape[0] % 3:
         raise ValueError(
-            f"{match.string}: its {tensor.shape[0]} rows are not q, k and v of equal size"
+            f"{match.string}: the rows of {[*tensor.shape]} are not q, k and v of equal size"
         )
     for name, part in zip("qkv", tensor.chunk(3), strict=True):
         yield f"{name}_proj.{leaf}", part
@@ -239,7 +239,8 @@ def _unpack_gated_mlp(canonical: dict[str, Tensor]) -> None:
     for key in [key for key in canonical if key.endswith("mlp.up_proj.weight")]:
         head = key.removesuffix("up_proj.weight")
         down = canonical.get(f"{head}down_proj.weight")
-        if down is None or canonical[key].shape[0] != 2 * down.shape[1]:
+        up = canonical[key]
+        if down is None or not up.ndim or down.ndim < 2 or up.shape[0] != 2 * down.shape[1]:
             continue
         for leaf in ("weight", "bias"):
             if f"{head}up_proj.{leaf}" in canonical:
@@ -251,6 +252,7 @@ def _add_absent(canonical: dict[str, Tensor], layout: Layout, family: Family) ->
     """What transformers' model has as a tensor and other layouts may leave away."""
     mask = "embeddings.mask_token"
     weight = canonical["embeddings.patch_embeddings.weight"]
+    width = weight.shape[0] if weight.ndim else 0  # which is another shape
     added = {}
     if family == "dinov2":
         if layout == "timm":
@@ -259,9 +261,9 @@ def _add_absent(canonical: dict[str, Tensor], layout: Layout, family: Family) ->
         canonical |= added
         return tuple(added)
     if layout in ("meta", "timm") and "embeddings.register_tokens" not in canonical:
-        added["embeddings.register_tokens"] = weight.new_empty(1, 0, weight.shape[0])
+        added["embeddings.register_tokens"] = weight.new_empty(1, 0, width)
     if layout == "timm" and mask not in canonical:
-        added[mask] = weight.new_zeros(1, 1, weight.shape[0])
+        added[mask] = weight.new_zeros(1, 1, width)
     if layout == "meta" and mask in canonical and canonical[mask].ndim == 2:
         canonical[mask] = canonical[mask][:, None]
     canonical |= added

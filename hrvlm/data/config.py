@@ -124,13 +124,13 @@ def data_config(section: Any) -> DataConfig:
     """
     section = dict(as_mapping(section, "data"))
     check_names(section, [f.name for f in dataclasses.fields(DataConfig)], "data.")
-    if not section.get("train"):
-        raise ValueError("data.train is missing: one source, or a list of them")
     for name in ("train", "eval"):
-        given = section.get(name) or []
-        given = [given] if isinstance(given, Mapping) else given
+        given = section.get(name)
+        given = [] if given is None else [given] if isinstance(given, Mapping) else given
         if not isinstance(given, list):
             raise ValueError(f"data.{name}: expected a source or a list of them, got {given!r}")
+        if name == "train" and not given:
+            raise ValueError("data.train is missing: one source, or a list of them")
         section[name] = tuple(_source(s, f"data.{name}[{i}]") for i, s in enumerate(given))
     for name in ("max_sample_length", "sequence_packing"):
         if (value := section.get(name)) is not None:
@@ -142,7 +142,7 @@ def data_config(section: Any) -> DataConfig:
 def _source(section: Any, where: str) -> SourceConfig:
     section = dict(as_mapping(section, where))
     kind = section.pop("kind", None)
-    if kind not in SOURCES:
+    if not isinstance(kind, str) or kind not in SOURCES:
         raise ValueError(f"{where}.kind={kind!r}: expected one of {sorted(SOURCES)}")
     fields = dataclasses.fields(SOURCES[kind])
     names = [f.name for f in fields]

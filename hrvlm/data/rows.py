@@ -79,9 +79,9 @@ def _message(
     """Role and text of one message, with a marker for each of its images, which are added."""
     where = f"{name}: message {index}"
     message = message if isinstance(message, Mapping) else {}
-    role = message.get("role") or message.get("from")
+    role = message.get("from") if message.get("role") is None else message["role"]
     role = _ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in ("system", "user", "assistant"):
+    if not isinstance(role, str) or role not in ("system", "user", "assistant"):
         raise ValueError(f"{where}: expected a user, an assistant or system, got {role!r:.60}")
     content = message.get("content")
     content = message.get("value") if content is None else content

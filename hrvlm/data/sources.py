@@ -259,7 +259,7 @@ class JsonLines(Sequence[Any]):
             line = file.readline()
         try:
             return json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return line.decode(errors="replace")
 
 

@@ -156,7 +156,7 @@ class JsonLines(_Table):
                     line = file.read(entry.size)
                     try:
                         row = json.loads(line)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         yield ImageError(f"no JSON: {error}")
                     else:
                         yield self._of_row(row, entry.id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -43,8 +44,8 @@ class GraphedEncoder:
     """An encoder that replays CUDA graphs, for inference.
 
     The graphs read the encoder's weights where they are: changing them in place is seen, moving or
-    casting the encoder is not and needs a new GraphedEncoder. Results are copies, so that the next
-    call does not overwrite them.
+    casting the encoder needs a new GraphedEncoder. Results are copies, so that the next call does
+    not overwrite them. Threads, on streams of their own too, take turns: the graphs share buffers.
 
     Args:
         encoder: On a GPU, in eval mode.
@@ -54,7 +55,7 @@ class GraphedEncoder:
         ValueError: `sizes` is empty, a side is not a positive multiple of the patch size, or the
             encoder is in training mode.
         RuntimeError: the encoder is not on a GPU, or autocast is on (its copies of the weights do
-            not outlive it: cast the encoder instead).
+            not outlive it: cast the encoder instead); in a call, it was moved or cast since.
     """
 
     def __init__(self, encoder: PackedEncoder, sizes: Sequence[Sequence[Sequence[int]]]):
@@ -73,6 +74,7 @@ class GraphedEncoder:
                 "graphed: autocast is on; cast the encoder (encoder.to(torch.bfloat16)) instead"
             )
         self.encoder = encoder
+        self._turns, self._place = Lock(), self._place_of_weights()
         self._recordings: dict[tuple[_Grid, ...], _Recording] = {}
         pool = None
         with torch.cuda.device(device):
@@ -80,6 +82,11 @@ class GraphedEncoder:
                 recording = _record(encoder, grids, device, pool)
                 self._recordings[grids] = recording
                 pool = recording.graph.pool()
+            self._last = torch.cuda.Event()  # recorded after each replay
+            self._last.record()
+
+    def _place_of_weights(self) -> int:
+        return next(self.encoder.parameters()).data_ptr()  # moving a module moves all
 
     def __call__(
         self, pixel_values: Tensor | Sequence[Tensor], *, grids: Grids | None = None
@@ -101,15 +108,20 @@ class GraphedEncoder:
         if patches.requires_grad and torch.is_grad_enabled():
             raise ValueError("pixel_values requires grad, but a graphed encoder has no backward")
         recording = _select(self._recordings, packed.grids or (), self.encoder.patch_size)
+        if self._place_of_weights() != self._place:
+            raise RuntimeError("graphed: the encoder was moved or cast since; make new graphs")
         with (
+            self._turns,
             torch.inference_mode(False),
             torch.no_grad(),
             torch.cuda.device(recording.patches.device),
         ):
+            self._last.wait()  # of another stream
             recording.patches.copy_(patches.detach(), non_blocking=True)
             recording.graph.replay()
             hidden = recording.packed_last_hidden_state.clone()
             pooled = recording.pooler_output.clone()
+            self._last.record()
         if batch is None:
             return PackedEncoderOutput(hidden, pooled, packed=recording.packed)
         hidden = hidden.unflatten(0, (batch, -1))
@@ -132,7 +144,8 @@ def _record(
                 encoder(patches, grids=packed, return_dict=True)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads may go on allocating: only what this one does is recorded.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             out = encoder(patches, grids=packed, return_dict=True)
     return _Recording(graph, patches, out.packed_last_hidden_state, out.pooler_output, packed)
 

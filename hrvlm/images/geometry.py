@@ -178,9 +178,9 @@ def image_token_count(patch_grid: tuple[int, int], factor: int, append_cls: bool
     """Tokens that an image has in the language model: gh * gw, and one more for its CLS.
 
     Raises:
-        ValueError: the factor does not divide the patch grid.
+        ValueError: the factor is no whole number of at least 1, or does not divide the patch grid.
     """
-    gh, gw = shuffled_grid(patch_grid, factor)
+    gh, gw = shuffled_grid(patch_grid, positive_int("factor", factor))
     return gh * gw + append_cls
 
 

@@ -95,6 +95,7 @@ class TrainingConfig:
         Raises:
             ValueError: a name is unknown (the nearest one is named) or missing; a value is wrong.
         """
+        sections = as_mapping(sections, "configuration")
         known = ("model", "data", "training")
         check_names(sections, [*known, "lora"], "")
         if missing := [name for name in known if name not in sections]:
@@ -185,7 +186,7 @@ def _model_config(section: Any) -> ModelConfig:
     true_or_false("model.allow_fp16", common.get("allow_fp16", False))
     if "path" in rest:
         if len(rest) > 1:
-            others = sorted(set(rest) - {"path"})
+            others = sorted(map(str, set(rest) - {"path"}))
             raise ValueError(f"model.path: the model is all there; leave out {others}")
         return ModelConfig(path=str(rest["path"]), **common)
     if given := [name for name in _PARTS if name in rest]:

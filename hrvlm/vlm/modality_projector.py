@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hrvlm_kernels import PackedGrids, layer_norm_pixel_shuffle, pixel_shuffle_linear
-from hrvlm_kernels.backends import choose_backend
+from hrvlm_kernels.backends import autocasts, choose_backend
 from hrvlm_kernels.ops.layer_norm_pixel_shuffle import MAX_CHANNELS, choose_route
 from hrvlm_kernels.ops.pixel_shuffle_linear import compute_dtype
 
@@ -215,8 +214,7 @@ class ModalityProjector(nn.Module):
         return self._projected(x if norm is None else norm(x), packed)
 
     def _normed_and_projected(self, x: Tensor, packed: PackedGrids, norm: Any) -> Tensor:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = compute_dtype(x) if autocast else input_dtype(self.proj, x)
+        dtype = compute_dtype(x) if autocasts(x) else input_dtype(self.proj, x)
         rows = layer_norm_pixel_shuffle(
             x,
             packed,
@@ -300,6 +298,6 @@ class ModalityProjector(nn.Module):
 
 def _as_input(module: nn.Module, x: Tensor) -> Tensor:
     """`x` in the dtype that `module` is to be given; under autocast the module's call casts."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         return x
     return x.to(input_dtype(module, x))

@@ -8,6 +8,7 @@ template, even where that knows text only: see `IMAGE_PRELUDE`.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -292,7 +293,9 @@ class VLMProcessor(ProcessorMixin):
             if masks and not marked:
                 found = self._assistant_masks(conversation, inputs, template, kwargs)
                 inputs["assistant_masks"] = found
-        except TemplateError as error:
+        except Exception as error:
+            if not _of_template(error):
+                raise
             raise ValueError(f"the chat template does not take this chat: {error}") from error
         return inputs
 
@@ -350,6 +353,12 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
+def _of_template(error: Exception) -> bool:
+    """Whether it is Jinja's, or was raised by what a template does."""
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, TemplateError | RecursionError | SyntaxError) or "<template>" in frames
+
+
 def _blocks(conversation: Any) -> Iterator[tuple[str, str, str]]:
     """(where, type, text) of all contents of a chat or a batch of chats, which are checked."""
     if not isinstance(conversation, list | tuple):
@@ -364,7 +373,8 @@ def _blocks(conversation: Any) -> Iterator[tuple[str, str, str]]:
                 raise ValueError(
                     f'{where}: expected {{"role": ..., "content": ...}}, got {message!r:.60}'
                 )
-            content = message.get("content") or []
+            content = message.get("content")
+            content = [] if content is None else content
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
             if not isinstance(content, list | tuple):
@@ -375,12 +385,12 @@ def _blocks(conversation: Any) -> Iterator[tuple[str, str, str]]:
 
 def _block(where: str, block: Any) -> tuple[str, str]:
     kind = block.get("type") if isinstance(block, Mapping) else None
-    if kind not in ("text", "image", "image_url"):
+    if not isinstance(kind, str) or kind not in ("text", "image", "image_url"):
         raise ValueError(
             f'{where}: expected {{"type": "text", "text": ...}} or {{"type": "image", "image": '
             f"...}}, got {block!r:.60}"
         )
-    text = block.get("text") or ""
+    text = "" if block.get("text") is None else block["text"]
     if not isinstance(text, str) or (kind == "text" and "text" not in block):
         raise ValueError(f"{where}: expected a text in 'text', got {block!r:.60}")
     return kind, text

@@ -190,6 +190,11 @@ def _explain(op: str, backend: str, example: Tensor) -> str:
     return f"{chosen} ({where}; backend={backend!r})"
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`; the meta device has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def installed(name: str) -> bool:
     """Whether the module `name` is there, not merely a namespace of that name."""
     try:

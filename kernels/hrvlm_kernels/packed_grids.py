@@ -133,7 +133,7 @@ class PackedGrids:
         if device is None:
             device = cu_seqlens.device if isinstance(cu_seqlens, Tensor) else "cpu"
         ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
-        if not ends or ends[0] != 0:
+        if not ends or not is_int(ends[0], 0) or ends[0] != 0:
             raise ValueError(f"cu_seqlens must start at 0, got {_short(ends)}")
         return PackedGrids.from_lengths([b - a for a, b in pairwise(ends)], device=device)
 
@@ -363,7 +363,10 @@ def _canonical(device: torch.device | str) -> torch.device:
         raise ValueError(f"device={device!r}: torch knows no such device") from error
     if device.type == "cuda" and device.index is None:
         # "cuda" and "cuda:0" must share one cache entry.
-        return torch.device("cuda", torch.cuda.current_device())
+        try:
+            return torch.device("cuda", torch.cuda.current_device())
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={str(device)!r}: it is not here ({error})") from error
     return device
 
 

@@ -76,11 +76,17 @@ def upload_together(parts: dict[str, Tensor], device: torch.device) -> dict[str,
     sizes = [-(-part.numel() // 4) * 4 for part in parts.values()]
     sizes[0] += _GAP
     pinned = device.type == "cuda"
-    buffer = torch.empty(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
-    padded = zip(parts.values(), buffer.split(sizes), strict=True)
-    for part, space in padded:
-        space[: part.numel()] = part.view(-1)
-    buffer = buffer.to(device, non_blocking=pinned)
+    try:
+        buffer = torch.empty(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
+        padded = zip(parts.values(), buffer.split(sizes), strict=True)
+        for part, space in padded:
+            space[: part.numel()] = part.view(-1)
+        buffer = buffer.to(device, non_blocking=pinned)
+    except (RuntimeError, AssertionError) as error:
+        if pinned and 0 <= (device.index or 0) < torch.cuda.device_count():
+            raise
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"device={str(device)!r}: it is not here ({first})") from error
     return {
         name: space[: part.numel()].view(part.shape)
         for (name, part), space in zip(parts.items(), buffer.split(sizes), strict=True)

@@ -31,6 +31,7 @@ from tests.kernels import test_pixel_shuffle_linear as shuffle
 from tests.kernels import test_qkv_attention as qkv
 from tests.kernels import test_residual_layer_norm as residual
 from tests.kernels import test_rope_2d as rope
+from tests.kernels import test_same_bits as same_bits
 from tests.kernels import test_swiglu as gated
 from tests.kernels.helpers import strided_copy
 
@@ -285,6 +286,14 @@ def _layouts() -> Iterator[Case]:
                     lambda check=check, d=d, dtype=dtype: check(d, dtype),
                     core if (label, d) == ("bf16", 64) else (),
                 )  # fmt: skip
+    for label, dtype in DTYPES.items():
+        for op in same_bits.OPS:
+            core = BOTH if label == "bf16" and op == "varlen_attention with RoPE" else ()
+            name, _, way = op.partition(" ")
+            yield Case(
+                name, label, f"{way} the same bits in any pack".strip(),
+                lambda op=op, dtype=dtype: same_bits.check_same_bits(op, dtype), core,
+            )  # fmt: skip
     for d in (4, 20, 36, 100):
         yield Case("rope_2d", "bf16", f"D={d}", lambda d=d: (
             rope.check_forward(d, BF16), rope.check_backward(d, BF16)

@@ -1,5 +1,7 @@
 """CUDA graphs of the encoder: what is refused, and on a GPU equal outputs."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -112,3 +114,29 @@ def test_a_replay_never_waits_for_the_device(encoder):
         graphed(patches, grids=packed)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_threads_take_turns(encoder):
+    graphed = encoder.graphed(SIZES)
+    images = [images_of(SIZES[i % 3], seed=i) for i in range(24)]
+    expected = [graphed(one).packed_last_hidden_state for one in images]
+
+    def replay(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return [graphed(images[i]).packed_last_hidden_state for _ in range(5)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for right, found in zip(expected, pool.map(replay, range(24)), strict=True):
+            torch.cuda.synchronize()
+            assert all(torch.equal(one, right) for one in found)
+
+
+@pytest.mark.gpu
+def test_an_encoder_that_was_cast_raises(encoder):
+    graphed = encoder.graphed(SIZES[:1])
+    kept = [p.data for p in encoder.parameters()]  # so that no new weight takes an old one's place
+    encoder.to(torch.float32)
+    with pytest.raises(RuntimeError, match="was moved or cast since"):
+        graphed(images_of(SIZES[0], 0))
+    assert kept

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose_backend
+from ..backends import autocasts, choose_backend
 from ..packed_grids import PackedGrids, check_packed
 from .torch_op import ops, register, register_backward
 
@@ -142,7 +142,7 @@ def pixel_shuffle_linear(
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a matrix product with `x`: its own, or autocast's where that would cast it."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and autocasts(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention_problem import Problem, folds_rope
-from ..backends import choose_backend, installed
+from ..backends import autocasts, choose_backend, installed
 from ..packed_grids import PackedGrids, check_packed
 from ..traced_grids import TracedGrids
 from .rope_2d import check_constant, check_rope_inputs, check_table, rope_2d, rope_table
@@ -176,7 +176,7 @@ def with_rope_table(
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if tensors[0].dtype == torch.float64 or not autocasts(tensors[0]):
         return tensors
     return tuple(a.to(torch.get_autocast_dtype(device)) for a in tensors)
 

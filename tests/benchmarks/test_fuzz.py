@@ -1,0 +1,139 @@
+"""What takes something from outside, on inputs that nobody would write: see benchmarks/hardening.
+
+FUZZ_SECONDS are the CPU seconds of each target (12 of them); `make fuzz` does a million cases.
+"""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.hardening.fuzz import case, run_cases
+from benchmarks.hardening.targets import TARGETS, attempt
+from hrvlm.checkpoints.convert import from_transformers, infer_config, to_transformers
+from hrvlm.data.config import data_config
+from hrvlm.data.rows import plain_row
+from hrvlm.data.sources import JsonLines
+from hrvlm.training.config import TrainingConfig
+from hrvlm.vlm.placeholders import as_grids, count_tokens
+from hrvlm_kernels import PackedGrids
+from tests.tiny import processor_of
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "0.3"))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_corpus(name):
+    outcomes = {attempt(TARGETS[name], value) for value in TARGETS[name].seeds()}
+    assert "taken" in outcomes
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(draw=st.randoms(use_true_random=False))
+def test_hypothesis_finds_nothing(name, draw):
+    attempt(TARGETS[name], TARGETS[name].draw(draw))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_random_cases_find_nothing(name):
+    seed = 0 if os.environ.get("CI") else random.randrange(1 << 30)
+    result = run_cases(name, seed, range(1 << 30), SECONDS)
+    assert not result["finds"], f"--target {name} --seed {seed}: {result['finds']}"
+    assert result["cases"] > 5
+
+
+def test_a_find_is_told_and_can_be_made_again():
+    assert repr(case("rows", 3, 5)) == repr(case("rows", 3, 5)) != repr(case("rows", 3, 6))
+    broken = {"height": 640, "width": 960, "max_img_size": 960, "allow_upscale": None}
+    with pytest.raises(AssertionError):
+        attempt(TARGETS["rows"].__class__(None, _wrong, (ValueError,), 1, list), broken)
+
+
+def _wrong(value):
+    assert value["allow_upscale"] is not None
+
+
+def _training(model):
+    sections = {"data": {"train": {"kind": "jsonl", "path": "d"}}, "training": {"output_dir": "o"}}
+    return TrainingConfig.from_dict({"model": {"path": "m"} | model} | sections)
+
+
+CHAT = [{"role": "user", "content": "Hi"}]
+
+STATE = TARGETS["keys"].seeds()[0]
+META = from_transformers(STATE, "meta", infer_config(STATE, num_attention_heads=1))
+
+# What was found, made small: the call, and what it says now.
+FINDS = {
+    "no periods": (
+        lambda: infer_config(META | {"rope_embed.periods": torch.zeros(0)}),
+        "rope_embed.periods",
+    ),
+    "a patch embedding without axes": (
+        lambda: infer_config(META | {"patch_embed.proj.weight": torch.tensor(1.0)}),
+        "patch embedding: expected a weight",
+    ),
+    "grids that are no list": (lambda: as_grids(256), "image_grid_hw: expected a pair"),
+    "factor 0": (lambda: count_tokens([(2, 2)], 0), "factor=0: expected a whole number"),
+    "factor of bytes": (lambda: count_tokens([(2, 2)], b"\xff"), "factor=b"),
+    "a configuration that is a number": (lambda: TrainingConfig.from_dict(16), "configuration: "),
+    "a kind that is a set": (
+        lambda: data_config({"train": {"kind": set(), "path": "d"}}),
+        "kind=set",
+    ),
+    "data that is a tensor": (lambda: data_config({"train": torch.tensor([1, 2])}), "data.train: "),
+    "names of several types": (lambda: _training({"16": 1, ("a", 1): 2}), "leave out"),
+    "a role that is a tensor": (
+        lambda: plain_row({"messages": [{"role": torch.tensor([]), "content": ""}]}),
+        "message 0: expected a user",
+    ),
+    "a device that is not here": (
+        lambda: PackedGrids.from_grids([], device=99),
+        "it is not here|knows no such device",
+    ),
+    "a GPU that is not here": (
+        lambda: PackedGrids.from_grids([], device="cuda" + ":99" * torch.cuda.is_available()),
+        "it is not here",
+    ),
+    "ends of tensors": (
+        lambda: PackedGrids.from_cu_seqlens([torch.tensor([]), 3]),
+        "start at 0",
+    ),
+    "numpy's bools": (lambda: TrainingConfig.from_dict(np.True_), "configuration: "),
+    "a content that is a tensor": (
+        lambda: processor_of().apply_chat_template([{"role": "user", "content": torch.zeros(2)}]),
+        "expected a text or a list",
+    ),
+    "a template that divides by 0": (
+        lambda: processor_of().apply_chat_template(CHAT, "{{ 1/0 }}"),
+        "the chat template does not take this chat: division by zero",
+    ),
+    "a template that breaks out of no loop": (
+        lambda: processor_of().apply_chat_template(CHAT, "{% break %}"),
+        "the chat template does not take this chat: 'break' outside loop",
+    ),
+    "weights without axes": (
+        lambda: to_transformers(STATE | {
+            "embeddings.register_tokens": torch.tensor(1.0)
+        }),
+        "register_tokens",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FINDS)
+def test_what_was_found_says_what_is_wrong(name):
+    call, message = FINDS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_line_nested_deeper_than_python_goes_is_no_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n' + "[" * 100_000)
+    rows = JsonLines(tmp_path / "rows.jsonl")
+    assert rows[0] == {"question": "a"} and isinstance(rows[1], str)
