@@ -20,9 +20,12 @@ from benchmarks.case import MIXED_LENGTHS
 from benchmarks.counted.case import Case, Grid, Part, Sample, spread
 from hrvlm_kernels import PackedGrids, reference
 from hrvlm_kernels.attention_problem import Problem
+from hrvlm_kernels.packed_tables import SHORT_SEQLEN
 from hrvlm_kernels.triton_kernels import varlen_attention as forward
 from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
+from hrvlm_kernels.triton_kernels.launch import architecture
 from hrvlm_kernels.triton_kernels.tilings import Tiling
+from hrvlm_kernels.triton_kernels.varlen_attention_short import select_short_tilings
 
 HEADS = 16
 LENGTHS = (201, 577, 2309, 4101)
@@ -75,31 +78,40 @@ def _samples(lengths: Sequence[int]) -> dict[str, Sample]:
     }
 
 
+Moved = dict[str, tuple[int, float]]
+
+
 def _work(
-    lengths: Sequence[int], head_dim: int, products: int, tensors: int, each: dict[str, int]
+    lengths: Sequence[int], head_dim: int, products: int, tensors: int, each: Moved
 ) -> dict[str, Any]:
     """Of all heads: scores, FLOPs of so many products, bytes of so many tensors [T, H, D] and lse.
 
-    `each` says how many of those a kernel has to move.
+    `each` says how many of those a kernel has to move, and for which share of the tokens.
     """
     scores, tokens = HEADS * sum(n * n for n in lengths), sum(lengths)
 
-    def moved(count: int) -> float:
-        return HEADS * tokens * (count * head_dim * 2.0 + 4)
+    def moved(count: int, of: float = tokens) -> float:
+        return HEADS * of * (count * head_dim * 2.0 + 4)
 
     return {
         "unit": "score",
         "units": scores,
         "flops": 2 * products * scores * head_dim,
         "least": moved(tensors),
-        "sharing": {name: moved(count) for name, count in each.items()},
+        "sharing": {name: moved(count, tokens * share) for name, (count, share) in each.items()},
     }
 
 
-_FORWARD = {"attention": 4, "flash": 4, "parallel_attn": 4}
+_FORWARD: Moved = {name: (4, 1.0) for name in ("attention", "flash", "parallel_attn")}
 # dq reads q, k, v, g and out; dk and dv too, but for out. Atomics add dq in float32.
-_BACKWARD = {"_dq": 6, "_dkdv": 6, "_dkv": 6}
-_ATOMIC = {"_dq": 2, "_dkdv": 8}
+_BACKWARD: Moved = {name: (6, 1.0) for name in ("_dq", "_dkdv", "_dkv")}
+_ATOMIC: Moved = {"_dq": (2, 1.0), "_dkdv": (8, 1.0)}
+
+
+def _short_and_long(lengths: Sequence[int]) -> Moved:
+    """Of a forward with RoPE, whose kernels share the images."""
+    short = sum(n for n in lengths if n <= SHORT_SEQLEN) / sum(lengths)
+    return {"attention_short": (4, short), "attention_forward": (4, 1 - short)}
 
 
 def problem(lengths: Sequence[int], head_dim: int, rotate: bool) -> Problem:
@@ -123,6 +135,7 @@ def forward_case(
     x = problem(lengths, head_dim, rotate)
     out = torch.zeros_like(x.q, memory_format=torch.contiguous_format)
     lse = torch.zeros(HEADS, x.q.shape[0])
+    by_length = rotate and select_short_tilings(architecture(x.q.device), head_dim, BF16)
     return Case(
         op="attention forward" + " with RoPE" * rotate,
         size=f"{size} D={head_dim}",
@@ -130,7 +143,7 @@ def forward_case(
         start=partial(forward.forward, x, out, lse, tilings, short_tilings),
         samples=_samples(lengths),
         role=role,
-        **_work(lengths, head_dim, 2, 4, _FORWARD),
+        **_work(lengths, head_dim, 2, 4, _short_and_long(lengths) if by_length else _FORWARD),
     )
 
 

@@ -1,8 +1,9 @@
 """The machine code of a kernel: its loops, and an estimate of what it executes.
 
-PTX says how often each loop runs, SASS how many instructions a turn has. A loop of one is matched
-with a loop of the other by what ptxas neither adds nor drops there: products, or loads and stores
-of global memory, or exponentials. Where the loops can't be matched, PTX alone is left.
+PTX says how often each block runs, SASS how many instructions it has. The products of a kernel are
+the same in both, in the same order, and tell which blocks belong together; where ptxas unrolled a
+loop, or there are no products, loops are matched, by products, loads and stores of global memory,
+or exponentials. Where that fails, PTX alone is left.
 """
 
 from __future__ import annotations
@@ -174,33 +175,82 @@ def of_ptx(kernel: Kernel) -> Code:
 
 
 def executed(counts: LaunchCounts, code: Code) -> Counter[str] | None:
-    """Warp instructions by SASS family; None where the loops of both codes can't be matched."""
+    """Warp instructions by SASS family; None where the blocks of both codes can't be matched."""
     ptx, runs = of_ptx(counts.kernel), counts.runs
     if any(op.startswith("setmaxnreg") for block in ptx.blocks for op in block):
         return None  # warps have code of their own
-    turns = _turns(ptx, code, runs)
-    if turns is None:
+    times = _one_by_one(ptx, code, runs) or _by_loops(ptx, code, runs)
+    if times is None:
         return None
     found: Counter[str] = Counter()
-    loops = code.innermost()
-    for block, ops in enumerate(code.blocks):
-        times = runs[0] if loops[block] is None else turns.get(loops[block], 0)
+    for ops, count in zip(code.blocks, times, strict=True):
         for op in ops:
-            found[family(op)] += times
+            found[family(op)] += count
     return found
 
 
-def _turns(ptx: Code, code: Code, runs: Sequence[int]) -> dict[int, float] | None:
-    """How many warps run the blocks of each loop of `code`, by its header."""
+def _one_by_one(ptx: Code, code: Code, runs: Sequence[int]) -> list[float] | None:
+    """How many warps run each block of `code`, where its products are those of PTX one for one."""
+    in_ptx, in_sass = _ANCHORS[0]
+    wanted = [
+        times for ops, times in zip(ptx.blocks, runs, strict=True)
+        for op in ops if op.startswith(in_ptx)
+    ]  # fmt: skip
+    counts = [sum(op.startswith(in_sass) for op in ops) for ops in code.blocks]
+    if not wanted or len(wanted) != sum(counts):
+        return None
+    times: list[float | None] = [None] * len(counts)
+    for block, count in enumerate(counts):
+        mine, wanted = wanted[:count], wanted[count:]
+        if len(set(mine)) > 1:
+            return None
+        if mine:
+            times[block] = float(mine[0])
+    return _spread(code, times, float(runs[0]))
+
+
+def _spread(code: Code, times: list[float | None], warps: float) -> list[float]:
+    """Give blocks in a row the count of one of them, those in a loop the loop's, others `warps`."""
+    before: list[list[int]] = [[] for _ in code.blocks]
+    for block, targets in enumerate(code.successors):
+        for target in targets:
+            before[target].append(block)
+    pairs = [
+        (block, targets[0]) for block, targets in enumerate(code.successors)
+        if len(targets) == 1 and len(before[targets[0]]) == 1
+    ]  # fmt: skip
+    changed = True
+    while changed:
+        changed = False
+        for pair in pairs:
+            for a, b in (pair, pair[::-1]):
+                if times[a] is not None and times[b] is None:
+                    times[b], changed = times[a], True
+    loops, of_loop = code.innermost(), {}
+    for loop, count in zip(loops, times, strict=True):
+        if loop is not None and count is not None:
+            of_loop[loop] = max(count, of_loop.get(loop, 0.0))
+    return [
+        count if count is not None else warps if loop is None else of_loop.get(loop, 0.0)
+        for loop, count in zip(loops, times, strict=True)
+    ]
+
+
+def _by_loops(ptx: Code, code: Code, runs: Sequence[int]) -> list[float] | None:
+    """How many warps run each block, where both have the same loops, unrolled or not."""
+    loops = code.innermost()
+    turns: dict[int, float] | None = None
     if not any(loop is not None for loop in ptx.innermost()):
-        return {}
+        turns = {}
     for in_ptx, in_sass in _ANCHORS:
         wanted = ptx.in_loops(in_ptx, runs)
         static = code.in_loops(in_sass, [1] * len(code.blocks))
-        if wanted and len(wanted) == len(static):
+        if turns is None and wanted and len(wanted) == len(static):
             pairs = zip(sorted(wanted), sorted(static), strict=True)
-            return {s: wanted[p] / static[s] for p, s in pairs}
-    return None
+            turns = {s: wanted[p] / static[s] for p, s in pairs}
+    if turns is None:
+        return None
+    return [float(runs[0]) if loop is None else turns.get(loop, 0.0) for loop in loops]
 
 
 def main_loop(code: Code) -> Counter[str]:

@@ -53,9 +53,16 @@ def choose(
         best = best_of(found)
         print(f"* {name} {key} {short(best)}", flush=True)
         put(tables[op.table], key, best)
-        chosen[chip] = f"counted, Triton {triton.__version__}"
+        chosen[chip] = described(chosen[chip], op.table)
         table_file.replace(tables, chosen, spilling, out)
     return failed
+
+
+def described(before: str, table: str) -> str:
+    """CHOSEN_BY of a chip when this table is counted too."""
+    counted = {name for name in before.split(" counted")[0].split(", ") if name.isupper()}
+    names = ", ".join(sorted(counted | {table}))
+    return f"{names} counted; others compiled, Triton {triton.__version__}"
 
 
 def best_of(found: dict[Any, tuple[float, float]]) -> Any:

@@ -165,7 +165,8 @@ def _norm_keys(chip: str) -> list[Key]:
 
 def _norm_candidates(key: Key) -> list[NormConfig]:
     most = max(1, 4096 // key[1])
-    return [NormConfig(r, w) for r, w in product((1, 2, 4, 8), (4, 8, 16)) if r <= most]
+    rows = [r for r in (1, 2, 4, 8) if r <= most and (r * key[1] >= 1024 or r == most)]
+    return [NormConfig(r, w) for r, w in product(rows, (1, 2, 4, 8, 16))]
 
 
 def _norm_calls(key: Key, device: str, *, backward: bool) -> list[Call]:

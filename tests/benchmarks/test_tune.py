@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 from triton import CompilationError
 from triton.runtime.errors import PTXASError
 
@@ -48,6 +49,9 @@ def test_what_is_chosen_by_counts():
     assert counted.best_of({"a": (100, 10), "b": (99.5, 9.99)}) == "a"
     assert counted.inside((7, 1, 2)) == [([1, 4, 7, 9, 12], 14 / 5)]
     assert counted.inside((2, 1, 1)) == [([0, 1], 1)]
+    told = counted.described("compiled, Triton 3.6.0", "NORM_FORWARD")
+    assert told == f"NORM_FORWARD counted; others compiled, Triton {triton.__version__}"
+    assert counted.described(told, "DQ").startswith("DQ, NORM_FORWARD counted; others")
 
 
 def test_a_dry_run_compiles_every_candidate(capsys, monkeypatch):

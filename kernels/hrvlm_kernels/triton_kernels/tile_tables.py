@@ -2,9 +2,10 @@
 
 Each row holds the tile sizes to use, then those for when they do not fit the chip; a row without a
 chip is that of all chips without a row of their own. CHOSEN_BY names the GPU that decided, or says
-"compiled": chosen by reading compiled code (no spills, asynchronous tensor cores), not yet measured
-on a GPU. It also names the Triton that compiled. Another one lays out registers anew: SPILLS has,
-for every release that all rows were compiled with, the tiles that spill (``python -m
+"compiled": chosen by reading compiled code (no spills, asynchronous tensor cores), or, of the
+tables that it names, "counted": by what candidates execute (docs/counted.md); neither is measured.
+It also names the Triton that compiled. Another one lays out registers anew: SPILLS has, for every
+release that all rows were compiled with, the tiles that spill (``python -m
 benchmarks.tuning.spills``). There the next ones of their row are used.
 """
 
