@@ -222,16 +222,23 @@ def check_forward(out: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool = F
     assert error < 0.02, f"off by {error:.3f}"
 
 
-def shipped(chip: int) -> Iterator[Callable[[], Case]]:
-    """All that the package has, made one by one: a mixed draw is large."""
+def forwards(chip: int) -> Iterator[Callable[[], Case]]:
+    """Of every pack, with and without RoPE, and the candidate."""
     for head_dim in HEAD_DIMS:
         for size in PACKS:
             for rotate in (False, True):
                 yield partial(forward_case, size, head_dim, rotate)
+            if chip == 90:
+                yield partial(gluon_case, size, head_dim)
+
+
+def backwards() -> Iterator[Callable[[], Case]]:
+    """Likewise; and with atomics."""
+    for head_dim in HEAD_DIMS:
+        for size in PACKS:
+            for rotate in (False, True):
                 yield partial(backward_case, size, head_dim, rotate)
             if head_dim == 64:
                 yield partial(
                     backward_case, size, head_dim, False, variant="atomic", deterministic=False
                 )
-            if chip == 90:
-                yield partial(gluon_case, size, head_dim)

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.counted import flex, textbook
-from benchmarks.counted.attention import BF16, HEADS, check_forward, forward_case, inputs
+from benchmarks.counted.attention import (
+    BF16,
+    HEADS,
+    backward_case,
+    check_forward,
+    forward_case,
+    inputs,
+)
 from benchmarks.counted.case import Case, Grid, Part, first, spread
 from hrvlm_kernels.triton_kernels.tilings import Tiling
 
@@ -146,9 +153,10 @@ def fla_case(folder: Path | None, chip: int, size: str, head_dim: int) -> Case:
     )
 
 
-def fla_backward_case(folder: Path | None, chip: int, size: str, ours: Case) -> Case:
+def fla_backward_case(folder: Path | None, chip: int, size: str) -> Case:
     """Likewise its backward."""
     module = load("fla.ops.attn.parallel", folder)
+    ours = backward_case(size, 64, False)
     n = int(size.removeprefix("n="))
     q, k, v = (a.contiguous()[None] for a in inputs([n], 64)[1])
     out, g = torch.randn_like(q), torch.randn_like(q)
@@ -255,3 +263,9 @@ def attention(chip: int, folder: Path | None) -> Iterator[Callable[[], Case]]:
             yield partial(flex_case, chip, size, head_dim)
             if head_dim == 64:
                 yield partial(fla_case, folder, chip, size, head_dim)
+
+
+def backwards(chip: int, folder: Path | None) -> Iterator[Callable[[], Case]]:
+    """Likewise of the backward."""
+    for size in SIZES[64][:3]:
+        yield partial(fla_backward_case, folder, chip, size)

@@ -64,8 +64,8 @@ def rope_cases(folder: Path | None, head_dim: int) -> Makers:
     yield partial(peers.flash_attn_rope, folder, ours, q)
 
 
-def norm_cases(folder: Path | None, width: int) -> Makers:
-    """Both norms, forward and backward; Liger's reads and writes once, as the shuffled one does."""
+def norm_cases(folder: Path | None, width: int, op: str) -> Makers:
+    """A norm, forward and backward; Liger's reads and writes once, as the shuffled one does."""
     packed = PackedGrids.from_grids([GRID])
     t = packed.total_tokens
     x, update = (_randn(t, width).requires_grad_() for _ in range(2))
@@ -86,13 +86,14 @@ def norm_cases(folder: Path | None, width: int) -> Makers:
             samples={"layer_norm": spread(8)},
         )
 
-    norm = case("layer_norm_pixel_shuffle", shuffled, 2)
+    if op == "residual_layer_norm":
+        yield lambda: case(op, fused, 4)
+        more = [*leaves, update, scale]
+        yield lambda: case(f"{op} backward", _gradient(fused(), more), 6)
+        return
+    norm = case(op, shuffled, 2)
     yield lambda: norm
-    yield lambda: case("residual_layer_norm", fused, 4)
-    yield lambda: case("layer_norm_pixel_shuffle backward", _gradient(shuffled(), leaves), 3)
-    yield lambda: case(
-        "residual_layer_norm backward", _gradient(fused(), [*leaves, update, scale]), 6
-    )
+    yield lambda: case(f"{op} backward", _gradient(shuffled(), leaves), 3)
     yield partial(peers.liger_norm, folder, norm, x.detach(), weight.detach(), bias.detach())
 
 
@@ -174,15 +175,16 @@ def projection_cases(chip: int, channels: int, features: int) -> Makers:
     yield lambda: peers.matmul_case(whole, _randn(rows, k), weight, config)
 
 
-def cases(chip: int, folder: Path | None) -> Makers:
-    """All of them, made one by one."""
+def makers(chip: int, folder: Path | None) -> Iterator[tuple[str, Callable[[], Makers]]]:
+    """(op, what makes its cases one by one)."""
     for head_dim in (64, 128):
-        yield from rope_cases(folder, head_dim)
+        yield "rope_2d", partial(rope_cases, folder, head_dim)
     for channels, features in PROJECTIONS:
-        yield from projection_cases(chip, channels, features)
+        yield "pixel_shuffle_linear", partial(projection_cases, chip, channels, features)
     for width in WIDTHS:
-        yield from norm_cases(folder, width)
+        for op in ("layer_norm_pixel_shuffle", "residual_layer_norm"):
+            yield op, partial(norm_cases, folder, width, op)
     for width in GATED:
-        yield from swiglu_cases(folder, width)
+        yield "swiglu", partial(swiglu_cases, folder, width)
     for patch in (16, 14):
-        yield from patchify_cases(patch)
+        yield "normalize_patchify", partial(patchify_cases, patch)

@@ -21,8 +21,7 @@ code, see tests/kernels/test_compile_varlen_attention.py):
 
     plain  the masked block first, then the loop; with it last, ptxas serializes all wgmma
     ahead  q.k of the next block is issued before the softmax of this one; the masked block last.
-           K and V come by tensor descriptors (TMA): with pointers the registers do not suffice.
-           Two blocks a turn, up to D = 64: beyond, the copies in flight do not fit
+           K and V come by tensor descriptors (TMA): with pointers the registers do not suffice
 
 Only the tables choose between them (or `tilings`, in the tests and in benchmarks.tuning).
 """
@@ -95,8 +94,7 @@ def varlen_attention_forward(
         row, head = first.to(tl.int32), i_hk.to(tl.int32)
         b_k = k_blocks.load([row, head, 0]).reshape(BN, BD)
         qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
-        # Twice unrolled, qk and qk_next change places instead of being moved.
-        for s in tl.range(0, last, BN, loop_unroll_factor=2 if BD <= 64 else 1):
+        for s in range(0, last, BN):
             b_k = k_blocks.load([row + s + BN, head, 0]).reshape(BN, BD)
             qk_next = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [BM, BN]
             p, peak, total, acc = softmax_step(qk, peak, total, acc, qk_scale)
