@@ -13,7 +13,7 @@ from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Rows, Tili
 
 CHOSEN_BY = {
     "sm_80": "compiled, Triton 3.6.0",
-    "sm_90": "compiled, Triton 3.6.0",
+    "sm_90": "NORM_FORWARD up to C = 1024 counted; others compiled, Triton 3.6.0",
     "sm_100": "compiled, Triton 3.6.0",
     "gfx942": "compiled, Triton 3.6.0",
 }
@@ -153,7 +153,9 @@ ROPE: Rows[RopeConfig] = by_chip(
 NORM_FORWARD: Rows[NormConfig] = by_chip(
     {
         (512,): (NormConfig(4, 4),),
+        ("sm_90", 512): (NormConfig(4, 1),),
         (1024,): (NormConfig(2, 4),),
+        ("sm_90", 1024): (NormConfig(2, 1),),
         (2048,): (NormConfig(1, 4),),
         (4096,): (NormConfig(1, 4),),
         (8192,): (NormConfig(1, 8),),
