@@ -54,17 +54,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.page:
         for chip in args.chip:
             path = args.results / f"counted-{chip}.json"
-            found, missing = run(CHIPS[chip], tuple(args.only), args.peers)
-            write(path, chip, merged(path, found, tuple(args.only)), missing)
+            only = tuple(args.only)
+            kept, missing = others(path, only), set[str]()
+            for row in run(CHIPS[chip], only, args.peers, missing):
+                kept.append(row)
+                write(path, chip, kept, sorted(missing))  # each as it is made
     write_text(args.docs / page.NAME, page.render(args.results))
     return 0
 
 
 def run(
-    chip: int, only: tuple[str, ...], folder: Path | None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a chip, and the peers that are missing."""
-    gpu, found, missing = machine(chip), [], set()
+    chip: int, only: tuple[str, ...], folder: Path | None, missing: set[str]
+) -> Iterator[dict[str, Any]]:
+    """The rows of a chip; adds to `missing` which peers are not there."""
+    gpu = machine(chip)
     for make in _cases(chip, folder, only):
         gpu.options.ctas = lambda name, grid: ()  # the forward of a backward: its shapes are enough
         try:
@@ -79,14 +82,13 @@ def run(
         torch.manual_seed(0)
         begin = time.process_time()
         result = count(case, gpu, chip)
-        found.append(result)
         print(
             f"sm_{chip}  {'  '.join(case.name)}:  {result['bound']:.2f} clocks"
             f" per 1000 {case.unit}s ({' + '.join(result['limits'])}),"
             f" {result['instructions']:.2f} instructions  [{time.process_time() - begin:.0f} s]",
             flush=True,
         )
-    return found, sorted(missing)
+        yield result
 
 
 def _cases(chip: int, folder: Path | None, only: tuple[str, ...]) -> Iterator[Callable[[], Case]]:
@@ -106,10 +108,10 @@ def _cases(chip: int, folder: Path | None, only: tuple[str, ...]) -> Iterator[Ca
             yield from makers()
 
 
-def merged(path: Path, found: list[dict[str, Any]], only: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The new rows in place of those in the file that they replace."""
+def others(path: Path, only: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The rows of a file that are not counted again."""
     old = json.loads(path.read_text())["rows"] if path.exists() and only != ("",) else []
-    return [row for row in old if not row["op"].startswith(only)] + found
+    return [row for row in old if not row["op"].startswith(only)]
 
 
 def write(path: Path, chip: str, found: list[dict[str, Any]], missing: list[str]) -> None:
