@@ -65,7 +65,7 @@ def encode(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Hub id, directory or weight file of a DINOv3 encoder; without it: random weights."
+            help="Hub id, directory or weight file of an encoder; without it: random weights."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for features and pictures.")] = None,

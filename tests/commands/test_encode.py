@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors import safe_open
 
@@ -284,6 +285,7 @@ def test_standard_input_and_addresses(images, model, tmp_path, server, monkeypat
         (path,) = inputs.paths
         assert path.read_bytes() == content and inputs.name(path) == "-"
     assert not path.exists()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     address = server(content)
     refused = run("encode", address, "--model", model)
     assert f"{address}: addresses are fetched only with --fetch" in error_of(refused)
