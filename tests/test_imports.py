@@ -40,7 +40,7 @@ KERNEL_RANKS = (
     "reference",
     "triton_kernels",
     "ops",
-    "flash_attn_interface",
+    "flash_attn_interface qkv_attention",
 )
 
 # Hidden packages look as if they were not installed: nothing finds them, and they have no metadata.

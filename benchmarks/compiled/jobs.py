@@ -11,7 +11,7 @@ import triton
 
 from hrvlm_kernels.triton_kernels import bias_gelu as gelu
 from hrvlm_kernels.triton_kernels import layer_norm_pixel_shuffle as norm
-from hrvlm_kernels.triton_kernels import linear_residual_gradients as connection
+from hrvlm_kernels.triton_kernels import linear_residual_layer_norm as connection
 from hrvlm_kernels.triton_kernels import normalize_patchify as patchify
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as shuffle
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as shuffle_backward
@@ -222,8 +222,11 @@ def connection_jobs(target, *, widths=(1024, 4096), dtype=torch.bfloat16):
         "BP": connection.PARTS,
     }  # fmt: skip
     yield Job(
-        f"linear_residual_gradients K={inner}", connection.linear_residual_gradients,
-        signature, constants, {"num_warps": connection.WARPS},
+        f"linear_residual_layer_norm gradients K={inner}",
+        connection.linear_residual_layer_norm_gradients,
+        signature,
+        constants,
+        {"num_warps": connection.WARPS},
     )  # fmt: skip
 
 
@@ -247,7 +250,7 @@ def gelu_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
         )  # fmt: skip
         names = {"parts": "*fp32:16", "out": pointer, "count": "i32", "F": "i32:16"}
         yield Job(
-            f"bias_gelu, adding parts {NAMES[dtype]}", gelu.add_parts, names,
+            f"bias_gelu, adding parts {NAMES[dtype]}", gelu.bias_gelu_add_parts, names,
             {"BF": gelu.SUM_COLUMNS}, {"num_warps": 1},
         )  # fmt: skip
 
@@ -309,7 +312,7 @@ def small_jobs(target):
     )
     signature = dict.fromkeys(("coords", "inv_freq", "table"), "*fp32:16") | {"T": "i32"}
     constants = {"stride_ct": 2, "stride_ca": 1, "stride_f": 1, "D": 64, "BT": 32, "BD": 32}
-    yield Job("rope_table", rope.rope_table, signature, constants)
+    yield Job("rope_2d_table", rope.rope_2d_table, signature, constants)
 
 
 def jobs(target):

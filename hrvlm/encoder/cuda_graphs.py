@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from hrvlm_kernels import PackedGrids
+from hrvlm_kernels.backends import resolve
 
 from ..images.geometry import positive_pair
+from .fused_blocks import Held
 from .inputs import Grids, pack_inputs
 from .output import EncoderOutput, PackedEncoderOutput
 
@@ -38,14 +40,17 @@ class _Recording:
     packed_last_hidden_state: Tensor
     pooler_output: Tensor
     packed: PackedGrids  # its tables are read by the graph
+    folded: Held  # so are these
 
 
 class GraphedEncoder:
     """An encoder that replays CUDA graphs, for inference.
 
-    The graphs read the encoder's weights where they are: changing them in place is seen, moving or
-    casting the encoder needs a new GraphedEncoder. Results are copies, so that the next call does
-    not overwrite them. Threads, on streams of their own too, take turns: the graphs share buffers.
+    The graphs read the encoder's weights where they are, and those that inference folds (see
+    :mod:`~hrvlm.encoder.fused_blocks`) are written again when one has changed: changing them in
+    place is seen, but not through ``.data``. Moving or casting the encoder needs a new
+    GraphedEncoder. Results are copies, so that the next call does not overwrite them. Threads, on
+    streams of their own too, take turns: the graphs share buffers.
 
     Args:
         encoder: On a GPU, in eval mode.
@@ -62,17 +67,8 @@ class GraphedEncoder:
         packings = [_grids_of(i, images, encoder.patch_size) for i, images in enumerate(sizes)]
         if not packings:
             raise ValueError("sizes must hold at least one packing, got none")
-        if encoder.training:
-            raise ValueError("graphed: the encoder is in training mode; call eval() first")
+        check_can_be_captured(encoder)
         device = encoder.device
-        if device.type != "cuda":
-            raise RuntimeError(
-                f"graphed: CUDA graphs need the encoder on a GPU, it is on {device.type!r}"
-            )
-        if torch.is_autocast_enabled(device.type):
-            raise RuntimeError(
-                "graphed: autocast is on; cast the encoder (encoder.to(torch.bfloat16)) instead"
-            )
         self.encoder = encoder
         self._turns, self._place = Lock(), self._place_of_weights()
         self._recordings: dict[tuple[_Grid, ...], _Recording] = {}
@@ -117,6 +113,7 @@ class GraphedEncoder:
             torch.cuda.device(recording.patches.device),
         ):
             self._last.wait()  # of another stream
+            recording.folded.renew()
             recording.patches.copy_(patches.detach(), non_blocking=True)
             recording.graph.replay()
             hidden = recording.packed_last_hidden_state.clone()
@@ -137,17 +134,49 @@ def _record(
     shape = sum(hp * wp for hp, wp in grids), encoder.config.num_channels * encoder.patch_size**2
     with torch.inference_mode(False), torch.no_grad():
         patches = torch.zeros(shape, dtype=encoder.dtype, device=device)
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                encoder(patches, grids=packed, return_dict=True)
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on allocating: only what this one does is recorded.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            out = encoder(patches, grids=packed, return_dict=True)
-    return _Recording(graph, patches, out.packed_last_hidden_state, out.pooler_output, packed)
+        graph, out = capture(encoder, patches, packed, pool)
+    return _Recording(
+        graph, patches, out.packed_last_hidden_state, out.pooler_output, packed, Held(encoder.layer)
+    )
+
+
+def check_can_be_captured(encoder: PackedEncoder, *, kernels: bool = False) -> None:
+    """Raise ValueError or RuntimeError where no graph of `encoder` can be made.
+
+    With `kernels` it has to run on the Triton kernels, which take segments without rows.
+    """
+    if encoder.training:
+        raise ValueError("graphed: the encoder is in training mode; call eval() first")
+    device = encoder.device
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"graphed: CUDA graphs need the encoder on a GPU, it is on {device.type!r}"
+        )
+    if torch.is_autocast_enabled(device.type):
+        raise RuntimeError(
+            "graphed: autocast is on; cast the encoder (encoder.to(torch.bfloat16)) instead"
+        )
+    x = torch.empty(0, dtype=encoder.dtype, device=device)
+    if kernels and (chosen := resolve("varlen_attention", encoder.backend, x)) != "triton":
+        raise RuntimeError(f"graphed: capacities need backend 'triton', here it is {chosen!r}")
+
+
+def capture(
+    encoder: PackedEncoder, patches: Tensor, packed: PackedGrids, pool: Any
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of `encoder` on these patches and this layout, and the outputs that it writes."""
+    device = patches.device
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UPS):
+            encoder(patches, grids=packed, return_dict=True)
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on allocating: only what this one does is recorded.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        out = encoder(patches, grids=packed, return_dict=True)
+    return graph, out
 
 
 def _grids_of(i: int, images: Sequence[Sequence[int]], patch_size: int) -> tuple[_Grid, ...]:

@@ -33,9 +33,9 @@ from hrvlm_kernels.ops.linear_residual_layer_norm import (
     linear_residual_layer_norm,
     shifted_layer_norm,
 )
-from hrvlm_kernels.ops.qkv_attention import qkv_attention
 from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH
 from hrvlm_kernels.ops.varlen_attention import MAX_HEAD_DIM
+from hrvlm_kernels.qkv_attention import qkv_attention
 
 from .layers import EncoderAttention, EncoderLayer, EncoderMLP, LayerScale, QKVBias, QKVLinear
 from .plain_modules import is_plain
@@ -80,6 +80,59 @@ def forget(layers: Iterable[nn.Module]) -> None:
         if isinstance(layer, EncoderLayer):
             _folded.pop(layer, None)
             _joined.pop(layer.attention.qkv_bias, None)
+
+
+class Held:
+    """The folded weights that a recorded graph reads, kept for as long as the graph.
+
+    Args:
+        layers: The blocks, which have just run in inference.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]):
+        known = [(layer, _folded.get(layer)) for layer in layers if isinstance(layer, EncoderLayer)]
+        self._blocks = [(layer, folded) for layer, folded in known if folded is not None]
+        self._biases = [_joined[layer.attention.qkv_bias] for layer, _ in self._blocks]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Write them again, in place, from the first weight on that has changed.
+
+        Raises:
+            RuntimeError: a weight has been moved or replaced, so that the graph reads another.
+        """
+        before, changed = None, False
+        for i, (layer, folded) in enumerate(self._blocks):
+            sources, bias = _sources(layer), layer.attention.qkv_bias
+            joined_of, joined = self._biases[i]
+            if not changed and _is_of(folded.of, sources):
+                before = folded.after
+            else:
+                self._check(folded.of, sources)
+                new, changed = _fold_now(layer, before), True
+                for old, fresh in zip(folded[2:], new[2:], strict=True):
+                    if old is not None:
+                        old.copy_(fresh)
+                folded = folded._replace(of=new.of)
+                self._blocks[i], before = (layer, folded), folded.after
+            biases = bias.q_bias, bias.k_bias, bias.v_bias
+            if joined is not None and not _is_of(joined_of, biases):
+                self._check(joined_of, biases)
+                joined.copy_(bias.joined())
+                self._biases[i] = _stamp(biases), joined
+
+    @staticmethod
+    def _check(stamp: _Stamp, sources: Iterable[Tensor | None]) -> None:
+        present = [a for a in sources if a is not None]
+        if len(present) != len(stamp) or any(
+            a is not b or a.data_ptr() != address
+            for a, (b, _, address) in zip(present, stamp, strict=True)
+        ):
+            raise RuntimeError(
+                "graphed: the encoder's weights have been moved or replaced since the graphs were "
+                "captured; make a new one by encoder.graphed()"
+            )
 
 
 def can_run(encoder: PackedEncoder, x: Tensor) -> bool:
@@ -201,23 +254,30 @@ def _norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor | None) -> Tensor:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _fold(layer: EncoderLayer, before: Tensor | None) -> _Folded:
+    known = _folded.get(layer)
+    if known is None or known.before is not before or not _is_of(known.of, _sources(layer)):
+        known = _folded[layer] = _fold_now(layer, before)
+    return known
+
+
+def _sources(layer: EncoderLayer) -> tuple[Tensor | None, ...]:
     o, down = layer.attention.o_proj, layer.mlp.down_proj
     scales = layer.layer_scale1.lambda1, layer.layer_scale2.lambda1
-    sources = (o.weight, o.bias, down.weight, down.bias, *scales)
-    known = _folded.get(layer)
-    if known is not None and known.before is before and _is_of(known.of, sources):
-        return known
+    return o.weight, o.bias, down.weight, down.bias, *scales
+
+
+def _fold_now(layer: EncoderLayer, before: Tensor | None) -> _Folded:
+    o, down = layer.attention.o_proj, layer.mlp.down_proj
+    scales = layer.layer_scale1.lambda1, layer.layer_scale2.lambda1
     between = _with_bias(before, o.bias, scales[0])
-    folded = _Folded(
-        of=_stamp(sources),
+    return _Folded(
+        of=_stamp(_sources(layer)),
         before=before,
         o_weight=_scaled(o.weight, scales[0]),
         between=between,
         down_weight=_scaled(down.weight, scales[1]),
         after=_with_bias(between, down.bias, scales[1]),
     )
-    _folded[layer] = folded
-    return folded
 
 
 @torch.inference_mode(False)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .cuda_graphs import GraphedEncoder
+    from .graph_capacities import GraphedCapacities
 
 
 class PackedEncoder(StrictModel):
@@ -170,16 +171,33 @@ class PackedEncoder(StrictModel):
         """Frozen, and no adapter has been added since that is there to be trained."""
         return self._frozen and not any(p.requires_grad for p in self.parameters())
 
-    def graphed(self, sizes: Sequence[Sequence[Sequence[int]]]) -> GraphedEncoder:
-        """This encoder replayed from CUDA graphs, for inference on a fixed set of sizes.
+    def graphed(
+        self,
+        sizes: Sequence[Sequence[Sequence[int]]] | None = None,
+        *,
+        capacities: Sequence[Sequence[int]] | None = None,
+    ) -> GraphedEncoder | GraphedCapacities:
+        """This encoder replayed from CUDA graphs, for inference.
 
-        ``encoder.graphed([[(224, 224)] * 32, [(768, 512), (512, 768)]])``: heights and widths in
-        pixels of the images of each packing; see
-        :class:`~hrvlm.encoder.cuda_graphs.GraphedEncoder`.
+        Args:
+            sizes: For a fixed set of sizes, ``[[(224, 224)] * 32, [(768, 512), (512, 768)]]``:
+                heights and widths in pixels of the images of each packing; see
+                :class:`~hrvlm.encoder.cuda_graphs.GraphedEncoder`.
+            capacities: For any mix of images, ``[(4096, 16), (16384, 64)]``: the most tokens and
+                the most images of each graph; see
+                :class:`~hrvlm.encoder.graph_capacities.GraphedCapacities`.
+
+        Raises:
+            ValueError: neither is given, or both.
         """
         from .cuda_graphs import GraphedEncoder
+        from .graph_capacities import GraphedCapacities
 
-        return GraphedEncoder(self, sizes)
+        if (sizes is None) == (capacities is None):
+            raise ValueError("graphed: give sizes, or capacities=[(tokens, images), ...]")
+        if capacities is not None:
+            return GraphedCapacities(self, capacities)
+        return GraphedEncoder(self, sizes or [])
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode; a frozen encoder stays in eval mode."""

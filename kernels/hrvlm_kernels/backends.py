@@ -151,8 +151,13 @@ def cpu_driver() -> Any | None:
         driver = triton.runtime.driver.active
     except RuntimeError:  # there is no GPU, and none was set
         return None
+    return driver if _runs_here(driver) else None
+
+
+@lru_cache(maxsize=8)
+def _runs_here(driver: Any) -> bool:
     runs_here = driver.get_active_torch_device().type == "cpu"
-    return driver if runs_here and driver.get_current_target().backend == "cuda" else None
+    return runs_here and driver.get_current_target().backend == "cuda"
 
 
 def explain_backend(
@@ -198,7 +203,7 @@ def autocasts(x: Tensor) -> bool:
 def installed(name: str) -> bool:
     """Whether the module `name` is there, not merely a namespace of that name."""
     try:
-        spec = importlib.util.find_spec(name)
+        spec = getattr(sys.modules.get(name), "__spec__", None) or importlib.util.find_spec(name)
         return spec is not None and spec.origin is not None
     except (ImportError, ValueError):
         return False

@@ -161,7 +161,7 @@ class PackedGrids:
         """``[n_tiles, 2]`` int32 (segment, its block of `block_m` rows), longest segment first."""
         key = f"tiles{block_m}"
         if key not in self._tables:
-            self._tables[key] = upload(tile_lists(self.lengths, (block_m,))[block_m], self.device)
+            self._add(key, tile_lists(self.lengths, (block_m,))[block_m])
         return self._tables[key]
 
     def _add(self, key: str, table: Tensor) -> None:

@@ -39,7 +39,7 @@ def install(*, numbers: bool) -> None:
 
     torch.library.Library.impl = impl_and_keep  # type: ignore[method-assign,assignment]
     try:
-        from hrvlm_kernels import ops
+        from hrvlm_kernels import ops, qkv_attention  # noqa: F401
 
         for module in pkgutil.iter_modules(ops.__path__):
             importlib.import_module(f"{ops.__name__}.{module.name}")
@@ -129,7 +129,9 @@ def _attend(
     group = q.shape[1] // k.shape[1]
     outs, lses = [q.new_zeros(0, *q.shape[1:]).float()], [q.new_zeros(q.shape[1], 0).float()]
     lengths = [n for n in cu_seqlens.diff().tolist() if n]
-    for rows in zip(*(a.float().split(lengths) for a in (q, k, v)), strict=True):
+    empty = q.shape[0] - sum(lengths)  # rows of no segment, behind all others
+    pieces = [a.float().split([*lengths, empty])[:-1] for a in (q, k, v)]
+    for rows in zip(*pieces, strict=True):
         q_i, k_i, v_i = (a.transpose(0, 1)[None] for a in rows)  # [1, H, n, D]
         k_i, v_i = (a.repeat_interleave(group, 1) for a in (k_i, v_i))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -137,6 +139,8 @@ def _attend(
         )
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
+    outs.append(q.new_zeros(empty, *q.shape[1:]).float())
+    lses.append(q.new_zeros(q.shape[1], empty).float())
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 

@@ -153,7 +153,7 @@ NORMS = {
 @interpreter_only
 @pytest.mark.parametrize("bug", [*GRADIENTS, *NORMS])
 def test_seeded_bugs_are_caught(bug, monkeypatch, tmp_path):
-    name = "linear_residual_gradients" if bug in GRADIENTS else "residual_layer_norm"
+    name = "linear_residual_layer_norm" if bug in GRADIENTS else "residual_layer_norm"
     module = plant(monkeypatch, tmp_path, name, *(GRADIENTS | NORMS)[bug])
     monkeypatch.setattr(
         norm_kernels if bug in GRADIENTS else module, "multiprocessors", lambda device: 25

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hrvlm_kernels import PackedGrids, reference
-from hrvlm_kernels.ops.qkv_attention import qkv_attention
+from hrvlm_kernels.qkv_attention import qkv_attention
 from tests.kernels.helpers import DTYPES, assert_like_reference, interpreter_only
 
 GRIDS = [(3, 5), (1, 1), (9, 8)]

@@ -1,23 +1,30 @@
 """The null CUDA driver: Triton's real launchers take our arguments, and TMA our descriptors."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from triton import knobs
 
-from pretended_gpu import null_driver
+from pretended_gpu import host_time, null_driver
 
 DRIVER = null_driver.install()
 
 from hrvlm_kernels import PackedGrids, swiglu, varlen_attention
+from hrvlm_kernels.triton_kernels import swiglu as swiglu_kernels
 
 
 def test_launches_and_tensor_maps():
-    """An image above 256 tokens: a pass that rotates k, and a forward with descriptors of k, v."""
+    """RoPE's table; a pass that rotates k, as of each image above 256 tokens; and the forward.
+
+    The forward has descriptors of k and v.
+    """
     packed = PackedGrids.from_grids([(18, 16)], num_prefix_tokens=5)
     q, k, v = torch.randn(packed.total_tokens, 3, 1, 64).bfloat16().unbind(1)
     launches, maps = DRIVER.launches(), DRIVER.tensor_maps()
     rope = packed.coords, torch.rand(16)
     varlen_attention(q, k, v, packed, rope=rope, backend="triton")
-    assert (DRIVER.launches() - launches, DRIVER.tensor_maps() - maps) == (2, 2)
+    assert (DRIVER.launches() - launches, DRIVER.tensor_maps() - maps) == (3, 2)
 
 
 def test_nothing_is_computed():
@@ -35,3 +42,51 @@ def test_a_bad_tensor_map_is_refused():
     fill = next(getattr(DRIVER.utils, name) for name in names if hasattr(DRIVER.utils, name))
     with pytest.raises(RuntimeError, match="refused by the null driver"):
         fill(*arguments)
+
+
+def test_a_bound_kernel_is_launched_as_triton_would():
+    """The same variants of the kernel, whatever the types, strides and addresses."""
+    kernel = swiglu_kernels.swiglu_forward
+    bound = kernel.run
+    bound.known.clear()
+    rows = torch.randn(9, 130).bfloat16()
+    cases = [
+        (rows[:8, :64], rows[1:9, 64:128]),  # rows of 130: no multiple of 16, nor aligned
+        (rows[:8, :128], rows[:8, :128]),
+        (rows.float()[:8, :128], rows.float()[:8, :128]),
+        (torch.randn(8, 128).bfloat16(),) * 2,
+        (torch.randn(128, 8).bfloat16().T,) * 2,
+    ]
+    used = []
+    compiled_for = kernel.device_caches[DRIVER.get_current_device()][0]
+    for way in (host_time.by_triton, nullcontext):
+        compiled_for.clear()
+        launches = DRIVER.launches()
+        with way():
+            for gate, up in cases * 2:
+                swiglu(gate, up, backend="triton")
+        assert DRIVER.launches() == launches + 2 * len(cases)
+        used.append(set(compiled_for))
+    assert used[0] == used[1]
+    assert len(bound.known) == 4  # an unaligned pointer always goes Triton's way
+
+
+def test_hooks_of_a_profiler_are_called():
+    seen = []
+    gate = torch.randn(8, 128).bfloat16()
+    swiglu(gate, gate, backend="triton")
+    knobs.runtime.launch_enter_hook.add(seen.append)
+    try:
+        swiglu(gate, gate, backend="triton")
+    finally:
+        knobs.runtime.launch_enter_hook.remove(seen.append)
+    assert [launch.get()["name"] for launch in seen] == ["swiglu_forward"]
+
+
+def test_bound_kernels_cost_the_host_less():
+    """At most 0.85 of before; `python -m pretended_gpu.host_time` has the figures."""
+    ops = host_time.ops()
+    with torch.no_grad():
+        for name in ("a kernel alone", "shifted_layer_norm"):
+            before, now = host_time.microseconds(ops[name], rounds=15, calls=20)
+            assert now < 0.85 * before, (name, now, before)

@@ -73,7 +73,7 @@ register_backward(
     "linear_residual_gradients",
     "(Tensor product, Tensor weight, Tensor scale, Tensor? bias, Tensor parts, Tensor norm_weight) "
     "-> (Tensor, Tensor, Tensor)",
-    "linear_residual_gradients:launch",
+    "linear_residual_layer_norm:launch",
     fake=_empty_parameter_grads,
 )
 register_backward(

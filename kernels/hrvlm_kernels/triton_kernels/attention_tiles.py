@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..attention_problem import Problem, folds_rope
 from ..packed_tables import Segments
+from .launch import next_power_of_2
 from .rope_2d import rotate_heads, write_table
 from .tilings import Tiling
 
@@ -91,7 +92,7 @@ def softmax_step(qk, peak, total, acc, qk_scale):
 
 def padded_head_dim(head_dim: int) -> int:
     """Columns of a tile in the kernels: a power of two, and the 16 of a tensor core at least."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 def rotated(a: Tensor, b: Tensor, coords: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:

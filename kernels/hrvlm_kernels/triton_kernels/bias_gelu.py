@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, multiprocessors
+from .bound import bound
+from .launch import architecture, cdiv, device_guard, multiprocessors
 from .swiglu import select_config
 from .tilings import BlockConfig
 
@@ -19,6 +20,7 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_TWO_PI = tl.constexpr(0.3989422804014327)
 
 
+@bound
 @triton.jit
 def bias_gelu_forward(x, bias, out, F, BLOCK: tl.constexpr):
     """A block of a row of out [T, F]; all are contiguous."""
@@ -32,6 +34,7 @@ def bias_gelu_forward(x, bias, out, F, BLOCK: tl.constexpr):
     tl.store(out + i_t * F + i_f, b_out.to(out.dtype.element_ty), mask=mask)
 
 
+@bound
 @triton.jit(do_not_specialize=["T", "blocks"])
 def bias_gelu_backward(
     g, x, bias, dx, parts, T, F, blocks, BR: tl.constexpr, BF: tl.constexpr
@@ -57,8 +60,9 @@ def bias_gelu_backward(
     tl.store(parts + i_part.to(tl.int64) * F + i_f, tl.sum(db, 0), mask=m_f)
 
 
+@bound
 @triton.jit(do_not_specialize=["count"])
-def add_parts(parts, out, count, F, BF: tl.constexpr):
+def bias_gelu_add_parts(parts, out, count, F, BF: tl.constexpr):
     """Out [F], the sum of parts [count, F] in their order."""
     i_f = tl.program_id(0) * BF + tl.arange(0, BF)
     mask = i_f < F
@@ -84,7 +88,7 @@ def forward(x: Tensor, bias: Tensor, out: Tensor) -> None:
         return
     config = select_config(architecture(x.device), x.dtype)
     with device_guard(x):
-        bias_gelu_forward[(tokens * triton.cdiv(width, config.elements),)](
+        bias_gelu_forward[(tokens * cdiv(width, config.elements),)](
             x, bias.contiguous(), out, width,
             BLOCK=config.elements, num_warps=config.num_warps,
         )  # fmt: skip
@@ -98,16 +102,16 @@ def backward(g: Tensor, x: Tensor, bias: Tensor, dx: Tensor, dbias: Tensor) -> N
         return
     config = select_config(architecture(x.device), x.dtype)
     rows, columns = tile_of(config)
-    pieces, blocks = triton.cdiv(width, columns), triton.cdiv(tokens, rows)
+    pieces, blocks = cdiv(width, columns), cdiv(tokens, rows)
     # About as many programs as run at once: few parts to add.
     each = max(1, blocks * pieces // (4 * multiprocessors(x.device)))
-    count = triton.cdiv(blocks, each)
+    count = cdiv(blocks, each)
     parts = torch.empty(count, width, dtype=torch.float32, device=x.device)
     with device_guard(x):
         bias_gelu_backward[(count * pieces,)](
             g, x, bias.contiguous(), dx, parts, tokens, width, each,
             BR=rows, BF=columns, num_warps=config.num_warps,
         )  # fmt: skip
-        add_parts[(triton.cdiv(width, SUM_COLUMNS),)](
+        bias_gelu_add_parts[(cdiv(width, SUM_COLUMNS),)](
             parts, dbias, count, width, BF=SUM_COLUMNS, num_warps=1
         )

@@ -16,6 +16,7 @@ from . import tile_tables
 
 Config = TypeVar("Config")
 
+_NO_GUARD = nullcontext()
 # (kernel, larger configuration) that a device refused: not tried again on every call.
 _refused: set[tuple[str, object]] = set()
 
@@ -75,9 +76,21 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up; Triton's own costs the host microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below `n`, at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def device_guard(x: Tensor) -> AbstractContextManager[object]:
     """Make the device of `x` the current one, where Triton launches whatever its arguments."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NO_GUARD
+    return torch.cuda.device(x.device)
 
 
 def launch(kernel: str, configs: Sequence[Config], start: Callable[[Config], None]) -> None:

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, multiprocessors, tile_choices
+from .bound import bound
+from .launch import architecture, cdiv, device_guard, multiprocessors, next_power_of_2, tile_choices
 from .pixel_shuffle_linear_backward import zero_prefix_rows
 from .tilings import NormConfig, table_width
 
@@ -29,6 +30,7 @@ def normalise(b_x, m_c, eps, C: tl.constexpr):
     return centred * rstd[:, None], rstd
 
 
+@bound
 @triton.jit(do_not_specialize=["rows"])
 def layer_norm_pixel_shuffle_forward(
     x, index, weight, bias, out, rows, stride_xt, stride_xc, eps,
@@ -49,6 +51,7 @@ def layer_norm_pixel_shuffle_forward(
     tl.store(out + (i_r * C)[:, None] + i_c[None, :], b_out.to(out.dtype.element_ty), mask=mask)
 
 
+@bound
 @triton.jit(do_not_specialize=["rows", "blocks"])
 def layer_norm_pixel_shuffle_backward(
     dy, x, index, weight, dx, dw_parts, db_parts, rows, blocks,
@@ -106,10 +109,10 @@ def forward(
         return
     config = select_config(architecture(x.device), width, backward=False)
     with device_guard(x):
-        layer_norm_pixel_shuffle_forward[(triton.cdiv(rows, config.rows),)](
+        layer_norm_pixel_shuffle_forward[(cdiv(rows, config.rows),)](
             x, index.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(),
             out, rows, *x.stride(), eps, C=width, HAS_BIAS=bias is not None,
-            BR=config.rows, BC=triton.next_power_of_2(width), num_warps=config.num_warps,
+            BR=config.rows, BC=next_power_of_2(width), num_warps=config.num_warps,
         )  # fmt: skip
 
 
@@ -130,10 +133,10 @@ def backward(
     """
     rows, width = index.numel(), x.shape[1]
     config = select_config(architecture(x.device), width, backward=True)
-    blocks = triton.cdiv(rows, config.rows)
+    blocks = cdiv(rows, config.rows)
     # About as many programs as run at once: few parts to add.
-    each = max(1, triton.cdiv(blocks, 4 * multiprocessors(x.device)))
-    programs = triton.cdiv(blocks, each)
+    each = max(1, cdiv(blocks, 4 * multiprocessors(x.device)))
+    programs = cdiv(blocks, each)
     parts = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
     with device_guard(x):
         if parts.numel():
@@ -141,7 +144,7 @@ def backward(
                 dy, x, index.contiguous(), weight.contiguous(), dx, parts[0], parts[1],
                 rows, each, *dy.stride(), *x.stride(), eps,
                 C=width, PATCHES=index.shape[1], BR=config.rows,
-                BC=triton.next_power_of_2(width), num_warps=config.num_warps,
+                BC=next_power_of_2(width), num_warps=config.num_warps,
             )  # fmt: skip
         zero_prefix_rows(dx, cu_seqlens, num_prefix_tokens)
     torch.sum(parts, 1, out=sums)

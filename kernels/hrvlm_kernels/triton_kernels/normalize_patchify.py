@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, tile_choices
+from .bound import bound
+from .launch import architecture, cdiv, device_guard, next_power_of_2, tile_choices
 from .tilings import BlockConfig
 
 
+@bound
 @triton.jit(do_not_specialize=["hp", "wp"])
 def normalize_patchify(
     image, out, hp, wp,
@@ -59,13 +61,13 @@ def forward(
     """Write the rows of the images ``[B, 3, H, W]`` into the contiguous `out`."""
     batch, channels, height, width = image.shape
     hp, wp = height // patch_size, width // patch_size
-    elements = triton.next_power_of_2(patch_size**2)
+    elements = next_power_of_2(patch_size**2)
     config = select_config(architecture(image.device), out.dtype)
     patches = max(1, config.elements // elements)
     scales = [1 / (255 * s) for s in std]
     shifts = [-m / s for m, s in zip(mean, std, strict=True)]
     with device_guard(image):
-        normalize_patchify[(batch * hp * triton.cdiv(wp, patches), channels)](
+        normalize_patchify[(batch * hp * cdiv(wp, patches), channels)](
             image, out, hp, wp, *scales, *shifts, *image.stride(),
             P=patch_size, BN=patches, BE=elements, num_warps=config.num_warps,
         )  # fmt: skip

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, launch, multiprocessors, tile_choices
+from .bound import bound
+from .launch import architecture, cdiv, device_guard, launch, multiprocessors, tile_choices
 from .tilings import GemmConfig
 
 
@@ -37,6 +38,7 @@ def locate_tile(pid, n_m, n_n, GROUP: tl.constexpr):
     return first + (pid % per_group) % height, (pid % per_group) // height
 
 
+@bound
 @triton.jit(do_not_specialize=["M", "steps"])
 def pixel_shuffle_linear_forward(
     x, index, weight, bias, out, M, N, steps,
@@ -82,6 +84,7 @@ def pixel_shuffle_linear_forward(
     tl.store(p_out, acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
+@bound
 @triton.jit(do_not_specialize=["n_parts", "size"])
 def pixel_shuffle_linear_add_parts(
     parts, bias, out, n_parts, size, N, stride_b, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
@@ -135,8 +138,8 @@ def count_parts(tiles: int, steps: int, processors: int) -> int:
 def cut(tiles: int, steps: int, processors: int, parts: int | None = None) -> tuple[int, int]:
     """(parts, steps of each): as asked for, else by :func:`count_parts`; no part is empty."""
     parts = count_parts(tiles, steps, processors) if parts is None else parts
-    each = max(1, triton.cdiv(steps, parts))
-    return max(1, triton.cdiv(steps, each)), each
+    each = max(1, cdiv(steps, parts))
+    return max(1, cdiv(steps, each)), each
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def plan_product(
 def add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Write the sum of `parts` ``[P, M, N]``, plus `bias`, into the contiguous `out`."""
     block = 1024
-    pixel_shuffle_linear_add_parts[(triton.cdiv(out.numel(), block),)](
+    pixel_shuffle_linear_add_parts[(cdiv(out.numel(), block),)](
         parts, bias, out, parts.shape[0], out.numel(), out.shape[1], _step(bias),
         HAS_BIAS=bias is not None, BLOCK=block,
     )  # fmt: skip
@@ -189,8 +192,8 @@ def forward(
         return
 
     def count(config: GemmConfig) -> tuple[int, int]:
-        tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(width_out, config.block_n)
-        return tiles, factor**2 * triton.cdiv(width, config.block_k)
+        tiles = cdiv(rows, config.block_m) * cdiv(width_out, config.block_n)
+        return tiles, factor**2 * cdiv(width, config.block_k)
 
     def start(config: GemmConfig) -> None:
         plan = plan_product(config, count, x, parts)

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, launch
+from .bound import bound
+from .launch import architecture, cdiv, device_guard, launch, next_power_of_2
 from .pixel_shuffle_linear import (
     add_parts,
     dot_precision,
@@ -28,6 +29,7 @@ from .pixel_shuffle_linear import (
 from .tilings import GemmConfig
 
 
+@bound
 @triton.jit(do_not_specialize=["M"])
 def pixel_shuffle_linear_dx(
     dy, index, weight, dx, M, N,
@@ -63,6 +65,7 @@ def pixel_shuffle_linear_dx(
     tl.store(p_dx, acc.to(dx.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
 
 
+@bound
 @triton.jit(do_not_specialize=["M", "steps"])
 def pixel_shuffle_linear_dweight(
     dy, x, index, dw, M, N, steps,
@@ -98,6 +101,7 @@ def pixel_shuffle_linear_dweight(
     tl.store(p_dw, acc.to(dw.dtype.element_ty), mask=m_n[:, None] & m_c[None, :])
 
 
+@bound
 @triton.jit
 def pixel_shuffle_linear_zero_prefix(
     dx, cu_seqlens, C, stride_xt, stride_xc, PREFIX: tl.constexpr, BLOCK: tl.constexpr
@@ -126,7 +130,7 @@ def backward_dx(
         return
 
     def start(config: GemmConfig) -> None:
-        tiles = triton.cdiv(rows, config.block_m) * factor**2 * triton.cdiv(width, config.block_n)
+        tiles = cdiv(rows, config.block_m) * factor**2 * cdiv(width, config.block_n)
         pixel_shuffle_linear_dx[(tiles,)](
             dy, index.contiguous(), weight, dx, rows, width_out,
             *dy.stride(), *weight.stride(), dx.stride(0),
@@ -150,8 +154,8 @@ def backward_dweight(
         return
 
     def count(config: GemmConfig) -> tuple[int, int]:
-        tiles = triton.cdiv(width_out, config.block_m) * triton.cdiv(width, config.block_n)
-        return tiles * factor**2, triton.cdiv(rows, config.block_k)
+        tiles = cdiv(width_out, config.block_m) * cdiv(width, config.block_n)
+        return tiles * factor**2, cdiv(rows, config.block_k)
 
     def start(config: GemmConfig) -> None:
         plan = plan_product(config, count, x, parts)
@@ -178,5 +182,5 @@ def zero_prefix_rows(dx: Tensor, cu_seqlens: Tensor, num_prefix_tokens: int) -> 
     if segments and num_prefix_tokens and dx.numel():
         pixel_shuffle_linear_zero_prefix[(segments,)](
             dx, cu_seqlens.contiguous(), dx.shape[1], *dx.stride(), PREFIX=num_prefix_tokens,
-            BLOCK=min(1024, triton.next_power_of_2(dx.shape[1])),
+            BLOCK=min(1024, next_power_of_2(dx.shape[1])),
         )  # fmt: skip

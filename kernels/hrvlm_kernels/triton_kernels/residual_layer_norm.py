@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, multiprocessors
+from .bound import bound
+from .launch import architecture, cdiv, device_guard, multiprocessors, next_power_of_2
 from .layer_norm_pixel_shuffle import normalise, select_config
 
 
+@bound
 @triton.jit(do_not_specialize=["T"])
 def residual_layer_norm_forward(
     x, update, scale, shift, weight, bias, out, normed, T,
@@ -54,6 +56,7 @@ def residual_layer_norm_forward(
     tl.store(normed + o_row, b_norm.to(normed.dtype.element_ty), mask=mask)
 
 
+@bound
 @triton.jit(do_not_specialize=["T", "blocks"])
 def residual_layer_norm_backward(
     g, h, out, update, scale, weight, dx, dupdate, ds_parts, dw_parts, db_parts, T, blocks,
@@ -120,11 +123,11 @@ def forward(
     config = select_config(architecture(x.device), width, backward=False)
     vectors = [None if a is None else a.contiguous() for a in (scale, shift, weight, bias)]
     with device_guard(x):
-        residual_layer_norm_forward[(triton.cdiv(tokens, config.rows),)](
+        residual_layer_norm_forward[(cdiv(tokens, config.rows),)](
             x, update, *vectors, out, normed, tokens,
             *x.stride(), *((0, 0) if update is None else update.stride()), eps,
             C=width, HAS_UPDATE=update is not None, HAS_SHIFT=shift is not None,
-            HAS_BIAS=bias is not None, BR=config.rows, BC=triton.next_power_of_2(width),
+            HAS_BIAS=bias is not None, BR=config.rows, BC=next_power_of_2(width),
             num_warps=config.num_warps,
         )  # fmt: skip
 
@@ -179,9 +182,9 @@ def backward_in_parts(
 def count_parts(out: Tensor) -> int:
     """How many programs the backward has: about as many as run at once, few parts to add."""
     config = select_config(architecture(out.device), out.shape[1], backward=True)
-    blocks = triton.cdiv(out.shape[0], config.rows)
-    each = max(1, triton.cdiv(blocks, 4 * multiprocessors(out.device)))
-    return max(1, triton.cdiv(blocks, each))
+    blocks = cdiv(out.shape[0], config.rows)
+    each = max(1, cdiv(blocks, 4 * multiprocessors(out.device)))
+    return max(1, cdiv(blocks, each))
 
 
 def _start_backward(
@@ -199,12 +202,12 @@ def _start_backward(
     tokens, width = out.shape
     config = select_config(architecture(out.device), width, backward=True)
     programs = parts.shape[1]
-    each = triton.cdiv(triton.cdiv(tokens, config.rows), programs)
+    each = cdiv(cdiv(tokens, config.rows), programs)
     with device_guard(out):
         residual_layer_norm_backward[(programs,)](
             g, h, out, update, scale.contiguous(), weight.contiguous(), dx, dupdate, *parts,
             tokens, each, *g.stride(), *h.stride(),
             *((0, 0) if update is None else update.stride()), eps,
             C=width, HAS_UPDATE=update is not None, BR=config.rows,
-            BC=triton.next_power_of_2(width), num_warps=config.num_warps,
+            BC=next_power_of_2(width), num_warps=config.num_warps,
         )  # fmt: skip

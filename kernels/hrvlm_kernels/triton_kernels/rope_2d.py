@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, tile_choices
+from .bound import bound
+from .launch import architecture, cdiv, device_guard, next_power_of_2, tile_choices
 from .tilings import RopeConfig, table_head_dim
 
 TWO_PI = tl.constexpr(6.2831854820251465)  # rounded to float32
@@ -99,6 +100,7 @@ def _rotate_block(
         tl.store(p_out + HALF * stride_dd, o_second, mask=mask)
 
 
+@bound
 @triton.jit(do_not_specialize=["T"])
 def rope_2d(
     q, k, q_out, k_out, coords, inv_freq, T,
@@ -130,8 +132,9 @@ def rope_2d(
     )  # fmt: skip
 
 
+@bound
 @triton.jit(do_not_specialize=["T"])
-def rope_table(
+def rope_2d_table(
     coords, inv_freq, table, T, stride_ct, stride_ca, stride_f,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +176,7 @@ def rotate_heads(
         return
     config = select_config(architecture(q.device), head_dim, q.dtype)
     with device_guard(q):
-        rope_2d[(triton.cdiv(tokens, config.block_t),)](
+        rope_2d[(cdiv(tokens, config.block_t),)](
             q, k, q_out, k_out, coords, inv_freq, tokens,
             *q.stride(), *k.stride(), *q_out.stride(), *k_out.stride(),
             *coords.stride(), *inv_freq.stride(),
@@ -181,8 +184,8 @@ def rotate_heads(
             HK=k_heads,
             D=head_dim,
             BT=config.block_t,
-            BH=min(config.block_h, triton.next_power_of_2(max(q_heads, k_heads))),
-            BD=triton.next_power_of_2(head_dim // 2),
+            BH=min(config.block_h, next_power_of_2(max(q_heads, k_heads))),
+            BD=next_power_of_2(head_dim // 2),
             INVERSE=inverse,
             num_warps=config.num_warps,
         )  # fmt: skip
@@ -194,7 +197,7 @@ def write_table(coords: Tensor, inv_freq: Tensor, table: Tensor) -> None:
     if tokens == 0:
         return
     with device_guard(coords):
-        rope_table[(triton.cdiv(tokens, _TABLE_ROWS),)](
+        rope_2d_table[(cdiv(tokens, _TABLE_ROWS),)](
             coords, inv_freq, table, tokens, *coords.stride(), *inv_freq.stride(),
-            D=head_dim, BT=_TABLE_ROWS, BD=triton.next_power_of_2(head_dim // 2), num_warps=4,
+            D=head_dim, BT=_TABLE_ROWS, BD=next_power_of_2(head_dim // 2), num_warps=4,
         )  # fmt: skip

@@ -11,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, device_guard, tile_choices
+from .bound import bound
+from .launch import architecture, cdiv, device_guard, tile_choices
 from .tilings import BlockConfig
 
 
+@bound
 @triton.jit
 def swiglu_forward(
     gate, up, out, F, stride_gt, stride_gf, stride_ut, stride_uf, BLOCK: tl.constexpr
@@ -31,6 +33,7 @@ def swiglu_forward(
     tl.store(out + i_t * F + i_f, b_out.to(out.dtype.element_ty), mask=mask)
 
 
+@bound
 @triton.jit
 def swiglu_backward(
     g, gate, up, dgate, dup, F,
@@ -69,7 +72,7 @@ def forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
         return
     config = select_config(architecture(gate.device), gate.dtype)
     with device_guard(gate):
-        swiglu_forward[(tokens * triton.cdiv(width, config.elements),)](
+        swiglu_forward[(tokens * cdiv(width, config.elements),)](
             gate, up, out, width, *gate.stride(), *up.stride(),
             BLOCK=config.elements, num_warps=config.num_warps,
         )  # fmt: skip
@@ -82,7 +85,7 @@ def backward(g: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) ->
         return
     config = select_config(architecture(gate.device), gate.dtype)
     with device_guard(gate):
-        swiglu_backward[(tokens * triton.cdiv(width, config.elements),)](
+        swiglu_backward[(tokens * cdiv(width, config.elements),)](
             g, gate, up, dgate, dup, width, *g.stride(), *gate.stride(), *up.stride(),
             BLOCK=config.elements, num_warps=config.num_warps,
         )  # fmt: skip

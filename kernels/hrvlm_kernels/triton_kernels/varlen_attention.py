@@ -55,11 +55,13 @@ from .attention_tiles import (
     tile_list,
     with_table,
 )
+from .bound import bound
 from .launch import architecture, device_guard, launch, tile_choices
 from .tilings import Tiling, table_head_dim
 from .varlen_attention_short import forward_short, select_short_tilings
 
 
+@bound
 @triton.jit(do_not_specialize=["T"])
 def varlen_attention_forward(
     q, k, v, k_blocks, v_blocks, out, lse, cu_seqlens, tiles, table, T, scale,

@@ -44,6 +44,7 @@ from .attention_tiles import (
     unit_stride,
     with_table,
 )
+from .bound import bound
 from .launch import architecture, device_guard, launch, tile_choices
 from .rope_2d import rotate_heads
 from .tilings import Tiling, table_head_dim
@@ -65,6 +66,7 @@ def _dq_step(
     return tl.dot(ds.to(b_k.dtype), b_k, dq, input_precision=PRECISION)
 
 
+@bound
 @triton.jit(do_not_specialize=["T"])
 def varlen_attention_dq(
     q, k, v, out, g, dq, lse, delta, cu_seqlens, tiles, table, T, scale,
@@ -136,6 +138,7 @@ def _dkdv_step(
     return dk, dv
 
 
+@bound
 @triton.jit(do_not_specialize=["T"])
 def varlen_attention_dkdv(
     q, k, v, g, dq, dk, dv, lse, delta, cu_seqlens, tiles, table, T, scale,

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from ..attention_problem import Problem
 from .attention_tiles import LOG2_E, PRECISION, constants, load_rows, rotate, store_rows, strides
+from .bound import bound
 from .launch import launch, tile_choices
 from .tilings import Tiling, table_head_dim
 
 _INTERPRETER = (Tiling(64, 256, 1, 1),)
 
 
+@bound
 @triton.jit(do_not_specialize=["T"])
 def varlen_attention_short(
     q, k, v, out, lse, segments, table, T, scale,

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention_problem import Problem
-from ..packed_grids import PackedGrids
-from .torch_op import ops, register_backward
+from .attention_problem import Problem
+from .ops.torch_op import ops, register_backward
+from .packed_grids import PackedGrids
 
 
 def _empty_grad(g: Tensor, qkv: Tensor, *others: Any) -> Tensor:

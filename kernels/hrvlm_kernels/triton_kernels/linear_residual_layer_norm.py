@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_guard
+from .bound import bound
+from .launch import cdiv, device_guard, next_power_of_2
 
 
 @triton.jit
@@ -24,8 +25,9 @@ def _sum_of_parts(parts, count, C, i_c, m_c, BP: tl.constexpr):
     return tl.sum(total, 0)
 
 
+@bound
 @triton.jit(do_not_specialize=["count"])
-def linear_residual_gradients(
+def linear_residual_layer_norm_gradients(
     product, weight, scale, bias, parts, dweight, vectors, of_norm, count, C,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -72,9 +74,9 @@ def launch(
     """Write the contiguous `dweight` ``[C, K]``, and `vectors` and `of_norm` ``[2, C]``."""
     width, inner = weight.shape
     with device_guard(weight):
-        linear_residual_gradients[(triton.cdiv(width, ROWS),)](
+        linear_residual_layer_norm_gradients[(cdiv(width, ROWS),)](
             product.contiguous(), weight.contiguous(), scale.contiguous(),
             None if bias is None else bias.contiguous(), parts, dweight, vectors, of_norm,
             parts.shape[1], width, K=inner, HAS_BIAS=bias is not None, BC=ROWS,
-            BK=min(COLUMNS, triton.next_power_of_2(inner)), BP=PARTS, num_warps=WARPS,
+            BK=min(COLUMNS, next_power_of_2(inner)), BP=PARTS, num_warps=WARPS,
         )  # fmt: skip
