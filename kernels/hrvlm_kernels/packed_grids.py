@@ -133,7 +133,9 @@ class PackedGrids:
         if device is None:
             device = cu_seqlens.device if isinstance(cu_seqlens, Tensor) else "cpu"
         ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
-        if not ends or not is_int(ends[0], 0) or ends[0] != 0:
+        for i, end in enumerate(ends):
+            check_int(f"cu_seqlens[{i}]", end, 0)
+        if not ends or ends[0] != 0:
             raise ValueError(f"cu_seqlens must start at 0, got {_short(ends)}")
         return PackedGrids.from_lengths([b - a for a, b in pairwise(ends)], device=device)
 

@@ -101,8 +101,8 @@ FINDS = {
         "it is not here",
     ),
     "ends of tensors": (
-        lambda: PackedGrids.from_cu_seqlens([torch.tensor([]), 3]),
-        "start at 0",
+        lambda: PackedGrids.from_cu_seqlens([0, torch.tensor(True), True]),
+        r"cu_seqlens\[1\] must be an int",
     ),
     "numpy's bools": (lambda: TrainingConfig.from_dict(np.True_), "configuration: "),
     "a content that is a tensor": (

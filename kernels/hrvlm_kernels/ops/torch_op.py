@@ -92,7 +92,14 @@ def register(
 
     def run(*args: Any) -> Any:
         outputs = fake(*args)
-        start = getattr(sys.modules.get(path) or import_module(path), function)
+        try:
+            kernels = sys.modules.get(path) or import_module(path)
+        except ImportError as error:
+            raise RuntimeError(
+                f"{name}: Triton can't be imported ({error}): run `hrvlm doctor`, or choose "
+                'backend="sdpa"'
+            ) from error
+        start = getattr(kernels, function)
         start(
             *(args if arguments is None else arguments(*args)),
             *(outputs if isinstance(outputs, tuple) else (outputs,)),
