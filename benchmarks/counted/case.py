@@ -91,6 +91,7 @@ class Launch:
     work: Work
     pipes: dict[str, float]  # as PTX has them
     machine: dict[str, float] | None  # as SASS has them
+    loop: int  # instructions of a turn of its main loop
     flops: float
     asked: float
     sectors: float
@@ -191,6 +192,7 @@ def _joined(parts: list[Weighted], case: Case) -> Launch:
         work=work,
         pipes=by_pipe,
         machine=None if machine is None else dict(machine),
+        loop=sum(sass.main_loop(code).values()),
         flops=total["wgmma"] + total["mma"],
         asked=total["bytes load asked"] + total["bytes store asked"],
         sectors=sectors,
@@ -224,6 +226,7 @@ def _described(launch: Launch, case: Case, chip: int) -> dict[str, Any]:
         "ptx": {pipe: 32 * n / case.units for pipe, n in launch.pipes.items()},
         "ptx_instructions": 32 * ptx / case.units,
         "sass": machine and {name: 32 * n / case.units for name, n in machine.items()},
+        "loop": launch.loop,
         "flops_per_useful": launch.flops / case.flops if case.flops and launch.flops else None,
         "sectors_per_asked": launch.sectors / launch.asked if launch.asked else None,
         "moved_per_least": launch.work.dram_bytes / case.least if case.least else None,

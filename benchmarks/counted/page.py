@@ -27,7 +27,8 @@ Launches of one call add up.
 
 *Instructions* are those of a thread for a unit of useful work, read from machine code: PTX says how
 often a loop runs, SASS how many instructions a turn has (where a loop can't be matched, PTX is
-counted: marked with *). PTX overstates addresses and moves, and has once chosen wrongly.
+counted: marked with *). *PTX* has them as PTX does, which overstates addresses and moves, and has
+once chosen wrongly; *loop* is the machine code of one turn of the main loop, static.
 *FLOPs* are executed for each useful one: above 1 is padding (in the backward, five products are
 useful and seven are executed without atomics). *Sectors* are bytes of sectors for each byte asked
 for. *Conflicts* are wavefronts of shared memory for each one without conflicts.
@@ -39,8 +40,9 @@ if q, k and v, weights and rows came from it once. The rates, their sources and 
 uncertain stand in `benchmarks/counted/rates.py`.
 """
 HEADER = (
-    "| {} | kernel | bound | limited by | next | instructions | FLOPs | sectors | conflicts |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| {} | kernel | bound | limited by | next | instructions | PTX | loop "
+    "| FLOPs | sectors | conflicts |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -106,7 +108,7 @@ def _lines(row: Row) -> Iterator[str]:
     if len(row["kernels"]) > 1:
         yield (
             f"| {row['size']}, {row['variant']} | all {len(row['kernels'])} launches "
-            f"| **{row['bound']:.4g}** | | | {row['instructions']:.2f} | | | |"
+            f"| **{row['bound']:.4g}** | | | {row['instructions']:.2f} | | | | | |"
         )
     for kernel in row["kernels"]:
         clocks = sorted(kernel["clocks"].items(), key=lambda item: -item[1])
@@ -116,6 +118,7 @@ def _lines(row: Row) -> Iterator[str]:
         yield (
             f"| {row['size']}, {row['variant']} | {kernel['kernel']} | {bound} | {name} "
             f"| {less:.4g} {second} | {kernel['instructions']:.2f}{mark} "
+            f"| {kernel['ptx_instructions']:.2f} | {kernel.get('loop') or ''} "
             f"| {_ratio(kernel['flops_per_useful'])} | {_ratio(kernel['sectors_per_asked'])} "
             f"| {kernel['conflicts']:.2f} |"
         )
