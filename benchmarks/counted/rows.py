@@ -152,7 +152,7 @@ def projection_cases(chip: int, channels: int, features: int) -> Makers:
             size=f"C={channels} N={features}",
             variant="shipped",
             start=start,
-            unit="thousand products",
+            unit="thousand product",
             units=rows * features * k / 1000,
             flops=2 * rows * features * k,
             least=least,
