@@ -111,16 +111,12 @@ def _found(
         return "what makes its tables is part of more than one module"
     if has_own_forward(rotary):
         return "the forward of what makes its tables was replaced on the instance"
+    if not hands_on((stock_class(tower) or type(tower)).forward, name):
+        return f"{type(tower).__name__} does more with the tables than to hand them on"
     for module in tower.modules():
-        if module in readers:
-            continue
         cls = stock_class(module) or type(module)
-        inner = set(module.modules())
-        holds = any(reader in inner for reader in readers)
-        if module is tower or (holds and _takes_tables(module)):
-            if not hands_on(cls.forward, name if module is tower else None):
-                return f"{cls.__name__} does more with the tables than to hand them on"
-        elif not holds and _takes_tables(module):
+        is_other = module is not tower and module not in readers and _takes_tables(module)
+        if is_other and not hands_on(cls.forward, None):
             return f"{cls.__name__} reads the tables, too"
     known: Rotation | None = vars(rotary).get(ROTATION)
     is_offloaded = any(weight.is_meta for m in readers for weight in m.parameters())
@@ -166,7 +162,7 @@ def hands_on(forward: Callable[..., Any], rotary: str | None) -> bool:
         return False
     tree = ast.parse(source)
     made = {TABLES} if rotary is None else set(_assigned_from(tree, rotary))
-    if len(made) != 1:
+    if len(made) != 1 or "" in made:
         return False
     uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in made]
     uses = [n for n in uses if isinstance(n.ctx, ast.Load)]
@@ -175,7 +171,7 @@ def hands_on(forward: Callable[..., Any], rotary: str | None) -> bool:
     }
     if rotary is not None:
         allowed |= {id(use) for use in _reordered(tree)}
-    return bool(uses) and all(id(use) in allowed for use in uses)
+    return all(id(use) in allowed for use in uses)
 
 
 def _assigned_from(tree: ast.AST, rotary: str) -> Iterator[str]:

@@ -112,7 +112,7 @@ def test_half_a_tower_refused(ropes):
     attention = tower.blocks[0].attn
     attention.forward = MethodType(type(attention).forward, attention)
     (part,) = hrvlm.accelerate(tower).swapped
-    assert part.rope == "its own RoPE since Qwen2_5_VLVisionBlock reads the tables, too"
+    assert part.rope == "its own RoPE since Qwen2_5_VLVisionAttention reads the tables, too"
     check(tower, expected, ropes, folded=False)
 
 

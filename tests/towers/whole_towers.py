@@ -52,6 +52,10 @@ def build(model, name):
     known = inspect.signature(config).parameters
     torch.manual_seed(0)
     options = {key: value for key, value in _SIZES.items() if key in known}
+    if "conv_kernel_size" in known:  # LFM3, whose first layers have no attention
+        options["layer_types"] = ["conv", "full_attention"]
+    if name == "Dots3NoteVisionModel":  # has options for each of more layers than these
+        options |= {"per_layer_config": {}, "adapter_in_dim": 64}
     tower = cls._from_config(config(**options), attn_implementation="sdpa").eval()
     for parameter in tower.parameters():
         if parameter.ndim > 1:
