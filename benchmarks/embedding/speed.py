@@ -32,7 +32,7 @@ from hrvlm.files import write_text
 from hrvlm.images.intake import load_image
 from hrvlm.machine import describe_device, installed_version
 
-SIDES, PART = (160, 320), 16
+SIDES, PART = (160, 320), 8
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
