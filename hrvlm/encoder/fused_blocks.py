@@ -18,7 +18,7 @@ the bias before it, and the gradients of q, k and v.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -145,10 +145,14 @@ def can_run(encoder: PackedEncoder, x: Tensor) -> bool:
         return False
     if encoder.training and encoder.gradient_checkpointing:
         return False
-    return all(_is_plain_block(layer, x.dtype) for layer in encoder.layer)
+    return all(_is_plain_block(layer, x.dtype) for layer in _blocks(encoder))
 
 
-def _is_plain_block(layer: nn.Module, dtype: torch.dtype) -> bool:
+def _blocks(encoder: PackedEncoder) -> list[EncoderLayer]:
+    return cast("list[EncoderLayer]", list(encoder.layer))
+
+
+def _is_plain_block(layer: EncoderLayer, dtype: torch.dtype) -> bool:
     if not is_plain(layer, EncoderLayer):
         return False
     attention, mlp = layer.attention, layer.mlp
@@ -166,7 +170,7 @@ def _is_plain_block(layer: nn.Module, dtype: torch.dtype) -> bool:
     )
 
 
-def _is_plain_product(linear: nn.Module, dtype: torch.dtype) -> bool:
+def _is_plain_product(linear: nn.Linear, dtype: torch.dtype) -> bool:
     if not is_plain(linear, nn.Linear):
         return False
     weight = linear.weight
@@ -182,8 +186,10 @@ def infer(
         What the norm, or the last block, returns; and what the blocks of the numbers in `keep`
         return.
     """
-    backend, shift, states = encoder.backend, None, {}
-    for i, layer in enumerate(encoder.layer, start=1):
+    backend = encoder.backend
+    shift: Tensor | None = None
+    states: dict[int, Tensor] = {}
+    for i, layer in enumerate(_blocks(encoder), start=1):
         folded, attention = _fold(layer, shift), layer.attention
         normed = _norm(layer.norm1, x, folded.before)
         qkv = F.linear(normed, attention.qkv.weight, _join(attention.qkv_bias))
@@ -210,9 +216,10 @@ def train(
     encoder: PackedEncoder, x: Tensor, packed: PackedGrids, keep: Container[int], final_norm: bool
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """As :func:`infer`, with gradients; leaves `x` as it is."""
-    states = {}
-    layers = list(encoder.layer)
-    norms = [layer.norm1 for layer in layers[1:]] + [encoder.norm if final_norm else None]
+    states: dict[int, Tensor] = {}
+    layers = _blocks(encoder)
+    norms: list[Any] = [layer.norm1 for layer in layers[1:]]
+    norms += [encoder.norm if final_norm else None]
     normed = layers[0].norm1(x) if layers else encoder.norm(x) if final_norm else x
     for i, (layer, norm) in enumerate(zip(layers, norms, strict=True), start=1):
         attention, bias = layer.attention, layer.attention.qkv_bias
