@@ -112,14 +112,14 @@ class Held:
                 self._check(folded.of, sources)
                 new, changed = _fold_now(layer, before), True
                 for old, fresh in zip(folded[2:], new[2:], strict=True):
-                    if old is not None:
+                    if old is not None and fresh is not None:
                         old.copy_(fresh)
                 folded = folded._replace(of=new.of)
                 self._blocks[i], before = (layer, folded), folded.after
             biases = bias.q_bias, bias.k_bias, bias.v_bias
             if joined is not None and not _is_of(joined_of, biases):
                 self._check(joined_of, biases)
-                joined.copy_(bias.joined())
+                joined.copy_(cast("Tensor", bias.joined()))
                 self._biases[i] = _stamp(biases), joined
 
     @staticmethod

@@ -82,6 +82,7 @@ class _Slots:
         """Take a batch: copies on the device, and nothing that waits for it."""
         ours, theirs = self.packed._tables, packed._tables
         end = packed.total_tokens
+        assert self.packed._coords is not None
         _put(self.patches, patches, 0)
         _put(self.packed.cu_seqlens, packed.cu_seqlens, end)
         _put(self.packed._coords, packed._coords, 0)

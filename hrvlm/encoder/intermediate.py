@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def layer_indices(out_indices: Sequence[int] | None, num_layers: int) -> tuple[i
     return tuple(kept)
 
 
-def _ints(name: str, numbers: Sequence[int], expected: str) -> list[int]:
+def _ints(name: str, numbers: Any, expected: str) -> list[int]:
     try:
         return [index(number) for number in numbers]
     except TypeError:

@@ -386,8 +386,9 @@ class PackedEncoder(StrictModel):
         self._refuse_fp16(x)
         if rope_augment:
             packed = self._augmented(packed)
-        if layers := list(cast("Iterable[EncoderLayer]", self.layer)):
-            packed = layers[0].attention.with_rope_table(packed, x, self.backend)
+        if len(self.layer):
+            first = cast("EncoderLayer", self.layer[0])
+            packed = first.attention.with_rope_table(packed, x, self.backend)
         drop_path = self.training and self.config.drop_path_rate > 0
         kept: Container[int] = range(len(self.layer) + 1) if keep_all else keep
         states, attentions = ({0: x} if 0 in kept else {}), []

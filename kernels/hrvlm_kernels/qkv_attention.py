@@ -25,7 +25,8 @@ def _empty_grad(g: Tensor, qkv: Tensor, *others: Any) -> Tensor:
 
 
 def _arguments(g: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *layout: Any) -> tuple[Any, ...]:
-    return Problem.from_arguments(*qkv.unbind(1), *layout), g, out, lse
+    q, k, v = qkv.unbind(1)
+    return Problem.from_arguments(q, k, v, *layout), g, out, lse
 
 
 register_backward(

@@ -13,6 +13,7 @@ import pkgutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 from . import null_driver
@@ -32,10 +33,10 @@ def by_triton() -> Iterator[None]:
         for name, value in vars(module).copy().items():
             if name in ("cdiv", "next_power_of_2"):
                 changes.append(mock.patch.object(module, name, getattr(triton, name)))
-            elif getattr(value, "__module__", None) == module.__name__ and hasattr(
-                run := getattr(value, "run", None), "by_triton"
-            ):
-                changes.append(mock.patch.object(value, "run", run.by_triton))
+            elif getattr(value, "__module__", None) == module.__name__:
+                run: Any = getattr(value, "run", None)
+                if hasattr(run, "by_triton"):
+                    changes.append(mock.patch.object(value, "run", run.by_triton))
     for change in changes:
         change.start()
     try:

@@ -41,8 +41,8 @@ def install(*, numbers: bool) -> None:
     try:
         from hrvlm_kernels import ops, qkv_attention  # noqa: F401
 
-        for module in pkgutil.iter_modules(ops.__path__):
-            importlib.import_module(f"{ops.__name__}.{module.name}")
+        for found in pkgutil.iter_modules(ops.__path__):
+            importlib.import_module(f"{ops.__name__}.{found.name}")
     finally:
         torch.library.Library.impl = impl  # type: ignore[method-assign]
     for module in [m for name, m in sys.modules.items() if name.startswith("hrvlm_kernels.")]:
@@ -236,8 +236,8 @@ def _biased_residual_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As of an update of ones, of whose factor the gradient is the sum of dx."""
     ones = torch.ones_like(out)
-    *grads, sums = _residual_layer_norm_backward(g, h, out, ones, scale, weight, eps)
-    return *grads, F.pad(sums[:, None], (0, 0, 0, count - 1))
+    dx, dupdate, sums = _residual_layer_norm_backward(g, h, out, ones, scale, weight, eps)
+    return dx, dupdate, F.pad(sums[:, None], (0, 0, 0, count - 1))
 
 
 def _linear_residual_gradients(
@@ -276,7 +276,8 @@ def _qkv_attention_backward(
     table: Tensor | None, scale: float, deterministic: bool,
 ) -> Tensor:  # fmt: skip
     leaves = _leaves(*qkv.unbind(1))
-    exact, _ = _attend(*leaves, cu_seqlens, (None, None), scale)  # they come rotated
+    q, k, v = leaves
+    exact, _ = _attend(q, k, v, cu_seqlens, (None, None), scale)  # they come rotated
     dq, dk, dv = torch.autograd.grad(exact, leaves, g.float())
     if coords is not None and inv_freq is not None:
         dq, dk = _rope_2d(dq, dk, coords, inv_freq, True)

@@ -70,7 +70,7 @@ class Group:
         guard: np.ndarray | None,
     ) -> np.ndarray:
         """Parameters of the kernel by their addresses, of the threads that take part."""
-        values = np.zeros(self.n, kind)
+        values: np.ndarray = np.zeros(self.n, kind)
         taking = np.arange(self.n) if guard is None else np.flatnonzero(guard)
         for address in np.unique(addresses[taking]):
             raw = self.machine.parameter(int(address), np.dtype(kind).itemsize)

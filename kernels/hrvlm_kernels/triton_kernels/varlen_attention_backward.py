@@ -286,7 +286,8 @@ def backward(
 
 def backward_of_rotated(x: Problem, g: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> None:
     """Write the gradients of q, k and v side by side, ``[T, 3, H, D]``, given q and k rotated."""
-    backward(x, g, out, lse, *dqkv.unbind(1), is_rotated=True)
+    dq, dk, dv = dqkv.unbind(1)
+    backward(x, g, out, lse, dq, dk, dv, is_rotated=True)
 
 
 def _float32_like(x: Tensor) -> Tensor:
