@@ -7,6 +7,7 @@ comment "# needs ..." or "# runs until ..." is only looked at, as are the comman
 
 import dataclasses
 import importlib
+import itertools
 import re
 import shlex
 import shutil
@@ -196,9 +197,12 @@ def check_pip(arguments):
     extras = set(re.findall(r'^([\w-]+) = \["', (ROOT / "pyproject.toml").read_text(), re.M)) | {
         "dev"
     }
-    for argument in arguments[1:]:
+    for before, argument in itertools.pairwise(arguments):
         if argument.startswith("-"):
-            assert argument in ("-e", "--editable"), argument
+            assert argument in ("-e", "--editable", "--no-deps", "-r"), argument
+            continue
+        if before == "-r":
+            assert (ROOT / argument).exists(), argument
             continue
         local = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", argument)
         if local:
@@ -210,8 +214,8 @@ def check_pip(arguments):
 def check_python(arguments):
     if arguments[0] == "-m":
         module = arguments[1]
-        path = ROOT.joinpath(*module.split("."))
-        files = (path.with_suffix(".py"), path / "__main__.py")
+        paths = [root.joinpath(*module.split(".")) for root in (ROOT, ROOT / "kernels")]
+        files = [file for p in paths for file in (p.with_suffix(".py"), p / "__main__.py")]
         assert module == "pytest" or any(file.exists() for file in files), module
     else:
         assert (ROOT / arguments[0]).exists(), arguments[0]

@@ -460,9 +460,10 @@ _TEMPLATE_WORDS = (
 
 @functools.cache
 def _processor() -> Any:
-    from tests.tiny import processor_of
+    from hrvlm import VLMProcessor
+    from hrvlm.reader.model import reader_path
 
-    return processor_of()
+    return VLMProcessor.from_pretrained(reader_path())
 
 
 def _template(value: tuple[Any, Any]) -> None:

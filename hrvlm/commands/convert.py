@@ -44,7 +44,7 @@ def convert(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
 ) -> dict[str, Any]:
-    """Turn a checkpoint of DINOv3, DINOv2 or EUPE, of any origin, into a directory.
+    """Turn a DINOv3, DINOv2 or EUPE checkpoint into a directory.
 
     Meta, timm and transformers layouts are recognised by their keys; the result is in the layout of
     transformers.

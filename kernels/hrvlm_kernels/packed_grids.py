@@ -344,7 +344,7 @@ def check_factor(grids: tuple[Grid, ...], factor: int) -> None:
 
 
 def _as_pairs(grids: Sequence[Sequence[int]]) -> tuple[Grid, ...]:
-    pairs = tuple([tuple(grid) for grid in grids])
+    pairs = tuple([tuple(grid) if isinstance(grid, Iterable) else (grid,) for grid in grids])
     for pair in pairs:
         if len(pair) != 2 or type(pair[0]) is not int or type(pair[1]) is not int or min(pair) < 1:
             return tuple(_as_grid(j, grid) for j, grid in enumerate(pairs))

@@ -561,7 +561,10 @@ def test_return_dict_false_gives_a_tuple(rng):
         ),
         (lambda m: m(torch.zeros(1, 3, 32, 32), grids=[(2, 2)]), "grids goes with packed patches"),
         (lambda m: m([]), "empty"),
-        (lambda m: m(torch.zeros(1, 4, 32, 32)), "3 channels"),
+        (
+            lambda m: m(torch.zeros(1, 4, 32, 32)),
+            r"pixel_values: expected \[B, 3, H, W\], got \(1, 4, 32, 32\)",
+        ),
     ],
 )
 def test_bad_inputs_raise_and_say_what_was_expected(call, message):
