@@ -129,20 +129,18 @@ def _centres(n: int) -> Tensor:
 
 def tile_lists(lengths: tuple[int, ...], sizes: tuple[int, ...]) -> dict[int, Tensor]:
     """For each size, (segment, its block of so many rows) of every tile, longest segment first."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    segments = torch.tensor(order, dtype=torch.int32, device="cpu")
+    # As a tensor: torch.compile sorts no symbols, which the lengths are in a graph for any size.
+    tokens, segments = torch.tensor(lengths, dtype=torch.int64, device="cpu").sort(
+        descending=True, stable=True
+    )
     lists = {}
     for size in sizes:
-        blocks = [-(-lengths[i] // size) for i in order]
-        total = sum(blocks)
-        before = torch.tensor(
-            list(accumulate(blocks, initial=0))[:-1], dtype=torch.int32, device="cpu"
-        )
-        columns = torch.stack((segments, before)).repeat_interleave(
-            torch.tensor(blocks, dtype=torch.int64, device="cpu"), dim=1, output_size=total
-        )
-        index = torch.arange(total, dtype=torch.int32, device="cpu")
-        lists[size] = torch.stack((columns[0], index - columns[1]), dim=1)
+        blocks = (tokens + (size - 1)) // size
+        total = sum([-(-n // size) for n in lengths])
+        first = blocks.cumsum(0) - blocks
+        columns = torch.stack((segments, first)).repeat_interleave(blocks, 1, output_size=total)
+        columns[1] = torch.arange(total, device="cpu") - columns[1]
+        lists[size] = columns.T.to(torch.int32, memory_format=torch.contiguous_format)
     return lists
 
 

@@ -15,6 +15,7 @@ from transformers import DINOv3ViTModel
 
 from hrvlm import DINOv3Encoder, EncoderOutput, PackedEncoderOutput, pack_images
 from hrvlm.checkpoints.family import CONFIGS, get_config
+from hrvlm.encoder import fused_blocks
 from hrvlm.encoder.rope import augmented_coords
 from hrvlm_kernels import PackedGrids
 from tests.encoder.encoders import FAMILY, config_of, pair_of
@@ -594,8 +595,11 @@ def test_forward_reads_no_size_from_the_tensors(rng, monkeypatch):
     assert out.packed_last_hidden_state.isfinite().all()
 
 
-def test_one_graph_serves_many_packings(rng):
-    """But for a single image, since torch.compile takes a size of 1 for a constant."""
+def test_one_graph_serves_many_packings(rng, monkeypatch):
+    """But for a single image, since torch.compile takes a size of 1 for a constant.
+
+    A graph runs the blocks one by one, to the bits; the fused ones round at other places.
+    """
     encoder = DINOv3Encoder(config_of(num_hidden_layers=1)).eval()
     encoder.backend = "triton"
     graphs = []
@@ -612,9 +616,13 @@ def test_one_graph_serves_many_packings(rng):
         packed = PackedGrids.from_grids(grids, num_prefix_tokens=encoder.num_prefix_tokens)
         patches = torch.randn(len(packed.patch_rows()), 3 * encoder.patch_size**2, generator=rng)
         with torch.no_grad():
-            got, expected = (f(patches, grids=packed) for f in (compiled, encoder))
+            got, fused = (f(patches, grids=packed) for f in (compiled, encoder))
+            with monkeypatch.context() as patch:
+                patch.setattr(fused_blocks, "can_run", lambda *_: False)
+                expected = encoder(patches, grids=packed)
         assert got.grids == tuple(grids)
         assert torch.equal(got.packed_last_hidden_state, expected.packed_last_hidden_state)
+        assert relative_error(fused.packed_last_hidden_state, got.packed_last_hidden_state) <= 1e-5
         assert counters["stats"]["unique_graphs"] == 1 + (len(grids) == 1)
     # RoPE's frequencies are at hand: made in the graph, they would be copied in every forward.
     assert not any("pow" in str(node.target) for graph in graphs for node in graph.nodes)

@@ -152,9 +152,9 @@ def test_random_sizes(tokens, channels, bias, dtype, seed):
 
 
 BUGS = {
-    "scale forgotten": ("b_out = b_x + b_s * tl.load", "b_out = b_x + tl.load"),
+    "scale forgotten": ("b_out = b_x + b_s * (tl.load", "b_out = b_x + (tl.load"),
     "residual forgotten": ("b_out = b_x + b_s", "b_out = b_s"),
-    "weight forgotten": ("b_norm *= tl.load(weight + i_c", "b_norm *= tl.load(weight + 0 * i_c"),
+    "weight forgotten": ("b_norm *= tl.load(weight", "b_norm *= 1.0  # tl.load(weight"),
     "last row missing": ("mask = (i_t < T)[:, None] & m_c[None, :]\n    p_x",
                          "mask = (i_t < T - 1)[:, None] & m_c[None, :]\n    p_x"),
     "gradient of the sum forgotten": ("b_dx += tl.load(p_g", "b_dx += 0 * tl.load(p_g"),

@@ -231,7 +231,7 @@ def test_offsets_beyond_int32(tmp_path):
         varlen = torch.ops.hrvlm_kernels
         packed = far.packed
         tables = packed.cu_seqlens, packed.tiles(64), packed.tiles(128), packed.short_segments
-        layout = (*tables, None, None, 32**-0.5)
+        layout = (*tables, None, None, None, 32**-0.5)
         out, lse = varlen.varlen_attention(*far.inputs, *layout, True)
         args = (far.g, *far.inputs, out, lse, *layout)
         for deterministic in (True, False):
