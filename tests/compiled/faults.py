@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 
 import ptx_machine
-from hrvlm_kernels import triton_kernels
+from hrvlm_kernels import PackedGrids, triton_kernels
+from hrvlm_kernels.ops.rope_2d import rope_table
+from hrvlm_kernels.triton_kernels import linear_residual_layer_norm as connection
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as shuffle_forward
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as shuffle_backward
 from tests.compiled.cases import BF16, BOTH, Attention, attention_tiles, few_multiprocessors
 from tests.compiled.judge import Outcome, judge
 from tests.kernels import attention_cases as attention
+from tests.kernels import test_bias_gelu as gelu
 from tests.kernels import test_layer_norm_pixel_shuffle as norm
 from tests.kernels import test_normalize_patchify as patchify
 from tests.kernels import test_pixel_shuffle_linear as shuffle
@@ -27,7 +30,7 @@ from tests.kernels import test_residual_layer_norm as residual
 from tests.kernels import test_rope_2d as rope
 from tests.kernels import test_swiglu as gated
 from tests.kernels import test_varlen_attention as forward
-from tests.numerics import assert_elements
+from tests.numerics import assert_elements, assert_rope
 
 PLACES = 3  # of a kind in a kernel, at most
 # Ends in a block of 1024 elements and 128 threads: at each of a thread's eight, side by side or 128
@@ -193,6 +196,12 @@ class Subject:
 
 def subjects() -> list[Subject]:
     elementwise = {
+        "bias_gelu": (
+            lambda: gelu.check(5, 1100, BF16),
+            few_multiprocessors(  # two or three blocks per program, and every remainder of rows
+                lambda: [gelu.check(13 + n, w, BF16) for n, w in enumerate(ENDS_OF_BLOCKS)]
+            ),
+        ),
         "swiglu": (lambda: gated.check(5, 1100, BF16), _widths),
         "residual_layer_norm": (
             lambda: residual.check(37, 600, BF16),
@@ -235,6 +244,20 @@ def subjects() -> list[Subject]:
         Subject(
             "rope_2d", "rope_2d", lambda: rope.check_forward(80, BF16),
             lambda: [rope.check_forward(80, BF16, grids=[(1, n)], prefix=0) for n in range(1, 34)],
+        ),
+        Subject(
+            "rope_2d, table", "rope_2d_table", lambda: _table(33),
+            lambda: [_table(tokens) for tokens in range(1, 34)],
+        ),
+        Subject(
+            "linear_residual_layer_norm gradients", "linear_residual_layer_norm_gradients",
+            lambda: _gradients(130, 20),
+            lambda: [_gradients(60 + width, width) for width in range(2, 16)],
+        ),
+        Subject(
+            "bias_gelu, adding parts", "bias_gelu_add_parts",
+            lambda: gelu.check(21, 72, BF16),
+            lambda: [gelu.check(5, width, BF16) for width in range(65, 80)],
         ),
         *(
             Subject(f"{op} {way}", f"{op}_{way}", run, ends)
@@ -330,6 +353,42 @@ def _parts() -> None:
         exact = parts.double().sum(0) + bias.double()
         terms = parts.double().abs().sum(0) + bias.double().abs()
         assert_elements(out, exact, 2.0**-8 * exact.abs() + 2.0**-21 * terms)
+
+
+def _table(tokens: int, head_dim: int = 80) -> None:
+    """Rotated by the table, (1, 0) is (cos, sin)."""
+    coords = PackedGrids.from_grids([(1, tokens)]).coords
+    inv_freq = rope.frequencies(head_dim)
+    one = torch.zeros(tokens, 1, head_dim)
+    one[..., : head_dim // 2] = 1
+    assert_rope(rope_table(coords, inv_freq)[:, None], one, coords, inv_freq)
+
+
+def _gradients(count: int, width: int, inner: int = 520) -> None:
+    """Each of the five gradients by its formula: the sums of two turns of both loops, or three."""
+    rng = torch.Generator().manual_seed(0)
+    # Tensors of their own: what is read past the end of one is outside of all.
+    product, weight, scale, bias = (
+        torch.randn(*size, generator=rng).to(BF16)
+        for size in ((width, inner), (width, inner), (width,), (width,))
+    )
+    parts = torch.randn(3, count, width, generator=rng)
+    dweight, vectors, of_norm = (
+        torch.full(size, float("nan"), dtype=BF16)
+        for size in ((width, inner), (2, width), (2, width))
+    )
+    connection.launch(product, weight, scale, bias, parts, scale, dweight, vectors, of_norm)
+
+    def sums(p, w, s, b, parts):
+        of_x, dw, db = parts.sum(1)
+        return s[:, None] * p, torch.stack([(p * w).sum(1) + b * of_x, s * of_x, dw, db])
+
+    exact = [a.double() for a in (product, weight, scale, bias, parts)]
+    for out, value, terms in zip(
+        (dweight, torch.cat([vectors, of_norm])),
+        sums(*exact), sums(*(a.abs() for a in exact)), strict=True,
+    ):  # fmt: skip
+        assert_elements(out, value, 2.0**-8 * value.abs() + 2.0**-20 * terms)
 
 
 @contextmanager
