@@ -137,11 +137,11 @@ class Held:
 
 def can_run(encoder: PackedEncoder, x: Tensor) -> bool:
     """Whether the blocks may run here, for these tokens ``[T, C]``."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-        return False
-    if x.shape[1] > MAX_WIDTH:
+    if torch.compiler.is_compiling() or x.shape[1] > MAX_WIDTH:
         return False
     if choose_backend("residual_layer_norm", encoder.backend, x) != "triton":
+        return False
+    if torch.is_autocast_enabled(x.device.type):  # a question that not every device knows
         return False
     if encoder.training and encoder.gradient_checkpointing:
         return False
