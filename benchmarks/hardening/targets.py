@@ -496,10 +496,23 @@ def _draw_template(draw: Random) -> tuple[Any, Any]:
 
 @functools.cache
 def _program() -> tuple[Any, Any]:
-    from hrvlm.export.graphs import export_program, graph_of
-    from tests.encoder.encoders import pair_of
+    from transformers import DINOv3ViTConfig
 
-    _, encoder = pair_of("vit", num_hidden_layers=1)
+    from hrvlm import DINOv3Encoder
+    from hrvlm.export.graphs import export_program, graph_of
+
+    config = DINOv3ViTConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_register_tokens=4,
+    )
+    encoder = DINOv3Encoder(config).eval()
+    weights = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.normal_(0.0, 0.15, generator=weights)
     return graph_of(encoder, "pack"), export_program(encoder, "pack").module()
 
 
