@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +38,14 @@ def printable(value: object) -> str:
 def note(message: str) -> None:
     """Print a line on stderr."""
     print(message, file=sys.stderr)
+
+
+def note_left_out(skipped: Iterable[object], bad: Iterable[tuple[object, str]]) -> None:
+    """Name the files that are no images by their names, and those that can't be read."""
+    for name in skipped:
+        note(f"skipped {printable(name)}: no image by its name")
+    for name, reason in bad:
+        note(f"skipped {printable(name)}: {reason}")
 
 
 @contextlib.contextmanager

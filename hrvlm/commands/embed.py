@@ -11,7 +11,16 @@ import typer
 
 from .command import command
 from .console import console, note, progress
-from .options import BatchInvariant, Device, DType, MaxImgSize, Upscale
+from .options import (
+    Backend,
+    BatchInvariant,
+    Device,
+    DType,
+    EncoderModel,
+    MaxImgSize,
+    MaxTokensPerPass,
+    Upscale,
+)
 from .tables import counted, duration, print_line, print_table, quantity
 
 if TYPE_CHECKING:
@@ -113,10 +122,7 @@ def embed(
         ),
     ],
     out: Annotated[str, typer.Option(help="Folder of the rows: a path, or s3://... and others.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Hub id, directory or weight file; without it: random weights."),
-    ] = None,
+    model: EncoderModel = None,
     max_img_size: MaxImgSize = 1024,
     upscale: Upscale = False,
     layer: Annotated[
@@ -131,7 +137,7 @@ def embed(
     ] = "bfloat16",
     dtype: DType = None,
     device: Device = None,
-    backend: Annotated[str, typer.Option(help="{hrvlm_kernels.backends.BACKENDS}.")] = "auto",
+    backend: Backend = "auto",
     batch_invariant: BatchInvariant = False,
     encoders: Annotated[
         int | None, typer.Option(help="Processes that encode; default: one a GPU, or one.")
@@ -146,9 +152,7 @@ def embed(
     shard: Annotated[
         str, typer.Option(help="I/N: do every N-th part, from part I on; all into one --out.")
     ] = "0/1",
-    max_tokens_per_pass: Annotated[
-        int, typer.Option(help="Patches that are packed into one pass.")
-    ] = 32768,
+    max_tokens_per_pass: MaxTokensPerPass = 32768,
     rows_per_part: Annotated[
         int | None, typer.Option(help="Images of an output file; default: by their size.")
     ] = None,

@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .command import command
-from .console import note, printable, progress
-from .options import BatchInvariant, Device, DType, MaxImgSize, Upscale
+from .console import note, note_left_out, progress
+from .options import (
+    Backend,
+    BatchInvariant,
+    Device,
+    DType,
+    EncoderModel,
+    Fetch,
+    Images,
+    MaxImgSize,
+    MaxTokensPerPass,
+    SkipBad,
+    Upscale,
+)
 from .tables import ORDER, STRETCH, counted, duration, grid, print_line, print_table
 
 if TYPE_CHECKING:
@@ -58,35 +70,23 @@ def _check(result: EncodeResult) -> None:
 
 @command(show=show, check=_check)
 def encode(
-    images: Annotated[
-        list[str],
-        typer.Argument(help="Image files, folders of them, - for standard input, addresses."),
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub id, directory or weight file of an encoder; without it: random weights."
-        ),
-    ] = None,
+    images: Images,
+    model: EncoderModel = None,
     out: Annotated[Path | None, typer.Option(help="Directory for features and pictures.")] = None,
     max_img_size: MaxImgSize = 1024,
     upscale: Upscale = False,
-    backend: Annotated[str, typer.Option(help="{hrvlm_kernels.backends.BACKENDS}.")] = "auto",
+    backend: Backend = "auto",
     device: Device = None,
     dtype: DType = None,
     batch_invariant: BatchInvariant = False,
-    max_tokens_per_pass: Annotated[
-        int, typer.Option(help="Patches that are packed into one pass.")
-    ] = 32768,
+    max_tokens_per_pass: MaxTokensPerPass = 32768,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw a picture per image.")
     ] = True,
     joint_pca: Annotated[
         bool, typer.Option("--joint-pca", help="Give all pictures one projection to colours.")
     ] = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Report unreadable images and go on.")
-    ] = False,
+    skip_bad: SkipBad = False,
     pooled: Annotated[
         bool, typer.Option("--pooled", help="Write CLS and the mean of the patches, no patches.")
     ] = False,
@@ -98,7 +98,7 @@ def encode(
             "safetensors file for each.",
         ),
     ] = None,
-    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch images from addresses.")] = False,
+    fetch: Fetch = False,
 ) -> EncodeResult:
     """Encode images of any shapes in one packed pass.
 
@@ -143,10 +143,7 @@ def encode(
             result = run(inputs.paths, loaded, options, on_images=advance)
     result.bad += [(inputs.name(path), error) for path, error in inputs.bad]
     result.skipped += map(str, inputs.skipped)
-    for name in result.skipped:
-        note(f"skipped {printable(name)}: no image by its name")
-    for name, reason in result.bad:
-        note(f"skipped {printable(name)}: {reason}")
+    note_left_out(result.skipped, result.bad)
     if result.there:
         note(f"{counted(len(result.there), 'image')} done by an earlier run, and left as they are")
     return result

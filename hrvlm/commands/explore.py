@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .command import command
-from .console import note, printable, progress
-from .options import Device, DType, MaxImgSize, Upscale
+from .console import note, note_left_out, progress
+from .options import (
+    Backend,
+    Device,
+    DType,
+    EncoderModel,
+    Fetch,
+    Images,
+    MaxImgSize,
+    MaxTokensPerPass,
+    SkipBad,
+    Upscale,
+)
 from .tables import counted, grid, print_line, print_table, quantity
 
 if TYPE_CHECKING:
@@ -42,33 +53,21 @@ def show(result: ExploreResult) -> None:
 
 @command(show=show)
 def explore(
-    images: Annotated[
-        list[str],
-        typer.Argument(help="Image files, folders of them, - for standard input, addresses."),
-    ],
+    images: Images,
     out: Annotated[Path, typer.Option(help="The page, an HTML file.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub id, directory or weight file of an encoder; without it: random weights."
-        ),
-    ] = None,
+    model: EncoderModel = None,
     layer: Annotated[
         int | None, typer.Option(help="Features of this block, 1 the first; default: the last.")
     ] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     max_img_size: MaxImgSize = 1024,
     upscale: Upscale = False,
-    backend: Annotated[str, typer.Option(help="{hrvlm_kernels.backends.BACKENDS}.")] = "auto",
+    backend: Backend = "auto",
     device: Device = None,
     dtype: DType = None,
-    max_tokens_per_pass: Annotated[
-        int, typer.Option(help="Patches that are packed into one pass.")
-    ] = 32768,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Report unreadable images and go on.")
-    ] = False,
-    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch images from addresses.")] = False,
+    max_tokens_per_pass: MaxTokensPerPass = 32768,
+    skip_bad: SkipBad = False,
+    fetch: Fetch = False,
 ) -> ExploreResult:
     """Write a page to look through the features of images.
 
@@ -96,8 +95,5 @@ def explore(
         with progress("encoding", len(inputs.paths)) as advance:
             result = run(inputs.paths, loaded, out, options, on_images=advance)
     result.bad += [(inputs.name(path), error) for path, error in inputs.bad]
-    for path in inputs.skipped:
-        note(f"skipped {printable(path)}: no image by its name")
-    for name, reason in result.bad:
-        note(f"skipped {printable(name)}: {reason}")
+    note_left_out(inputs.skipped, result.bad)
     return result

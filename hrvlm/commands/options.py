@@ -7,6 +7,20 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Option(help="Directory or hub id of a VisionLanguageModel.")]
+EncoderModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Hub id, directory or weight file of an encoder; without it: random weights."
+    ),
+]
+Images = Annotated[
+    list[str],
+    typer.Argument(help="Image files, folders of them, - for standard input, addresses."),
+]
+Backend = Annotated[str, typer.Option(help="{hrvlm_kernels.backends.BACKENDS}.")]
+MaxTokensPerPass = Annotated[int, typer.Option(help="Patches that are packed into one pass.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Report unreadable images and go on.")]
+Fetch = Annotated[bool, typer.Option("--fetch", help="Fetch images from addresses.")]
 MaxImgSize = Annotated[int, typer.Option(help="Limit of the longer side in pixels.")]
 Upscale = Annotated[
     bool, typer.Option("--upscale", help="Enlarge smaller images to --max-img-size.")

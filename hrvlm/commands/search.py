@@ -9,7 +9,7 @@ import typer
 
 from .command import command
 from .console import note
-from .options import Device
+from .options import Backend, Device
 from .tables import counted, print_line, print_table
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def search(
         str | None, typer.Option("--input", help="Where the images are now, if they moved.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Where the model is now, if it moved.")] = None,
-    backend: Annotated[str, typer.Option(help="{hrvlm_kernels.backends.BACKENDS}.")] = "auto",
+    backend: Backend = "auto",
     device: Device = None,
 ) -> SearchResult:
     """Find images that are like given ones among embedded ones.
