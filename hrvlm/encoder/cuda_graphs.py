@@ -7,7 +7,8 @@ records every size and every address, so there is one graph per packing, with bu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +21,7 @@ from hrvlm_kernels.backends import resolve
 
 from ..images.geometry import positive_pair
 from .fused_blocks import Held
-from .inputs import Grids, pack_inputs
+from .inputs import Grids, PackedInputs, pack_inputs
 from .output import EncoderOutput, PackedEncoderOutput
 
 if TYPE_CHECKING:
@@ -43,7 +44,63 @@ class _Recording:
     folded: Held  # so are these
 
 
-class GraphedEncoder:
+class Replaying:
+    """What the graphs of an encoder have in common, of whatever sizes they are.
+
+    They share buffers, so that replays take turns, on whatever thread and stream.
+
+    Args:
+        encoder: Its graphs are captured: later replays wait for what this stream has done so far.
+    """
+
+    def __init__(self, encoder: PackedEncoder):
+        self.encoder = encoder
+        self._turns, self._place = Lock(), self._place_of_weights()
+        with torch.cuda.device(encoder.device):
+            self._last = torch.cuda.Event()  # recorded after each replay
+            self._last.record()
+
+    def _place_of_weights(self) -> int:
+        return next(self.encoder.parameters()).data_ptr()  # moving a module moves all
+
+    def _inputs(self, pixel_values: Tensor | Sequence[Tensor], grids: Grids | None) -> PackedInputs:
+        """The patches and layout of what a call was given."""
+        inputs = pack_inputs(pixel_values, grids, self.encoder)
+        if inputs.patches.requires_grad and torch.is_grad_enabled():
+            raise ValueError("pixel_values requires grad, but a graphed encoder has no backward")
+        return inputs
+
+    @contextmanager
+    def _turn(self, folded: Held) -> Iterator[None]:
+        """A replay's turn: what the graph reads is as the encoder's weights are now."""
+        if self._place_of_weights() != self._place:
+            raise RuntimeError("graphed: the encoder was moved or cast since; make new graphs")
+        with (
+            self._turns,
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.cuda.device(self.encoder.device),
+        ):
+            self._last.wait()  # of another stream
+            folded.renew()
+            yield
+            self._last.record()
+
+
+def as_output(
+    hidden: Tensor, pooled: Tensor, packed: PackedGrids, batch: int | None
+) -> EncoderOutput | PackedEncoderOutput:
+    """Packed tokens as the encoder gives them: of a batch, or of a pack where `batch` is None."""
+    if batch is None:
+        return PackedEncoderOutput(hidden, pooled, packed=packed)
+    fields: dict[str, Any] = {
+        "last_hidden_state": hidden.unflatten(0, (batch, -1)),
+        "pooler_output": pooled,
+    }
+    return EncoderOutput(**fields)
+
+
+class GraphedEncoder(Replaying):
     """An encoder that replays CUDA graphs, for inference.
 
     The graphs read the encoder's weights where they are, and those that inference folds (see
@@ -69,8 +126,6 @@ class GraphedEncoder:
             raise ValueError("sizes must hold at least one packing, got none")
         check_can_be_captured(encoder)
         device = encoder.device
-        self.encoder = encoder
-        self._turns, self._place = Lock(), self._place_of_weights()
         self._recordings: dict[tuple[_Grid, ...], _Recording] = {}
         pool = None
         with torch.cuda.device(device):
@@ -78,11 +133,7 @@ class GraphedEncoder:
                 recording = _record(encoder, grids, device, pool)
                 self._recordings[grids] = recording
                 pool = recording.graph.pool()
-            self._last = torch.cuda.Event()  # recorded after each replay
-            self._last.record()
-
-    def _place_of_weights(self) -> int:
-        return next(self.encoder.parameters()).data_ptr()  # moving a module moves all
+        super().__init__(encoder)
 
     def __call__(
         self, pixel_values: Tensor | Sequence[Tensor], *, grids: Grids | None = None
@@ -100,29 +151,14 @@ class GraphedEncoder:
         Raises:
             ValueError: there is no graph for these sizes in this order, or an input requires grad.
         """
-        patches, packed, batch = pack_inputs(pixel_values, grids, self.encoder)
-        if patches.requires_grad and torch.is_grad_enabled():
-            raise ValueError("pixel_values requires grad, but a graphed encoder has no backward")
+        patches, packed, batch = self._inputs(pixel_values, grids)
         recording = _select(self._recordings, packed.grids or (), self.encoder.patch_size)
-        if self._place_of_weights() != self._place:
-            raise RuntimeError("graphed: the encoder was moved or cast since; make new graphs")
-        with (
-            self._turns,
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.cuda.device(recording.patches.device),
-        ):
-            self._last.wait()  # of another stream
-            recording.folded.renew()
+        with self._turn(recording.folded):
             recording.patches.copy_(patches.detach(), non_blocking=True)
             recording.graph.replay()
             hidden = recording.packed_last_hidden_state.clone()
             pooled = recording.pooler_output.clone()
-            self._last.record()
-        if batch is None:
-            return PackedEncoderOutput(hidden, pooled, packed=recording.packed)
-        hidden = hidden.unflatten(0, (batch, -1))
-        return EncoderOutput(**{"last_hidden_state": hidden, "pooler_output": pooled})
+        return as_output(hidden, pooled, recording.packed, batch)
 
 
 def _record(

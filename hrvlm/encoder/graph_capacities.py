@@ -16,7 +16,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,9 +24,9 @@ from torch import Tensor
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.packed_tables import TILE_SIZES
 
-from .cuda_graphs import capture, check_can_be_captured
+from .cuda_graphs import Replaying, as_output, capture, check_can_be_captured
 from .fused_blocks import Held
-from .inputs import Grids, pack_inputs
+from .inputs import Grids
 from .layers import EncoderEmbeddings
 from .output import EncoderOutput, PackedEncoderOutput
 
@@ -112,7 +111,7 @@ class _Recording:
     folded: Held
 
 
-class GraphedCapacities:
+class GraphedCapacities(Replaying):
     """A :class:`~hrvlm.DINOv3Encoder` that replays CUDA graphs for any batch that fits one.
 
     The smallest capacity that a batch fits is replayed. A batch that fits none runs eagerly, with a
@@ -145,7 +144,6 @@ class GraphedCapacities:
                 f"graphed: the learned positions of {type(encoder).__name__} are made for the "
                 "grids of a batch; give sizes instead of capacities"
             )
-        self.encoder = encoder
         self._recordings, pool = [], None
         with torch.cuda.device(encoder.device):
             for capacity in sorted(set(checked), key=lambda c: (c.tokens, c.images)):
@@ -162,9 +160,8 @@ class GraphedCapacities:
                     Held(encoder.layer),
                 )  # fmt: skip
                 self._recordings.append(recording)
-            self._last = torch.cuda.Event()  # recorded after each replay
-            self._last.record()
-        self._turns, self._rows, self._empty = Lock(), 0, 0
+        self._rows, self._empty = 0, 0
+        super().__init__(encoder)
 
     @property
     def empty_rows(self) -> float:
@@ -186,44 +183,31 @@ class GraphedCapacities:
 
         Raises:
             ValueError: an input requires grad.
+            RuntimeError: the encoder was moved or cast since.
         """
-        patches, packed, batch = pack_inputs(pixel_values, grids, self.encoder)
-        if patches.requires_grad and torch.is_grad_enabled():
-            raise ValueError("pixel_values requires grad, but a graphed encoder has no backward")
+        patches, packed, batch = self._inputs(pixel_values, grids)
         device = self.encoder.device
         packed = packed if packed.device == device else packed.to(device)
         recording = self._fitting(packed)
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
-            if recording is None:
+        if recording is None:
+            with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
                 out = self.encoder(patches.to(device), grids=packed, return_dict=True)
-                hidden, pooled = out.packed_last_hidden_state, out.pooler_output
-            else:
-                hidden, pooled = self._replay(recording, patches, packed)
-        if batch is None:
-            return PackedEncoderOutput(hidden, pooled, packed=packed)
-        hidden = hidden.unflatten(0, (batch, -1))
-        return EncoderOutput(**{"last_hidden_state": hidden, "pooler_output": pooled})
-
-    def _replay(
-        self, recording: _Recording, patches: Tensor, packed: PackedGrids
-    ) -> tuple[Tensor, Tensor]:
-        with self._turns:
-            self._last.wait()  # of another stream
-            recording.folded.renew()
+            return as_output(out.packed_last_hidden_state, out.pooler_output, packed, batch)
+        tokens, capacity = packed.total_tokens, recording.slots.capacity.tokens
+        with self._turn(recording.folded):
             recording.slots.fill(patches, packed)
             recording.graph.replay()
-            hidden = recording.packed_last_hidden_state[: packed.total_tokens].clone()
+            hidden = recording.packed_last_hidden_state[:tokens].clone()
             pooled = recording.pooler_output[: len(packed)].clone()
-            self._last.record()
-        return hidden, pooled
+            self._rows += capacity
+            self._empty += capacity - tokens
+        return as_output(hidden, pooled, packed, batch)
 
     def _fitting(self, packed: PackedGrids) -> _Recording | None:
         tokens, images = packed.total_tokens, len(packed)
         for recording in self._recordings:
             capacity = recording.slots.capacity
             if tokens <= capacity.tokens and images <= capacity.images:
-                self._rows += capacity.tokens
-                self._empty += capacity.tokens - tokens
                 return recording
         known = ", ".join(f"{r.slots.capacity.tokens} tokens of {r.slots.capacity.images} images"
                           for r in self._recordings)  # fmt: skip
