@@ -47,13 +47,14 @@ _GELU = type(ACT2FN["gelu"])  # the exact one
 
 
 _Stamp = tuple[tuple[Tensor, int, int], ...]  # tensors, their versions and their addresses
+_Parts = tuple[int, int]  # how often modules of attention and MLP were replaced
 
 
 class _Folded(NamedTuple):
     """The weights of a block for inference.
 
     Attributes:
-        of: What they were made of.
+        of: What they were made of, and how often modules around that had been replaced.
         before: What is left out of the stream before the block, float32; None for nothing.
         o_weight: ``lambda1 W_o``.
         between: `before` with ``lambda1 b_o``.
@@ -61,7 +62,7 @@ class _Folded(NamedTuple):
         after: `between` with ``lambda2 b_down``.
     """
 
-    of: _Stamp
+    of: tuple[_Stamp, _Parts]
     before: Tensor | None
     o_weight: Tensor
     between: Tensor | None
@@ -106,10 +107,10 @@ class Held:
         for i, (layer, folded) in enumerate(self._blocks):
             sources, bias = _sources(layer), layer.attention.qkv_bias
             joined_of, joined = self._biases[i]
-            if not changed and _is_of(folded.of, sources):
+            if not changed and _is_fresh(folded, layer):
                 before = folded.after
             else:
-                self._check(folded.of, sources)
+                self._check(folded.of[0], sources)
                 new, changed = _fold_now(layer, before), True
                 for old, fresh in zip(folded[2:], new[2:], strict=True):
                     if old is not None and fresh is not None:
@@ -262,9 +263,18 @@ def _norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor | None) -> Tensor:
 @torch.no_grad()
 def _fold(layer: EncoderLayer, before: Tensor | None) -> _Folded:
     known = _folded.get(layer)
-    if known is None or known.before is not before or not _is_of(known.of, _sources(layer)):
+    if known is None or known.before is not before or not _is_fresh(known, layer):
         known = _folded[layer] = _fold_now(layer, before)
     return known
+
+
+def _is_fresh(folded: _Folded, layer: EncoderLayer) -> bool:
+    stamp, parts = folded.of
+    return parts == _parts(layer) and _is_of(stamp, _sources(layer))
+
+
+def _parts(layer: EncoderLayer) -> _Parts:
+    return layer.attention.replaced, layer.mlp.replaced
 
 
 def _sources(layer: EncoderLayer) -> tuple[Tensor | None, ...]:
@@ -278,7 +288,7 @@ def _fold_now(layer: EncoderLayer, before: Tensor | None) -> _Folded:
     scales = layer.layer_scale1.lambda1, layer.layer_scale2.lambda1
     between = _with_bias(before, o.bias, scales[0])
     return _Folded(
-        of=_stamp(_sources(layer)),
+        of=(_stamp(_sources(layer)), _parts(layer)),
         before=before,
         o_weight=_scaled(o.weight, scales[0]),
         between=between,

@@ -136,7 +136,23 @@ class QKVBias(nn.Module):
         return torch.cat([zeros if b is None else b for b in biases])
 
 
-class EncoderAttention(nn.Module):
+class _Parts(nn.Module):
+    """Counts how often one of its modules was put in place.
+
+    An adapter that is merged and taken out again leaves a weight that is the same tensor, at the
+    same address and, changed through ``.data``, of the same version: that its module was replaced
+    is all that tells.
+    """
+
+    replaced = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.__dict__["replaced"] = self.replaced + 1
+
+
+class EncoderAttention(_Parts):
     """Multi-head attention of each image over itself, q and k rotated by their patch's position."""
 
     def __init__(self, config: ViTSizes):
@@ -222,7 +238,7 @@ class EncoderAttention(nn.Module):
         return torch.cat(maps, dim=-1)
 
 
-class EncoderMLP(nn.Module):
+class EncoderMLP(_Parts):
     """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` when the config says gated."""
 
     def __init__(self, config: ViTSizes):

@@ -163,6 +163,28 @@ def test_a_changed_weight_is_folded_again():
 
 
 @interpreter_only
+@pytest.mark.parametrize("safe", [False, True])
+def test_an_adapter_that_is_merged_between_two_inferences_is_folded(safe):
+    """Merging writes through ``.data``: the weight is the same tensor, of the same version."""
+    peft = pytest.importorskip("peft")
+    _, encoder = pair_of("vit", num_hidden_layers=2)
+    patches, packed, _ = inputs_of(encoder, GRIDS[:1])
+
+    def features(backend, model):
+        with torch.no_grad():
+            return on(backend, model)(patches, grids=packed).packed_last_hidden_state
+
+    before = features("triton", encoder)
+    options = {"target_modules": ["o_proj", "down_proj"], "init_lora_weights": False}
+    adapted = peft.get_peft_model(encoder, peft.LoraConfig(r=2, **options))
+    merged = adapted.merge_and_unload(safe_merge=safe)
+    assert merged is encoder
+    got = features("triton", encoder)
+    torch.testing.assert_close(got, features("eager", encoder), rtol=1e-4, atol=1e-5)
+    assert (got - before).abs().max() > 0.1
+
+
+@interpreter_only
 def test_folded_weights_are_dropped():
     """By train(), by moving, by loading, and with the encoder; they are not copied along."""
     models = [pair_of("vit", num_hidden_layers=2)[1]]
