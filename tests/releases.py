@@ -107,7 +107,7 @@ def table():
         return
     yield "How that went the last time, in tests:"
     yield ""
-    titles = ("releases", "Python", *COLUMNS, "passed", "failed", "skipped", "on")
+    titles = ("releases", "Python", *COLUMNS, "passed", "failed", "skipped", "on", "commit")
     yield f"| {' | '.join(titles)} |"
     yield "|---" * len(titles) + "|"
     for path in sorted((ROOT / RESULTS).glob("*.json")):
@@ -115,7 +115,8 @@ def table():
         versions = [kept["installed"][name].partition("+")[0] for name in COLUMNS]
         counts = [str(kept[name]) for name in ("passed", "failed", "skipped")]
         name = f"[{path.stem}]({RESULTS}/{path.name})"
-        yield f"| {' | '.join((name, kept['python'], *versions, *counts, kept['date']))} |"
+        when = kept["date"], kept["commit"]
+        yield f"| {' | '.join((name, kept['python'], *versions, *counts, *when))} |"
 
 
 def with_table(readme):
