@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .merge_orders import merge_order
 from .packed_tables import (
     TILE_SIZES,
     Grid,
@@ -196,16 +197,22 @@ class PackedGrids:
         check_factor(self.grids, factor)
         return tuple((hp // factor, wp // factor) for hp, wp in self.grids)
 
-    def shuffle_index(self, factor: int) -> Tensor:
+    def shuffle_index(self, factor: int, order: str = "nanovlm") -> Tensor:
         """``[sum gh*gw, factor**2]`` int32: each output token's packed rows in (dy, dx) order.
 
+        Args:
+            factor: Pixel-shuffle factor.
+            order: A name of :data:`~hrvlm_kernels.merge_orders.MERGE_ORDERS`, whose model has its
+                patches, or its tokens, in another order than row by row.
+
         Raises:
-            ValueError: as :meth:`token_grids`.
+            ValueError: as :meth:`token_grids`, or there is no such order.
         """
-        key = f"shuffle{factor}"
+        merged = merge_order(order)
+        key = f"shuffle{factor}{merged.key}"
         if key not in self._tables:
             self.token_grids(factor)
-            index = shuffle_index(self.grids or (), self.num_prefix_tokens, factor)
+            index = shuffle_index(self.grids or (), self.num_prefix_tokens, factor, merged)
             self._add(key, index)
         return self._tables[key]
 

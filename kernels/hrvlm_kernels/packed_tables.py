@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .merge_orders import MergeOrder
+
 Grid = tuple[int, int]
 
 # These tile lists and the rows of the patches travel with the first copy, so that torch.compile
@@ -162,8 +164,11 @@ def patch_rows(grids: tuple[Grid, ...], prefix: int) -> Tensor:
     return (rows + before.repeat_interleave(counts, output_size=total))[:, None]
 
 
-def shuffle_index(grids: tuple[Grid, ...], prefix: int, factor: int) -> Tensor:
+def shuffle_index(
+    grids: tuple[Grid, ...], prefix: int, factor: int, order: MergeOrder | None = None
+) -> Tensor:
     """Packed rows of the patches of each output token, in (dy, dx) order."""
+    order = order or MergeOrder()
     if not grids:
         return torch.empty(0, factor * factor, dtype=torch.int32, device="cpu")
     counts = [hp * wp for hp, wp in grids]
@@ -175,11 +180,18 @@ def shuffle_index(grids: tuple[Grid, ...], prefix: int, factor: int) -> Tensor:
         torch.tensor(tokens, device="cpu"), output_size=sum(tokens)
     )
     shuffled_grid = _kept(_shuffled_grid)
-    index = torch.cat([shuffled_grid(hp, wp, factor) for hp, wp in grids])
+    index = torch.cat([shuffled_grid(hp, wp, factor, order) for hp, wp in grids])
     return index.add_(first[:, None])
 
 
 @lru_cache(maxsize=_PIECES)
-def _shuffled_grid(hp: int, wp: int, s: int) -> Tensor:
-    index = torch.arange(hp * wp, dtype=torch.int32, device="cpu").view(hp // s, s, wp // s, s)
-    return index.permute(0, 2, 1, 3).reshape(-1, s * s)
+def _shuffled_grid(hp: int, wp: int, s: int, order: MergeOrder) -> Tensor:
+    gh, gw = hp // s, wp // s
+    index = torch.arange(hp * wp, dtype=torch.int32, device="cpu")
+    if order.patches == "blocks":
+        blocks = index.view(gh, gw, s * s)
+    else:
+        blocks = index.view(gh, s, gw, s).transpose(1, 2).reshape(gh, gw, s * s)
+    if order.tokens == "columns":
+        blocks = blocks.transpose(0, 1)
+    return blocks.reshape(-1, s * s)

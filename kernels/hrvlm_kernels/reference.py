@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .merge_orders import merge_order
 from .packed_grids import PackedGrids
 
 
@@ -57,8 +58,8 @@ def rope_2d(
     return rotate(q), rotate(k)
 
 
-def pixel_shuffle(x: Tensor, packed: PackedGrids, factor: int) -> Tensor:
-    """Gather ``factor x factor`` patches into one row, in the order (dy, dx, channel).
+def pixel_shuffle(x: Tensor, packed: PackedGrids, factor: int, *, order: str = "nanovlm") -> Tensor:
+    """Gather ``factor x factor`` patches into one row, by default in order (dy, dx, channel).
 
     nanoVLM's ``models/modality_projector.py``, for rectangles; prefix tokens are dropped.
 
@@ -66,12 +67,14 @@ def pixel_shuffle(x: Tensor, packed: PackedGrids, factor: int) -> Tensor:
         x: ``[T, C]`` packed tokens.
         packed: Their layout.
         factor: Pixel-shuffle factor s.
+        order: A name of :data:`~hrvlm_kernels.merge_orders.MERGE_ORDERS`.
 
     Returns:
         ``[sum gh*gw, s*s*C]``.
     """
     packed.check_rows(x, "x")
-    return x[packed.shuffle_index(factor)].flatten(1)
+    rows = x[packed.shuffle_index(factor, order)]  # [M, s*s, C]
+    return (rows if merge_order(order).columns == "patches" else rows.transpose(1, 2)).flatten(1)
 
 
 def pixel_shuffle_linear(
@@ -81,11 +84,12 @@ def pixel_shuffle_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    order: str = "nanovlm",
     upcast: torch.dtype | None = None,
 ) -> Tensor:
     """:func:`pixel_shuffle`, then ``@ weight.T + bias``; `weight` is ``[N, s*s*C]``."""
     dtype = upcast or x.dtype
-    rows = pixel_shuffle(x, packed, factor).to(dtype)
+    rows = pixel_shuffle(x, packed, factor, order=order).to(dtype)
     return F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 

@@ -92,12 +92,21 @@ def check_all(
 
 def check_order():
     """With the identity for a weight, the kernel is the gather itself: equal bits."""
-    for factor, channels in ((1, 33), (2, 16), (3, 5)):
+    for order, factor, channels in (
+        ("nanovlm", 1, 33),
+        ("nanovlm", 2, 16),
+        ("nanovlm", 3, 5),
+        ("qwen", 2, 16),
+        ("internvl_v1", 3, 5),
+        ("mistral", 2, 7),
+        ("glm", 3, 5),
+    ):
         packed = pack(factor)
         width = factor**2 * channels
         x = torch.randn(packed.total_tokens, channels, generator=torch.Generator().manual_seed(1))
-        out = pixel_shuffle_linear(x, packed, factor, torch.eye(width), backend="triton")
-        assert torch.equal(out, reference.pixel_shuffle(x, packed, factor))
+        eye = torch.eye(width)
+        out = pixel_shuffle_linear(x, packed, factor, eye, order=order, backend="triton")
+        assert torch.equal(out, reference.pixel_shuffle(x, packed, factor, order=order))
 
 
 def check_parts(parts=3, dtype=torch.float32, *, grids=TOKEN_GRIDS):

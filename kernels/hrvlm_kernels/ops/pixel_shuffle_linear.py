@@ -4,7 +4,8 @@
     out[m, n]                      = sum_k rows[m, k] * weight[n, k] + bias[n]
 
 for output token m at (i, j), in nanoVLM's order (``models/modality_projector.py``); output tokens
-run row by row over each image's token grid, image after image, and prefix tokens are dropped.
+run row by row over each image's token grid, image after image, and prefix tokens are dropped. Other
+models' orders are presets (``merge_orders.py``).
 
 Gradients, with g = d out ``[M, N]``:
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..backends import autocasts, choose_backend
+from ..merge_orders import merge_order, patch_columns
 from ..packed_grids import PackedGrids, check_packed
 from .torch_op import ops, register, register_backward
 
@@ -102,6 +104,7 @@ def pixel_shuffle_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    order: str = "nanovlm",
     backend: str = "auto",
 ) -> Tensor:
     """Project s x s patches of each image onto one output token.
@@ -109,8 +112,8 @@ def pixel_shuffle_linear(
     Mixed dtypes: `weight` and `bias` are cast to the dtype of `x`, and their gradients come back in
     their own; under autocast all three are cast to its dtype, as ``F.linear`` does.
 
-    For one graph of torch.compile for all packings, call ``packed.shuffle_index(factor)`` once
-    outside it: a table that is first made inside is traced with its grids.
+    For one graph of torch.compile for all packings, call ``packed.shuffle_index(factor, order)``
+    once outside it: a table that is first made inside is traced with its grids.
 
     Args:
         x: ``[T, C]`` packed tokens, prefix tokens included; rows may be strided.
@@ -118,6 +121,10 @@ def pixel_shuffle_linear(
         factor: Pixel-shuffle factor s; must divide every patch grid.
         weight: ``[N, s*s*C]``.
         bias: ``[N]`` or None.
+        order: Of patches, of the weight's columns and of tokens, as one of
+            :data:`~hrvlm_kernels.merge_orders.MERGE_ORDERS` has them: "nanovlm", "raster",
+            "internvl_v2" (these three are one), "internvl_v1", "qwen", "mistral" or "glm". With
+            the last two the kernels are given a copy of `weight`, its columns in their order.
         backend: One of :data:`hrvlm_kernels.backends.BACKENDS`; "eager" gathers first and calls the
             library's GEMM.
 
@@ -125,19 +132,22 @@ def pixel_shuffle_linear(
         ``[sum gh*gw, N]`` in the dtype of `x`, or autocast's.
 
     Raises:
-        ValueError: the factor does not divide an image's grid, or shapes or devices do not fit.
+        ValueError: the factor does not divide an image's grid, shapes or devices do not fit, or
+            there is no such order.
         RuntimeError: the backend asked for can't run here.
     """
-    check_pixel_shuffle_inputs(x, packed, factor, weight, bias)
+    merged = merge_order(order)
+    check_pixel_shuffle_inputs(x, packed, factor, weight, bias, order)
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if choose_backend("pixel_shuffle_linear", backend, x) == "triton":
-        index, prefix = packed.shuffle_index(factor), packed.num_prefix_tokens
+        index, prefix = packed.shuffle_index(factor, order), packed.num_prefix_tokens
+        weight = patch_columns(weight, factor, merged)
         return ops.pixel_shuffle_linear(x, index, packed.cu_seqlens, weight, bias, prefix)
     from .. import reference
 
-    return reference.pixel_shuffle_linear(x, packed, factor, weight, bias)
+    return reference.pixel_shuffle_linear(x, packed, factor, weight, bias, order=order)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -148,11 +158,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def check_pixel_shuffle_inputs(
-    x: Tensor, packed: PackedGrids, factor: int, weight: Tensor, bias: Tensor | None
+    x: Tensor,
+    packed: PackedGrids,
+    factor: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: str = "nanovlm",
 ) -> None:
     """Raise ValueError unless the tensors fit the layout."""
     check_packed(packed, x=x, weight=weight)
-    packed.shuffle_index(factor)  # raises when the factor does not divide a grid
+    packed.shuffle_index(factor, order)  # raises when the factor does not divide a grid
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"x must be [T, C], got {tuple(x.shape)}")
     packed.check_rows(x, "x")
