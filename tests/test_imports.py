@@ -23,7 +23,8 @@ RANKS = (
     "images drawn_text",
     "checkpoints",
     "encoder",
-    "towers vlm data",
+    "towers",
+    "vlm data",
     "verification",
     "inference export auto_classes",
     "training measuring",
@@ -34,7 +35,8 @@ RANKS = (
     "__main__",
 )
 KERNEL_RANKS = (
-    "backends packed_tables",
+    "backends merge_orders",
+    "packed_tables",
     "packed_grids attention_problem",
     "traced_grids",
     "reference",
