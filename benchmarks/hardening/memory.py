@@ -1,0 +1,144 @@
+"""Memory over ten thousand shapes, and from 224 to 2,048 pixels.
+
+    python -m benchmarks.hardening.memory --shapes 10000 --out FILE
+
+An encoder with random weights encodes packs of images of ever new shapes, every other one with its
+gradients: what the process holds stays where it was, and the caches of layouts stay within their
+bounds. And for one image of each side, the peak above what was held before, forward and with the
+gradients: by token it stays the same, as attention makes no matrix; the eager backend, which does,
+is measured beside it as long as it fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import random
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DINOv3ViTConfig
+
+from hrvlm import DINOv3Encoder
+from hrvlm.encoder import rope
+from hrvlm.machine import device_name
+from hrvlm_kernels import packed_grids, packed_tables
+
+MIB = 1 << 20
+SIDES = (224, 448, 672, 1024, 1536, 2048)
+EAGER_UP_TO = 1024
+CACHES = {
+    "layouts": packed_grids._build_cached,
+    "centres": packed_tables._centres_of,
+    "shuffled grids": packed_tables._shuffled_grid,
+    "frequencies": rope.rope_frequencies,
+}
+
+
+def _encoder(hidden: int, layers: int, backend: str = "auto") -> DINOv3Encoder:
+    torch.manual_seed(0)
+    config = DINOv3ViTConfig(
+        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_register_tokens=4,
+    )  # fmt: skip
+    return DINOv3Encoder(config, backend=backend).eval()
+
+
+def _bytes(key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _held() -> int:
+    """Resident bytes, after all that is free has gone back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _bytes("VmRSS")
+
+
+def _run(encoder: DINOv3Encoder, images: list[Tensor], *, backward: bool) -> None:
+    with torch.set_grad_enabled(backward):
+        out = encoder(images).packed_last_hidden_state
+        if backward:
+            out.backward(torch.randn_like(out))
+            encoder.zero_grad()
+
+
+def shapes(count: int, samples: int = 20, patches: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Encode packs of one or two images of random shapes; what is held after each stretch."""
+    draw, encoder, seen = random.Random(seed), _encoder(64, 1), set[tuple[int, int]]()
+    rows, began = [], time.process_time()
+    for number in range(1, count + 1):
+        down = [draw.randint(1, 200) for _ in range(draw.randint(1, 2))]
+        grids = [(h, draw.randint(1, min(200, patches // h))) for h in down]
+        seen.update(grids)
+        _run(encoder, [torch.rand(3, 16 * h, 16 * w) for h, w in grids], backward=number % 2 == 0)
+        if number % max(1, count // samples) == 0:
+            rows.append({"packs": number, "held_mib": round(_held() / MIB, 1)})
+    growth = rows[-1]["held_mib"] - rows[len(rows) // 2 - 1]["held_mib"]
+    return {
+        "packs": count,
+        "different_shapes": len(seen),
+        "growth_in_the_second_half_mib": round(growth, 1),
+        "caches": {
+            name: {"entries": cache.cache_info().currsize, "bound": cache.cache_info().maxsize}
+            for name, cache in CACHES.items()
+        },
+        "samples": rows,
+        "cpu_seconds": round(time.process_time() - began),
+    }
+
+
+def sides(sizes: tuple[int, ...] = SIDES, backend: str = "auto") -> list[dict[str, Any]]:
+    """Peak above what was held before, for one square image of each side."""
+    encoder, rows = _encoder(128, 2, backend), []
+    for backward in (False, True):
+        for side in sizes:
+            images = [torch.rand(3, side, side)]
+            _run(encoder, images, backward=backward)  # libraries make their buffers once
+            before = _held()
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak: proc(5)
+            _run(encoder, images, backward=backward)
+            tokens, peak = (side // 16) ** 2 + 5, _bytes("VmHWM") - before
+            rows.append(
+                {
+                    "backend": backend,
+                    "pass": "forward and backward" if backward else "forward",
+                    "side": side,
+                    "tokens": tokens,
+                    "peak_mib": round(peak / MIB, 1),
+                    "bytes_per_token": round(peak / tokens),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", type=int, default=10_000, help="packs of random shapes")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    small = tuple(side for side in SIDES if side <= EAGER_UP_TO)
+    result = {
+        "cpu": device_name(torch.device("cpu")),
+        "torch": torch.__version__,
+        "sides": sides() + sides(small, "eager"),
+        "shapes": shapes(options.shapes),
+    }
+    print(json.dumps(result, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
