@@ -250,16 +250,13 @@ def register(class_name: str, family: Family) -> None:
 
 def _of_dinov3() -> list[Any]:
     return [
-        LoadOnlyRenaming(r"^model\.layer\.", "layer."),
+        LoadOnlyRenaming(r"^(?:model\.)?layer\.", "layer."),
         WeightConverter(
             [f"attention.{name}_proj.weight" for name in "qkv"],
             "attention.qkv.weight",
             [FuseAll(dim=0)],
         ),
-        *(
-            WeightRenaming(f"attention.{name}_proj.bias", f"attention.qkv_bias.{name}_bias")
-            for name in "qkv"
-        ),
+        WeightRenaming(r"attention\.([qkv])_proj\.bias", r"attention.qkv_bias.\1_bias"),
     ]
 
 

@@ -17,7 +17,7 @@ the bias before it, and the gradients of q, k and v.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -37,6 +37,7 @@ from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH
 from hrvlm_kernels.ops.varlen_attention import MAX_HEAD_DIM
 from hrvlm_kernels.qkv_attention import qkv_attention
 
+from .kept_states import KeptStates
 from .layers import EncoderAttention, EncoderLayer, EncoderMLP, LayerScale, QKVBias, QKVLinear
 from .plain_modules import is_plain
 
@@ -179,17 +180,19 @@ def _is_plain_product(linear: nn.Linear, dtype: torch.dtype) -> bool:
 
 
 def infer(
-    encoder: PackedEncoder, x: Tensor, packed: PackedGrids, keep: Container[int], final_norm: bool
-) -> tuple[Tensor, dict[int, Tensor]]:
+    encoder: PackedEncoder, x: Tensor, packed: PackedGrids, kept: KeptStates, final_norm: bool
+) -> Tensor:
     """The blocks and the final norm without gradients; overwrites `x`.
 
-    Returns:
-        What the norm, or the last block, returns; and what the blocks of the numbers in `keep`
-        return.
+    Args:
+        encoder: Its blocks can run here.
+        x: ``[T, C]``, the embeddings.
+        packed: The layout.
+        kept: Takes what blocks return.
+        final_norm: Whether the final norm is applied.
     """
     backend = encoder.backend
     shift: Tensor | None = None
-    states: dict[int, Tensor] = {}
     for i, layer in enumerate(_blocks(encoder), start=1):
         folded, attention = _fold(layer, shift), layer.attention
         normed = _norm(layer.norm1, x, folded.before)
@@ -204,9 +207,9 @@ def infer(
         inner = layer.mlp.inner(_norm(layer.norm2, x, folded.between), backend)
         x.addmm_(inner, folded.down_weight.T)
         shift = folded.after
-        if i in keep:
-            states[i] = _whole(x, shift)
-    return _norm(encoder.norm, x, shift) if final_norm else _whole(x, shift), states
+        if i in kept:
+            kept.keep(i, _whole(x, shift))
+    return _norm(encoder.norm, x, shift) if final_norm else _whole(x, shift)
 
 
 def _whole(x: Tensor, shift: Tensor | None) -> Tensor:
@@ -214,10 +217,13 @@ def _whole(x: Tensor, shift: Tensor | None) -> Tensor:
 
 
 def train(
-    encoder: PackedEncoder, x: Tensor, packed: PackedGrids, keep: Container[int], final_norm: bool
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """As :func:`infer`, with gradients; leaves `x` as it is."""
-    states: dict[int, Tensor] = {}
+    encoder: PackedEncoder, x: Tensor, packed: PackedGrids, kept: KeptStates, final_norm: bool
+) -> Tensor:
+    """As :func:`infer`, with gradients; leaves `x` as it is.
+
+    A state that is kept is not joined with the norm behind it, so that all that comes after it is
+    made of it, as its gradient tells.
+    """
     layers = _blocks(encoder)
     norms: list[Any] = [layer.norm1 for layer in layers[1:]]
     norms += [encoder.norm if final_norm else None]
@@ -230,13 +236,12 @@ def train(
         )  # fmt: skip
         x, normed = _connect(x, out, attention.o_proj, layer.layer_scale1, layer.norm2)
         inner = _inner(layer.mlp, normed, encoder.backend)
-        if norm is None:
-            x = normed = layer.layer_scale2(x, layer.mlp.down_proj(inner))
-        else:
+        if norm is not None and i not in kept:
             x, normed = _connect(x, inner, layer.mlp.down_proj, layer.layer_scale2, norm)
-        if i in keep:
-            states[i] = x
-    return normed, states
+        else:
+            x = kept.keep(i, layer.layer_scale2(x, layer.mlp.down_proj(inner)))
+            normed = x if norm is None else norm(x)
+    return normed
 
 
 def _connect(

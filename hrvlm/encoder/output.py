@@ -139,10 +139,13 @@ def batched(fields: dict[str, Any], shape: tuple[int, int]) -> EncoderOutput:
     def each(name: str, change: Callable[[Tensor], Tensor]) -> Any:
         return fields[name] and tuple(map(change, fields[name]))
 
+    def unpack_state(x: Tensor) -> Any:  # is [B, n, C] unless its image was encoded alone
+        return unpack(x) if x.ndim == 2 else x
+
     return EncoderOutput(
         last_hidden_state=unpack(fields["packed_last_hidden_state"]),
         pooler_output=fields["pooler_output"],
-        hidden_states=each("packed_hidden_states", unpack),
-        selected_hidden_states=each("packed_selected_hidden_states", unpack),
+        hidden_states=each("packed_hidden_states", unpack_state),
+        selected_hidden_states=each("packed_selected_hidden_states", unpack_state),
         prefix_attentions=each("packed_prefix_attentions", unpack_attention),
     )

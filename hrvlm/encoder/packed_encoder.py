@@ -9,7 +9,7 @@ is a pack whose grids are equal. Nothing in a block knows about images except
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -33,6 +33,7 @@ from . import fused_blocks
 from .batch_invariance import encode_by_image
 from .inputs import Grids, flat_mask, pack_inputs
 from .intermediate import as_maps, block_indices, by_image, layer_indices
+from .kept_states import KeptStates
 from .layers import EncoderEmbeddings, EncoderLayer, LayerScale, QKVBias
 from .output import EncoderOutput, PackedEncoderOutput, batched
 from .plain_modules import is_plain
@@ -276,16 +277,17 @@ class PackedEncoder(StrictModel):
                 prefix_attentions=output_prefix_attentions,
                 rope_augment=rope_augment,
             )
+            shape = None if batch is None else (batch, packed.max_seqlen)
             if self.batch_invariant:
                 fields = encode_by_image(encode, patches, packed, masked)
             else:
-                fields = encode(patches, packed, masked)
+                fields = encode(patches, packed, masked, shape)
         output: EncoderOutput | PackedEncoderOutput
-        if batch is None:
+        if shape is None:
             exported = isinstance(packed, TracedGrids)  # of no use outside its graph
             output = PackedEncoderOutput(packed=None if exported else packed, **fields)  # type: ignore[arg-type]
         else:
-            output = batched(fields, (batch, packed.max_seqlen))
+            output = batched(fields, shape)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -374,6 +376,7 @@ class PackedEncoder(StrictModel):
         patches: Tensor,
         packed: PackedGrids,
         masked: Tensor | None,
+        batch: tuple[int, int] | None = None,
         *,
         keep: tuple[int, ...],
         keep_all: bool,
@@ -390,25 +393,25 @@ class PackedEncoder(StrictModel):
             first = cast("EncoderLayer", self.layer[0])
             packed = first.attention.with_rope_table(packed, x, self.backend)
         drop_path = self.training and self.config.drop_path_rate > 0
-        kept: Container[int] = range(len(self.layer) + 1) if keep_all else keep
-        states, attentions = ({0: x} if 0 in kept else {}), []
+        attentions = []
+        kept = KeptStates(range(len(self.layer) + 1) if keep_all else keep, batch)
+        x = kept.keep(0, x)
         if not (drop_path or prefix_attentions) and fused_blocks.can_run(self, x):
             recording = torch.is_grad_enabled()
             run = fused_blocks.train if recording else fused_blocks.infer
-            own = x.clone() if states and not recording else x
+            own = x.clone() if 0 in kept and not recording else x
             joined = final_norm and is_plain(self.norm, nn.LayerNorm)
-            normed, more = run(self, own, packed, kept, joined)
+            normed = run(self, own, packed, kept, joined)
             normed = self.norm(normed) if final_norm and not joined else normed
-            states |= more
         else:
             for i, layer in enumerate(cast("Iterable[EncoderLayer]", self.layer), start=1):
                 x = layer(x, packed, self.backend, drop_path, prefix_attentions)
                 if prefix_attentions:
                     x, weights = x
                     attentions.append(weights)
-                if i in kept:
-                    states[i] = x
+                x = kept.keep(i, x)
             normed = self.norm(x) if final_norm else x
+        states = kept.states
         selected = tuple(self.norm(states[i]) if apply_layernorm else states[i] for i in keep)
         return {
             "packed_last_hidden_state": normed,

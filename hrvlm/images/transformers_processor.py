@@ -70,15 +70,20 @@ _CHANNELS: dict[Any, Channels | None] = {
     "channels_first": "first",
     "channels_last": "last",
 }
-_NOT_OURS = {  # options of transformers that have no meaning here, and the value they may have
-    "size": None,
-    "crop_size": None,
-    "pad_size": None,
-    "do_center_crop": False,
-    "do_pad": False,
-    "do_convert_rgb": True,
-    "image_seq_length": None,
-    "data_format": "channels_first",
+_RESIZED = (
+    "a whole image is resized to what max_img_size, patch_size, pixel_shuffle_factor and "
+    "allow_upscale say"
+)
+# Options of transformers that have no meaning here: the value they may have, and why no other.
+_NOT_OURS = {
+    "size": (None, _RESIZED),
+    "crop_size": (None, _RESIZED),
+    "pad_size": (None, _RESIZED),
+    "do_center_crop": (False, _RESIZED),
+    "do_pad": (False, _RESIZED),
+    "do_convert_rgb": (True, "every image becomes RGB"),
+    "image_seq_length": (None, _RESIZED),
+    "data_format": ("channels_first", "packed patches have one order, that of patchify"),
 }
 _SWITCHES = ("do_resize", "do_rescale", "do_normalize", "allow_upscale")
 # What transformers writes into a saved configuration beside the options.
@@ -218,12 +223,9 @@ class _PackedImageProcessor(BaseImageProcessor):
             raise TypeError(f"{type(self).__name__}: unknown options {', '.join(unknown)}")
         options: dict[str, Any] = {name: getattr(self, name, None) for name in names}
         options |= {name: value for name, value in overrides.items() if value is not None}
-        for name, only in _NOT_OURS.items():
+        for name, (only, why) in _NOT_OURS.items():
             if options[name] is not None and options[name] != only:
-                raise ValueError(
-                    f"{name}={options[name]!r}: not supported, a whole image is resized to what "
-                    "max_img_size, patch_size, pixel_shuffle_factor and allow_upscale say"
-                )
+                raise ValueError(f"{name}={options[name]!r}: not supported, {why}")
         for name in _SWITCHES:
             true_or_false(name, options[name])
         if options["resample"] not in _RESAMPLING:

@@ -19,7 +19,7 @@ from ..files import write_text
 from ..images.fetch import readable
 from ..images.geometry import positive_int
 from ..images.intake import load_image
-from ..vlm.answers import answer_pieces, tokens_of
+from ..vlm.answers import tokens_of
 from .collators import IGNORE_INDEX
 
 SKIPS_FILE, REPORT_FILE = "skipped.jsonl", "data_report.json"
@@ -101,7 +101,7 @@ class SampleMaker:
             row = plain_row(row)
             images, turns = images_of(row), _question_and_answer(row)
             opened = [self._opened(i, image) for i, image in enumerate(images)]
-            pieces = answer_pieces(self._rendered, messages_of(opened, turns, system_of(row)))
+            pieces = self.processor.chat_pieces(messages_of(opened, turns, system_of(row)))
         except ValueError as error:
             raise SkippedError(_BAD_ROW, str(error)) from error
         sample, strings = {}, iter(())
@@ -126,9 +126,6 @@ class SampleMaker:
             return load_image(image, **self.processor.reading_options())
         except (ValueError, OSError, TypeError) as error:
             raise SkippedError(_BAD_IMAGE, f"image {index}: {error}") from error
-
-    def _rendered(self, messages: Any, **options: Any) -> str:
-        return self.processor.apply_chat_template(messages, tokenize=False, **options)
 
     def _write(self, reason: str, where: str, details: str) -> None:
         """Append a line; one write, so that the lines of several processes do not mix."""

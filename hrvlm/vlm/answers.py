@@ -1,7 +1,8 @@
 """Which tokens of a chat are the assistant's: what training learns, and what masks tell.
 
-No template has to mark them: a chat up to an answer is rendered with the header of that answer, as
-it is in generation, and what the answer adds to it (its end token too) is the assistant's.
+They are those that the template marks (``{% generation %}``). No template has to: of another, a
+chat up to an answer is rendered with the header of that answer, as it is in generation, and what
+the answer adds to it (its end token too) is the assistant's.
 """
 
 from __future__ import annotations
@@ -36,6 +37,16 @@ def answer_pieces(render: Callable[..., str], messages: Sequence[Mapping[str, An
             )
         pieces += [(before[len(text) :], False), (after[len(before) :], True)]
         text = after
+    return pieces
+
+
+def marked_pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[Piece]:
+    """A rendered chat up to its last answer, cut where its template marked the answers."""
+    pieces: list[Piece] = []
+    end = 0
+    for first, last in spans:
+        pieces += [(text[end:first], False), (text[first:last], True)]
+        end = last
     return pieces
 
 

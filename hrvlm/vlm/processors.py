@@ -7,16 +7,14 @@ template, even where that knows text only: see `IMAGE_PRELUDE`.
 
 from __future__ import annotations
 
-import re
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.import_utils import is_torchvision_available
 
 from ..checkpoints.damage import naming_damaged_files
@@ -26,7 +24,8 @@ from ..images.geometry import image_token_count, shuffled_grid
 from ..images.intake import upright_rgb
 from ..images.processor import resize
 from ..images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
-from .answers import answer_pieces, tokens_of
+from .answers import Piece, answer_pieces, marked_pieces, tokens_of
+from .chats import blocks, kind_of, marks_answers, naming_the_template, plain_chats
 from .config import VLMConfig
 from .tokenizer import CHAT_TEMPLATE, get_image_string, image_token_of, with_image_prelude
 
@@ -153,7 +152,7 @@ class VLMProcessor(ProcessorMixin):
                 raise ValueError("text: expected at least one text, got none")
             if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
                 raise TypeError(
-                    f"text: expected a text or a list of texts, got {_kind(text)}; images come "
+                    f"text: expected a text or a list of texts, got {kind_of(text)}; images come "
                     "first: processor(images=..., text=...)"
                 )
             self._check_placeholders(images, list(texts))
@@ -183,7 +182,10 @@ class VLMProcessor(ProcessorMixin):
         )
         if nested:
             if len(images) != len(texts):
-                raise ValueError(f"images: {len(images)} lists of images for {len(texts)} texts")
+                raise ValueError(
+                    f"images: {len(images)} lists of images for {len(texts)} texts; the image "
+                    "tokens in the prompts should be the same as the number of images, by sample"
+                )
             for sample, (own, count) in enumerate(zip(images, found, strict=True)):
                 if (number := len(_leaves(own))) != count:
                     raise ValueError(
@@ -260,7 +262,8 @@ class VLMProcessor(ProcessorMixin):
         """Render a chat, and process it with ``tokenize=True``; see transformers' method.
 
         The content of a message is a string, or a list of ``{"type": "text", "text": ...}`` and
-        ``{"type": "image", "image" | "path" | "url" | "base64": ...}``.
+        ``{"type": "image", "image" | "path" | "url" | "base64": ...}``. Messages and parts may be
+        objects: data classes, and pydantic's models as OpenAI's.
 
         Raises:
             TypeError: the conversation is no list of messages, or the template no text.
@@ -269,9 +272,8 @@ class VLMProcessor(ProcessorMixin):
         """
         if not isinstance(chat_template, str | None):
             raise TypeError(f"chat_template: expected a text, got {type(chat_template).__name__}")
-        has_images = False
-        for where, kind, text in _blocks(conversation):
-            has_images |= kind in ("image", "image_url")
+        conversation = plain_chats(conversation)
+        for where, kind, text in blocks(conversation):
             if kind == "text" and self.image_token in text:
                 raise ValueError(
                     f"{where}: the text contains the image token {self.image_token!r}; put images "
@@ -282,42 +284,61 @@ class VLMProcessor(ProcessorMixin):
             raise ValueError(
                 "return_assistant_tokens_mask=True needs tokenize=True and return_dict=True"
             )
-        named = isinstance(self.chat_template, dict) and chat_template in self.chat_template
-        template = chat_template if named else self._with_images(chat_template)
-        try:
-            # Transformers finds the marks of a template where they are in the text before images.
-            marked = masks and not has_images and self._marks_answers(chat_template)
-            inputs: Any = super().apply_chat_template(
-                conversation, template, return_assistant_tokens_mask=marked, **kwargs
-            )
-            if masks and not marked:
-                found = self._assistant_masks(conversation, inputs, template, kwargs)
-                inputs["assistant_masks"] = found
-        except Exception as error:
-            if not _of_template(error):
-                raise
-            raise ValueError(f"the chat template does not take this chat: {error}") from error
+        template = self._template(chat_template)
+        with naming_the_template():
+            inputs: Any = super().apply_chat_template(conversation, template, **kwargs)
+        if masks:
+            # By transformers 5.17 padding, and images in front of an answer, misplace the marks.
+            found = self._assistant_masks(conversation, inputs, template, kwargs)
+            inputs["assistant_masks"] = found
         return inputs
 
-    def _marks_answers(self, chat_template: str | None) -> bool:
-        """Whether a template has ``{% generation %}``."""
-        template: Any = self.chat_template
-        if isinstance(template, dict):
-            template = template.get(chat_template or "default", chat_template)
-        elif chat_template is not None:
-            template = chat_template
-        return re.search(r"{%-?\s*generation\b", template or "") is not None
+    def _template(self, given: str | None) -> str | None:
+        """The text of a template that is given, or named, or else of the processor's own."""
+        known: Any = self.chat_template
+        if isinstance(known, Mapping):
+            named = given or ("default" if "default" in known else None)
+            return known[named] if named in known else self._with_images(given)
+        return known if given is None else self._with_images(given)
+
+    def chat_pieces(
+        self, chat: Any, chat_template: str | None = None, **options: Any
+    ) -> list[Piece]:
+        """A chat up to its last answer, rendered and cut into what is given and what is said.
+
+        Args:
+            chat: Messages.
+            chat_template: As in :meth:`apply_chat_template`.
+            **options: Of the template.
+
+        Raises:
+            ValueError: the template does not take the chat, or neither marks the answers nor leaves
+                the beginning of a chat as it was when the chat goes on.
+        """
+        template = self._template(chat_template)
+        if template is not None and marks_answers(template):
+            options = {**self.tokenizer.special_tokens_map, **options}
+            with naming_the_template():
+                rendered: Any = render_jinja_template(
+                    conversations=[plain_chats(chat)],
+                    chat_template=template,
+                    return_assistant_tokens_mask=True,
+                    **options,
+                )
+            texts, marks = rendered
+            return marked_pieces(texts[0], marks[0])
+
+        def render(messages: Any, add_generation_prompt: bool = False) -> str:
+            given = options | {"add_generation_prompt": add_generation_prompt}
+            return self.apply_chat_template(messages, template, **given)
+
+        return answer_pieces(render, chat)
 
     def _assistant_masks(
         self, conversation: Any, inputs: BatchFeature, template: str | None, options: dict[str, Any]
     ) -> torch.Tensor:
         """1 where a token is of an answer, in the layout of ``input_ids``; see `answers.py`."""
         used = {k: v for k, v in options.items() if k not in ("tokenize", "return_dict")}
-
-        def render(messages: Any, add_generation_prompt: bool = False) -> str:
-            given = used | {"add_generation_prompt": add_generation_prompt}
-            return super(VLMProcessor, self).apply_chat_template(messages, template, **given)
-
         batched = isinstance(conversation[0], list | tuple)
         rows = torch.as_tensor(inputs["input_ids"])
         real = torch.as_tensor(inputs["attention_mask"]).bool()
@@ -325,16 +346,19 @@ class VLMProcessor(ProcessorMixin):
         images = (self.replace_image_token(inputs, i) for i in range(count))
         masks = torch.zeros_like(rows)
         for i, chat in enumerate(conversation if batched else [conversation]):
-            pieces = answer_pieces(render, chat)
-            whole = render(chat, used.get("add_generation_prompt", False))
+            pieces = self.chat_pieces(chat, template, **used)
+            whole = self.apply_chat_template(chat, template, **used)
             pieces.append((whole[sum(len(piece) for piece, _ in pieces) :], False))
             ids, said = tokens_of(self.tokenizer, pieces, self.image_token, images)
-            if ids != rows[i][real[i]].tolist():
+            given = rows[i][real[i]].tolist()
+            first = 0 if ids[: len(given)] == given else len(ids) - len(given)  # where it was cut
+            if first < 0 or ids[first : first + len(given)] != given:
                 raise ValueError(
                     f"conversation {i}: its {len(ids)} tokens are not those of the inputs, which "
-                    "were cut or tokenised with other options; so its answers can't be marked"
+                    "were tokenised with other options; so its answers can't be marked"
                 )
-            masks[i, real[i]] = torch.tensor(said, dtype=masks.dtype)
+            kept = said[first : first + len(given)]
+            masks[i, real[i]] = torch.tensor(kept, dtype=masks.dtype)
         return masks
 
 
@@ -345,52 +369,3 @@ def _leaves(images: Any) -> list[Any]:
     if not isinstance(images, list | tuple):
         return list(images) if getattr(images, "ndim", 3) == 4 else [images]
     return [leaf for image in images for leaf in _leaves(image)]
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"a list of {', '.join(sorted({type(item).__name__ for item in value})) or 'none'}"
-    return type(value).__name__
-
-
-def _of_template(error: Exception) -> bool:
-    """Whether it is Jinja's, or was raised by what a template does."""
-    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
-    return isinstance(error, TemplateError | RecursionError | SyntaxError) or "<template>" in frames
-
-
-def _blocks(conversation: Any) -> Iterator[tuple[str, str, str]]:
-    """(where, type, text) of all contents of a chat or a batch of chats, which are checked."""
-    if not isinstance(conversation, list | tuple):
-        raise TypeError(f"conversation: expected a list of messages, got {_kind(conversation)}")
-    batched = bool(conversation) and isinstance(conversation[0], list | tuple)
-    for c, chat in enumerate(conversation if batched else [conversation]):
-        if not chat or not isinstance(chat, list | tuple):
-            raise ValueError(f"conversation {c}: expected a list of messages, got {chat!r:.60}")
-        for m, message in enumerate(chat):
-            where = f"conversation {c}, message {m}" if batched else f"message {m}"
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise ValueError(
-                    f'{where}: expected {{"role": ..., "content": ...}}, got {message!r:.60}'
-                )
-            content = message.get("content")
-            content = [] if content is None else content
-            if isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-            if not isinstance(content, list | tuple):
-                raise ValueError(f"{where}: expected a text or a list, got {content!r:.60}")
-            for block in content:
-                yield where, *_block(where, block)
-
-
-def _block(where: str, block: Any) -> tuple[str, str]:
-    kind = block.get("type") if isinstance(block, Mapping) else None
-    if not isinstance(kind, str) or kind not in ("text", "image", "image_url"):
-        raise ValueError(
-            f'{where}: expected {{"type": "text", "text": ...}} or {{"type": "image", "image": '
-            f"...}}, got {block!r:.60}"
-        )
-    text = "" if block.get("text") is None else block["text"]
-    if not isinstance(text, str) or (kind == "text" and "text" not in block):
-        raise ValueError(f"{where}: expected a text in 'text', got {block!r:.60}")
-    return kind, text

@@ -13,6 +13,8 @@ backbones = suite.module("test_backbone_common")
 
 
 class AcceleratedModel(DINOv3ViTModel):
+    __module__ = DINOv3ViTModel.__module__  # other modules' classes have no names in files
+
     def __init__(self, config):
         super().__init__(config)
         hrvlm.accelerate(self)

@@ -5,7 +5,7 @@ import unittest
 from hrvlm import DINOv3Backbone
 from hrvlm.encoder.backbone_config import DINOv3BackboneConfig
 from tests.conformance import suite
-from tests.conformance.testers import EncoderTester, LoadsMoreNames
+from tests.conformance.testers import EncoderTester, LoadsNothing
 
 modeling = suite.module("test_modeling_common")
 backbones = suite.module("test_backbone_common")
@@ -24,9 +24,8 @@ class DINOv3BackboneTest(backbones.BackboneTesterMixin, unittest.TestCase):
         self.model_tester = tester(self)
 
 
-class DINOv3BackboneModelTest(LoadsMoreNames, modeling.ModelTesterMixin, unittest.TestCase):
+class DINOv3BackboneModelTest(LoadsNothing, modeling.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (DINOv3Backbone,)
-    modeling = modeling
     test_resize_embeddings = False
     has_attentions = False
 

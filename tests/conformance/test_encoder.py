@@ -6,15 +6,14 @@ from transformers import DINOv3ViTConfig
 
 from hrvlm import DINOv3Encoder
 from tests.conformance import suite
-from tests.conformance.testers import EncoderTester, LoadsMoreNames
+from tests.conformance.testers import EncoderTester, LoadsNothing
 
 modeling = suite.module("test_modeling_common")
 configuration = suite.module("test_configuration_common")
 
 
-class DINOv3EncoderTest(LoadsMoreNames, modeling.ModelTesterMixin, unittest.TestCase):
+class DINOv3EncoderTest(LoadsNothing, modeling.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (DINOv3Encoder,)
-    modeling = modeling
     test_resize_embeddings = False
     has_attentions = False  # no kernel makes a matrix of them
 

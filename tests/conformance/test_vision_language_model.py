@@ -35,6 +35,13 @@ class _Common(
     def setUp(self):
         self.model_tester = VLMTester(self, **self.options)
 
+    def test_capture_outputs_decorator(self):
+        """Asks for attention weights, which only eager attention computes."""
+        config = self.model_tester.get_config()
+        config._attn_implementation = "eager"
+        self.model_tester.get_config = lambda: config
+        super().test_capture_outputs_decorator()
+
     def test_training_overfit(self):
         """Asks a config for a vocabulary, which is its text_config's."""
         config = self.model_tester.get_config()

@@ -26,29 +26,6 @@ class LoadsNothing:
             super().test_model_weights_reload_no_missing_tied_weights()
 
 
-class LoadsMoreNames(LoadsNothing):
-    """Of an encoder, whose mapping has names that are read and never written, as of an absent bias.
-
-    ``modeling`` is the module of the mixin, which looks up the mapping there.
-    """
-
-    modeling = None
-
-    def test_reverse_loading_mapping(self):
-        whole = self.modeling.get_model_conversion_mapping
-
-        def written(*args, **kwargs):
-            names = ("model", "k_proj.bias")
-            return [
-                conversion
-                for conversion in whole(*args, **kwargs)
-                if not any(name in conversion.source_patterns[0] for name in names)
-            ]
-
-        with mock.patch.object(self.modeling, "get_model_conversion_mapping", written):
-            super().test_reverse_loading_mapping()
-
-
 class EncoderTester:
     """A batch of square images; the encoder has no loss, so nothing is trained."""
 

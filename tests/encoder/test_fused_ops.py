@@ -10,7 +10,7 @@ from hrvlm.encoder import fused_blocks, layers
 from hrvlm_kernels import PackedGrids
 from tests.encoder.encoders import pair_of
 from tests.kernels.helpers import CountingBackend, interpreter_only
-from tests.numerics import assert_contraction
+from tests.numerics import assert_contraction, relative_error
 
 IN_A_BLOCK = ("residual_layer_norm", "swiglu")  # by itself
 OVER_BLOCKS = ("qkv_attention", "linear_residual_layer_norm", "bias_gelu", "shifted_layer_norm")
@@ -40,7 +40,7 @@ def results_of(encoder, patches, packed, cotangent, names=()):
     """The features, selected layers, and the gradients of these weights of block 0, or of all."""
     torch.manual_seed(3)  # of drop path
     encoder.zero_grad()
-    out = encoder(patches, grids=packed, out_indices=[1, -1], apply_layernorm=False)
+    out = encoder(patches, grids=packed, out_indices=[0], apply_layernorm=False)
     hidden = out.packed_last_hidden_state
     (hidden * cotangent).sum().backward()
     block = dict(encoder.layer[0].named_parameters())
@@ -97,6 +97,28 @@ def test_the_kernels_err_no_more_than_eager(mode, calls):
     for a, exact, plain in zip(got, oracle, baseline, strict=True):
         assert a.dtype == plain.dtype
         assert_contraction(a, exact, plain)
+
+
+@interpreter_only
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_gradient_kept_at_a_hidden_state_is_that_of_all_behind_it(batch, calls):
+    theirs, encoder = pair_of("vit", num_hidden_layers=2)
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 16, 32, generator=rng)
+    cotangent = torch.randn(2, 7, 64, generator=rng)
+    prefix = "" if batch else "packed_"
+    expected = theirs(x, output_hidden_states=True)
+    got = on("triton", encoder)(x if batch else list(x), output_hidden_states=True)
+    states = got[f"{prefix}hidden_states"]
+    for state in (*expected.hidden_states, *states):
+        state.retain_grad()
+    expected.last_hidden_state.backward(cotangent)
+    final = got[f"{prefix}last_hidden_state"]
+    final.backward(cotangent.view_as(final))
+    assert calls.count("qkv_attention") == 2
+    for state, same in zip(states, expected.hidden_states, strict=True):
+        assert relative_error(state, same.view_as(state)) <= 1e-5
+        assert relative_error(state.grad, same.grad.view_as(state)) <= 1e-5
 
 
 @interpreter_only

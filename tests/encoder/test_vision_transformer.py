@@ -42,11 +42,15 @@ def test_a_batch_equals_transformers_forward_and_gradients(name, shape, rng):
     assert len(a.hidden_states) == len(b.hidden_states)
     for i, j in zip(b.hidden_states, a.hidden_states, strict=True):
         assert i.shape == j.shape and relative_error(i, j) <= 1e-5
+        i.retain_grad()
+        j.retain_grad()
 
     cotangent = torch.randn(a.last_hidden_state.shape, generator=rng)
     a.last_hidden_state.backward(cotangent)
     b.last_hidden_state.backward(cotangent)
     assert relative_error(x_ours.grad, x_theirs.grad) <= 1e-5
+    for i, j in zip(b.hidden_states, a.hidden_states, strict=True):
+        assert relative_error(i.grad, j.grad) <= 1e-5
     gradients = {k: p.grad for k, p in theirs.named_parameters()}
     for key, parameter in ours.named_parameters():
         assert (

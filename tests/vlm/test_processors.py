@@ -405,17 +405,49 @@ def test_assistant_masks_mark_the_answers_of_chats_with_images(processor, prompt
         processor.apply_chat_template(chats, return_assistant_tokens_mask=True)
 
 
-def test_marks_of_a_template_are_used_in_chats_without_images(processor):
-    template = (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}[a]{% generation %}"
-        "{{ m['content'] }}{% endgeneration %}image{% else %}{{ m['content'] }}{% endif %}"
-        "{% endfor %}"
-    )
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]
+MARKING = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}[a]{% generation %}"
+    "{{ m['content'] }}.{% endgeneration %}!{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_marks_of_a_template_are_used_by_masks_and_in_training(images):
+    processor = processor_of(tokenizer_of(chat_template=MARKING))
+    row = {
+        "images": [picture(60, 40)] * images,
+        "texts": [{"user": "q", "assistant": "yes"}, {"user": "and", "assistant": "no"}],
+    }
+    chat = messages_of(row["images"], [("q", "yes"), ("and", "no")])
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    got = processor.apply_chat_template(chat, template, **options)
-    said = got["input_ids"][0][torch.as_tensor(got["assistant_masks"])[0].bool()]
-    assert processor.tokenizer.decode(said) == "yes"
+    got = processor.apply_chat_template([chat, chat[:2]], padding_side="right", **options)
+    for ids, mask, said in zip(
+        got["input_ids"], torch.as_tensor(got["assistant_masks"]), ("yes.no.", "yes."), strict=True
+    ):
+        assert processor.tokenizer.decode(ids[mask.bool()]) == said
+    labels = SampleMaker(processor)(row, "row")["labels"]
+    assert processor.tokenizer.decode(labels[labels != -100]) == "yes.no."
+
+
+@pytest.mark.parametrize(("side", "said"), [("right", "no"), ("left", "o.")])
+def test_masks_of_a_chat_that_was_cut_are_those_of_what_is_left(side, said):
+    processor = processor_of(tokenizer_of(chat_template=MARKING))
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "no"}]
+    cut = {"truncation": True, "max_length": 13 if side == "right" else 3}
+    processor.tokenizer.truncation_side = side
+    got = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **cut
+    )
+    ids, mask = got["input_ids"][0], got["assistant_masks"][0].bool()
+    assert processor.tokenizer.decode(ids[mask]) == said
+    with pytest.raises(ValueError, match="tokenised with other options"):
+        processor.apply_chat_template(
+            [{"role": "user", "content": "x"}],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            text_pair=["and more"],
+        )
 
 
 def test_images_and_text_in_the_other_order_are_named(processor):
