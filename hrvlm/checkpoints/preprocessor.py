@@ -19,7 +19,10 @@ def stored_normalization(model: str) -> Normalization | None:
 
     stored: dict[str, Any]
     if Path(model).is_dir():
+        # Beside a processor of text and images, theirs is in one file since transformers 5.
         stored = read_json(Path(model) / "preprocessor_config.json") or {}
+        together = read_json(Path(model) / "processor_config.json") or {}
+        stored = stored or together.get("image_processor") or {}
     else:
         try:
             stored, _ = ImageProcessingMixin.get_image_processor_dict(model)

@@ -40,7 +40,10 @@ def search(
     images: Annotated[list[Path], typer.Argument(help="Image files to find the like of.")],
     index: Annotated[str, typer.Option(help="Folder that hrvlm embed has written.")],
     top: Annotated[int, typer.Option(help="Hits for each image.")] = 10,
-    by: Annotated[str, typer.Option(help="{hrvlm.embed.rows.POOLED}.")] = "cls",
+    by: Annotated[
+        str | None,
+        typer.Option(help="{hrvlm.embed.rows.POOLED}; default: cls where the encoder has one."),
+    ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Compare every row also where there are very many.")
     ] = False,
@@ -86,4 +89,4 @@ def search(
         title = f"What is like {images[0].name}"
         written = write_page(page, shown, title=title, about=f"{facts.name}, {index}")
         note(f"page: {written.path}")
-    return SearchResult(found, by, searcher.index, facts.random_weights, sheet)
+    return SearchResult(found, searcher.by, searcher.index, facts.random_weights, sheet)

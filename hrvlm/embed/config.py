@@ -32,11 +32,12 @@ class EmbedConfig:
     Attributes:
         input: A folder, a pattern, a .jsonl, .parquet or .tar file, or ``datasets:NAME``.
         out: Folder of the results, on a disk or in an object store.
-        model: As `load_encoder` takes it.
+        model: As `load_encoder` takes it; or a VisionLanguageModel; or another of transformers with
+            a vision tower that :mod:`hrvlm.inference.towers` knows.
         max_img_size: Limit of the longer side in pixels.
         allow_upscale: Enlarge smaller images to it.
         layer: Whose output is kept, 0 for the embeddings, negative from the end; None for the last
-            one's, after the final norm as all.
+            one's, after the final norm as all. Of another model's tower, as the tower gives it.
         keep: Names in `EXTRAS`.
         stored: Dtype of the extras.
         dtype: Of the weights; default as in `load_encoder`.
@@ -121,7 +122,8 @@ class Facts:
         dtype: Of the weights.
         hidden_size: C of the pooled features and patches.
         token_size: Of projector tokens; 0 where there is no projector.
-        factor: Of the pixel shuffle; 1 where there is no projector.
+        factor: Sides of images are whole patches of this number: that of the pixel shuffle, or of
+            what another model merges; else 1.
         patch_size: Side of a patch in pixels.
         num_prefix_tokens: CLS and registers.
         image_mean: Of the pixels.

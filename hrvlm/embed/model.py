@@ -1,4 +1,4 @@
-"""An encoder, alone or inside a vision-language model, with what is kept of its output."""
+"""An encoder, alone or inside a model, with what is kept of its output."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..encoder.packed_encoder import PackedEncoder
 from ..images.patches import pack_images
 from ..images.processor import check_normalization
 from ..inference.loading import LoadedEncoder, check_backend_runs, load_encoder, weights_digest
+from ..inference.towers import LoadedTower, Tower, has_tower, load_tower
 from ..machine import default_dtype, pick_device
 from .config import EmbedConfig, Facts
 
@@ -39,11 +40,15 @@ class FeatureModel:
     def __init__(self, config: EmbedConfig, dtype: str | None = None):
         self._config = config
         self._vlm: VisionLanguageModel | None = None
+        self.loaded: LoadedEncoder | LoadedTower
         dtype = dtype or config.dtype
         if config.model is not None and _is_vlm(config.model):
             self._vlm, self.loaded = _load_vlm(config, dtype)
         else:
-            self.loaded = load_encoder(
+            load: Any = load_encoder
+            if config.model is not None and has_tower(config.model):
+                load = load_tower
+            self.loaded = load(
                 config.model,
                 backend=config.backend,
                 device=config.device,
@@ -52,7 +57,7 @@ class FeatureModel:
             )
         self._encoder = self.loaded.encoder
         self.device = self._encoder.device
-        layers = self._encoder.config.num_hidden_layers
+        layers, self._hidden_size = _sizes_of(self._encoder)
         if config.layer is not None and not -layers <= config.layer <= layers:
             raise ValueError(f"layer={config.layer}: expected {-layers} to {layers}")
         if "tokens" in config.keep and self._vlm is None:
@@ -79,11 +84,12 @@ class FeatureModel:
         Args:
             images: ``[3, H, W]``, normalised, on the model's device.
         """
-        keep = self._config.keep
+        keep, layer = self._config.keep, self._config.layer
         if "tokens" in keep:
             hidden, packed, projected = self._with_tokens(images)
+        elif isinstance(self._encoder, Tower):
+            hidden, packed = self._encoder(images, layer)
         else:
-            layer = self._config.layer
             output = self._encoder(list(images), out_indices=None if layer is None else [layer])
             hidden, packed = output.packed_last_hidden_state, output.packed
             if layer is not None:
@@ -108,7 +114,7 @@ class FeatureModel:
 
     def _with_tokens(self, images: Sequence[Tensor]) -> tuple[Tensor, PackedGrids, list[Tensor]]:
         """The layer's tokens, their layout, and the projector's tokens ``[gh*gw, D]`` by image."""
-        assert self._vlm is not None
+        assert self._vlm is not None and not isinstance(self._encoder, Tower)
         layer, encoder = self._config.layer, self._encoder
         patches, grids = pack_images(images, encoder.patch_size)
         output = self._vlm.get_image_features(
@@ -133,20 +139,29 @@ class FeatureModel:
     def facts(self) -> Facts:
         """What a run has to know of the model."""
         encoder, loaded = self._encoder, self.loaded
-        parts = nn.ModuleList([encoder] if self._vlm is None else [encoder, self._vlm.MP])
+        module = encoder.module if isinstance(encoder, Tower) else encoder
+        parts = nn.ModuleList([module] if self._vlm is None else [module, self._vlm.MP])
+        factor = encoder.factor if isinstance(encoder, Tower) else 1
         return Facts(
             name=loaded.name,
             random_weights=loaded.random_weights,
             weights=weights_digest(parts),
             dtype=str(encoder.dtype).removeprefix("torch."),
-            hidden_size=encoder.config.hidden_size,
+            hidden_size=self._hidden_size,
             token_size=0 if self._vlm is None else self._vlm.config.text_config.hidden_size,
-            factor=1 if self._vlm is None else self._vlm.config.mp_pixel_shuffle_factor,
+            factor=factor if self._vlm is None else self._vlm.config.mp_pixel_shuffle_factor,
             patch_size=encoder.patch_size,
             num_prefix_tokens=encoder.num_prefix_tokens,
             image_mean=tuple(loaded.normalization.mean),
             image_std=tuple(loaded.normalization.std),
         )
+
+
+def _sizes_of(encoder: PackedEncoder | Tower) -> tuple[int, int]:
+    """Layers, and channels."""
+    if isinstance(encoder, Tower):
+        return encoder.num_layers, encoder.hidden_size
+    return encoder.config.num_hidden_layers, encoder.config.hidden_size
 
 
 def _is_vlm(model: str) -> bool:

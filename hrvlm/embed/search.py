@@ -81,7 +81,7 @@ class Searcher:
 
     Args:
         index: Folder of the run.
-        by: ``cls`` or ``mean``.
+        by: ``cls`` or ``mean``; None for ``cls`` where the encoder has one.
         exact: Compare every row, however many there are.
         options: Fields of the `EmbedConfig` to be other than they were: where the input or the
             model is now, the device, the backend.
@@ -90,16 +90,17 @@ class Searcher:
         ValueError: there is no complete run, or the model is not the one that made it.
     """
 
-    def __init__(self, index: str, by: str = "cls", *, exact: bool = False, **options: Any):
+    def __init__(self, index: str, by: str | None = None, *, exact: bool = False, **options: Any):
         need_extra("pyarrow", "faiss")
         from .model import FeatureModel
 
-        self.by, self._store = by, Store(index)
+        self._store = Store(index)
         manifest = self._store.read_manifest()
         if manifest is None:
             raise ValueError(f"{index}: no {MANIFEST}; hrvlm embed makes such a folder")
         self.manifest: Manifest = manifest
-        self.index = open_index(self._store, manifest, by, exact=exact)
+        self.by = by or ("cls" if manifest.facts.num_prefix_tokens else "mean")
+        self.index = open_index(self._store, manifest, self.by, exact=exact)
         known = {field.name for field in fields(EmbedConfig)}
         asked = {name: value for name, value in manifest.asked.items() if name in known}
         given = {name: value for name, value in options.items() if value is not None}

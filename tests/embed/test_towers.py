@@ -1,0 +1,131 @@
+"""Features by the vision tower of another model, from its directory: rows, layers, a search."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    Mistral3Config,
+    Mistral3Model,
+    MistralModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Siglip2Config,
+    Siglip2Model,
+)
+
+from hrvlm.embed.config import EmbedConfig
+from hrvlm.embed.store import Store, part_name
+from hrvlm.images.processor import get_image_processor
+from hrvlm.inference.towers import load_tower
+from tests.commands.helpers import error_of, run
+from tests.embed.here import rows_of, run_here
+from tests.embed.pictures import MEAN, STD, write_pictures
+
+COUNT = 6
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2}
+TEXT = {**SMALL, "vocab_size": 32, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "patch_size": 8}
+_QWEN |= {"out_hidden_size": 32, "window_size": 32, "fullatt_block_indexes": [1]}
+
+
+def qwen():
+    text = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    config = Qwen2_5_VLConfig(vision_config=_QWEN, text_config=text)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def mistral():
+    vision = {"model_type": "pixtral", **SMALL, "patch_size": 8, "image_size": 64}
+    text = {"model_type": "mistral", **TEXT, "head_dim": 16}
+    return Mistral3Model(Mistral3Config(vision_config=vision, text_config=text))
+
+
+def siglip2():
+    vision, text = {**SMALL, "patch_size": 8, "num_patches": 16}, {**SMALL, "vocab_size": 32}
+    return Siglip2Model(Siglip2Config(vision_config=vision, text_config=text))
+
+
+MODELS = {"qwen2_5_vl": (qwen, 2), "mistral3": (mistral, 1), "siglip2": (siglip2, 1)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("towers")
+    write_pictures(folder / "in", COUNT, broken_every=5)
+    for name, (make, _) in MODELS.items():
+        torch.manual_seed(0)
+        model = make()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folder / name)
+        means = {"image_mean": MEAN, "image_std": STD}
+        together = name == "qwen2_5_vl"  # as processors of transformers 5 are saved
+        file = "processor_config.json" if together else "preprocessor_config.json"
+        stored = {"image_processor": means} if together else means
+        (folder / name / file).write_text(json.dumps(stored))
+    return folder
+
+
+def config_of(folder, out, name, **options):
+    given = {"model": str(folder / name), "max_img_size": 48, "rows_per_part": COUNT}
+    return EmbedConfig(str(folder / "in"), str(out), **given | options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_are_the_tower_s_own(folder, tmp_path, name):
+    run_here(config_of(folder, tmp_path / "out", name, keep=("patches",)))
+    manifest = Store(str(tmp_path / "out")).read_manifest()
+    factor = MODELS[name][1]
+    assert (manifest.facts.factor, manifest.facts.num_prefix_tokens) == (factor, 0)
+    assert manifest.facts.hidden_size == 32 and manifest.facts.name == str(folder / name)
+    assert "cls" not in pq.read_schema(tmp_path / "out" / part_name(0)).names
+    tower = load_tower(str(folder / name), device="cpu", dtype="float32")
+    process = get_image_processor(
+        48, vit_patch_size=8, pixel_shuffle_factor=factor, allow_upscale=False,
+        image_mean=MEAN, image_std=STD,
+    )  # fmt: skip
+    columns = ("id", "error", "mean", "grid_height", "grid_width")
+    rows = [row for row in rows_of(tmp_path / "out", *columns) if row["error"] is None]
+    assert len(rows) == COUNT - 2
+    for row in rows:
+        pixels, _ = process(folder / "in" / row["id"])
+        hidden, packed = tower.encoder([pixels])
+        assert packed.grids == ((row["grid_height"], row["grid_width"]),)
+        torch.testing.assert_close(torch.tensor(row["mean"]), hidden.mean(0), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="layer=3: expected -2 to 2"):
+        run_here(config_of(folder, tmp_path / "other", name, layer=3))
+
+
+def test_a_search_compares_means_where_there_is_no_cls(folder, tmp_path):
+    run_here(config_of(folder, tmp_path / "out", "siglip2", layer=1))
+    query = folder / "in" / "0003.png"
+    document = json.loads(run("search", query, "--index", tmp_path / "out", "--json").stdout)
+    (found,) = document["queries"]
+    assert document["by"] == "mean" and found["hits"][0]["id"] == "0003.png"
+    by = run("search", query, "--index", tmp_path / "out", "--by", "cls")
+    assert "by='cls'" in error_of(by)
+
+
+def test_models_without_such_a_tower_or_its_weights_are_refused(folder, tmp_path):
+    config = json.loads((folder / "siglip2" / "config.json").read_text())
+    weights = load_file(folder / "siglip2" / "model.safetensors")
+    lost = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    save_file({k: w for k, w in weights.items() if k != lost}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no image_mean and image_std in its image processor"):
+        load_tower(str(tmp_path))
+    means = {"image_mean": MEAN, "image_std": STD}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(means))
+    with pytest.raises(ValueError, match=f"weights of its vision tower are missing: {lost}"):
+        load_tower(str(tmp_path))
+    text = Mistral3Config(text_config={"model_type": "mistral", **TEXT, "head_dim": 16}).text_config
+    MistralModel(text).save_pretrained(tmp_path / "text")
+    (tmp_path / "text" / "preprocessor_config.json").write_text(json.dumps(means))
+    with pytest.raises(ValueError, match="MistralModel has no vision tower that takes images"):
+        load_tower(str(tmp_path / "text"))
