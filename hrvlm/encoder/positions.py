@@ -70,10 +70,48 @@ class LearnedPositionEmbeddings(EncoderEmbeddings):
         return new.to(square.dtype)[0].permute(1, 2, 0).flatten(0, 1)
 
     def _placed_in_graph(self, x: Tensor, packed: TracedGrids) -> Tensor:
-        if packed.batched_grid is None:
-            raise ValueError(
-                "grids: a graph for any mixed pack can't hold learned positions, which are "
-                "interpolated for each grid; export or trace a batch [B, 3, H, W]"
-            )
-        own = self._positions_of(*packed.batched_grid, always=True)
-        return (x.unflatten(0, (packed.images, own.shape[0])) + own).flatten(0, 1)
+        if packed.batched_grid is not None:
+            own = self._positions_of(*packed.batched_grid, always=True)
+            return (x.unflatten(0, (packed.images, own.shape[0])) + own).flatten(0, 1)
+        side, antialias = self.positions.side, self.positions.antialias
+        centres = packed.coords[packed.rows]
+        by_row, by_column = (
+            bicubic_weights(centres[:, axis], packed.sizes[:, axis], side, antialias=antialias)
+            for axis in (0, 1)
+        )
+        weights = (by_row[:, :, None] * by_column[:, None]).flatten(1)  # [N, side * side]
+        square = self.position_embeddings[0, 1:]
+        return x + (weights @ square.float()).to(square.dtype)
+
+
+def bicubic_weights(centres: Tensor, sizes: Tensor, side: int, *, antialias: bool) -> Tensor:
+    """What F.interpolate's bicubic takes of each of `side` numbers, ``[N, side]``.
+
+    With t = the distance of a number from the new one's centre, in numbers (in steps of the new
+    ones, where antialiasing makes those wider), the weight is Keys' cubic kernel
+
+        (a + 2) |t|^3 - (a + 3) |t|^2 + 1         |t| <= 1
+        a |t|^3 - 5a |t|^2 + 8a |t| - 4a          1 < |t| < 2
+
+    with a = -0.75, numbers beyond the ends being those at the ends; or antialiased with a = -0.5,
+    numbers beyond the ends left out and the weights divided by their sum.
+
+    Args:
+        centres: ``[N]``: of the new numbers, in [-1, 1].
+        sizes: ``[N]``: how many new numbers there are in each one's image.
+        side: How many numbers there are.
+        antialias: As F.interpolate's.
+    """
+    a = -0.5 if antialias else -0.75
+    beyond = 0 if antialias else 2
+    centre = (centres.float() + 1) * (side / 2)
+    number = torch.arange(-beyond, side + beyond, device=centres.device)
+    t = (number + 0.5 - centre[:, None]).abs()
+    if antialias:
+        t = t / (side / sizes.float()).clamp(min=1)[:, None]
+    near, far = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    weights = torch.where(t <= 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
+    if antialias:
+        return weights / weights.sum(1, keepdim=True)
+    at_ends = number.clamp(0, side - 1)[:, None] == number[beyond : side + beyond]
+    return weights @ at_ends.to(weights.dtype)

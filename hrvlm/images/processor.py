@@ -51,6 +51,14 @@ class Normalization(NamedTuple):
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SAT493M = Normalization((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # DINOv3's satellite models
 SIGLIP = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+# What stands in the names of checkpoints, and of architectures, that were trained with each.
+_KNOWN = (
+    (SAT493M, ("sat493m",)),
+    (SIGLIP, ("siglip", "idefics3", "smolvlm", "lfm2-vl", "qwen3_vl", "qwen3-vl")),
+    (CLIP, ("pixtral", "qwen2_vl", "qwen2-vl", "qwen2_5_vl", "qwen2.5-vl", "glm4v", "glm-4.1v")),
+    (IMAGENET, ("dinov2", "dinov3")),
+)
 IMAGENET_MEAN, IMAGENET_STD = IMAGENET
 
 
@@ -58,13 +66,17 @@ def normalization_for(name: str) -> Normalization:
     """The mean and std that a family of checkpoints was trained with, by the checkpoint's name.
 
     "sat493m" in the name (`facebook/dinov3-vitl16-pretrain-sat493m`) gives DINOv3's satellite
-    statistics, "siglip" 0.5 and 0.5, and every other name ImageNet's, which are those of DINOv2,
-    the other DINOv3 models and most ViTs. Upper and lower case are the same.
+    statistics, "siglip" (and Idefics 3, SmolVLM, Qwen3-VL) 0.5 and 0.5, Pixtral, Qwen2-VL,
+    Qwen2.5-VL and GLM-4.1V CLIP's, and every other name ImageNet's, which are those of DINOv2, the
+    other DINOv3 models and most ViTs. Upper and lower case are the same.
     """
+    return known_normalization(name) or IMAGENET
+
+
+def known_normalization(name: str) -> Normalization | None:
+    """As :func:`normalization_for`, but None for a name that says nothing."""
     lowered = name.lower()
-    if "sat493m" in lowered:
-        return SAT493M
-    return SIGLIP if "siglip" in lowered else IMAGENET
+    return next((n for n, words in _KNOWN if any(word in lowered for word in words)), None)
 
 
 def normalize(

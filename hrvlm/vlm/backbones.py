@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     Dinov2Model,
     Dinov2WithRegistersModel,
     DINOv3ViTModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Siglip2VisionModel,
-    SiglipVisionModel,
 )
 
 from ..checkpoints.damage import naming_damaged_files
@@ -26,15 +25,12 @@ from ..encoder.packed_encoder import PackedEncoder
 from ..encoder.plain_modules import cast_parameters, is_float
 from ..encoder.vision_transformer import encoder_class, load_file, without_mask_token
 from .config import VLMConfig
-from .part_configs import ARCHITECTURE_OF, ARCHITECTURES
+from .part_configs import ENCODERS, architecture_of
 from .tokenizer import get_tokenizer
+from .tower_classes import LEFT_OUT, OF_TWO_TOWERS, leave_out, tower_class
 
 if TYPE_CHECKING:
     from .vision_language_model import VisionLanguageModel
-
-# What a checkpoint of SigLIP has besides the vision tower without its pooling head.
-_SIGLIP: dict[str | None, Any] = {"siglip": SiglipVisionModel, "siglip2": Siglip2VisionModel}
-_OF_SIGLIP = ("text_model.", "logit_scale", "logit_bias", "vision_model.head.", "head.")
 
 
 def join(
@@ -97,9 +93,9 @@ def _device_of(model: PreTrainedModel) -> torch.device:
 def new_encoder(config: VLMConfig) -> PreTrainedModel:
     """The encoder that a config says, with random weights."""
     vision = config.vision_config
-    if config.vit_architecture in _SIGLIP:
-        vision.vision_use_head = False  # its pooling would be left without gradients
-        return _SIGLIP[config.vit_architecture](vision)
+    if tower := tower_class(vision):
+        leave_out(vision)
+        return tower(vision)
     if vision._attn_implementation != "eager":  # the encoder has its own backends
         vision._attn_implementation = "sdpa"
     return without_mask_token(encoder_class(vision)(vision))
@@ -107,6 +103,8 @@ def new_encoder(config: VLMConfig) -> PreTrainedModel:
 
 def load_vision(source: str | PreTrainedModel) -> PreTrainedModel:
     """The encoder for `source`; weights of a loaded model are shared where their layout allows.
+
+    A tower of transformers is taken as it is, unless it has parts that :func:`leave_out` names.
 
     Raises:
         TypeError: `source` is a model of another kind.
@@ -116,30 +114,32 @@ def load_vision(source: str | PreTrainedModel) -> PreTrainedModel:
         return source
     if isinstance(source, (DINOv3ViTModel, Dinov2Model, Dinov2WithRegistersModel)):
         return _refilled(encoder_class(source.config), source)
-    for siglip in _SIGLIP.values():
-        if isinstance(source, siglip):
-            return _refilled(siglip, source)
+    tower = tower_class(source.config) if isinstance(source, PreTrainedModel) else None
+    if tower is not None and isinstance(source, tower):
+        return _refilled(tower, source) if leave_out(copy.deepcopy(source.config)) else source
     if not isinstance(source, str):
         raise TypeError(
             "vision: expected a name, a DINOv3Encoder, a DINOv2Encoder, or the DINOv3ViTModel, "
-            "Dinov2Model, Dinov2WithRegistersModel, SiglipVisionModel or Siglip2VisionModel of "
-            f"transformers, got {type(source).__name__}"
+            "Dinov2Model, Dinov2WithRegistersModel or a vision tower of transformers (siglip2, "
+            f"pixtral, smolvlm, qwen2_5_vl, ...), got {type(source).__name__}"
         )
     if is_foreign(source):
         return load_file(source)[0]
     with naming_damaged_files(source):
-        config = AutoConfig.from_pretrained(source)
-    config = getattr(config, "vision_config", config)
-    architecture = ARCHITECTURE_OF.get(config.model_type)
-    if architecture in _SIGLIP:
-        config.vision_use_head = False
-        load = _SIGLIP[architecture].from_pretrained
-        return load_strictly(load, source, config=config, not_needed=_OF_SIGLIP)
-    if architecture is not None:
+        whole = AutoConfig.from_pretrained(source)
+    config = getattr(whole, "vision_config", whole)
+    architecture = architecture_of(config)
+    if architecture is None:
+        raise ValueError(f"vision={source!r}: expected {ENCODERS}, got {config.model_type}")
+    tower = tower_class(config)
+    if tower is None:
         return encoder_class(config).from_pretrained(source)
-    raise ValueError(
-        f"vision={source!r}: expected one of {', '.join(ARCHITECTURES)}, got {config.model_type}"
-    )
+    if config is whole or whole.model_type in ("siglip", "siglip2"):  # with both their towers
+        leave_out(config)
+        load: Any = tower.from_pretrained
+        return load_strictly(load, source, config=config, not_needed=(*LEFT_OUT, *OF_TWO_TOWERS))
+    model = load_strictly(AutoModel.from_pretrained, source, not_needed=("lm_head.",))
+    return load_vision(next(module for module in model.modules() if isinstance(module, tower)))
 
 
 def load_language(source: str | PreTrainedModel) -> PreTrainedModel:
@@ -171,12 +171,15 @@ def _refilled(model_class: Any, source: PreTrainedModel) -> Any:
                 f"{parameter.device}; expected weights that are neither quantised nor offloaded"
             )
     config = copy.deepcopy(source.config)
-    if model_class in _SIGLIP.values():
-        config.vision_use_head = False
+    leave_out(config)
     with torch.device("meta"):
         model = model_class(config)
     state = source.state_dict()
-    if model_class in _SIGLIP.values():
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    state = {key: value for key, value in state.items() if not key.startswith(LEFT_OUT)}
     model.load_state_dict(state, assign=True)
+    buffers = dict(source.named_buffers())
+    for name, buffer in list(model.named_buffers()):  # no state has frequencies, say
+        if buffer.is_meta and name in buffers:
+            owner, _, own = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(own, buffers[name], persistent=False)
     return model.train(source.training)

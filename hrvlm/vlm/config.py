@@ -13,17 +13,24 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..files import read_mapping
 from ..images.geometry import positive_int, square_side
-from ..images.processor import Normalization, check_normalization, normalization_for
+from ..images.processor import (
+    IMAGENET,
+    Normalization,
+    check_normalization,
+    known_normalization,
+)
 from .part_configs import (
-    ARCHITECTURE_OF,
+    ENCODERS,
     LM_NAMES,
-    TWO_TOWERS,
+    OWN,
     VIT_NAMES,
+    architecture_of,
     as_config,
     names_with_one_value,
     text_from_names,
     vision_from_names,
 )
+from .tower_classes import merged_patches
 
 _OWN_NAMES = (
     "image_token_id",
@@ -81,8 +88,9 @@ class VLMConfig(PreTrainedConfig):
     Attributes:
         vision_config: Of the encoder: a ``DINOv3ViTConfig`` (whose ``use_rope=False`` switches the
             rotation off, whose ``backend`` chooses the kernels and whose ``allow_fp16`` lets it run
-            in float16), a ``Dinov2Config`` or ``Dinov2WithRegistersConfig`` (``backend`` too), a
-            ``SiglipVisionConfig`` or a ``Siglip2VisionConfig``.
+            in float16), a ``Dinov2Config`` or ``Dinov2WithRegistersConfig`` (``backend`` too), or
+            that of a vision tower of transformers, as ``Siglip2VisionConfig``,
+            ``PixtralVisionConfig`` or ``Qwen2_5_VLVisionConfig`` (``tower_classes.py`` says which).
         text_config: Of the language model: the config of any causal LM of transformers.
         image_token_id: The placeholder's id in the LM's vocabulary; needed to run with images.
         mp_pixel_shuffle_factor: s: s x s patches make one token.
@@ -97,7 +105,8 @@ class VLMConfig(PreTrainedConfig):
         lm_tokenizer: Hub id or directory of the tokenizer.
         lm_chat_template: Chat template that replaces the tokenizer's.
         image_mean: Mean of the pixels that the encoder was trained with, for red, green and blue;
-            by default what `vit_model_type` and the architecture say.
+            by default what `vit_model_type` and the architecture say. Needed for an architecture of
+            which none is known here.
         image_std: Their standard deviation, likewise.
         vlm_extra_tokens: Named special tokens to add, ``{"image_token": ...}`` among them.
 
@@ -131,8 +140,7 @@ class VLMConfig(PreTrainedConfig):
         _refuse_misspelt(kwargs)
         self.vision_config = as_config(self.vision_config, "vision_config", "dinov3_vit")
         self.text_config = as_config(self.text_config, "text_config", "llama")
-        if self.vision_config.model_type in TWO_TOWERS:
-            self.vision_config = self.vision_config.vision_config
+        self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
         super().__post_init__(**kwargs)
         self._check()
 
@@ -140,11 +148,9 @@ class VLMConfig(PreTrainedConfig):
         vision = self.vision_config
         s = positive_int("mp_pixel_shuffle_factor", self.mp_pixel_shuffle_factor)
         limit = positive_int("max_img_size", self.max_img_size)
-        self._check_normalization()
-        if vision.model_type not in ARCHITECTURE_OF:
+        if architecture_of(vision) is None:
             raise ValueError(
-                f"vision_config.model_type={vision.model_type!r}: "
-                f"expected one of {sorted(ARCHITECTURE_OF)}"
+                f"vision_config.model_type={vision.model_type!r}: expected that of {ENCODERS}"
             )
         unit = self.vit_patch_size * s
         if limit < unit:
@@ -154,6 +160,7 @@ class VLMConfig(PreTrainedConfig):
             )
         if self.mp_append_cls and not self.mp_handle_special_tokens:
             raise ValueError("mp_append_cls=True needs mp_handle_special_tokens=True")
+        self._check_normalization()
         if self.vit_architecture != "dinov3":
             self._check_others(unit)
 
@@ -162,15 +169,20 @@ class VLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"image_mean={self.image_mean}, image_std={self.image_std}: expected both or none"
             )
-        if self.image_mean is not None and self.image_std is not None:
-            check_normalization(self.image_mean, self.image_std)
+        _ = self.normalization
 
     @property
     def normalization(self) -> Normalization:
         """Mean and std of the encoder's pixels: the config's, else those of its family."""
         if self.image_mean is not None and self.image_std is not None:
             return check_normalization(self.image_mean, self.image_std)
-        return normalization_for(f"{self.vit_architecture} {self.vit_model_type or ''}")
+        known = known_normalization(f"{self.vit_architecture} {self.vit_model_type or ''}")
+        if known is None and self.vit_architecture not in OWN:
+            raise ValueError(
+                f"image_mean=None: no mean and std of {self.vit_architecture} is known here; give "
+                "image_mean and image_std, as its image processor has them"
+            )
+        return known or IMAGENET
 
     def _check_others(self, unit: int) -> None:
         if self.vit_architecture == "siglip" and self.vision_config.image_size % unit:
@@ -179,25 +191,32 @@ class VLMConfig(PreTrainedConfig):
                 f"patch size * mp_pixel_shuffle_factor = {unit}"
             )
         if getattr(self.vision_config, "use_rope", False):
-            why = names_with_one_value(self.vit_architecture)["vit_use_rope"][1]
+            why = names_with_one_value(self.vision_config)["vit_use_rope"][1]
             raise ValueError(f"vit_use_rope=True: {why}")
         if self.mp_append_cls and not self.num_prefix_tokens:
             raise ValueError(f"mp_append_cls=True: {self.vit_architecture} has no CLS token")
 
     @property
     def vit_architecture(self) -> str:
-        """The encoder: "dinov3", "dinov2", "siglip" or "siglip2"."""
-        return ARCHITECTURE_OF[self.vision_config.model_type]
+        """The encoder: "dinov3", "dinov2", or a tower of transformers: "siglip", "pixtral" ..."""
+        name = architecture_of(self.vision_config)
+        assert name is not None
+        return name
 
     @property
     def vit_patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return square_side("vision_config.patch_size", self.vision_config.patch_size)
+        """Side of a patch in pixels; of what a tower with a merger of its own makes one token of.
+
+        Qwen2.5-VL's 2 x 2 patches of 14 pixels are one of 28.
+        """
+        side = square_side("vision_config.patch_size", self.vision_config.patch_size)
+        return side * merged_patches(self.vision_config)
 
     @property
     def vit_hidden_dim(self) -> int:
-        """Channels of the encoder's tokens."""
-        return self.vision_config.hidden_size
+        """Channels of the encoder's tokens, after a merger of its own if it has one."""
+        vision = self.vision_config
+        return getattr(vision, "out_hidden_size", vision.hidden_size)
 
     @property
     def allow_fp16(self) -> bool:
@@ -227,7 +246,7 @@ class VLMConfig(PreTrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """CLS and registers in front of each image's patches."""
-        if self.vit_architecture in TWO_TOWERS:
+        if self.vit_architecture not in OWN:
             return 0
         return 1 + getattr(self.vision_config, "num_register_tokens", 0)
 
@@ -266,10 +285,12 @@ class VLMConfig(PreTrainedConfig):
     def from_names(cls, names: Mapping[str, Any]) -> VLMConfig:
         """Build a config from nanoVLM's names.
 
-        ``vit_architecture`` is "dinov3" (default), "dinov2", "siglip" or "siglip2". ``vit_*`` and
-        ``lm_*`` set sizes; with ``vit_model_type`` or ``lm_model_type`` they change those of the
-        checkpoint named there, and without, those of DINOv3 ViT-S/16, DINOv2 ViT-S/14, SigLIP-B/16,
-        SigLIP2-B/16 or a Llama with SmolLM2's sizes. The rest are the attributes of this class;
+        ``vit_architecture`` is "dinov3" (default), "dinov2", or a vision tower of transformers:
+        "siglip", "siglip2", "pixtral", "idefics3", "smolvlm", "qwen2_5_vl", "qwen3_vl" and others.
+        ``vit_*`` and ``lm_*`` set sizes; with ``vit_model_type`` or ``lm_model_type`` they change
+        those of the checkpoint named there, and without, those of DINOv3 ViT-S/16, DINOv2 ViT-S/14,
+        transformers' own (SigLIP at 512 pixels) or a Llama with SmolLM2's sizes. The rest are the
+        attributes of this class;
         ``resize_to_max_side_len`` is `allow_upscale`, ``vit_num_registers`` is ``vit_n_registers``.
         ``vit_img_size`` limits the images of siglip alone.
 

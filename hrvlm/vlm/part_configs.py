@@ -9,16 +9,16 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..images.geometry import positive_int
+from .tower_classes import architecture_name, config_class_of, tower_class
 
-# Names of encoders, and the model_type of their configs: by default the first.
-ARCHITECTURES = {
-    "dinov3": ("dinov3_vit",),
-    "dinov2": ("dinov2", "dinov2_with_registers"),
-    "siglip": ("siglip_vision_model",),
-    "siglip2": ("siglip2_vision_model",),
-}
-ARCHITECTURE_OF = {kind: name for name, kinds in ARCHITECTURES.items() for kind in kinds}
-TWO_TOWERS = ("siglip", "siglip2")  # the hub's checkpoints hold both, and a config of them
+# Names of encoders of this package, and the model_type of their configs: by default the first. All
+# others are towers of transformers.
+OWN = {"dinov3": ("dinov3_vit",), "dinov2": ("dinov2", "dinov2_with_registers")}
+_OWN_NAME = {kind: name for name, kinds in OWN.items() for kind in kinds}
+ENCODERS = (
+    "dinov3, dinov2, or a vision tower of transformers: siglip, siglip2, pixtral, idefics3, "
+    "smolvlm, qwen2_vl, qwen2_5_vl, qwen3_vl, glm4v, ..."
+)
 
 # What a config says by default: DINOv3 ViT-S/16, DINOv2 ViT-S/14, SigLIP-B/16 at 512 px, SigLIP2-B,
 # SmolLM2 360M.
@@ -28,7 +28,6 @@ _VISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "dinov2": _DINOV2_DEFAULTS,
     "dinov2_with_registers": _DINOV2_DEFAULTS | {"patch_size": 14},
     "siglip_vision_model": {"image_size": 512},
-    "siglip2_vision_model": {},
 }
 _TEXT_DEFAULTS: dict[str, Any] = {
     "model_type": "llama",
@@ -79,22 +78,39 @@ _DERIVED = {  # what a config derives from a field unless told, and saves
     "num_attention_heads": ("head_dim",),
     "num_hidden_layers": ("layer_types", "stage_names", "out_features", "out_indices"),
 }
-_OWN_CLASS = {"siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel"}
+# Other names that fields have in configs of towers.
+_ALSO = {
+    "num_hidden_layers": ("depth",),
+    "num_attention_heads": ("num_heads",),
+    "hidden_size": ("embed_dim", "out_hidden_size"),
+    "layer_norm_eps": ("rms_norm_eps",),
+}
 
 
-def names_with_one_value(architecture: str) -> dict[str, tuple[Any, str]]:
-    """Names that are for others than `architecture`: the value that says nothing, and why."""
-    if architecture == "dinov3":
+def architecture_of(config: PreTrainedConfig) -> str | None:
+    """What the encoder with this config is called; None if it can't be one."""
+    kind = config.model_type
+    if kind in _OWN_NAME:
+        return _OWN_NAME[kind]
+    return architecture_name(kind) if tower_class(config) else None
+
+
+def names_with_one_value(vision: PreTrainedConfig) -> dict[str, tuple[Any, str]]:
+    """Names that are for others than the encoder of this config: the value that says nothing, why.
+
+    Which is that of "dinov3", where all have values, for no encoder.
+    """
+    own = architecture_of(vision)
+    if own == "dinov3":
         return {}
-    own = architecture
     names: dict[str, tuple[Any, str]] = {
-        "vit_use_rope": (False, f"{own} has learned positions; leave it out, or use dinov3"),
+        "vit_use_rope": (False, f"{own} has positions of its own; leave it out, or use dinov3"),
         "allow_fp16": (False, f"{own} runs in float16 as it is"),
     }
-    if architecture in _OWN_CLASS:
+    if cls := tower_class(vision):
         names |= {
             "vit_n_registers": (0, f"{own} has no register tokens"),
-            "backend": ("auto", f"{own} runs as transformers' {_OWN_CLASS[own]}"),
+            "backend": ("auto", f"{own} runs as transformers' {cls.__name__}"),
         }
     return names
 
@@ -129,26 +145,28 @@ def vision_from_names(names: Mapping[str, Any], said: Mapping[str, str]) -> PreT
     """
     given = dict(names)
     architecture = given.get("vit_architecture")
-    if architecture is not None and architecture not in ARCHITECTURES:
-        raise ValueError(f"vit_architecture={architecture!r}: expected one of {[*ARCHITECTURES]}")
+    tower = None
+    if architecture is not None and architecture not in OWN:
+        tower = config_class_of(architecture) if isinstance(architecture, str) else None
+        if tower is None:
+            raise ValueError(f"vit_architecture={architecture!r}: expected {ENCODERS}")
     if source := given.get("vit_model_type"):
         base = AutoConfig.from_pretrained(source)
         base = getattr(base, "vision_config", base)
-        found = ARCHITECTURE_OF.get(base.model_type)
+        found = architecture_of(base)
         if found is None or architecture not in (None, found):
             raise ValueError(
                 f"vit_model_type={source!r} is a {base.model_type}, "
-                f"expected {architecture or ' or '.join(ARCHITECTURES)}"
+                f"expected {architecture or ENCODERS}"
             )
-        architecture = found
+    elif tower is not None:
+        base = tower(**_VISION_DEFAULTS.get(tower.model_type, {}))
     else:
-        architecture = architecture or "dinov3"
-        model_type = ARCHITECTURES[architecture][0]
-        if architecture == "dinov2" and given.get("vit_n_registers"):
-            model_type = ARCHITECTURES[architecture][1]
+        kinds = OWN[architecture or "dinov3"]
+        model_type = kinds[-1] if given.get("vit_n_registers") else kinds[0]
         base = CONFIG_MAPPING[model_type](**_VISION_DEFAULTS[model_type])
     given = {name: value for name, value in given.items() if name in VIT_NAMES}
-    for name, (only, why) in names_with_one_value(architecture).items():
+    for name, (only, why) in names_with_one_value(base).items():
         if given.pop(name, only) != only:
             raise ValueError(f"{said.get(name, name)}={names[name]!r}: {why}")
     if given.get("vit_img_size") is None:
@@ -156,11 +174,30 @@ def vision_from_names(names: Mapping[str, Any], said: Mapping[str, str]) -> PreT
     else:
         positive_int("vit_img_size", given["vit_img_size"])
     changes = {VIT_NAMES[name]: value for name, value in given.items()}
-    if architecture == "dinov2":
+    if architecture_of(base) == "dinov2":
         changes = _in_words_of_dinov2(changes, base, said)
-    elif architecture == "siglip2":
-        changes.pop("image_size", None)  # it takes any
+    elif tower_class(base):
+        changes = _in_words_of_tower(changes, base, said)
     return _changed(base, changes)
+
+
+def _in_words_of_tower(
+    changes: dict[str, Any], base: PreTrainedConfig, said: Mapping[str, str]
+) -> dict[str, Any]:
+    """Fields of DINOv3's config as that of a tower of transformers has them.
+
+    Raises:
+        ValueError: it has no such field.
+    """
+    new = {}
+    for field, value in changes.items():
+        fields = [name for name in (field, *_ALSO.get(field, ())) if hasattr(base, name)]
+        if not fields and field != "image_size":  # of which it takes any
+            name = next(name for name, own in VIT_NAMES.items() if own == field)
+            kind = base.model_type
+            raise ValueError(f"{said.get(name, name)}={value!r}: a {kind} config has no {field}")
+        new |= dict.fromkeys(fields, value)
+    return new
 
 
 def _in_words_of_dinov2(

@@ -42,7 +42,8 @@ from .image_embedding import (
 from .modality_projector import ModalityProjector
 from .output import CACHE_NAME, ImageFeatures, VLMOutput, name_cache
 from .placeholders import as_grids, count_tokens
-from .siglip import encode_padded, encode_squares
+from .tower_classes import tower_class
+from .vision_towers import encode
 
 
 class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
@@ -92,8 +93,9 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
 
         Args:
             vision: Hub id or directory of a checkpoint of DINOv3, DINOv2, SigLIP or SigLIP2
-                (NaFlex), or a loaded encoder: a DINOv3Encoder, a DINOv2Encoder, or the vision model
-                of transformers.
+                (NaFlex), or of a model whose vision tower is taken (Pixtral, SmolVLM, Qwen2.5-VL
+                and others: see ``tower_classes.py``); or a loaded encoder: a DINOv3Encoder, a
+                DINOv2Encoder, or the vision model of transformers.
             language: Hub id or directory of a causal LM, or a loaded one. Loaded parts become parts
                 of the new model; they are not copied.
             tokenizer: Hub id or directory, read by :func:`hrvlm.vlm.tokenizer.get_tokenizer`, or a
@@ -183,18 +185,17 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             "output_hidden_states": output_hidden_states,
             "return_dict": True,
         }
-        architecture = self.config.vit_architecture
         encoder: Any = self.vision_encoder
         factors = (self.config.mp_pixel_shuffle_factor,)
         hidden: Any
         attentions: Any = None
-        if architecture == "siglip":
-            hidden, states, attentions = encode_squares(encoder, pixel_values, grids, flags)
-            features = self.MP(hidden).flatten(0, 1)
-        elif architecture == "siglip2":
-            hidden, states, attentions = encode_padded(encoder, pixel_values, grids, flags)
+        if tower_class(self.config.vision_config) is not None:
+            hidden, states, attentions = encode(
+                encoder, pixel_values, grids, self.config.vit_patch_size, flags
+            )
+            rows = hidden.flatten(0, 1) if hidden.ndim == 3 else hidden
             layout = PackedGrids.from_grids(grids, device=hidden.device, shuffle_factors=factors)
-            features = self.MP(hidden, packed=layout)
+            features = self.MP(rows, packed=layout)
         else:
             later = not with_last_hidden_state and self._projector_takes_norm()
             whole = self.config.mp_handle_special_tokens  # the projector gets the same layout

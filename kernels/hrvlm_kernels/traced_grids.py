@@ -28,6 +28,7 @@ class TracedGrids(PackedGrids):
     rows: Tensor  # [N] int64: as patch_rows()
     batched: tuple[Any, Any] | None  # (B, n) of a batch, None for a mixed pack
     batched_grid: tuple[Any, Any] | None = None  # (hp, wp) of a batch
+    sizes: Tensor  # [N, 2] int64: (hp, wp) of each patch's image, in a mixed pack
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class TracedGrids(PackedGrids):
         within = index - (ends - hp * wp)[image]
         y, x = _centre(within // wp[image], hp[image]), _centre(within % wp[image], wp[image])
         prefixes = torch.arange(1, images + 1, device=device) * num_prefix_tokens
-        return TracedGrids(
+        layout = TracedGrids(
             images=images,
             total_tokens=num_patches + images * num_prefix_tokens,
             num_prefix_tokens=num_prefix_tokens,
@@ -95,6 +96,8 @@ class TracedGrids(PackedGrids):
             patch_coords=torch.stack((y, x), -1),
             batched=None,
         )
+        layout.sizes = torch.stack((hp[image], wp[image]), -1)
+        return layout
 
     @property
     def coords(self) -> Tensor:

@@ -17,6 +17,7 @@ from hrvlm.checkpoints.convert import (
 from hrvlm.checkpoints.mapping import without_converted_keys
 from hrvlm.encoder.vision_transformer import without_mask_token
 from hrvlm_kernels import PackedGrids
+from hrvlm_kernels.traced_grids import TracedGrids
 from tests.checkpoints.states import assert_same
 from tests.encoder.dinov2_models import FAMILY, config_of, pair_of
 from tests.kernels.helpers import interpreter_only
@@ -281,3 +282,15 @@ def test_weights_of_the_other_family_are_told(tmp_path):
     state["embeddings.position_embeddings"] = state["embeddings.position_embeddings"][:, :-1]
     with pytest.raises(ValueError, match=r"position embeddings \[1, 16, 64\]: expected \[1, 1 \+"):
         to_transformers(state)
+
+
+@pytest.mark.parametrize("name", ["plain", "registers"])
+def test_positions_in_a_graph_are_those_outside(name, rng):
+    """Weights of every number of the square, where sizes are numbers of the input to come."""
+    embeddings = pair_of(name)[1].embeddings
+    grids = [(4, 4), (1, 1), (13, 2), (3, 5), (2, 9), (1, 7), (4, 6)]
+    patches = torch.randn(sum(hp * wp for hp, wp in grids), 64, generator=rng)
+    packed = PackedGrids.from_grids(grids, num_prefix_tokens=1)
+    traced = TracedGrids.from_tensor(torch.tensor(grids), len(patches), num_prefix_tokens=1)
+    expected = embeddings.placed(patches, packed)
+    torch.testing.assert_close(embeddings.placed(patches, traced), expected, rtol=0, atol=1e-5)

@@ -135,6 +135,22 @@ def test_the_family_has_the_sizes_that_timm_has(name, timms):
     assert infer_config(theirs.state_dict()).to_dict() == config.to_dict()
 
 
+def test_eupe_runs_from_a_file_of_metas(tmp_path, rng):
+    """With what its distillation leaves in the file."""
+    theirs, ours = pair_of(EUPE["vitt16"], embed_dim=192, num_heads=3, depth=2)
+    state = from_transformers(to_transformers(ours.state_dict()), "meta", ours.config)
+    state |= {"projectors.dinov3.0.weight": torch.ones(4, 192)}
+    state |= {f"local_cls_norm.{leaf}": torch.ones(192) for leaf in ("weight", "bias")}
+    torch.save(state, tmp_path / "eupe_vitt16.pth")
+    encoder = DINOv3Encoder.from_pretrained(tmp_path / "eupe_vitt16.pth").eval()
+    images = [torch.randn(3, *shape, generator=rng) for shape in [(32, 48), (64, 16)]]
+    with torch.no_grad():
+        out = encoder(images)
+        parts = out.packed.split(out.packed_last_hidden_state)
+        for image, part in zip(images, parts, strict=True):
+            assert relative_error(part, theirs.forward_features(image[None])[0]) <= 1e-5
+
+
 DINOV2 = [
     "vit_small_patch14_dinov2",
     "vit_small_patch14_reg4_dinov2",

@@ -74,8 +74,15 @@ def test_a_program_of_dinov2_interpolates_positions_for_any_batch(rng):
     for shape in ((2, 3, 56, 56), (1, 3, 28, 112), (3, 3, 140, 42)):  # of its weights, and others
         images = torch.randn(shape, generator=rng)
         close(program(images)[0], encoder(images).last_hidden_state)
-    with pytest.raises(ValueError, match="any mixed pack can't hold learned positions"):
-        export_program(encoder, "pack")
+
+
+@torch.no_grad()
+def test_a_program_of_dinov2_interpolates_positions_for_any_mixed_pack():
+    encoder = dinov2_models.pair_of("registers", num_hidden_layers=1)[1]
+    program = export_program(encoder, "pack").module()
+    for grids in ([(4, 6), (2, 2), (3, 1)], [(4, 4), (13, 3)], [(2, 3)] * 4):
+        patches, tensor = graph_of(encoder, "pack").random_inputs(grids)
+        close(program(patches, tensor)[0], encoder(patches, grids=grids).packed_last_hidden_state)
 
 
 @torch.no_grad()

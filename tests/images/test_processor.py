@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from hrvlm.images import transformers_processor
 from hrvlm.images.geometry import tile_grid, token_grid
 from hrvlm.images.intake import ImageError
 from hrvlm.images.patches import patchify, unpatchify
 from hrvlm.images.processor import (
+    CLIP,
     IMAGENET,
     SAT493M,
     SIGLIP,
@@ -83,6 +85,8 @@ def steps(a, b, std):
         ("dinov3_vit7b16_pretrain_SAT493M-a6675841.pth", SAT493M),
         ("facebook/dinov3-vits16-pretrain-lvd1689m", IMAGENET),
         ("google/SigLIP2-base-patch16-512", SIGLIP),
+        ("HuggingFaceTB/SmolVLM-256M-Instruct", SIGLIP),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", CLIP),
         ("", IMAGENET),
     ],
 )
@@ -94,6 +98,7 @@ def test_the_presets_are_the_published_numbers():
     assert IMAGENET == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert SAT493M == ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
     assert SIGLIP == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert (tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)) == CLIP
 
 
 def test_white_and_black_by_hand():

@@ -5,14 +5,15 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
+    VJEPA2Config,
+    VJEPA2Model,
 )
 from transformers.models.pixtral import modeling_pixtral
 
@@ -83,21 +84,57 @@ def test_pixtral_makes_no_dense_mask_and_its_checkpointing_none(monkeypatch):
         tower(**inputs)
 
 
-def test_mistral3_by_its_pixtral():
+@pytest.mark.parametrize("name", ["Mistral3", "LightOnOcr"])
+def test_mistral3_and_lighton_ocr_by_their_pixtral(name, monkeypatch):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 2, "head_dim": 16}
     vision = {"model_type": "pixtral", **sizes, "patch_size": 4, "image_size": 40}
-    text = {"model_type": "mistral", **sizes, "vocab_size": 32, "num_key_value_heads": 2}
-    config = Mistral3Config(vision_config=vision, text_config=text, image_token_index=31)
-    model = Mistral3ForConditionalGeneration(config).eval()
+    kind = "mistral" if name == "Mistral3" else "qwen3"
+    text = {"model_type": kind, **sizes, "vocab_size": 32, "num_key_value_heads": 2}
+    token = {"image_token_index" if name == "Mistral3" else "image_token_id": 31}
+    config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=text, **token)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).train()
     inputs = inputs_of("pixtral", ((1, 4, 6), (1, 8, 2)))
-    call = {"input_ids": torch.tensor([[1, *[31] * 10, 2]]), **inputs}
-    with torch.no_grad():
-        expected = model(**call).logits
-        report = hrvlm.accelerate(model)
-        assert [part.cls for part in report.swapped] == ["PixtralAttention"]
-        assert [part.cls for part in report.left_alone] == ["MistralAttention"]
-        assert relative_error(model(**call).logits, expected) <= 1e-6
+    ids = torch.tensor([[1, *[31] * 10, 2]])
+
+    def logits_and_gradients():
+        model.zero_grad()
+        out = model(input_ids=ids, labels=ids, **inputs)
+        out.loss.backward()
+        own = {n: p.grad for n, p in model.named_parameters() if "vision" in n}
+        return out.logits.detach(), own
+
+    expected, gradients = logits_and_gradients()
+    report = hrvlm.accelerate(model)
+    monkeypatch.delattr(modeling_pixtral, "generate_block_attention_mask")  # N x N
+    assert [part.cls for part in report.swapped] == ["PixtralAttention"]
+    assert [part.cls for part in report.left_alone] == [f"{kind.title()}Attention"]
+    logits, mine = logits_and_gradients()
+    assert relative_error(logits, expected) <= 1e-6
+    assert_equal_gradients(mine, gradients, 1e-5)
+
+
+def test_vjepa2_keeps_its_own():
+    """What it does to q and k is no rotation, and its attention has no lengths: it stays stock."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
+    sizes |= {"pred_hidden_size": 48, "pred_num_hidden_layers": 1, "pred_num_attention_heads": 2}
+    config = VJEPA2Config(**sizes, crop_size=16, frames_per_clip=4, mlp_ratio=1)
+    clips = VJEPA2Model(config).eval()
+    video = torch.randn(2, 4, 3, 16, 16)
+    expected = clips(video, skip_predictor=True).last_hidden_state
+    (attention, *_) = [m for m in clips.modules() if type(m).__name__ == "VJEPA2RopeAttention"]
+    q = torch.randn(1, 2, 8, 24)
+    turned = attention.apply_rotary_embeddings(q, attention.get_position_ids(q[:, 0]))
+    assert (turned.norm(dim=-1) / q.norm(dim=-1) - 1).abs().max() > 0.01
+    report = hrvlm.accelerate(nn.ModuleList([clips, tower_of("pixtral")]))
+    assert [(part.cls, part.reason) for part in report.left_alone] == [
+        ("VJEPA2RopeAttention", "its forward takes no cu_seqlens")
+    ]
+    assert torch.equal(clips(video, skip_predictor=True).last_hidden_state, expected)
+    with pytest.raises(
+        ValueError, match=r"VJEPA2RopeAttention x 2 .*: its forward takes no cu_seq"
+    ):
+        hrvlm.accelerate(clips)
 
 
 def test_another_scale_would_be_noticed():

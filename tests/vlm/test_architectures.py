@@ -175,7 +175,7 @@ def test_names_of_dinov2_and_siglip2():
     assert siglip2.num_prefix_tokens == 0 and siglip2.square_size is None
     for given, message in (
         (names | {"vit_inter_dim": 100}, "vit_inter_dim=100: expected a multiple"),
-        (names | {"vit_use_rope": True}, "vit_use_rope=True: dinov2 has learned positions"),
+        (names | {"vit_use_rope": True}, "vit_use_rope=True: dinov2 has positions of its own"),
         ({"vit_architecture": "siglip2", "vit_n_registers": 4}, "siglip2 has no register tokens"),
         ({"vit_architecture": "siglip2", "mp_append_cls": True}, "siglip2 has no CLS token"),
     ):
