@@ -189,8 +189,8 @@ def _load_vlm(config: EmbedConfig, dtype: str | None) -> tuple[VisionLanguageMod
     encoder = vlm.vision_encoder
     if not isinstance(encoder, PackedEncoder):
         raise ValueError(
-            f"model {model!r}: its encoder, {vlm.config.vit_architecture}, takes images of one "
-            "size alone; hrvlm embed needs one that packs"
+            f"model {model!r}: its encoder, {vlm.config.vit_architecture}, is a vision tower of "
+            "transformers; hrvlm embed needs a DINOv3 or a DINOv2"
         )
     encoder.backend, encoder.batch_invariant = config.backend, config.batch_invariant
     encoder.freeze()
