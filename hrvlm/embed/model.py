@@ -190,7 +190,7 @@ def _load_vlm(config: EmbedConfig, dtype: str | None) -> tuple[VisionLanguageMod
     if not isinstance(encoder, PackedEncoder):
         raise ValueError(
             f"model {model!r}: its encoder, {vlm.config.vit_architecture}, is a vision tower of "
-            "transformers; hrvlm embed needs a DINOv3 or a DINOv2"
+            "transformers, which hrvlm embed takes from a model of transformers only"
         )
     encoder.backend, encoder.batch_invariant = config.backend, config.batch_invariant
     encoder.freeze()

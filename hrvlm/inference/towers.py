@@ -33,7 +33,7 @@ from ..images.processor import Normalization
 from ..machine import MODEL_DTYPES, default_dtype, pick_device, torch_dtype
 from ..towers.acceleration import accelerate
 from ..towers.rebinding import global_names, innermost
-from ..vlm.siglip import encode_padded
+from ..vlm.vision_towers import encode
 from .loading import ENCODER_TYPES, check_backend_runs, quiet_loading
 
 _FORMS = ("grid_thw", "spatial_shapes", "image_sizes", "patch_attention_mask")
@@ -111,7 +111,7 @@ class Tower:
         patches, grids = pack_images(images, self.patch_size)
         flags: dict[str, bool | None] = {"output_hidden_states": layers, "output_attentions": None}
         if self._form == "spatial_shapes":
-            encoded = encode_padded(self.module, patches, grids, flags)
+            encoded = encode(self.module, patches, grids, self.patch_size, flags)
             return encoded.last_hidden_state, encoded.hidden_states or ()
         given, rows = (
             self._by_grids(patches, grids)

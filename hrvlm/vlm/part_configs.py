@@ -189,7 +189,7 @@ def _in_words_of_tower(
     Raises:
         ValueError: it has no such field.
     """
-    new = {}
+    new: dict[str, Any] = {}
     for field, value in changes.items():
         fields = [name for name in (field, *_ALSO.get(field, ())) if hasattr(base, name)]
         if not fields and field != "image_size":  # of which it takes any

@@ -44,13 +44,15 @@ class Form(Enum):
 
 def tower_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class of the tower with this config; None if it is none of those above."""
-    found = _tower(type(config))
+    kind: Any = type(config)
+    found = _tower(kind)
     return found and found[0]
 
 
 def tower_form(config: PreTrainedConfig) -> Form | None:
     """How the tower with this config takes images; None likewise."""
-    found = _tower(type(config))
+    kind: Any = type(config)
+    found = _tower(kind)
     return found and found[1]
 
 
@@ -92,9 +94,9 @@ def architecture_name(model_type: str) -> str:
 def config_class_of(architecture: str) -> type[PreTrainedConfig] | None:
     """The config of the tower called so; None if there is none."""
     for suffix in _SUFFIXES:
-        kind = architecture + suffix
-        if kind in CONFIG_MAPPING and _tower(CONFIG_MAPPING[kind]):
-            return CONFIG_MAPPING[kind]
+        kind: Any = CONFIG_MAPPING.get(architecture + suffix)
+        if kind is not None and _tower(kind):
+            return kind
     return None
 
 
