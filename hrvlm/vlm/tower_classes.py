@@ -94,7 +94,8 @@ def architecture_name(model_type: str) -> str:
 def config_class_of(architecture: str) -> type[PreTrainedConfig] | None:
     """The config of the tower called so; None if there is none."""
     for suffix in _SUFFIXES:
-        kind: Any = CONFIG_MAPPING.get(architecture + suffix)
+        name = architecture + suffix
+        kind: Any = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # it has no get
         if kind is not None and _tower(kind):
             return kind
     return None
