@@ -94,10 +94,10 @@ def architecture_name(model_type: str) -> str:
 def config_class_of(architecture: str) -> type[PreTrainedConfig] | None:
     """The config of the tower called so; None if there is none."""
     for suffix in _SUFFIXES:
-        name = architecture + suffix
-        kind: Any = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # it has no get
-        if kind is not None and _tower(kind):
-            return kind
+        if (name := architecture + suffix) in CONFIG_MAPPING:
+            kind: Any = CONFIG_MAPPING[name]
+            if _tower(kind):
+                return kind
     return None
 
 
