@@ -36,22 +36,11 @@ Sizes = Sequence[tuple[int, int]]  # height, width
 Process = Callable[[], Tensor]
 
 
-def hrvlm_pil(files: Sequence[bytes], max_img_size: int) -> Process:
-    """Ours with Pillow's resizing."""
-    from hrvlm.images.transformers_processor import VLMImageProcessorPil
-
-    return _ours(VLMImageProcessorPil, files, max_img_size)
-
-
-def hrvlm_torchvision(files: Sequence[bytes], max_img_size: int) -> Process:
-    """Ours with torchvision's resizing."""
+def hrvlm_process(files: Sequence[bytes], max_img_size: int, *, exact: bool) -> Process:
+    """Ours, the default or by Pillow alone."""
     from hrvlm.images.transformers_processor import VLMImageProcessor
 
-    return _ours(VLMImageProcessor, files, max_img_size)
-
-
-def _ours(cls: Any, files: Sequence[bytes], max_img_size: int) -> Process:
-    processor = cls(max_img_size=max_img_size, allow_upscale=False)
+    processor = VLMImageProcessor(max_img_size=max_img_size, allow_upscale=False, exact=exact)
     return lambda: processor(list(files), return_tensors="pt")["pixel_values"]
 
 
@@ -142,11 +131,8 @@ def _preparer(
 
         return Prepared(
             [
-                Rival(OURS, lambda: rival(hrvlm_pil(files, limit)), role="ours"),
-                Rival(
-                    "hrvlm, torchvision backend",
-                    lambda: rival(hrvlm_torchvision(files, limit)),
-                ),
+                Rival(OURS, lambda: rival(hrvlm_process(files, limit, exact=False)), role="ours"),
+                Rival("hrvlm, exact", lambda: rival(hrvlm_process(files, limit, exact=True))),
                 Rival(
                     "transformers, torchvision",
                     lambda: rival(transformers_torchvision(files, sizes)),

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from ..images.intake import upright_rgb
-from ..images.processor import ImageProcessor, normalize, resize
+from ..images.processor import ImageProcessor, normalize
 from .config import EmbedConfig, Manifest
 from .rows import Row, count_errors, listed, parquet_bytes, table_of
 from .sources import Entry, Opener, Source, open_source
@@ -111,11 +110,14 @@ def _opened(source: Opener, entries: Sequence[Entry]) -> Iterator[Any]:
 def _decode_one(row: Row, given: Any, processor: ImageProcessor, *, careful: bool) -> None:
     if isinstance(given, BaseException):
         raise given
-    rgb = _in_own_process(given, row.id) if careful else upright_rgb(given, name=row.id)
-    geometry = processor.geometry(rgb.height, rgb.width)
-    row.size, row.grid = (rgb.height, rgb.width), geometry.patch_grid
+    from ..images.pixels import load_pixels, resize_pixels
+
+    pixels = load_pixels(_in_own_process(given, row.id) if careful else given, name=row.id)
+    _, height, width = pixels.shape
+    geometry = processor.geometry(height, width)
+    row.size, row.grid = (height, width), geometry.patch_grid
     row.resized = geometry.height, geometry.width
-    row.pixels = np.asarray(resize(rgb, *row.resized)).transpose(2, 0, 1)
+    row.pixels = resize_pixels(pixels, *row.resized).numpy()
 
 
 def _in_own_process(given: Any, name: str) -> Image.Image:

@@ -68,7 +68,8 @@ def jpeg(file: Reader) -> Still:
         raise ValueError("a scan without a frame")
     pieces += [b"\xff\xda", (start, file.size)]
     width, height, memory, nanoseconds = _jpeg_cost(file, *frame, body[0], position)
-    return Still("JPEG", width, height, pieces, memory, nanoseconds, turn.value)
+    plain = frame[1][0] == 8 and frame[1][5] == 3
+    return Still("JPEG", width, height, pieces, memory, nanoseconds, turn.value, plain=plain)
 
 
 def _marker(file: Reader, position: int) -> tuple[int, int]:
@@ -127,7 +128,7 @@ def png(file: Reader) -> Still:
         raise ValueError("no IHDR chunk at its beginning")
     pieces: list[Piece] = [(0, 33)]
     turn = Orientation()
-    position, others, data = 33, 0, 0
+    position, others, data, plain = 33, 0, 0, (depth, color) == (8, 2)
     while others <= MAX_SEGMENTS and data <= MAX_SEGMENTS + file.size // 1024:
         head = file.upto(position, 8)
         if len(head) < 8:
@@ -137,6 +138,7 @@ def png(file: Reader) -> Still:
         others, data = others + (kind != b"IDAT"), data + (kind == b"IDAT")
         if kind in (b"IDAT", b"IEND", b"PLTE", b"tRNS"):
             pieces.append((position, end))
+            plain &= kind != b"tRNS"
         elif kind == b"eXIf":
             body = file.upto(position + 8, min(length, MAX_METADATA))
             turn.look("EXIF", exif_orientation, body, file.label)
@@ -152,7 +154,7 @@ def png(file: Reader) -> Still:
     pixels, raw = width * height, _PNG_CHANNELS[color] * depth / 8
     memory = (1 if raw <= 1 else 2 if color == 0 else 4) * pixels + 4 * (width * raw)
     nanoseconds = (8 + 14 * raw) * pixels
-    return Still("PNG", width, height, pieces, memory, nanoseconds, turn.value)
+    return Still("PNG", width, height, pieces, memory, nanoseconds, turn.value, plain=plain)
 
 
 def _png_text_orientation(kind: bytes, chunk: bytes, label: str) -> int | None:

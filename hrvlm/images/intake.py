@@ -114,7 +114,7 @@ def upright_rgb(
     channels: Channels | None = None,
 ) -> Image.Image:
     """As :func:`load_image`, to be read only: an image that comes from there is returned itself."""
-    label = _label(source, name)
+    label = label_of(source, name)
     under = rgb_color("background", background)
     positive_int("max_pixels", max_pixels)
     if channels not in (None, "first", "last"):
@@ -130,11 +130,23 @@ def upright_rgb(
         return _upright(_to_rgb(source, label, under), _orientation(source, label))
     if isinstance(source, np.ndarray) or _is_tensor(source):
         return _to_rgb(_from_array(source, label, max_pixels, channels), label, under)
-    with _stream(source, label) as stream:
-        image, orientation, negative = decode_first_frame(stream, label, max_pixels)
-    rgb = _to_rgb(image, label, under, negative)
+    with opened(source, label) as stream:
+        return rgb_of_file(stream, label, under, max_pixels)
+
+
+def rgb_of_file(
+    stream: IO[bytes], label: str, background: tuple[int, int, int], max_pixels: int
+) -> Image.Image:
+    """The first frame, upright; errors are those of :func:`load_image`."""
+    image, orientation, negative = decode_first_frame(stream, label, max_pixels)
+    rgb = _to_rgb(image, label, background, negative)
     del image  # so that no more than two pictures are held while one is turned
     return _upright(rgb, orientation)
+
+
+def is_file(source: ImageSource) -> bool:
+    """Whether it is none of the images that are decoded already."""
+    return not isinstance(source, Image.Image | np.ndarray) and not _is_tensor(source)
 
 
 def _is_plain(image: Image.Image) -> bool:
@@ -164,7 +176,8 @@ def rgb_color(argument: str, color: Sequence[int]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _label(source: Any, name: str | int | None) -> str:
+def label_of(source: Any, name: str | int | None) -> str:
+    """What errors call a source: its name or index in the batch, and its file."""
     path = source
     if not isinstance(source, str | os.PathLike):
         path = getattr(source, "filename" if isinstance(source, Image.Image) else "name", "")
@@ -189,7 +202,7 @@ def _failures_named(label: str, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _stream(source: Any, label: str) -> Iterator[IO[bytes]]:
+def opened(source: Any, label: str) -> Iterator[IO[bytes]]:
     """The file as a stream that can seek."""
     if isinstance(source, str | os.PathLike):
         if isinstance(source, str) and _URL.match(source):

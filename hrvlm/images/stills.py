@@ -43,6 +43,7 @@ class Still(NamedTuple):
         negative: whether the smallest of the values that Pillow decodes is white.
         bits: of a sample, where decoding has to know them.
         kind: what a pixel is made of, for the error if Pillow can't read it.
+        plain: whether a pixel is a byte each of red, green and blue, whoever decodes it.
     """
 
     format: str
@@ -55,6 +56,7 @@ class Still(NamedTuple):
     negative: bool = False
     bits: int | None = None
     kind: str | None = None
+    plain: bool = False
 
 
 class Reader:

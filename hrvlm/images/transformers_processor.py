@@ -1,4 +1,4 @@
-"""The image processors for transformers: torchvision and Pillow backends, one geometry, one result.
+"""The image processors for transformers: torchvision and Pillow backends, one geometry.
 
 Both give the packed layout of the encoder: `pixel_values` float32 [N, 3 * p * p], the patches of
 all images one after the other, and `image_grid_hw` int64 [B, 2], the patch grid of each image; the
@@ -17,7 +17,9 @@ Importing this file imports transformers, and torchvision where it is installed.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,7 +28,6 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils.import_utils import is_torchvision_available
 
@@ -48,22 +49,20 @@ from .intake import (
     ImageError,
     ImageSource,
     rgb_color,
-    upright_rgb,
 )
 from .patches import patchify
+from .pixels import load_pixels, resize_pixels
 from .processor import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     check_normalization,
     normalize,
-    resize,
-    to_tensor,
 )
 
 _LOGGER = logging.getLogger(__name__)
 ImageSources: TypeAlias = "ImageSource | list[ImageSources] | tuple[ImageSources, ...]"
 
-# Resized by these two, an image is the same on both backends to one step of 1/255.
+# By these two, Pillow and torch resize alike.
 _RESAMPLING = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 _CHANNELS: dict[Any, Channels | None] = {
     None: None,
@@ -85,7 +84,7 @@ _NOT_OURS = {
     "image_seq_length": (None, _RESIZED),
     "data_format": ("channels_first", "packed patches have one order, that of patchify"),
 }
-_SWITCHES = ("do_resize", "do_rescale", "do_normalize", "allow_upscale")
+_SWITCHES = ("do_resize", "do_rescale", "do_normalize", "allow_upscale", "exact")
 # What transformers writes into a saved configuration beside the options.
 _SERVICE_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}
 
@@ -99,6 +98,7 @@ class VLMImageProcessorKwargs(ImagesKwargs, total=False):
     allow_upscale: bool
     background: list[int] | tuple[int, ...]
     max_pixels: int
+    exact: bool
 
 
 class _PackedImageProcessor(BaseImageProcessor):
@@ -124,6 +124,7 @@ class _PackedImageProcessor(BaseImageProcessor):
     allow_upscale = True
     background = WHITE
     max_pixels = MAX_PIXELS
+    exact = False
 
     def __init__(self, **kwargs: Any) -> None:
         options = {k: v for k, v in kwargs.items() if k not in _SERVICE_KEYS and k[0] != "_"}
@@ -176,21 +177,13 @@ class _PackedImageProcessor(BaseImageProcessor):
         if args:
             raise TypeError(f"{type(self).__name__}: options are given by name, got {args!r}")
         options = self._options(kwargs)
-        packs, grids = [], []
-        for i, source in enumerate(_flat(images)):
-            image = upright_rgb(
-                source,
-                name=i,
-                background=options["background"],
-                max_pixels=options["max_pixels"],
-                channels=_CHANNELS[options["input_data_format"]],
-            )
-            size = self._geometry(image.height, image.width, options, f"image {i}")
-            pixels = self._resized(image, size.height, size.width, options)
-            packs.append(_patches(pixels, options))
-            grids.append(size.patch_grid)
-        if not packs:
+        sources = list(_flat(images))
+        if not sources:
             raise ValueError("images: expected at least one image, got none")
+        packs, grids = [], []
+        for pixels, grid in _in_threads(partial(self._opened, options), sources):
+            packs.append(_patches(pixels, options))
+            grids.append(grid)
         data = {"pixel_values": torch.cat(packs), "image_grid_hw": torch.tensor(grids)}
         return BatchFeature(data=data, tensor_type=options["return_tensors"])
 
@@ -264,25 +257,33 @@ class _PackedImageProcessor(BaseImageProcessor):
         grid = height // p, width // p
         return Geometry(height, width, grid, shuffled_grid(grid, s))
 
-    def _resized(
-        self, image: Image.Image, height: int, width: int, options: dict[str, Any]
-    ) -> torch.Tensor:
-        """[3, height, width], uint8."""
-        raise NotImplementedError
+    def _opened(
+        self, options: dict[str, Any], index: int, source: ImageSource
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Image `index` of a call at its size, uint8 [3, H, W], and its patch grid."""
+        pixels = load_pixels(
+            source,
+            exact=options["exact"],
+            name=index,
+            background=options["background"],
+            max_pixels=options["max_pixels"],
+            channels=_CHANNELS[options["input_data_format"]],
+        ).to(options["device"])
+        size = self._geometry(*pixels.shape[1:], options, f"image {index}")
+        pixels = resize_pixels(
+            pixels, size.height, size.width, options["resample"], exact=options["exact"]
+        )
+        return pixels, size.patch_grid
 
 
 class VLMImageProcessorPil(_PackedImageProcessor, PilBackend):
-    """`VLMImageProcessor` with Pillow's resizing: on the CPU, and without torchvision."""
+    """`VLMImageProcessor` with `exact=True` unless told otherwise; it needs no torchvision."""
 
-    def _resized(
-        self, image: Image.Image, height: int, width: int, options: dict[str, Any]
-    ) -> torch.Tensor:
-        pixels = to_tensor(resize(image, height, width, options["resample"]))
-        return pixels.to(options["device"])
+    exact = True
 
 
 class VLMImageProcessor(_PackedImageProcessor, TorchvisionBackend):
-    """Images of any shapes into packed patches, resized by torchvision, on a GPU if asked.
+    """Images of any shapes into packed patches, on a GPU if asked.
 
     Every option can be given here, in a call, or in `from_pretrained`:
 
@@ -297,6 +298,8 @@ class VLMImageProcessor(_PackedImageProcessor, TorchvisionBackend):
         do_rescale, rescale_factor, do_normalize: (pixel * rescale_factor - mean) / std; both off
             leave 0 to 255.
         resample: bicubic or bilinear, antialiased (bicubic).
+        exact: True decodes and resizes with Pillow alone (on a GPU it only decodes); by default a
+            faster way, whose pixels differ by at most 2 steps of 255.
         input_data_format: where the channels of an array are, if its shape does not tell.
         device: where to resize ("cuda"); the result stays there.
 
@@ -315,21 +318,18 @@ class VLMImageProcessor(_PackedImageProcessor, TorchvisionBackend):
             raise ImportError("VLMImageProcessor needs torchvision; VLMImageProcessorPil does not")
         super().__init__(**kwargs)
 
-    def _resized(
-        self, image: Image.Image, height: int, width: int, options: dict[str, Any]
-    ) -> torch.Tensor:
-        """As `processor.resize`: across, then down, each rounded to 8 bits.
 
-        In one call torchvision is off by up to 30 steps of 255 where bicubic overshoots (float), or
-        by 2 (its 8-bit kernel, which only some CPUs have).
-        """
-        pixels = to_tensor(image).to(options["device"])
-        if (image.height, image.width) == (height, width):
-            return pixels
-        pixels = pixels.float()
-        for size in (SizeDict(height=image.height, width=width), SizeDict(height, width)):
-            pixels = self.resize(pixels, size, options["resample"]).round_().clamp_(0, 255)
-        return pixels.to(torch.uint8)
+def _in_threads(
+    work: Callable[[int, ImageSource], tuple[torch.Tensor, tuple[int, int]]],
+    sources: list[ImageSource],
+) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
+    """The results in order, by as many threads as torch takes; the first error is raised."""
+    threads = min(torch.get_num_threads(), len(sources))
+    if threads < 2:
+        yield from map(work, range(len(sources)), sources)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(work, range(len(sources)), sources)
 
 
 def _spread(value: Any) -> Any:

@@ -123,12 +123,10 @@ def _decoded_before(processor: VLMProcessor, index: int, image: Any) -> Any:
     from PIL import Image
 
     from ..images.formats import ImageError
-    from ..images.processor import resize
 
     if not isinstance(image, Image.Image):
         raise ImageError(f"image {index}: expected a URL or a data URI in image_url")
-    side = processor.square_size
-    return image if side is None else resize(image, side, side)
+    return image if processor.square_size is None else processor.squared(index, image)
 
 
 def _models(in_cache: Callable[..., list[dict[str, Any]]]) -> Callable[..., list[dict[str, Any]]]:

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -21,8 +22,7 @@ from ..checkpoints.damage import naming_damaged_files
 from ..files import save_whole
 from ..images.fetch import readable
 from ..images.geometry import image_token_count, shuffled_grid
-from ..images.intake import upright_rgb
-from ..images.processor import resize
+from ..images.pixels import load_pixels, resize_pixels
 from ..images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
 from .answers import Piece, answer_pieces, marked_pieces, tokens_of
 from .chats import blocks, kind_of, marks_answers, naming_the_template, plain_chats
@@ -119,7 +119,7 @@ class VLMProcessor(ProcessorMixin):
             "image_mean": mean,
             "image_std": std,
         } | image_options
-        # Both give the same pixels; the first can also resize on a GPU.
+        # The first is faster, and can also resize on a GPU.
         image_processor = VLMImageProcessor if is_torchvision_available() else VLMImageProcessorPil
         return cls(
             image_processor(**options),
@@ -219,13 +219,17 @@ class VLMProcessor(ProcessorMixin):
     def fetched(self, index: int, image: Any) -> Any:
         """Image `index` of a call, for the image processor: a URL or base64 string as its bytes."""
         image = readable(image, f"image {index}", fetch=True)
-        if self.square_size is not None:
-            rgb = upright_rgb(image, name=index, **self.reading_options())
-            image = resize(rgb, self.square_size, self.square_size)
-        return image
+        return image if self.square_size is None else self.squared(index, image)
+
+    def squared(self, index: int, image: Any) -> Image.Image:
+        """Image `index` of a call, resized to the square that SigLIP's positions are made for."""
+        exact, side = self.image_processor.exact, self.square_size
+        pixels = load_pixels(image, name=index, exact=exact, **self.reading_options())
+        pixels = resize_pixels(pixels, side, side, exact=exact)
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
     def reading_options(self) -> dict[str, Any]:
-        """`background` and `max_pixels` of the image processor, for `upright_rgb`."""
+        """`background` and `max_pixels` of the image processor, for `load_pixels`."""
         processor = self.image_processor
         return {"background": processor.background, "max_pixels": processor.max_pixels}
 

@@ -140,11 +140,12 @@ def normalize_patchify(
     p, rows = patch_size, []
     for image in images:
         batch, channels, height, width = image.shape
-        center, spread = (image.new_tensor(v, dtype=upcast).view(-1, 1, 1) for v in (mean, std))
-        pixels = image.to(upcast).mul(1 / 255).sub_(center).div_(spread)
-        grid = pixels.reshape(batch, channels, height // p, p, width // p, p)
-        rows.append(grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * p * p))
-    return torch.cat(rows)
+        center, spread = (image.new_tensor(v, dtype=upcast).view(-1, 1) for v in (mean, std))
+        grid = image.reshape(batch, channels, height // p, p, width // p, p)
+        # Cut as bytes, a quarter of the size.
+        cut = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, p * p)
+        rows.append(cut.to(upcast).mul_(1 / 255).sub_(center).div_(spread).flatten(1))
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def varlen_attention(

@@ -16,6 +16,7 @@ from hrvlm.images import transformers_processor
 from hrvlm.images.geometry import tile_grid, token_grid
 from hrvlm.images.intake import ImageError
 from hrvlm.images.patches import patchify, unpatchify
+from hrvlm.images.pixels import load_pixels, resize_pixels
 from hrvlm.images.processor import (
     CLIP,
     IMAGENET,
@@ -69,10 +70,10 @@ def resized(image, height, width):
     return image
 
 
-def steps(a, b, std):
+def steps(a, b, std, of=torch.max):
     """The largest difference of two normalised images [..., 3, H, W] in steps of 1/255."""
     per_channel = (a.double() - b.double()).abs() * 255 * torch.tensor(std).view(3, 1, 1)
-    return per_channel.max().item()
+    return of(per_channel).item()
 
 
 # The function
@@ -136,13 +137,16 @@ def test_the_size_is_that_of_token_grid(size, allow_upscale):
     image = picture(*size)
     options = dict(max_img_size=320, allow_upscale=allow_upscale)
     g = token_grid(*size, patch_size=14, factor=2, **options)
-    processor = get_image_processor(vit_patch_size=14, pixel_shuffle_factor=2, **options)
-    pixels, grid = processor(image, channels="last")
-    assert grid == g.token_grid and processor.geometry(*size) == g
-    assert pixels.shape == (3, g.height, g.width) and pixels.dtype == torch.float32
     expected = normalized(resized(image, g.height, g.width), *IMAGENET)
-    assert steps(pixels, expected, IMAGENET.std) <= 1 + 1e-4
-    assert ((pixels - expected).abs() > 1e-5).double().mean() < 1e-3
+    for exact in (True, False):
+        processor = get_image_processor(
+            vit_patch_size=14, pixel_shuffle_factor=2, exact=exact, **options
+        )
+        pixels, grid = processor(image, channels="last")
+        assert grid == g.token_grid and processor.geometry(*size) == g
+        assert pixels.shape == (3, g.height, g.width) and pixels.dtype == torch.float32
+        assert steps(pixels, expected, IMAGENET.std) <= (1 if exact else 2) + 1e-4
+        assert ((pixels - expected).abs() > 1e-5).double().mean() < (1e-3 if exact else 0.1)
 
 
 def test_shrinking_is_antialiased():
@@ -235,7 +239,9 @@ def test_six_options_by_position_and_a_tile_size_that_nothing_looks_at(tile):
 @pytest.mark.parametrize("size", [(100, 150), (300, 80), (384, 256), (31, 1000), (90, 100)])
 def test_split_mode(size, allow_upscale):
     image, side = picture(*size), 128
-    processor = get_image_processor(400, side, single_image_mode=False, allow_upscale=allow_upscale)
+    processor = get_image_processor(
+        400, side, single_image_mode=False, allow_upscale=allow_upscale, exact=True
+    )
     tiles = tile_grid(
         *size, max_img_size=400, splitted_image_size=side, allow_upscale=allow_upscale
     )
@@ -274,7 +280,7 @@ SIZES = {  # name -> (options, image sizes): enlarged, shrunk, as they are, extr
 @pytest.mark.parametrize("case", SIZES)
 def test_same_geometry_and_numbers_as_the_function(backend, kind, case):
     options, sizes = SIZES[case]
-    function = get_image_processor(**options)
+    function = get_image_processor(**options, exact=True)
     pictures = [picture(h, w, kind) for h, w in sizes]
     batch = backend(**options)(pictures, return_tensors="pt", input_data_format="channels_last")
     values, grids = batch["pixel_values"], batch["image_grid_hw"]
@@ -288,10 +294,9 @@ def test_same_geometry_and_numbers_as_the_function(backend, kind, case):
         assert (hp // 4, wp // 4) == (gh, gw) and not hp % 4 and not wp % 4
         got = unpatchify(packed, (hp, wp), 16)
         assert got.shape == expected.shape
-        # Pillow is the same code. torchvision rounds a few pixels in ten thousand the other way.
-        allowed = 1e-4 if backend is VLMImageProcessorPil or case == "same" else 1 + 1e-4
-        assert steps(got, expected, IMAGENET.std) <= allowed
-        assert ((got - expected).abs() > 1e-5).float().mean() < 1e-3
+        same = backend is VLMImageProcessorPil or case == "same"
+        assert steps(got, expected, IMAGENET.std) <= (1e-4 if same else 2 + 1e-4)
+        assert steps(got, expected, IMAGENET.std, torch.mean) < 0.1
 
 
 @pytest.mark.parametrize("kind", ["noise", "black and white"])
@@ -300,7 +305,7 @@ def test_bilinear_is_the_same_on_both_backends(kind):
     a, b = (backend(max_img_size=320, resample=2)(image)["pixel_values"] for backend in BACKENDS)
     grid = BACKENDS[0](max_img_size=320).get_patch_grid(170, 110)
     a, b = (unpatchify(x, grid, 16) for x in (a, b))
-    assert steps(a, b, IMAGENET.std) <= 1 + 1e-4
+    assert steps(a, b, IMAGENET.std) <= 2 + 1e-4
     cubic = unpatchify(VLMImageProcessorPil(max_img_size=320)(image)["pixel_values"], grid, 16)
     assert steps(b, cubic, IMAGENET.std) > 2
 
@@ -503,7 +508,7 @@ WITHOUT_TORCHVISION = """if True:
 
     assert "transformers" not in sys.modules, "the function does not need transformers"
     image = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
-    expected, (gh, gw) = get_image_processor(128)(image)
+    expected, (gh, gw) = get_image_processor(128, exact=True)(image)
 
     # `from transformers import AutoImageProcessor` asks for torchvision, the class itself does not.
     from transformers import PreTrainedConfig
@@ -557,7 +562,7 @@ def test_resized_on_a_gpu():
     assert there.is_cuda
     grid = processor.get_patch_grid(300, 500)
     here, there = (unpatchify(x.cpu(), grid, 16) for x in (here, there))
-    assert steps(here, there, IMAGENET.std) <= 1 + 1e-4
+    assert steps(here, there, IMAGENET.std) <= 2 + 1e-4
 
 
 @pytest.mark.parametrize("backend", [VLMImageProcessor, VLMImageProcessorPil])
@@ -566,7 +571,8 @@ def test_patches_are_the_normalised_bytes_to_the_bit(backend):
     processor = backend(max_img_size=128, image_mean=SAT493M.mean, image_std=SAT493M.std)
     given = processor(image)
     size = token_grid(100, 160, max_img_size=128)
-    pixels = processor._resized(image, size.height, size.width, processor._options({}))
+    pixels = load_pixels(image)
+    pixels = resize_pixels(pixels, size.height, size.width, exact=processor.exact)
     assert pixels.dtype == torch.uint8
     expected = patchify(normalize(pixels, *SAT493M), 16)
     assert torch.equal(given["pixel_values"], expected)
