@@ -194,6 +194,8 @@ class VLMTrainer(Trainer):
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         """Model, processor and arguments: all of them, or none."""
+        if not self.args.should_save:  # later releases call it in every process; one writes
+            return super()._save(output_dir, state_dict)
         target = Path(str(self.args.output_dir if output_dir is None else output_dir))
         with all_or_nothing(target) as folder:
             super()._save(str(folder), state_dict)
