@@ -134,7 +134,7 @@ def _decoded_by_torchvision(stream: IO[bytes], still: Still) -> Tensor | None:
         return None
     pieces.seek(0)
     data = torch.empty(size, dtype=torch.uint8)
-    read = pieces.readinto(data.numpy())
+    read = pieces.readinto(data.numpy().data)
     try:
         decode = decode_jpeg if still.format == "JPEG" else decode_png
         decoded = decode(data[:read], mode=ImageReadMode.RGB)

@@ -269,7 +269,8 @@ class _PackedImageProcessor(BaseImageProcessor):
             max_pixels=options["max_pixels"],
             channels=_CHANNELS[options["input_data_format"]],
         ).to(options["device"])
-        size = self._geometry(*pixels.shape[1:], options, f"image {index}")
+        _, height, width = pixels.shape
+        size = self._geometry(height, width, options, f"image {index}")
         pixels = resize_pixels(
             pixels, size.height, size.width, options["resample"], exact=options["exact"]
         )

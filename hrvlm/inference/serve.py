@@ -126,7 +126,8 @@ def _decoded_before(processor: VLMProcessor, index: int, image: Any) -> Any:
 
     if not isinstance(image, Image.Image):
         raise ImageError(f"image {index}: expected a URL or a data URI in image_url")
-    return image if processor.square_size is None else processor.squared(index, image)
+    side = processor.square_size
+    return image if side is None else processor.squared(index, image, side)
 
 
 def _models(in_cache: Callable[..., list[dict[str, Any]]]) -> Callable[..., list[dict[str, Any]]]:

@@ -219,11 +219,12 @@ class VLMProcessor(ProcessorMixin):
     def fetched(self, index: int, image: Any) -> Any:
         """Image `index` of a call, for the image processor: a URL or base64 string as its bytes."""
         image = readable(image, f"image {index}", fetch=True)
-        return image if self.square_size is None else self.squared(index, image)
+        side = self.square_size
+        return image if side is None else self.squared(index, image, side)
 
-    def squared(self, index: int, image: Any) -> Image.Image:
+    def squared(self, index: int, image: Any, side: int) -> Image.Image:
         """Image `index` of a call, resized to the square that SigLIP's positions are made for."""
-        exact, side = self.image_processor.exact, self.square_size
+        exact = self.image_processor.exact
         pixels = load_pixels(image, name=index, exact=exact, **self.reading_options())
         pixels = resize_pixels(pixels, side, side, exact=exact)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
