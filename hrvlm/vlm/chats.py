@@ -49,6 +49,8 @@ def plain_chats(value: Any) -> Any:
         return {key: plain_chats(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain_chats(item) for item in value]
+    if isinstance(getattr(value, "messages", None), list | tuple):  # a whole conversation
+        return plain_chats(value.messages)
     if is_dataclass(value) and not isinstance(value, type):
         own = {field.name: getattr(value, field.name) for field in fields(value)}
     elif callable(getattr(value, "model_dump", None)):

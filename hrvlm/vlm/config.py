@@ -117,7 +117,12 @@ class VLMConfig(PreTrainedConfig):
     model_type = "hrvlm"
     # AutoConfig stands for any config: transformers' idiom, beyond its own annotation.
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # type: ignore[dict-item]
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "image_hidden_states",
+        "image_outputs",
+    ]
 
     vision_config: Any = None
     text_config: Any = None

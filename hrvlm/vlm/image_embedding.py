@@ -34,8 +34,9 @@ class ImageEmbedding:
         image_grid_hw: Grids | None,
         *,
         begins: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The language model's input ``[B, L, C_lm]``, and the features of the images in it.
+        output_hidden_states: bool = False,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The language model's input ``[B, L, C_lm]``, and what an output of ours says of images.
 
         Takes and checks what the model's forward does; without images, what goes on from a cache
         (`begins` is False) is not checked.
@@ -51,13 +52,18 @@ class ImageEmbedding:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None and grids and ids is not None:
             images = self.get_image_features(
-                pixel_values, grids, return_dict=True, with_last_hidden_state=False
+                pixel_values,
+                grids,
+                output_hidden_states=output_hidden_states or None,
+                return_dict=True,
+                with_last_hidden_state=False,
             )
             features = torch.cat(images.pooler_output)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             placeholders = ids.eq(self.image_token_id()).unsqueeze(-1)
-            return inputs_embeds.masked_scatter(placeholders, features), features
-        return self.touch_encoder(inputs_embeds) if begins else inputs_embeds, None
+            found = {"image_hidden_states": features, "image_outputs": images}
+            return inputs_embeds.masked_scatter(placeholders, features), found
+        return self.touch_encoder(inputs_embeds) if begins else inputs_embeds, {}
 
     def ids_of(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Token ids; of embeddings, ids that tell no more than where the placeholders are.

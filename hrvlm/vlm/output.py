@@ -73,6 +73,27 @@ class _WithCache(ModelOutput):
         """As of a dictionary."""
         return super().get(_key(key), default)
 
+    def to_tuple(self) -> tuple[Any, ...]:
+        """As in transformers: what is said of images is a tuple in it."""
+        return tuple(
+            x.to_tuple() if isinstance(x, ImageFeatures) else x for x in super().to_tuple()
+        )
+
+
+@dataclass
+class ImageFeatures(BaseModelOutputWithPooling):
+    """Output of ``get_image_features``, named as transformers' models name theirs.
+
+    Attributes:
+        last_hidden_state: The encoder's output: packed ``[T, C]``, or ``[B, n, C]`` for siglip;
+            None where it was not asked for.
+        pooler_output: The projected features of each image, ``[tokens, C_lm]``.
+    """
+
+    last_hidden_state: Tensor | None = None  # type: ignore[assignment]
+    # ModelOutput wants a default for every field.
+    pooler_output: tuple[Tensor, ...] = None  # type: ignore[assignment]
+
 
 @dataclass
 class VLMOutput(_WithCache):
@@ -87,6 +108,8 @@ class VLMOutput(_WithCache):
         attentions: On request, the language model's.
         image_hidden_states: ``[sum of tokens, C_lm]``, the projected features of all images, image
             after image, in the dtype of the embeddings; None without images.
+        image_outputs: As of ``get_image_features``, without the encoder's last hidden state: the
+            features by image and, where hidden states are asked for, the encoder's.
     """
 
     loss: Tensor | None = None
@@ -95,6 +118,7 @@ class VLMOutput(_WithCache):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
+    image_outputs: ImageFeatures | None = None
 
 
 @dataclass
@@ -107,6 +131,7 @@ class HeadlessOutput(_WithCache):
         hidden_states: On request, the language model's.
         attentions: On request, the language model's.
         image_hidden_states: ``[sum of tokens, C_lm]``; None without images.
+        image_outputs: None without images.
     """
 
     last_hidden_state: Tensor | None = None
@@ -114,22 +139,8 @@ class HeadlessOutput(_WithCache):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
+    image_outputs: ImageFeatures | None = None
 
 
 for _output in (VLMOutput, HeadlessOutput):
     _output.__init__ = _either_name(_output.__init__)  # type: ignore[method-assign]
-
-
-@dataclass
-class ImageFeatures(BaseModelOutputWithPooling):
-    """Output of ``get_image_features``, named as transformers' models name theirs.
-
-    Attributes:
-        last_hidden_state: The encoder's output: packed ``[T, C]``, or ``[B, n, C]`` for siglip;
-            None where the projector applied the encoder's last norm, and it was not asked for.
-        pooler_output: The projected features of each image, ``[tokens, C_lm]``.
-    """
-
-    # ModelOutput wants a default for every field.
-    last_hidden_state: Tensor = None  # type: ignore[assignment]
-    pooler_output: tuple[Tensor, ...] = None  # type: ignore[assignment]

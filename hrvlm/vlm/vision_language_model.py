@@ -170,7 +170,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
                 attention; the encoders of this package refuse. Default: the ``vision_config``'s.
             output_hidden_states: Return the encoder's hidden states. Default likewise.
             with_last_hidden_state: False where the features are enough: `last_hidden_state` is
-                None then where the projector applies the encoder's last norm.
+                None then, and the projector may apply the encoder's last norm.
             **kwargs: ``return_dict=False`` for a tuple; others are ignored, transformers passes its
                 own here.
 
@@ -219,7 +219,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
                 )
                 features = self.MP(output.packed_patches, packed=patches_only)
         return ImageFeatures(
-            last_hidden_state=hidden,
+            last_hidden_state=hidden if with_last_hidden_state else None,
             pooler_output=features.split(tokens),
             hidden_states=states,
             attentions=attentions,
@@ -340,15 +340,16 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             Its output, and the fields that an output of ours has with a head and without.
         """
         named = name_cache({"cache": cache, "past_key_values": past_key_values})
-        embeds, features = self.embed(
+        flags = self._requested(output_attentions, output_hidden_states)
+        embeds, images = self.embed(
             input_ids,
             attention_mask,
             inputs_embeds,
             pixel_values,
             image_grid_hw,
             begins=is_beginning(named.get(CACHE_NAME), input_ids),
+            output_hidden_states=flags["output_hidden_states"],
         )
-        flags = self._requested(output_attentions, output_hidden_states)
         outputs = decoder(
             attention_mask=attention_mask,
             inputs_embeds=embeds,
@@ -362,7 +363,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             "cache": outputs.get(CACHE_NAME),
             "hidden_states": outputs.hidden_states,
             "attentions": outputs.attentions,
-            "image_hidden_states": features,
+            **images,
         }
 
     def _requested(

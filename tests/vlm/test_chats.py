@@ -20,6 +20,11 @@ class ImagePart:
     type: str = "image_url"
 
 
+class Conversation:
+    def __init__(self, messages):
+        self.messages = messages
+
+
 class Dumped:
     """Gives its fields as pydantic's models do."""
 
@@ -51,8 +56,10 @@ def test_messages_and_parts_may_be_objects(processor, tmp_path):
         [Dumped(role="user", content=[ImagePart(url["url"]), Dumped(**text)]), plain[1]],
     ]
     got = processor.apply_chat_template(objects, **options)
+    whole = processor.apply_chat_template([Conversation(chat) for chat in objects], **options)
     for name in expected:
         assert torch.equal(got[name], expected[name]), name
+        assert torch.equal(whole[name], expected[name]), name
     assert isinstance(objects[0][0].content[0], ImagePart)
 
 

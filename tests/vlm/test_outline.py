@@ -126,6 +126,16 @@ def test_hidden_states_of_the_encoder_come_with_image_features(model):
     out = model.get_image_features(pixels, grids, output_hidden_states=True)
     assert torch.equal(out.hidden_states[1], want.packed_hidden_states[1])
     assert model.get_image_features(pixels, grids).hidden_states is None
+    batch = alone(batch_of(), 0)
+    want = model.get_image_features(
+        batch["pixel_values"], batch["image_grid_hw"], output_hidden_states=True
+    )
+    for given in (model, model.base_model):
+        said = given(**batch, output_hidden_states=True).image_outputs
+        assert all(map(torch.equal, said.hidden_states, want.hidden_states))
+        assert said.last_hidden_state is given(**batch).image_outputs.hidden_states is None
+    *_, said = model(**batch, return_dict=False)
+    assert isinstance(said, tuple) and torch.equal(said[0][0], want.pooler_output[0])
     first, *_ = model.get_image_features(pixels, grids, return_dict=False)
     assert torch.equal(first, out.last_hidden_state)
     with pytest.raises(ValueError, match=r"output_attentions=True .*output_prefix_attentions"):

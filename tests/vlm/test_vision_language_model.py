@@ -100,6 +100,7 @@ def test_features_land_exactly_on_their_placeholders(changes):
     is_image = batch["input_ids"] == IMAGE
     assert torch.equal(seen[0][is_image], packed)
     assert torch.equal(out.image_hidden_states, packed)
+    assert torch.equal(torch.cat(out.image_outputs.pooler_output), packed)
     words = model.get_input_embeddings()(batch["input_ids"])
     assert torch.equal(seen[0][~is_image], words[~is_image])
 
@@ -137,7 +138,7 @@ def test_text_alone_never_meets_the_encoder(model):
     assert torch.equal(model(**bare).logits, expected)
     empty = {"pixel_values": torch.zeros(0, 3 * PATCH**2), "image_grid_hw": torch.zeros(0, 2)}
     assert torch.equal(model(**bare, **empty).logits, expected)
-    assert model(**bare).image_hidden_states is None
+    assert model(**bare).image_hidden_states is model(**bare).image_outputs is None
 
 
 def test_the_loss_is_that_of_the_language_model(model):
