@@ -1,8 +1,9 @@
 """Whether the encoder waits for its images: `python -m benchmarks.embedding.speed`.
 
 In one run, on the same images and weights: the encoder alone on pixels that are ready (before and
-after), `hrvlm embed`, and a plain loop over transformers' processor and model, an image at a time
-at the same sizes. All with one thread for the encoder.
+after), `hrvlm embed`, and two plain loops, an image at a time at the same sizes: over transformers'
+processor and model, and over dinotool's where it is installed. All with one thread for the encoder.
+Take the ratios: they are of one run, on a machine whose load is written beside them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from hrvlm.images.intake import load_image
 from hrvlm.machine import describe_device, installed_version
 
 SIDES, PART = (160, 320), 8
+MODEL = "facebook/dinov3-vits16"
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -46,7 +48,7 @@ def transformers_loop(folder: Path, rows: list[Row]) -> list[torch.Tensor]:
     """The pooled output of each image, read, resized to its own size and encoded alone."""
     from transformers import DINOv3ViTImageProcessor, DINOv3ViTModel
 
-    model = DINOv3ViTModel.from_pretrained(folder / "model").eval()
+    model = DINOv3ViTModel.from_pretrained(folder / MODEL).eval()
     processor = DINOv3ViTImageProcessor()
     found = []
     with torch.inference_mode():
@@ -59,15 +61,34 @@ def transformers_loop(folder: Path, rows: list[Row]) -> list[torch.Tensor]:
     return found
 
 
+def dinotool_loop(folder: Path, rows: list[Row]) -> list[torch.Tensor]:
+    """The CLS token and the patches of each image, as dinotool's own API gives them."""
+    from dinotool import DinoToolModel
+
+    before = Path.cwd()
+    os.chdir(folder)  # it takes DINOv3 by the hub's names alone
+    try:
+        model = DinoToolModel(MODEL, device="cpu", verbose=False)
+    finally:
+        os.chdir(before)
+    found = []
+    for row in rows:
+        height, width = row.resized or (0, 0)
+        transform = model.get_transform((width, height)).transform
+        pixels = transform(load_image(folder / "in" / row.id))
+        found.append(model(pixels[None], features="all", normalized=False)[1][0])
+    return found
+
+
 def run(images: int) -> dict[str, Any]:
     """All of it."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_pictures(folder / "in", images, SIDES, distinct=images)
-        write_encoder(folder / "model")
+        write_encoder(folder / MODEL)
         config = EmbedConfig(
-            str(folder / "in"), str(folder / "out"), model=str(folder / "model"),
+            str(folder / "in"), str(folder / "out"), model=str(folder / MODEL),
             rows_per_part=PART,
         )  # fmt: skip
         model, source = FeatureModel(config), open_source(config)
@@ -84,6 +105,8 @@ def run(images: int) -> dict[str, Any]:
         report = embed(config, Resources(cpus=2, threads=1))
         after = timed(bare)[1]
         pooled, loop = timed(lambda: transformers_loop(folder, ready))
+        their_tool = installed_version("dinotool")
+        tool = timed(lambda: dinotool_loop(folder, ready))[1] if their_tool else None
         store = Store(config.out)
         manifest = store.read_manifest()
         assert manifest is not None
@@ -102,12 +125,14 @@ def run(images: int) -> dict[str, Any]:
             "encoder_alone": [round(before, 2), round(after, 2)],
             "hrvlm_embed": round(report.seconds, 2),
             "transformers_loop": round(loop, 2),
+            "dinotool_loop": tool and round(tool, 2),
         },
         "encoder_idle": round(1 - (report.busy or 0.0), 4),
         "embed_against_encoder_alone": round(alone / report.seconds, 3),
         "embed_against_transformers_loop": round(loop / report.seconds, 3),
+        "embed_against_dinotool_loop": tool and round(tool / report.seconds, 3),
         "largest_difference_from_transformers": worst,
-        "dinotool": installed_version("dinotool") or "not installed",
+        "dinotool": their_tool or "not installed",
         "machine": describe_device(torch.device("cpu")) | {"ray": installed_version("ray")},
     }
 

@@ -54,7 +54,7 @@ def show(result: EncodeResult) -> None:
     print_line(
         f"{counted(len(result.images), 'image')}, {counted(patches, 'patch', 'patches')} in "
         f"{counted(passes, 'packed pass', 'packed passes')}: "
-        f"{duration(seconds)} (an image's time is its share of the pass's FLOPs)"
+        f"{duration(seconds)} (an image's time is its share of the pass's {result.shared})"
     )
     attention = f"attention by {result.attention_backend} (backend {result.backend})"
     print_line(f"{result.model}, {result.dtype} on {result.device}, {attention}")
@@ -111,7 +111,7 @@ def encode(
     from ..inference.encode import encode as run
     from ..inference.encode_formats import FORMATS
     from ..inference.inputs import gathered
-    from ..inference.loading import load_encoder
+    from ..inference.towers import load_encoder_or_tower
 
     if one_file is not None and one_file not in FORMATS:
         raise ValueError(f"--format {one_file!r}: expected one of {', '.join(FORMATS)}")
@@ -122,7 +122,7 @@ def encode(
                 f"--out {out} {where} one of the inputs: its pictures would become images"
             )
     with gathered(images, fetch=fetch, skip_bad=skip_bad) as inputs:
-        loaded = load_encoder(
+        loaded = load_encoder_or_tower(
             model, backend=backend, device=device, dtype=dtype, batch_invariant=batch_invariant
         )
         if loaded.random_weights:

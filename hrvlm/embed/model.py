@@ -16,8 +16,8 @@ from hrvlm_kernels import PackedGrids
 from ..encoder.packed_encoder import PackedEncoder
 from ..images.patches import pack_images
 from ..images.processor import check_normalization
-from ..inference.loading import LoadedEncoder, check_backend_runs, load_encoder, weights_digest
-from ..inference.towers import LoadedTower, Tower, has_tower, load_tower
+from ..inference.loading import LoadedEncoder, check_backend_runs, weights_digest
+from ..inference.towers import LoadedTower, Tower, load_encoder_or_tower
 from ..machine import default_dtype, pick_device
 from .config import EmbedConfig, Facts
 
@@ -45,10 +45,7 @@ class FeatureModel:
         if config.model is not None and _is_vlm(config.model):
             self._vlm, self.loaded = _load_vlm(config, dtype)
         else:
-            load: Any = load_encoder
-            if config.model is not None and has_tower(config.model):
-                load = load_tower
-            self.loaded = load(
+            self.loaded = load_encoder_or_tower(
                 config.model,
                 backend=config.backend,
                 device=config.device,
@@ -87,8 +84,6 @@ class FeatureModel:
         keep, layer = self._config.keep, self._config.layer
         if "tokens" in keep:
             hidden, packed, projected = self._with_tokens(images)
-        elif isinstance(self._encoder, Tower):
-            hidden, packed = self._encoder(images, layer)
         else:
             output = self._encoder(list(images), out_indices=None if layer is None else [layer])
             hidden, packed = output.packed_last_hidden_state, output.packed
@@ -139,9 +134,7 @@ class FeatureModel:
     def facts(self) -> Facts:
         """What a run has to know of the model."""
         encoder, loaded = self._encoder, self.loaded
-        module = encoder.module if isinstance(encoder, Tower) else encoder
-        parts = nn.ModuleList([module] if self._vlm is None else [module, self._vlm.MP])
-        factor = encoder.factor if isinstance(encoder, Tower) else 1
+        parts = nn.ModuleList([encoder] if self._vlm is None else [encoder, self._vlm.MP])
         return Facts(
             name=loaded.name,
             random_weights=loaded.random_weights,
@@ -149,7 +142,7 @@ class FeatureModel:
             dtype=str(encoder.dtype).removeprefix("torch."),
             hidden_size=self._hidden_size,
             token_size=0 if self._vlm is None else self._vlm.config.text_config.hidden_size,
-            factor=factor if self._vlm is None else self._vlm.config.mp_pixel_shuffle_factor,
+            factor=loaded.factor if self._vlm is None else self._vlm.config.mp_pixel_shuffle_factor,
             patch_size=encoder.patch_size,
             num_prefix_tokens=encoder.num_prefix_tokens,
             image_mean=tuple(loaded.normalization.mean),

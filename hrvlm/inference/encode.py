@@ -18,6 +18,7 @@ from ..images.geometry import Geometry
 from .encode_files import Kept, ResultWriter
 from .loading import LoadedEncoder
 from .passes import DEFAULT_MAX_TOKENS, LoadedImage, forward, passes
+from .towers import LoadedTower
 
 _SHOWN = 1200  # longest side of what is kept of an image for its picture, in pixels
 
@@ -49,7 +50,7 @@ class EncodedImage:
     size: tuple[int, int]  # (height, width), upright
     geometry: Geometry
     pass_index: int
-    seconds: float  # of the pass, by the image's share of its FLOPs
+    seconds: float  # of the pass, by the image's share of its FLOPs; of its patches in a tower
     share: float
     features: Path | None = None
     picture: Path | None = None
@@ -86,6 +87,7 @@ class EncodeResult:
     attention_backend: str  # what it came to
     device: str
     dtype: str
+    shared: str = "FLOPs"  # what the time of a pass is divided by
     images: list[EncodedImage] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     there: dict[str, Path] = field(default_factory=dict)  # done by an earlier run: their features
@@ -119,7 +121,7 @@ class EncodeResult:
 
 def encode(
     paths: Sequence[Path],
-    loaded: LoadedEncoder,
+    loaded: LoadedEncoder | LoadedTower,
     options: EncodeOptions | None = None,
     *,
     on_images: Callable[[int], None] | None = None,
@@ -150,7 +152,7 @@ def encode(
 
 def _encode(
     paths: Sequence[Path],
-    loaded: LoadedEncoder,
+    loaded: LoadedEncoder | LoadedTower,
     options: EncodeOptions,
     on_images: Callable[[int], None] | None,
 ) -> EncodeResult:
@@ -171,6 +173,7 @@ def _encode(
         ),
         str(encoder.device),
         str(encoder.dtype).removeprefix("torch."),
+        "FLOPs" if isinstance(loaded, LoadedEncoder) else "patches",
     )
     if writer:
         joint = options.pictures and options.joint_pca
@@ -192,7 +195,7 @@ def _encode(
         on_bad=on_images,
     )
     for batch in read:
-        output, seconds = forward(loaded, [image.pixels for image in batch], layers=[-2])
+        output, seconds = forward(loaded, [image.pixels for image in batch], layers=_layers(loaded))
         images = _account(batch, loaded, options, len(result.pass_seconds), seconds)
         result.images += images
         result.pass_seconds.append(seconds)
@@ -215,25 +218,32 @@ def _name(path: Path, options: EncodeOptions) -> str:
     return options.names.get(path, str(path))
 
 
-def _warm_up(loaded: LoadedEncoder) -> None:
+def _warm_up(loaded: LoadedEncoder | LoadedTower) -> None:
     """Compile the kernels on one small image, which would else be counted as time of a pass."""
     encoder = loaded.encoder
     if encoder.device.type != "cpu":
         side = 4 * encoder.patch_size
-        forward(loaded, [torch.zeros(3, side, side)], layers=[-2])
+        forward(loaded, [torch.zeros(3, side, side)], layers=_layers(loaded))
+
+
+def _layers(loaded: LoadedEncoder | LoadedTower) -> list[int]:
+    """The input of the last block, from which the attention of CLS is made."""
+    return [-2] if isinstance(loaded, LoadedEncoder) else []
 
 
 def _account(
     batch: list[LoadedImage],
-    loaded: LoadedEncoder,
+    loaded: LoadedEncoder | LoadedTower,
     options: EncodeOptions,
     pass_index: int,
     seconds: float,
 ) -> list[EncodedImage]:
-    """The pass's time divided among its images by their FLOPs: inside a pass nobody can measure."""
-    architecture = Architecture.from_config(loaded.encoder.config)
-    flops = [forward_cost(architecture, image.geometry.num_patches).total for image in batch]
-    shares = [part / sum(flops) for part in flops]
+    """The pass's time divided among its images: inside a pass nobody can measure."""
+    work = [image.geometry.num_patches for image in batch]
+    if isinstance(loaded, LoadedEncoder):
+        architecture = Architecture.from_config(loaded.encoder.config)
+        work = [forward_cost(architecture, patches).total for patches in work]
+    shares = [part / sum(work) for part in work]
     return [
         EncodedImage(
             image.path,

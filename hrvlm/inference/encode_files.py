@@ -22,6 +22,7 @@ from .pictures import pca_colors, sheet
 if TYPE_CHECKING:
     from ..encoder.output import PackedEncoderOutput
     from .encode import EncodedImage
+    from .towers import LoadedTower
 
 FEATURES_SUFFIX, PICTURE_SUFFIX = ".features.safetensors", ".features.png"
 
@@ -31,7 +32,7 @@ class _Drawing:
     image: EncodedImage
     shown: Image.Image
     features: Tensor  # [C, hp, wp]
-    attention: Tensor  # [hp, wp]
+    attention: Tensor | None  # [hp, wp]; None without a CLS token
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ResultWriter:
 
     def __init__(
         self,
-        loaded: LoadedEncoder,
+        loaded: LoadedEncoder | LoadedTower,
         paths: Sequence[Path],
         directory: Path,
         kept: Kept | None = None,
@@ -140,15 +141,18 @@ class ResultWriter:
         """Write or collect the features of a pass.
 
         ``cls`` ``[C]``, ``registers`` ``[R, C]`` and ``patches`` ``[hp, wp, C]``; or, pooled,
-        ``cls`` and ``mean`` ``[C]`` of the patches, in float32.
+        ``cls`` and ``mean`` ``[C]`` of the patches, in float32. Without a CLS token, the patches or
+        their mean alone.
         """
-        maps, cls, registers = output.to_maps(), output.cls.cpu(), output.registers.cpu()
+        maps, prefix = output.to_maps(), output.packed.num_prefix_tokens
+        cls, registers = (output.cls.cpu(), output.registers.cpu()) if prefix else ((), ())
         for i, image in enumerate(images):
-            tensors = {"cls": cls[i].clone()}
+            tensors = {"cls": cls[i].clone()} if prefix else {}
             if self._kept.pooled:
                 tensors["mean"] = maps[i].flatten(1).float().mean(1).cpu()
             else:
-                tensors["registers"] = registers[i].clone()
+                if prefix:
+                    tensors["registers"] = registers[i].clone()
                 tensors["patches"] = maps[i].permute(1, 2, 0).cpu().clone().contiguous()
             metadata = self._metadata(image)
             image.features = self._features_of(image.path)
@@ -178,10 +182,13 @@ class ResultWriter:
         Args:
             images: The images of the pass.
             shown: What each of them looks like.
-            output: Its `packed_selected_hidden_states` end with the input of the last block.
+            output: Its `packed_selected_hidden_states` end with the input of the last block, if it
+                has a CLS token.
         """
-        last = (output.packed_selected_hidden_states or ())[-1]
-        attentions = cls_attention(self._loaded, output, last)
+        attentions: list[Tensor | None] = [None] * len(images)
+        if output.packed.num_prefix_tokens:
+            last = (output.packed_selected_hidden_states or ())[-1]
+            attentions[:] = cls_attention(self._loaded, output, last)
         for image, picture, features, attention in zip(
             images, shown, output.to_maps(), attentions, strict=True
         ):

@@ -41,6 +41,11 @@ class LoadedEncoder:
     random_weights: bool
     normalization: Normalization
 
+    @property
+    def factor(self) -> int:
+        """Sides of images are whole patches of this number."""
+        return 1
+
 
 def load_encoder(
     model: str | None = None,

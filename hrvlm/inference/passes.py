@@ -1,6 +1,7 @@
 """Image files in packed passes through an encoder.
 
-There is no projector, so an image's sides become multiples of the patch size and of no more.
+There is no projector, so an image's sides become multiples of the patch size and of no more, unless
+the encoder is the tower of another model, which takes whole blocks of patches that it merges.
 Images are read in order and packed until a pass is full, so that memory does not grow with their
 number. Nothing is padded or reshaped to a common size.
 """
@@ -26,6 +27,7 @@ from .loading import LoadedEncoder
 if TYPE_CHECKING:
     from ..encoder.layers import EncoderLayer
     from ..encoder.output import PackedEncoderOutput
+    from .towers import LoadedTower
 
 DEFAULT_MAX_TOKENS = 32768  # patches and prefix tokens
 
@@ -51,7 +53,7 @@ class LoadedImage:
 
 def passes(
     paths: Sequence[Path],
-    loaded: LoadedEncoder,
+    loaded: LoadedEncoder | LoadedTower,
     *,
     max_img_size: int = 1024,
     allow_upscale: bool = False,
@@ -80,7 +82,7 @@ def passes(
     processor = get_image_processor(
         max_img_size,
         vit_patch_size=loaded.encoder.patch_size,
-        pixel_shuffle_factor=1,  # no projector: whole patches are enough
+        pixel_shuffle_factor=loaded.factor,
         allow_upscale=allow_upscale,
         image_mean=loaded.normalization.mean,
         image_std=loaded.normalization.std,
@@ -117,7 +119,7 @@ def _resized(image: Image.Image, geometry: Geometry, side: int) -> Image.Image:
 
 
 def forward(
-    loaded: LoadedEncoder, pixels: Sequence[Tensor], *, layers: Sequence[int] = ()
+    loaded: LoadedEncoder | LoadedTower, pixels: Sequence[Tensor], *, layers: Sequence[int] = ()
 ) -> tuple[PackedEncoderOutput, float]:
     """One packed pass, and its time without the copy to the device.
 
@@ -147,11 +149,12 @@ def forward(
 
 
 def cls_attention(
-    loaded: LoadedEncoder, output: PackedEncoderOutput, state: Tensor, block: int = -1
+    loaded: LoadedEncoder | LoadedTower, output: PackedEncoderOutput, state: Tensor, block: int = -1
 ) -> list[Tensor]:
     """Where the CLS token of each image looks, as weights ``[hp, wp]``, float32 on the CPU.
 
-    The mean over the heads of a block; what other prefix tokens take is missing from the sum.
+    The mean over the heads of a block; what other prefix tokens take is missing from the sum. Empty
+    where the encoder has no CLS token.
 
     Args:
         loaded: The model.
@@ -159,6 +162,8 @@ def cls_attention(
         state: What goes into the block: ``[T, C]``, the layer before it in `output`.
         block: Its index.
     """
+    if not isinstance(loaded, LoadedEncoder):
+        return []
     layer = cast("EncoderLayer", loaded.encoder.layer[block])
     with torch.inference_mode():
         _, weights = layer.attention(

@@ -144,7 +144,7 @@ def attention_picture(image: Image.Image, attention: Tensor) -> Image.Image:
 def sheet(
     image: Image.Image,
     colors: Tensor,
-    attention: Tensor,
+    attention: Tensor | None,
     *,
     title: str,
     notes: str = "",
@@ -159,7 +159,8 @@ def sheet(
     Args:
         image: Upright RGB input.
         colors: ``[3, hp, wp]`` from :func:`pca_colors`.
-        attention: ``[hp, wp]``: weights of the CLS token over the patches.
+        attention: ``[hp, wp]``: weights of the CLS token over the patches; None where there is no
+            such token, and no third panel then.
         title: First line of the caption.
         notes: Smaller lines below it.
         size: (height, width) the encoder saw, which gives the panels their shape; default: that of
@@ -169,7 +170,7 @@ def sheet(
     Raises:
         ValueError: the two maps have different grids.
     """
-    if colors.shape[1:] != attention.shape:
+    if attention is not None and colors.shape[1:] != attention.shape:
         raise ValueError(
             f"colors and attention must have one grid, "
             f"got {tuple(colors.shape[1:])} and {tuple(attention.shape)}"
@@ -185,9 +186,11 @@ def sheet(
     panels = {
         "input": shown,
         "patch features, PCA to RGB": pca_picture(colors.cpu(), shape),
-        "attention of CLS, in even shares": attention_picture(shown, attention),
     }
-    shares = [f"{value * attention.numel():.2f}x" for value in value_range(attention)]
+    shares = []
+    if attention is not None:
+        panels["attention of CLS, in even shares"] = attention_picture(shown, attention)
+        shares = [f"{value * attention.numel():.2f}x" for value in value_range(attention)]
     return _lay_out(panels, shares, title, notes, stacked=stacked)
 
 
@@ -199,16 +202,18 @@ def _lay_out(
     *,
     stacked: bool,
 ) -> Image.Image:
-    """The page; `ends` are the lowest and highest value of the scale beside the last panel."""
+    """The page; `ends` are the lowest and highest value of the last panel's scale, if any."""
     large, small = ImageFont.load_default(18), ImageFont.load_default(14)
     lines = notes.splitlines()
     names = [small.getlength(name) for name in panels]
     width, height = next(iter(panels.values())).size
-    bar = max(height, _LEAST_BAR)
+    bar = max(height, _LEAST_BAR) if ends else height
     head = _MARGIN + 26 + 20 * len(lines)
     across, down = (1, len(panels)) if stacked else (len(panels), 1)
     cell_width, cell_height = max(width, math.ceil(max(names))), _LABEL + height
-    beside = width + _MARGIN // 2 + _BAR + math.ceil(max(map(small.getlength, ends))) + 5
+    beside = width
+    if ends:
+        beside += _MARGIN // 2 + _BAR + math.ceil(max(map(small.getlength, ends))) + 5
     text = math.ceil(max(large.getlength(title), *map(small.getlength, lines), *names))
     columns = (across - 1) * (cell_width + _MARGIN) + max(cell_width, beside)
     size = (
@@ -227,6 +232,8 @@ def _lay_out(
         frame = (x - 1, y + _LABEL - 1, x + width, y + _LABEL + height)
         draw.rectangle(frame, outline=_FRAME)  # a white page on a white ground has no edge
         page.paste(picture, (x, y + _LABEL))
+    if not ends:
+        return page
     x, y = x + width + _MARGIN // 2, y + _LABEL
     page.paste(_scale_bar(bar), (x, y))
     low, high = ends

@@ -1,11 +1,8 @@
 """Vision towers of other models, accelerated, as encoders of images of any sizes.
 
-What a tower takes is told by the parameters of its forward, what it gives is put in order:
-
-    grid_thw              patches by blocks of those merged later   Qwen2-VL to Qwen3.5, Ernie 4.5
-    spatial_shapes        patches, padded to one length             SigLIP2, LFM2-VL
-    image_sizes           images on one canvas, packed inside       Pixtral, Mistral 3, LightOnOCR
-    patch_attention_mask  images on one canvas, padding masked      Idefics 2 and 3, SmolVLM
+Images go in as :mod:`hrvlm.vlm.vision_towers` says. What comes out is a token for each patch, row
+by row of its grid: of towers that merge blocks of patches (Qwen2-VL to Qwen3.5, Ernie 4.5), what
+they have in front of their merger, out of blocks and windows.
 
 The sizes of images are this project's, as for its own encoders, and not those that the model's own
 image processor would choose; sides are whole patches, or whole blocks of merged ones.
@@ -28,20 +25,27 @@ from hrvlm_kernels import PackedGrids
 
 from ..checkpoints.foreign import is_foreign
 from ..checkpoints.preprocessor import stored_normalization
+from ..encoder.output import PackedEncoderOutput
 from ..images.patches import pack_images
 from ..images.processor import Normalization
 from ..machine import MODEL_DTYPES, default_dtype, pick_device, torch_dtype
 from ..towers.acceleration import accelerate
 from ..towers.rebinding import global_names, innermost
+from ..vlm.tower_classes import Form, tower_class, tower_form
 from ..vlm.vision_towers import encode
-from .loading import ENCODER_TYPES, check_backend_runs, quiet_loading
+from .loading import (
+    ENCODER_TYPES,
+    LoadedEncoder,
+    check_backend_runs,
+    load_encoder,
+    quiet_loading,
+)
 
-_FORMS = ("grid_thw", "spatial_shapes", "image_sizes", "patch_attention_mask")
 _MERGED, _WINDOWS = "spatial_merge_size", "get_vision_window_index"
 
 
-class Tower:
-    """A tower on hrvlm's attention that takes a list of images.
+class Tower(nn.Module):
+    """A tower on hrvlm's attention, called as an encoder of this project is.
 
     Args:
         module: The tower; changed in place by :func:`hrvlm.accelerate`.
@@ -59,21 +63,20 @@ class Tower:
     def __init__(
         self, module: PreTrainedModel, backend: str = "auto", batch_invariant: bool = False
     ):
-        form = form_of(type(module))
+        super().__init__()
+        form = form_of(module)
         if form is None:
             raise ValueError(f"{type(module).__name__} takes images in no form that is known")
         accelerate(module, backend=backend)
-        self.module, self._form, self._batch_invariant = module.eval(), form, batch_invariant
+        self.module, self._form = module.eval(), form
+        self.backend, self.batch_invariant = backend, batch_invariant
         self.patch_size = int(module.config.patch_size)
         # Of the sides of a block of patches that are neighbours in what the tower is given.
-        in_blocks = form == "grid_thw" and _MERGED in global_names(type(module).forward)
+        in_blocks = form is Form.MERGED and _MERGED in global_names(type(module).forward)
         self.factor = int(getattr(module, _MERGED)) if in_blocks else 1
-        hidden, states = self._alone([torch.zeros(3, self._side, 2 * self._side)], layers=True)
+        side = self.patch_size * self.factor
+        hidden, states = self._encode([torch.zeros(3, side, 2 * side)], layers=True)
         self.hidden_size, self.num_layers = hidden.shape[1], len(states) - 1
-
-    @property
-    def _side(self) -> int:
-        return self.patch_size * self.factor
 
     @property
     def device(self) -> torch.device:
@@ -85,48 +88,49 @@ class Tower:
         """Of its weights."""
         return self.module.dtype
 
-    @torch.inference_mode()
-    def __call__(
-        self, images: Sequence[Tensor], layer: int | None = None
-    ) -> tuple[Tensor, PackedGrids]:
-        """Tokens of all images ``[T, C]``, each image's row by row of its grid, and their layout.
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        out_indices: Sequence[int] | None = None,
+        apply_layernorm: bool = True,
+    ) -> PackedEncoderOutput:
+        """Tokens of all images, each image's row by row of its grid; there are no prefix tokens.
 
         Args:
             images: ``[3, H, W]``, normalised; sides are multiples of ``patch_size * factor``.
-            layer: Whose output, as the tower gives it; None for its last hidden state.
+            out_indices: Layers whose output is kept, too; 0 for the embeddings.
+            apply_layernorm: No matter: the output of a layer is as the tower gives it.
         """
-        grids = [(i.shape[1] // self.patch_size, i.shape[2] // self.patch_size) for i in images]
+        p = self.patch_size
+        grids = [(image.shape[1] // p, image.shape[2] // p) for image in images]
         packed = PackedGrids.from_grids(grids, num_prefix_tokens=0, device=self.device)
-        groups = [[image] for image in images] if self._batch_invariant else [list(images)]
-        found = []
-        for group in groups:
-            hidden, states = self._alone(group, layers=layer is not None)
-            found.append(hidden if layer is None else states[layer])
-        return torch.cat(found), packed
+        groups = [[image] for image in images] if self.batch_invariant else [list(images)]
+        found = [self._encode(group, layers=bool(out_indices)) for group in groups]
+        return PackedEncoderOutput(
+            packed_last_hidden_state=torch.cat([hidden for hidden, _ in found]),
+            packed_selected_hidden_states=tuple(
+                torch.cat([states[i] for _, states in found]) for i in out_indices or ()
+            ),
+            packed=packed,
+        )
 
     @torch.inference_mode()
-    def _alone(self, images: list[Tensor], *, layers: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    def _encode(self, images: list[Tensor], *, layers: bool) -> tuple[Tensor, Sequence[Tensor]]:
         """The last hidden state, and the others on request: ``[T, C]`` each."""
         images = [image.to(self.device, self.dtype) for image in images]
         patches, grids = pack_images(images, self.patch_size)
         flags: dict[str, bool | None] = {"output_hidden_states": layers, "output_attentions": None}
-        if self._form == "spatial_shapes":
+        if self._form is not Form.MERGED:
             encoded = encode(self.module, patches, grids, self.patch_size, flags)
             return encoded.last_hidden_state, encoded.hidden_states or ()
-        given, rows = (
-            self._by_grids(patches, grids)
-            if self._form == "grid_thw"
-            else self._on_canvas(images, grids)
-        )
+        given, rows = self._by_grids(patches, grids)
         out = self.module(**given, output_hidden_states=layers)
 
         def in_order(states: Tensor) -> Tensor:
-            flat = states.flatten(0, -2)
-            flat = flat if rows is None or len(flat) < len(rows) else flat[rows.to(flat.device)]
-            if len(flat) != len(patches):
+            if len(states) != len(patches):
                 name, shape = type(self.module).__name__, tuple(states.shape)
                 raise ValueError(f"{name} gives {shape} for {len(patches)} patches: not one each")
-            return flat
+            return states[rows.to(states.device)]
 
         states = [in_order(state) for state in (out.hidden_states if layers else ())]
         return in_order(out.last_hidden_state), states
@@ -150,31 +154,21 @@ class Tower:
             order = order.view(-1, m * m)[windows].flatten()
         return {"hidden_states": given, "grid_thw": thw}, order.argsort()
 
-    def _on_canvas(
-        self, images: list[Tensor], grids: list[tuple[int, int]]
-    ) -> tuple[dict[str, Any], Tensor | None]:
-        down, across = (max(sides) for sides in zip(*grids, strict=True))
-        p, count = self.patch_size, len(images)
-        canvas = images[0].new_zeros(count, 3, down * p, across * p)
-        mask = torch.zeros(count, down, across, dtype=torch.bool)
-        for i, (image, (hp, wp)) in enumerate(zip(images, grids, strict=True)):
-            canvas[i, :, : hp * p, : wp * p] = image
-            mask[i, :hp, :wp] = True
-        if self._form == "image_sizes":
-            sizes = torch.tensor([(hp * p, wp * p) for hp, wp in grids])
-            return {"pixel_values": canvas, "image_sizes": sizes}, None
-        given = {"pixel_values": canvas, "patch_attention_mask": mask.to(self.device)}
-        return given, mask.flatten().nonzero()[:, 0]
+
+def form_of(module: nn.Module) -> Form | None:
+    """How a tower takes images of several sizes; None if it is none or takes one size."""
+    takes = tuple(inspect.signature(innermost(type(module).forward)).parameters)[1:3]
+    if takes == Form.MERGED.value:
+        return Form.MERGED
+    config: Any = getattr(module, "config", None)
+    form = tower_form(config) if config is not None and _is_outermost(module) else None
+    return None if form in (Form.MERGED, Form.SQUARES) else form
 
 
-def form_of(cls: type[nn.Module]) -> str | None:
-    """How a tower takes images of several sizes: the parameter that tells their sizes."""
-    names = inspect.signature(innermost(cls.forward)).parameters
-    if "input_ids" in names or "merge_sizes" in names:
-        return None
-    found = next((form for form in _FORMS if form in names), None)
-    wanted = "hidden_states" if found == "grid_thw" else "pixel_values"
-    return found if wanted in names else None
+def _is_outermost(module: nn.Module) -> bool:
+    """Whether it is the tower of its config, and no part of it."""
+    cls: Any = tower_class(module.config)  # type: ignore[arg-type]
+    return cls is not None and isinstance(module, cls)
 
 
 @dataclass(frozen=True)
@@ -192,6 +186,11 @@ class LoadedTower:
     normalization: Normalization
     random_weights: bool = False
 
+    @property
+    def factor(self) -> int:
+        """See :class:`LoadedEncoder`."""
+        return self.encoder.factor
+
 
 def has_tower(model: str) -> bool:
     """Whether it is a model of transformers other than this project's encoders."""
@@ -203,6 +202,13 @@ def has_tower(model: str) -> bool:
         return False
     kind = stored.get("model_type")
     return kind in CONFIG_MAPPING and kind not in ENCODER_TYPES
+
+
+def load_encoder_or_tower(model: str | None, **options: Any) -> LoadedEncoder | LoadedTower:
+    """By what the model is; the arguments are those of `load_encoder`."""
+    if model is not None and has_tower(model):
+        return load_tower(model, **options)
+    return load_encoder(model, **options)
 
 
 def load_tower(
@@ -232,13 +238,13 @@ def load_tower(
     towers = {
         name: module
         for name, module in whole.named_modules()
-        if isinstance(module, PreTrainedModel) and form_of(type(module))
+        if isinstance(module, PreTrainedModel) and form_of(module)
     }
     name, module = next(iter(towers.items()), (None, None))
     if name is None or module is None:
         raise ValueError(
             f"model {model!r}: {type(whole).__name__} has no vision tower that takes images of any "
-            f"sizes: none with {', '.join(_FORMS)}"
+            "sizes in a form that is known"
         )
     missing = sorted(key for key in told["missing_keys"] if f"{key}.".startswith(name))
     if missing:

@@ -5,6 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -95,11 +96,33 @@ def test_rows_are_the_tower_s_own(folder, tmp_path, name):
     assert len(rows) == COUNT - 2
     for row in rows:
         pixels, _ = process(folder / "in" / row["id"])
-        hidden, packed = tower.encoder([pixels])
-        assert packed.grids == ((row["grid_height"], row["grid_width"]),)
-        torch.testing.assert_close(torch.tensor(row["mean"]), hidden.mean(0), rtol=1e-4, atol=1e-5)
+        output = tower.encoder([pixels])
+        mean = output.patches[0].mean(0)
+        assert output.grids == ((row["grid_height"], row["grid_width"]),)
+        torch.testing.assert_close(torch.tensor(row["mean"]), mean, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="layer=3: expected -2 to 2"):
         run_here(config_of(folder, tmp_path / "other", name, layer=3))
+
+
+def test_encode_writes_their_patches_and_pictures_without_attention(folder, tmp_path):
+    picture, out = folder / "in" / "0003.png", tmp_path / "out"
+    command = ("encode", picture, "--model", folder / "qwen2_5_vl", "--dtype", "float32", "--out")
+    result = run(*command, out)
+    assert result.exit_code == 0 and "share of the pass's patches" in result.stdout, result.output
+    features = load_file(out / "0003.features.safetensors")
+    loaded = load_tower(str(folder / "qwen2_5_vl"), device="cpu", dtype="float32")
+    process = get_image_processor(
+        1024, vit_patch_size=8, pixel_shuffle_factor=2, allow_upscale=False,
+        image_mean=MEAN, image_std=STD,
+    )  # fmt: skip
+    (expected,) = loaded.encoder([process(picture)[0]]).to_maps()
+    assert list(features) == ["patches"]
+    torch.testing.assert_close(features["patches"], expected.permute(1, 2, 0))
+    with Image.open(out / "0003.features.png") as two, Image.open(picture) as shown:
+        assert two.width < 3 * max(720, shown.width)
+    run(*command, tmp_path / "pooled", "--pooled", "--no-pictures")
+    pooled = load_file(tmp_path / "pooled" / "0003.features.safetensors")
+    assert list(pooled) == ["mean"]
 
 
 def test_a_search_compares_means_where_there_is_no_cls(folder, tmp_path):

@@ -21,9 +21,8 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-import hrvlm
 from hrvlm.images.processor import normalize, to_tensor
-from hrvlm.inference.towers import Tower, form_of
+from hrvlm.inference.towers import Tower
 from tests.numerics import relative_error
 from tests.towers.whole_towers import build, whole_towers
 
@@ -90,23 +89,25 @@ def test_tokens_are_those_of_the_stock_tower_row_by_row(model, name):
     stock, tower = copy.deepcopy(module), Tower(module)
     images = [picture(16, 24), picture(32, 8, seed=1), picture(8, 8, seed=2)]
     pixels = [pixels_of(processor, image) for image in images]
-    found = {layer: tower(pixels, layer) for layer in (None, 0, 1, -1)}
-    packed = found[None][1]
+    output = tower(pixels, out_indices=[0, 1, -1])
+    packed, last = output.packed, output.packed_last_hidden_state
+    found = dict(zip((0, 1, -1), output.packed_selected_hidden_states, strict=True)) | {None: last}
     assert packed.grids == ((4, 6), (8, 2), (2, 2)) and packed.num_prefix_tokens == 0
-    assert all(len(hidden) == 24 + 16 + 4 for hidden, _ in found.values())
-    assert tower.num_layers == 2 and found[0][0].shape[1] == tower.hidden_size
+    assert {tuple(hidden.shape) for hidden in found.values()} == {(44, tower.hidden_size)}
+    assert tower.num_layers == 2
 
     changed = pixels[0].clone()
     changed[:, PATCH : 2 * PATCH, 4 * PATCH : 5 * PATCH] += 1.0  # patch (1, 4)
-    moved = (tower([changed], 0)[0] - tower(pixels[:1], 0)[0]).abs().sum(1).nonzero().tolist()
-    assert moved == [[1 * 6 + 4]]
+    (embedded,) = tower([changed], out_indices=[0]).packed_selected_hidden_states
+    moved = (embedded - found[0][: 4 * 6]).abs().amax(1) > 1e-3
+    assert moved.nonzero().tolist() == [[1 * 6 + 4]]
 
     for i, image in enumerate(images):
         with torch.no_grad():
             out = stock(**given_by(processor, image), output_hidden_states=True)
         count = packed.lengths[i]
         first = out.hidden_states[0].flatten(0, -2)[:count]
-        mine = packed.split(found[0][0])[i]
+        mine = packed.split(found[0])[i]
         rows = torch.cdist(mine, first).argmin(1)  # stock's order is its own
         assert sorted(rows.tolist()) == list(range(count))
         for layer, theirs in (
@@ -115,20 +116,18 @@ def test_tokens_are_those_of_the_stock_tower_row_by_row(model, name):
             (1, out.hidden_states[1]),
             (-1, out.hidden_states[-1]),
         ):
-            mine = packed.split(found[layer][0])[i]
+            mine = packed.split(found[layer])[i]
             assert relative_error(mine, theirs.flatten(0, -2)[:count][rows]) <= 2e-5, layer
 
 
 def test_alone_and_in_any_pack_the_bits_are_the_same_on_request():
     tower = Tower(stock_of("siglip2")[0], batch_invariant=True)
     images = [torch.randn(3, 16, 24), torch.randn(3, 32, 8)]
-    together, packed = tower(images)
-    for image, tokens in zip(images, packed.split(together), strict=True):
-        assert torch.equal(tower([image])[0], tokens)
+    for image, tokens in zip(images, tower(images).patches, strict=True):
+        assert torch.equal(tower([image]).packed_last_hidden_state, tokens)
 
 
 def test_towers_that_are_none():
     siglip = SiglipVisionModel(SiglipVisionConfig(**SMALL, image_size=16))
     with pytest.raises(ValueError, match="SiglipVisionModel takes images in no form"):
         Tower(siglip)
-    assert form_of(hrvlm.VisionLanguageModel) is None

@@ -1,6 +1,7 @@
-"""Twenty kills at random moments, an actor that keeps dying, a full disk: `make test-scale`.
+"""Kills at random moments, shards, an actor that keeps dying, a full disk: `make test-scale`.
 
-What they did is written to ``benchmarks/results/scale_kills.json``.
+The kills are four times five, each time of another folder. What they did is written to
+``benchmarks/results/scale_kills.json``.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hrvlm.embed.config import Resources
 from hrvlm.embed.run import embed
 from hrvlm.embed.store import part_name
 from tests.embed.here import rows_of
@@ -28,9 +30,8 @@ from tests.embed.on_ray.test_run import (
 )
 from tests.embed.pictures import write_model, write_pictures
 
-pytestmark = pytest.mark.skipif("HRVLM_SCALE" not in os.environ, reason="run by `make test-scale`")
 REPORT = Path(__file__).parents[3] / "benchmarks" / "results" / "scale_kills.json"
-KILLS, COUNT, ROWS, SEED = 20, 1000, 10, 17
+KILLS, COUNT, ROWS, SEEDS = 5, 1000, 10, (17, 18, 19, 20)
 PARTS = COUNT // ROWS
 
 
@@ -82,11 +83,12 @@ def moment(chance, out, driver):
         time.sleep(0.01)
 
 
-def test_twenty_kills_lose_nothing_and_double_nothing(cluster, folder, whole):
-    chance, kills, runs = random.Random(SEED), [], 0
+@pytest.mark.parametrize("seed", SEEDS)
+def test_kills_lose_nothing_and_double_nothing(cluster, folder, whole, seed):
+    chance, kills, runs = random.Random(seed), [], 0
     while len(kills) < KILLS:
         runs += 1
-        out = folder / f"killed-{runs}"
+        out = folder / f"killed-{seed}-{runs}"
         config = small_parts(folder, out.name)
         while parts_in(out) < PARTS:
             driver = driver_of(config, cluster)
@@ -111,8 +113,20 @@ def test_twenty_kills_lose_nothing_and_double_nothing(cluster, folder, whole):
             assert driver.returncode in (0, -signal.SIGKILL), driver.stderr.read()
         assert contents(out) == whole, f"after {kills}"
         print(f"run {runs}: {PARTS} parts are those of the undisturbed run", flush=True)
-        told = {"seed": SEED, "runs": runs, "images": COUNT, "parts": PARTS, "kills": kills}
-        report("kills", told | {"equal_bytes": True})  # of what is done by now
+    told = {"runs": runs, "images": COUNT, "parts": PARTS, "kills": kills, "equal_bytes": True}
+    report(f"kills, seed {seed}", told)
+
+
+def test_shards_in_folders_of_their_own_are_the_whole_when_put_together(cluster, folder, whole):
+    for i in (1, 0):
+        result = embed(small_parts(folder, f"shard-{i}"), Resources(shard=(i, 2)))
+        assert result.rows == result.images == COUNT // 2 and not result.failed
+    for path in (folder / "shard-1").glob("part-*"):
+        path.rename(folder / "shard-0" / path.name)
+    assert contents(folder / "shard-0") == whole
+    again = embed(small_parts(folder, "shard-0"))
+    assert (again.rows, again.written) == (COUNT, 0)
+    report("shards", {"shards": 2, "rows": again.rows, "equal_bytes": True})
 
 
 def test_an_actor_that_keeps_dying_ends_in_a_run_with_care(cluster, folder, whole):
