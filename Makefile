@@ -41,6 +41,7 @@ BARE := PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
 COMMIT = $$(git describe --always --dirty --exclude='*' 2>/dev/null || echo unknown)
 PRETENDED = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p pretended_gpu.pytest_plugin -q --benchmark-disable \
   --commit-of-report $(COMMIT)
+COMPILED := benchmarks/results/compiled_kernels.jsonl
 EXAMPLES := $(sort $(wildcard examples/*.png examples/*.jpg))
 
 # The stamps carry a checksum of what they depend on: a change of any of the three installs again, nothing else does.
@@ -84,6 +85,10 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/mypy
 
 compiled: $(INSTALLED_DEV)
+	@rm -f $(COMPILED)
+	@OMP_NUM_THREADS=1 RECORD_COMPILED=1 $(BIN)/python -m pytest --benchmark-disable $(WORKERS) -k "compil or spills" \
+	  tests/kernels tests/benchmarks/test_tune.py tests/benchmarks/test_spills.py
+	@LC_ALL=C sort -u -o $(COMPILED) $(COMPILED)
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=0 COMPILED=all COMPILED_OUT=benchmarks/results \
 	  $(BIN)/python -m pytest --benchmark-disable $(WORKERS) tests/compiled
 	@for chip in sm_80 sm_90; do OMP_NUM_THREADS=1 KERNELS_ON=$$chip \

@@ -1,8 +1,5 @@
 """The names of the package: each can be imported, and none is shadowed by a module."""
 
-import os
-import subprocess
-import sys
 from importlib import import_module
 
 import pytest
@@ -21,12 +18,6 @@ def test_no_public_name_is_also_a_module():
     """Importing a module ``hrvlm.x`` binds ``x`` in the package, and would hide a function x."""
     modules = set(hrvlm._HOME.values())
     assert not modules & set(hrvlm.__all__)
-
-
-def test_accelerate_is_a_function_in_any_order_of_imports():
-    code = "import hrvlm.towers.acceleration, hrvlm; assert callable(hrvlm.accelerate)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -21,7 +21,7 @@ import triton
 
 from benchmarks.case import RESULTS
 from benchmarks.compiled import attention_jobs, jobs
-from benchmarks.compiled.compiler import TARGETS, CompiledKernel, compile_kernel, exps_beside_wgmma
+from benchmarks.compiled.compiler import TARGETS, CompiledKernel, compile_kernel
 from hrvlm.files import write_text
 from hrvlm_kernels.triton_kernels.tilings import Tiling
 
@@ -84,7 +84,7 @@ def variant_rows() -> Iterator[tuple[str, ...]]:
             str(built.regs),
             str(built.spills),
             f"{built.loop_instructions / scores:.1f}",
-            f"{exps_beside_wgmma(built.asm)} of {scores:.0f}",
+            f"{built.exps_beside_wgmma} of {scores:.0f}",
             lead + ("; ptxas serializes wgmma" if built.advisories else ""),
         )
 

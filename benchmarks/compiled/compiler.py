@@ -5,6 +5,10 @@
 
 The interpreter replaces ``triton.jit`` when Triton is imported, for Triton's own library too, so a
 process with TRITON_INTERPRET=1 can't compile: the work goes to one child process without it.
+
+What comes of a kernel depends on nothing but its source and that of all it calls, the options, the
+target and Triton's release. So it is kept under these in `RECORD`, which `make compiled` writes,
+and looked up there before a kernel is compiled; any change of these compiles it.
 """
 
 from __future__ import annotations
@@ -12,17 +16,24 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
+import json
 import multiprocessing
 import os
+import platform
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from benchmarks.case import RESULTS
+
+RECORD = RESULTS / "compiled_kernels.jsonl"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # Bytes of shared memory that one program can have: CUDA C++ Programming Guide, "Technical
@@ -53,20 +64,26 @@ class CompiledKernel:
     loop_instructions: int  # of the smallest loop around a tensor-core instruction; 0 without one
     loop_local_ops: int  # LDL + STL or scratch_ instructions among these
     ops: dict[str, int]  # instruction name -> count, modifiers cut off
-    asm: str = field(repr=False)
+    global_ops: dict[str, int]  # loads and stores of global memory (NVIDIA) with their width
+    exps_beside_wgmma: int  # the most between the issue of a wgmma and the next wait (sm_90)
 
 
-def compile_kernel(fn, signature, constexprs, target, **options) -> CompiledKernel:
-    """Compile `fn` for `target`.
+def compile_kernel(
+    fn, signature, constexprs, target, *, fresh: bool = False, **options
+) -> CompiledKernel:
+    """Compile `fn` for `target`, or look up what came of it.
 
     `signature` gives each runtime argument's Triton type ("*bf16", "i32", "i64", "fp32"); ":16"
     behind it says divisible by 16, as the launcher finds for aligned pointers and round strides.
+    `fresh`: compile it in any case, to see that the record is right.
     `options`: num_warps, num_stages, ...
     """
-    return submit_compile(fn, signature, constexprs, target, **options).result()
+    return submit_compile(fn, signature, constexprs, target, fresh=fresh, **options).result()
 
 
-def submit_compile(fn, signature, constexprs, target, **options) -> Future[CompiledKernel]:
+def submit_compile(
+    fn, signature, constexprs, target, *, fresh: bool = False, **options
+) -> Future[CompiledKernel]:
     """:func:`compile_kernel`, not waiting for the result."""
     plain = getattr(fn, "fn", fn)
     job = (
@@ -75,6 +92,7 @@ def submit_compile(fn, signature, constexprs, target, **options) -> Future[Compi
         dict(signature),
         dict(constexprs),
         target,
+        fresh,
         dict(options),
     )
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -123,8 +141,7 @@ def assert_clean(
     assert serialized or not built.advisories, f"{what}: {built.advisories}"
 
 
-def exps_beside_wgmma(asm: str) -> int:
-    """The most exps that stand between the issue of a wgmma and the next wait (sm_90)."""
+def _exps_beside_wgmma(asm: str) -> int:
     most = count = 0
     issued = False
     for line in asm.splitlines():
@@ -151,7 +168,7 @@ def _without_interpreter() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def _compile(module, name, signature, constexprs, target, options) -> CompiledKernel:
+def _compile(module, name, signature, constexprs, target, fresh, options) -> CompiledKernel:
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -172,6 +189,9 @@ def _compile(module, name, signature, constexprs, target, options) -> CompiledKe
     attrs = {(names.index(arg),): [["tt.divisibility", 16]] for arg in aligned}
     kind = GluonASTSource if fn.is_gluon() else ASTSource
     source = kind(fn, {arg: types[arg] for arg in names}, constexprs, attrs)
+    key = _key(source.hash(), triton.__version__, target, sorted(options.items()))
+    if not fresh and key in _record():
+        return _record()[key]
     log = io.StringIO()
     # Triton hides ptxas' log and caches binaries: a cached kernel would have no log.
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
@@ -179,10 +199,9 @@ def _compile(module, name, signature, constexprs, target, options) -> CompiledKe
         knobs.compilation.always_compile = True
         built = triton.compile(source, target=gpu, options=options)
     read = _read_nvidia if gpu.backend == "cuda" else _read_amd
-    report = read(built, log.getvalue())
-    asm = report["asm"]
+    asm, report = read(built, log.getvalue())
     ops, loop = _count(asm), _inner_loop(asm)
-    return CompiledKernel(
+    compiled = CompiledKernel(
         name=name,
         target=target,
         num_warps=getattr(built.metadata, "num_warps", options.get("num_warps", 4)),
@@ -194,11 +213,31 @@ def _compile(module, name, signature, constexprs, target, options) -> CompiledKe
         loop_instructions=len(loop),
         loop_local_ops=sum(1 for line in loop if _LOCAL.match(_op(line) or "")),
         ops=dict(ops),
+        global_ops=dict(Counter(_GLOBAL.findall(asm))),
+        exps_beside_wgmma=_exps_beside_wgmma(asm),
         **report,
     )
+    if os.environ.get("RECORD_COMPILED"):
+        with RECORD.open("a") as lines:
+            lines.write(json.dumps({"key": key} | asdict(compiled)) + "\n")
+    return compiled
 
 
-def _read_nvidia(built, log: str) -> dict:
+def _key(*parts) -> str:
+    """Of what decides the outcome, and of this file, which reads it."""
+    reader = Path(__file__).read_bytes()
+    return hashlib.sha256(repr((*parts, platform.machine(), reader)).encode()).hexdigest()[:24]
+
+
+@functools.cache
+def _record() -> dict[str, CompiledKernel]:
+    if os.environ.get("RECORD_COMPILED") or not RECORD.exists():
+        return {}
+    rows = map(json.loads, RECORD.read_text().splitlines())
+    return {row.pop("key"): CompiledKernel(**row) for row in rows}
+
+
+def _read_nvidia(built, log: str) -> tuple[str, dict]:
     def number(pattern: str) -> int:
         found = re.findall(pattern, log)
         if not found:
@@ -212,17 +251,16 @@ def _read_nvidia(built, log: str) -> dict:
         command = [_nvidia_tool("nvdisasm"), "-c", path]
         asm = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     ops = _count(asm)
-    return {
+    return asm, {
         "regs": number(r"Used (\d+) registers"),
         "spills": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
         "stack": number(r"(\d+) bytes stack frame"),
         "local_ops": ops["LDL"] + ops["STL"],
         "advisories": "\n".join(filter(_ADVISORY.search, log.splitlines())),
-        "asm": asm,
     }
 
 
-def _read_amd(built, log: str) -> dict:
+def _read_amd(built, log: str) -> tuple[str, dict]:
     asm = built.asm["amdgcn"]
 
     def number(key: str) -> int:
@@ -231,13 +269,12 @@ def _read_amd(built, log: str) -> dict:
             raise RuntimeError(f"the AMD assembly has no .{key}")
         return int(found.group(1))
 
-    return {
+    return asm, {
         "regs": number("vgpr_count"),
         "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
         "stack": number("private_segment_fixed_size"),
         "local_ops": sum(n for op, n in _count(asm).items() if op.startswith("scratch_")),
         "advisories": "",
-        "asm": asm,
     }
 
 
@@ -250,6 +287,7 @@ def _nvidia_tool(name: str) -> str:
 _SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 _GCN = re.compile(r"^\s+([sv]_\w+|ds_\w+|buffer_\w+|global_\w+|flat_\w+|scratch_\w+)\b")
 _MMA = re.compile(r"HGMMA|HMMA|UTC\w*MMA|v_mfma|v_smfmac")
+_GLOBAL = re.compile(r"\b(?:LDG|STG)\.E(?:\.[US]8|\.[US]16|\.64|\.128)?(?=[.\s])")
 _ADVISORY = re.compile(r"C75\d\d|Performance Loss")
 _LABEL = re.compile(r"^\s*\.?(L_x_\d+|LBB\d+_\d+):")
 _JUMP = re.compile(r"(?:BRA.*`\(\.|s_c?branch\w*\s+\.?)(L_x_\d+|LBB\d+_\d+)")

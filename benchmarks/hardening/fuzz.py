@@ -4,7 +4,8 @@
     python -m benchmarks.hardening.fuzz --target rows --show 12345   one case again
     python -m benchmarks.hardening.fuzz --target yaml --atheris 60   guided by what code is reached
 
-A case is made of its number and the seed alone. What the targets are, and what they may do, is in
+A case is made of its number and the seed alone, and one that takes more than `MEMORY` or `SECONDS`
+is a find. What the targets are, and what they may do, is in
 `targets.py`; the minimal inputs that cases begin with are in `corpus/`, and a find is added to them
 and becomes a test.
 """
@@ -14,20 +15,25 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.hardening.targets import TARGETS, attempt
+from benchmarks.hardening.targets import TARGETS, Target, TooSlow, attempt
 
 MILLION = sum(target.cases for target in TARGETS.values())
 MOST = 5  # finds of a target that are told
+MEMORY, SECONDS = 2 << 30, 10.0  # what a case may take: address space, and CPU time
 
 
 def case(name: str, seed: int, number: int) -> Any:
@@ -35,11 +41,42 @@ def case(name: str, seed: int, number: int) -> Any:
     return TARGETS[name].draw(random.Random(f"{name} {seed} {number}"))
 
 
+@contextmanager
+def _limits() -> Iterator[None]:
+    """Address space is limited, and the signal of a timer raises."""
+
+    def stop(*_: Any) -> None:
+        raise TooSlow(f"over {SECONDS} CPU seconds")
+
+    space, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGPROF, stop)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, space[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, space)
+        signal.signal(signal.SIGPROF, handler)
+
+
+def _timed(target: Target, value: Any) -> str:
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        return attempt(target, value)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
 def run_cases(name: str, seed: int, numbers: range, seconds: float | None = None) -> dict[str, Any]:
     """Try the cases of a target, until the CPU seconds are over."""
+    for value in TARGETS[name].seeds():  # and what it uses is imported
+        attempt(TARGETS[name], value)
+    with _limits():
+        return _run_cases(name, seed, numbers, seconds)
+
+
+def _run_cases(name: str, seed: int, numbers: range, seconds: float | None) -> dict[str, Any]:
     target, outcomes, finds = TARGETS[name], Counter[str](), []
-    for value in target.seeds():  # and what it uses is imported
-        attempt(target, value)
     began, slowest, count = time.process_time(), (0.0, -1), 0
     for number in numbers:
         before = time.process_time()
@@ -48,7 +85,7 @@ def run_cases(name: str, seed: int, numbers: range, seconds: float | None = None
         value = case(name, seed, number)
         count += 1
         try:
-            outcomes[attempt(target, value)] += 1
+            outcomes[_timed(target, value)] += 1
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # rust's panics are no Exception

@@ -71,7 +71,7 @@ def _run(encoder: DINOv3Encoder, images: list[Tensor], *, backward: bool) -> Non
             encoder.zero_grad()
 
 
-def shapes(count: int, samples: int = 20, patches: int = 1000, seed: int = 0) -> dict[str, Any]:
+def shapes(count: int, samples: int = 20, patches: int = 300, seed: int = 0) -> dict[str, Any]:
     """Encode packs of one or two images of random shapes; what is held after each stretch."""
     draw, encoder, seen = random.Random(seed), _encoder(64, 1), set[tuple[int, int]]()
     rows, began = [], time.process_time()

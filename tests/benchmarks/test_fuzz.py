@@ -12,8 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.hardening import fuzz
 from benchmarks.hardening.fuzz import case, run_cases
-from benchmarks.hardening.targets import TARGETS, attempt
+from benchmarks.hardening.targets import TARGETS, Target, attempt
 from hrvlm.checkpoints.convert import from_transformers, infer_config, to_transformers
 from hrvlm.data.config import data_config
 from hrvlm.data.rows import plain_row
@@ -52,6 +53,17 @@ def test_a_find_is_told_and_can_be_made_again():
     broken = {"height": 640, "width": 960, "max_img_size": 960, "allow_upscale": None}
     with pytest.raises(AssertionError):
         attempt(TARGETS["rows"].__class__(None, _wrong, (ValueError,), 1, list), broken)
+
+
+def test_a_case_that_takes_too_much_is_a_find(monkeypatch):
+    def hungry(value):
+        bytearray(2 * fuzz.MEMORY) if value else [None for _ in iter(int, 1)]
+
+    taking = Target(lambda draw: draw.random() < 0.5, hungry, (ValueError,), 1, list)
+    monkeypatch.setitem(fuzz.TARGETS, "rows", taking)
+    monkeypatch.setattr(fuzz, "SECONDS", 0.02)
+    errors = {find["error"] for find in run_cases("rows", 0, range(6))["finds"]}
+    assert errors == {"MemoryError: ", "TooSlow: over 0.02 CPU seconds"}
 
 
 def _wrong(value):

@@ -329,15 +329,17 @@ def test_an_adapter_is_judged_and_so_is_the_model_below_it(saved, tmp_path):
 
 
 def test_resuming_from_shards_restores_all_and_lacking_weights_raise(tmp_path):
-    """A tensor a shard, so that q, k and v of a layer come one after the other."""
+    """Of a layer, q, k and v come one after the other, in a shard each."""
     model = model_of(seed=1)
     model.save_pretrained(tmp_path / "whole")
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
-    files = {}
-    for i, (key, tensor) in enumerate(load_file(tmp_path / "whole" / WEIGHTS).items()):
-        files[key] = f"{i}.safetensors"
-        save_file({key: tensor}, checkpoint / files[key], metadata={"format": "pt"})
+    whole = load_file(tmp_path / "whole" / WEIGHTS)
+    parts = ("q_proj", "k_proj", "v_proj")
+    files = {key: f"{next((p for p in parts if p in key), 'rest')}.safetensors" for key in whole}
+    for file in set(files.values()):
+        shard = {key: tensor for key, tensor in whole.items() if files[key] == file}
+        save_file(shard, checkpoint / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": files}
     (checkpoint / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     other = model_of(seed=2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.compiled.attention_jobs import distinct_jobs, dkdv_job, forward_job, gluon_job
-from benchmarks.compiled.compiler import TARGETS, assert_clean, exps_beside_wgmma, submit_compile
+from benchmarks.compiled.compiler import TARGETS, assert_clean, submit_compile
 from hrvlm_kernels.triton_kernels import varlen_attention as forward
 from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
 
@@ -34,9 +34,9 @@ def test_ahead_runs_the_softmax_beside_the_tensor_cores():
     tilings = forward.select_tilings("sm_90", 64, BF16)
     jobs = [forward_job(64, BF16, tiling) for tiling in tilings]
     (_, ahead), (_, plain) = compile_all(jobs, "sm_90")
-    assert exps_beside_wgmma(ahead.asm) >= 48
+    assert ahead.exps_beside_wgmma >= 48
     assert ahead.ops["UTMALDG"] >= 4
-    assert exps_beside_wgmma(plain.asm) < 16
+    assert plain.exps_beside_wgmma < 16
     assert plain.ops["LDGSTS"] >= 8  # asynchronous copies of 16 bytes
     assert ahead.loop_instructions / (128 * 128) < 1.05 * 505 / (128 * 128)
     assert plain.loop_instructions / (128 * 64) < 1.05 * 273 / (128 * 64)
@@ -47,7 +47,7 @@ def test_the_gluon_candidate_has_warps_that_load_and_warps_that_compute():
         check_built(job, built)
         assert built.num_warps == 12  # four for each group that computes, four to load
         assert built.ops["USETMAXREG"] >= 3
-        assert exps_beside_wgmma(built.asm) >= 24
+        assert built.exps_beside_wgmma >= 24
 
 
 @pytest.mark.slow

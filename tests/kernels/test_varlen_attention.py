@@ -286,8 +286,17 @@ def test_no_heads():
     assert out.shape == (3, 0, 32)
 
 
-@pytest.mark.parametrize("tiling", [None, *TILINGS[:4], TILINGS[-1]], ids=str)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 6e4])
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("tiling", "bad"),
+    [
+        *((tiling, NAN) for tiling in (None, *TILINGS[:4], TILINGS[-1])),
+        *((None, INF), (None, 6e4), (TILINGS[0], INF), (TILINGS[-1], 6e4)),
+    ],
+    ids=str,
+)
 def test_nothing_leaks_from_a_neighbour(tiling, bad):
     """A segment is the same alone, packed, and between segments full of NaN."""
     tilings = None if tiling is None else [tiling]

@@ -8,6 +8,7 @@ import yaml
 from transformers import AutoConfig, LlamaConfig, SiglipConfig
 
 from hrvlm.vlm.config import VLMConfig
+from tests.fresh_processes import run_each
 from tests.tiny import (
     config_of,
     model_of,
@@ -236,6 +237,7 @@ ORDERS = [
     ("import transformers.modeling_layers", False),
     ("from transformers import DINOv3ViTConfig", False),
     ("import hrvlm.encoder.backbone", False),
+    ("import hrvlm.towers.acceleration", False),
     ("from transformers import pipeline", True),
 ]
 SCRIPT = """
@@ -243,10 +245,12 @@ import sys
 if {late}:
     {first}
 import hrvlm
-heavy = {{"torch", "torchvision", "triton", "flash_attn", "transformers"}} & sys.modules.keys()
+heavy = {{"torch", "torchvision", "triton", "flash_attn", "transformers"}}
+heavy &= sys.modules.keys() - globals().get("BEFORE", set())
 assert {late} or not heavy, heavy
 if not {late}:
     {first}
+assert callable(hrvlm.accelerate)  # a module of that name would hide it
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 MODEL = "hrvlm.vlm.vision_language_model"
@@ -274,28 +278,28 @@ def saved(tmp_path_factory):
     return str(path)
 
 
+LOADED = [
+    *("VLMImageProcessor", "VLMProcessor", "VLMConfig"),
+    *["VisionLanguageModel"] * 4,
+    "DINOv3Backbone",
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "late"), ORDERS)
-def test_auto_classes_know_ours_whatever_is_imported_first(first, late, saved):
-    check_in_a_new_process(first, late, saved)
+def test_auto_classes_know_ours_whatever_is_imported_first(saved):
+    scripts = [SCRIPT.format(first=first, late=late, path=saved) for first, late in ORDERS]
+    for order, (code, output) in zip(ORDERS, run_each(scripts), strict=True):
+        assert code == 0, (order, output[-2000:])
+        assert output.splitlines()[-1].split() == LOADED, order
 
 
 def test_auto_classes_know_ours_and_installing_imports_nothing(saved):
     # The first import of all is of a config that imports the registry while it is made.
-    check_in_a_new_process("from transformers import SiglipVisionConfig", False, saved)
-
-
-def check_in_a_new_process(first, late, path):
-    script = SCRIPT.format(first=first, late=late, path=path)
+    first = "from transformers import SiglipVisionConfig"
+    script = SCRIPT.format(first=first, late=False, path=saved)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.split() == [
-        "VLMImageProcessor",
-        "VLMProcessor",
-        "VLMConfig",
-        *["VisionLanguageModel"] * 4,
-        "DINOv3Backbone",
-    ]
+    assert run.stdout.split() == LOADED
