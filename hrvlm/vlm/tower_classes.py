@@ -22,7 +22,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,6 +92,9 @@ def architecture_name(model_type: str) -> str:
 
 def config_class_of(architecture: str) -> type[PreTrainedConfig] | None:
     """The config of the tower called so; None if there is none."""
+    # Here, since VLMConfig, which comes to need this module, is registered when that is imported.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     for suffix in _SUFFIXES:
         if (name := architecture + suffix) in CONFIG_MAPPING:
             kind: Any = CONFIG_MAPPING[name]
