@@ -38,7 +38,7 @@ OTHERS = [
     ("idefics3", "Idefics3VisionTransformer"),
     ("smolvlm", "SmolVLMVisionTransformer"),
 ]
-# Ernie's merger is outside of its tower; the others take grids beside pixels, in orders of their own.
+# Ernie's merger is outside of its tower; the others take grids beside pixels, in other orders.
 NOT_TAKEN = {"ernie4_5_vl_moe", "glm_image", "hunyuan_vl", "kimi_k25", "muse_glimmer"}
 NOT_TAKEN |= {"video_llama_3", "dots3_note", "hy_v4_vl", "lfm3_vl", "minimax_m3_vl", "muse_spark"}
 TOWERS = {model: name for model, name in [*OTHERS, *whole_towers()] if model not in NOT_TAKEN}
