@@ -76,6 +76,7 @@ def test_a_program_of_dinov2_interpolates_positions_for_any_batch(rng):
         close(program(images)[0], encoder(images).last_hidden_state)
 
 
+@heavy
 @torch.no_grad()
 def test_a_program_of_dinov2_interpolates_positions_for_any_mixed_pack():
     encoder = dinov2_models.pair_of("registers", num_hidden_layers=1)[1]
@@ -260,11 +261,12 @@ def test_every_branch_of_the_family_is_exported(name, tmp_path):
 
 
 @heavy
+@pytest.mark.parametrize("form", GRAPHS)
 @pytest.mark.parametrize("name", dinov2_models.FAMILY)
-def test_every_branch_of_dinov2_is_exported(name, tmp_path):
+def test_every_branch_of_dinov2_is_exported(name, form, tmp_path):
     encoder = dinov2_models.pair_of(name, num_hidden_layers=1)[1]
-    export(encoder, tmp_path / "encoder.onnx")
-    compare(encoder, "batch", FORMATS["onnx"].load(tmp_path / "encoder.onnx"), 10)
+    export(encoder, tmp_path / "encoder.onnx", form=form)
+    compare(encoder, form, FORMATS["onnx"].load(tmp_path / "encoder.onnx"), 10)
 
 
 @heavy

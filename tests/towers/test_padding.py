@@ -142,8 +142,13 @@ def test_lfm2_vl_by_its_siglip2():
     _, call = siglip2()
     tokens = int(call["pixel_attention_mask"].sum())
     call["input_ids"] = torch.tensor([[1, *[63] * tokens, 2]])
+    (tower,) = [m for m in model.modules() if isinstance(m, Siglip2VisionModel)]
+    seen = []
+    tower.encoder.layers[1].register_forward_hook(lambda _, args, out: seen.append(out.shape))
+    tower.register_forward_hook(lambda _, args, out: seen.append(out.last_hidden_state.shape))
     with torch.no_grad():
         expected = model(**call).logits
         report = hrvlm.accelerate(model)
         assert [part.cls for part in report.swapped] == ["Siglip2Attention"]
         assert relative_error(model(**call).logits, expected) <= 1e-6
+    assert seen == [(3, 12, 64), (3, 12, 64), (1, tokens, 64), (3, 12, 64)]
