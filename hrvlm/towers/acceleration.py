@@ -28,7 +28,7 @@ from hrvlm_kernels.backends import check_backend
 from . import dinov3
 from .block_masks import makes_block_mask, takes_mask
 from .folding import OPTION, fold, unfold
-from .grids import tower_methods, uses_grids
+from .grids import takes_sizes, tower_methods, uses_grids
 from .packed_attention import NAMES, is_attention, obstacle, packed_methods
 from .padding import encoder_methods, masks_padding, padded_methods
 from .report import Acceleration, Found, parts
@@ -161,14 +161,16 @@ def _obstacle(module: nn.Module, is_masked: bool) -> str | None:
 def _towers(model: nn.Module) -> list[nn.Module]:
     """What is around swapped attention, and all in it, that calls functions of grids.
 
-    And the models that swapped attention is directly in, whether they do or not.
+    And the models that swapped attention is directly in, or that are given sizes of images,
+    whether they do or not.
     """
     towers: dict[nn.Module, None] = {}
     for outer in model.modules():
         swapped = [name for name, module in outer.named_modules() if hasattr(module, OPTION)]
         inner = [name for name, m in outer.named_modules() if name and _is_model(m)]
         is_owner = _is_model(outer) and not all(_within(name, inner) for name in swapped)
-        if swapped and (is_owner or uses_grids(type(outer))):
+        is_tower = is_owner or takes_sizes(type(outer)) or uses_grids(type(outer))
+        if swapped and is_tower:
             towers |= {m: None for m in outer.modules() if uses_grids(type(m)) or m is outer}
     return [module for module in towers if not stock_class(module)]
 

@@ -31,6 +31,8 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import (
 )
 
 from hrvlm_kernels import PackedGrids, varlen_attention
+from hrvlm_kernels.ops.rope_2d import rope_table
+from hrvlm_kernels.ops.varlen_attention import reads_rope_table
 
 from ..checkpoints.sizes import patch_size_of
 from ..encoder.inputs import batch_layout
@@ -54,6 +56,15 @@ class RotaryPositions:
         self.packed = packed
         self.coords = coords
         self.inv_freq = inv_freq
+        self._table: Tensor | None = None
+
+    def rope(self, q: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What ``varlen_attention`` of `q` takes; its first layer writes the table for all."""
+        # A traced layer that is recomputed may not change what others see.
+        is_read = not torch.compiler.is_compiling() and reads_rope_table(q, q.shape[-1], backend)
+        if is_read and self._table is None:
+            self._table = rope_table(self.coords, self.inv_freq)
+        return self.coords, self.inv_freq, self._table
 
     def to(self, device: torch.device | str) -> RotaryPositions:
         """The same positions on `device`, for models whose layers are on several."""
@@ -136,8 +147,7 @@ class AcceleratedAttention(DINOv3ViTAttention):
         x = hidden_states.reshape(batch * tokens, -1)
         heads = (self.num_heads, self.head_dim)
         q, k, v = (proj(x).unflatten(1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        coords, inv_freq = position_embeddings.coords, position_embeddings.inv_freq
-        rope = (coords, inv_freq)
+        rope = position_embeddings.rope(q, self.backend)
         out = varlen_attention(q, k, v, packed, self.scaling, rope=rope, backend=self.backend)
         return self.o_proj(out.flatten(1)).unflatten(0, (batch, tokens)), None
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .block_masks import block_methods, makes_block_mask
 from .layouts import begin_forward, end_forward, on_host, upload
@@ -26,6 +27,13 @@ _HOME = "transformers.vision_utils"
 def uses_grids(cls: type[nn.Module]) -> bool:
     """Whether a method of `cls` calls a function of grids."""
     return next(_methods(cls), None) is not None
+
+
+def takes_sizes(cls: type[nn.Module]) -> bool:
+    """Whether `cls` is a model that is given sizes of images, and no text."""
+    names = inspect.signature(innermost(cls.forward)).parameters
+    is_vision = issubclass(cls, PreTrainedModel) and "input_ids" not in names
+    return is_vision and any(name.endswith(("grid_thw", "grid_hw")) for name in names)
 
 
 def tower_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:

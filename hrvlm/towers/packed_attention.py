@@ -74,11 +74,11 @@ def attend(
     else:
         packed = PackedGrids.from_lengths([tokens] * batch, device=query.device)
     q, k, v = (a.transpose(1, 2).flatten(0, 1) for a in (query, key, value))
-    rope = None
+    rope, backend = None, getattr(module, OPTION)
     if hrvlm_tables is not None:
-        rope = rope_of(hrvlm_tables)
+        rope = rope_of(hrvlm_tables, q, backend)
         q, k = (getattr(module, ROTATION).ordered(a) for a in (q, k))
-    out = varlen_attention(q, k, v, packed, scaling, rope=rope, backend=getattr(module, OPTION))
+    out = varlen_attention(q, k, v, packed, scaling, rope=rope, backend=backend)
     return out.unflatten(0, (batch, tokens)), None
 
 

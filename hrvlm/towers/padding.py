@@ -74,9 +74,18 @@ def padded_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
 
     @wraps(forward)
     def padded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(_sizes_on_host(a) for a in args)
+        kwargs = {name: _sizes_on_host(a) for name, a in kwargs.items()}
         return _pad_hidden_states(forward(self, *args, **kwargs))
 
     return {"forward": padded}
+
+
+def _sizes_on_host(argument: Any) -> Any:
+    """Heights and widths read back at once, where the stock tower reads each side of each image."""
+    is_table = isinstance(argument, Tensor) and argument.ndim == 2 and argument.shape[1] == 2
+    is_sizes = is_table and argument.dtype in (torch.int32, torch.int64)
+    return host_copy(argument) if is_sizes else argument
 
 
 def encoder_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:

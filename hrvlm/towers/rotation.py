@@ -25,8 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hrvlm_kernels import rope_2d
+from hrvlm_kernels.ops.rope_2d import rope_table
+from hrvlm_kernels.ops.varlen_attention import reads_rope_table
 
 from .rebinding import LOOKED_UP, global_names, innermost, rebind
 from .swapping import stock_class
@@ -36,6 +39,8 @@ TABLES = "position_embeddings"
 _POSITIONS = ((0, 0), (1, 1), (0, 5), (7, 0), (23, 4), (2, 41), (64, 63))
 # The keyword that takes the positions past an attention's own code.
 TO_KERNELS = "hrvlm_tables"
+# Of the positions that a tower's layers are handed in a forward, for as long as these are alive.
+_written = WeakTensorKeyDictionary()
 _NOT_ONLY = "what it does to q and k is not a rotation of pairs by y and x alone"
 
 
@@ -92,12 +97,25 @@ def is_folded(tables: object) -> bool:
     return isinstance(tables, tuple) and len(tables) == 2 and tables[0].dtype == torch.int32
 
 
-def rope_of(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """``(coords, inv_freq)`` of rope_2d; None for no tokens."""
+def rope_of(
+    tables: tuple[Tensor, Tensor], q: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """What ``varlen_attention`` of `q` takes as its `rope`; None for no tokens."""
     coords, inv_freq = tables
     if not len(coords):
         return None
-    return coords.view(torch.float32), inv_freq[0].view(torch.float32)
+    rope = coords.view(torch.float32), inv_freq[0].view(torch.float32)
+    is_read = reads_rope_table(q, q.shape[-1], backend)
+    return *rope, _table_of(coords, *rope) if is_read else None
+
+
+@torch.compiler.disable
+def _table_of(key: Tensor, coords: Tensor, inv_freq: Tensor) -> Tensor:
+    """The kernels' table of cos and sin, written by the first layer that is handed `key`."""
+    table = _written.get(key)
+    if table is None:
+        table = _written[key] = rope_table(coords, inv_freq)
+    return table
 
 
 def unless_folded(rotate: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,20 +1,23 @@
 """RoPE left to the kernels: which rotations are found, and what keeps a tower's own."""
 
 import copy
+import gc
 import pickle
 from types import MethodType
 
 import pytest
 import torch
 from torch import nn
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 import hrvlm
 from benchmarks.towers.tiny import inputs_of as inputs_of_grids
 from benchmarks.towers.tiny import output_of, tower_of
-from hrvlm.towers import packed_attention
+from hrvlm.towers import packed_attention, rotation
 from hrvlm.towers.rotation import Rotation, rotation_names
+from hrvlm_kernels.triton_kernels import attention_tiles, rope_2d
 from tests.numerics import relative_error
 from tests.towers.attention_classes import Tower, build_tower, run
 
@@ -142,6 +145,45 @@ def test_options_of_the_tables_that_change(ropes):
     out = expected_of(tower)
     assert not any(ropes)
     assert torch.equal(out, expected_of(hrvlm.restore(tower)))
+
+
+@pytest.fixture
+def tables_written(monkeypatch):
+    """Shape of each table of cos and sin that a launch writes from here on."""
+    written, stock = [], rope_2d.write_table
+
+    def write_table(coords, inv_freq, table):
+        written.append(tuple(table.shape))
+        return stock(coords, inv_freq, table)
+
+    for module in (rope_2d, attention_tiles):  # of a model's layers, of an attention by itself
+        monkeypatch.setattr(module, "write_table", write_table)
+    return written
+
+
+@pytest.mark.parametrize("name", ["glm_ocr", "qwen2_vl"])
+def test_the_kernels_table_is_written_once_for_all_layers(name, tables_written):
+    tower, inputs = tower_of(name).half(), inputs_of_grids(name, GRIDS)
+    half = {key: a.half() if a.is_floating_point() else a for key, a in inputs.items()}
+    with torch.no_grad():
+        expected = output_of(tower, half)
+        assert len(hrvlm.accelerate(tower, backend="triton").swapped[0].names) == 2
+        for _ in range(2):
+            assert relative_error(output_of(tower, half), expected) <= 5e-3
+    assert tables_written == 2 * [(16, 64)]
+    gc.collect()
+    assert not len(rotation._written)
+
+
+def test_the_kernels_table_of_a_dinov3(tables_written):
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 32}
+    model = DINOv3ViTModel(DINOv3ViTConfig(**sizes, num_hidden_layers=2)).half().eval()
+    pixels = torch.randn(1, 3, 32, 48).half()
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state
+        hrvlm.accelerate(model, backend="triton")
+        assert relative_error(model(pixels).last_hidden_state, expected) <= 5e-3
+    assert tables_written == [(7, 64)]
 
 
 def test_on_meta_it_stays_as_it_is():

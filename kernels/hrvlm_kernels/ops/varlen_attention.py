@@ -166,12 +166,16 @@ def with_rope_table(
     """
     if isinstance(packed, TracedGrids) or packed.rope_table is not None:
         return packed
-    (x,) = _as_autocast(x)
-    if not folds_rope(x.dtype, 4 * inv_freq.shape[0]):
-        return packed
-    if choose_backend("varlen_attention", backend, x) != "triton":
+    if not reads_rope_table(x, 4 * inv_freq.shape[0], backend):
         return packed
     return packed.with_rope_table(rope_table(packed.coords, inv_freq))
+
+
+def reads_rope_table(x: Tensor, head_dim: int, backend: str = "auto") -> bool:
+    """Whether the attention of queries in the dtype of `x` reads RoPE's table."""
+    (x,) = _as_autocast(x)
+    is_folded = folds_rope(x.dtype, head_dim)
+    return is_folded and choose_backend("varlen_attention", backend, x) == "triton"
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
