@@ -97,7 +97,7 @@ compiled: $(INSTALLED_DEV)
 
 exports: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=1 HRVLM_EXPORTS=1 $(BIN)/python -m pytest --benchmark-disable $(WORKERS) \
-	  tests/export tests/vlm/test_compiled.py
+	  tests/export tests/vlm/test_compiled.py tests/towers/test_compiled.py
 
 test-scale: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=1 HRVLM_SCALE=1 TRITON_INTERPRET=0 $(BIN)/python -m pytest --benchmark-disable -v -s \

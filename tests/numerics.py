@@ -10,7 +10,14 @@ from hrvlm.verification import rules
 from hrvlm.verification.rules import Finding, relative_error
 from hrvlm_kernels import PackedGrids
 
-__all__ = ["assert_contraction", "assert_elements", "assert_rope", "recorded", "relative_error"]
+__all__ = [
+    "assert_close",
+    "assert_contraction",
+    "assert_elements",
+    "assert_rope",
+    "recorded",
+    "relative_error",
+]
 
 _records: list[list[Finding]] = []
 
@@ -39,6 +46,16 @@ def assert_contraction(
     assert oracle.isfinite().all(), "the oracle is not finite"
     findings = rules.contraction(out, oracle, baseline, packed, factor=factor, terms=terms)
     _assert_passed(findings)
+
+
+def assert_close(
+    part: str, out: Tensor, expected: Tensor, tolerance: float, like: Tensor | None = None
+) -> None:
+    """`out` differs from `expected` by at most `tolerance`, relative to its size or `like`'s."""
+    error = relative_error(out, expected)
+    if like is not None:
+        error *= (expected.norm() / like.norm()).item()
+    _assert_passed([Finding(part, error, tolerance)])
 
 
 def assert_rope(out: Tensor, a: Tensor, coords: Tensor, inv_freq: Tensor) -> None:

@@ -27,4 +27,4 @@ def errors(name: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    json.dump({name: errors(name) for name in TOWERS}, sys.stdout)
+    json.dump({name: errors(name) for name in sys.argv[1:] or TOWERS}, sys.stdout)

@@ -35,20 +35,25 @@ class Counts(NamedTuple):
     bytes: int
 
 
-def counts(name: str) -> dict[str, int]:
+def counts(name: str) -> dict[str, Any]:
     """Of a forward of three images in float32."""
     stock, inputs = tower_of(name), inputs_of(name)
     swapped = tower_of(name)
     report = hrvlm.accelerate(swapped)
     before, after = (_forward(tower, _moved(inputs)) for tower in (stock, swapped))
-    grids = {key: value for key, value in inputs.items() if not value.is_floating_point()}
-    on_host = _forward(swapped, _moved(inputs) | grids)
+    # Sizes may be on the host, masks of padding have to be where the pixels are.
+    sizes = {
+        key: value
+        for key, value in inputs.items()
+        if not value.is_floating_point() and "mask" not in key
+    }
+    on_host = _forward(swapped, _moved(inputs) | sizes)
     return {
         "layers": sum(len(part.names) for part in report.swapped),
-        "rope_in_kernels": all(part.rope == "RoPE in the kernels" for part in report.swapped),
+        "rope_in_kernels": all(part.rope in ("", "RoPE in the kernels") for part in report.swapped),
         "syncs_before": before.syncs,
         "syncs_after": after.syncs,
-        "syncs_grids_on_host": on_host.syncs,
+        "syncs_sizes_on_host": on_host.syncs if sizes else None,
         "launches_before": before.launches,
         "launches_after": after.launches,
     }
@@ -92,6 +97,8 @@ def _forward(tower: nn.Module, inputs: dict[str, Tensor]) -> Counts:
 
 
 if __name__ == "__main__":
-    found = {"towers": {name: counts(name) for name in TOWERS}}
-    found["layers"] = {title: layer(*each) for title, each in LAYERS.items()}
+    names = sys.argv[1:]
+    found = {"towers": {name: counts(name) for name in names or TOWERS}}
+    if not names:
+        found["layers"] = {title: layer(*each) for title, each in LAYERS.items()}
     json.dump(found, sys.stdout)

@@ -13,11 +13,13 @@ import transformers
 from torch import nn
 
 import hrvlm
-from tests.numerics import assert_contraction, relative_error
+from benchmarks.towers.forms import SIZES
+from tests.numerics import assert_close
 
 _MODELS = Path(transformers.__file__).parent / "models"
 _CLASS = re.compile(r"^class \w.*?(?=^[A-Za-z@_]|\Z)", re.M | re.S)
 _VISION = re.compile(r"^class \w*(Vision|ViT|Dinov2|DINOv3|CLIP|Siglip|Pixtral)\w*Attention", re.M)
+_SIZED_MODEL = re.compile(rf"class \w+\(\w+PreTrainedModel\):.*\b({'|'.join(SIZES)}): ", re.S)
 
 
 # Classes of each source form, with the head_dim that their towers have.
@@ -71,7 +73,7 @@ def _forwards():
         text = path.read_text()
         if "cu_seqlens" in text or _VISION.search(text):
             for chunk in _CLASS.findall(text):  # only these are parsed: a tenth of the file
-                if "cu_seqlens" in chunk or _VISION.match(chunk):
+                if "cu_seqlens" in chunk or _VISION.match(chunk) or _SIZED_MODEL.match(chunk):
                     (node,) = ast.parse(chunk).body
                     methods = (m for m in node.body if isinstance(m, ast.FunctionDef))
                     forward = next((m for m in methods if m.name == "forward"), None)
@@ -105,12 +107,14 @@ def classes_with_tables():
     ]
 
 
-def classes_with_grids(model):
-    """Its models that are given ``grid_thw`` and no text."""
+def models_of_images(model):
+    """Its models that are given sizes of images, and no text."""
     return [
         name
         for name, (node, forward) in _forwards()[model].items()
-        if _takes(forward, "grid_thw") and not _takes(forward, "input_ids") and _is_model(node)
+        if any(_takes(forward, sizes) for sizes in SIZES)
+        and not _takes(forward, "input_ids")
+        and _is_model(node)
     ]
 
 
@@ -225,17 +229,18 @@ def _cast(value, dtype):
 
 
 def check_kernels(model, name, head_dim, lengths):
-    """By the Triton kernels, RoPE too: as near to float64 as stock in float32, or within 1e-6."""
+    """By the Triton kernels, RoPE too: output and all gradients within 1e-6 of stock's."""
     module = build_tower(model, name, head_dim=head_dim)
     swapped = copy.deepcopy(module)
     report = hrvlm.accelerate(swapped, backend="triton")
     assert report.swapped[0].rope == ("RoPE in the kernels" if isinstance(module, Tower) else "")
-    mine = run(swapped, lengths)
-    baseline, exact = run(copy.deepcopy(module), lengths), run(module, lengths, torch.float64)
-    assert mine.keys() == exact.keys()
+    mine, stock = run(swapped, lengths), run(module, lengths)
+    assert mine.keys() == stock.keys()
     for part, result in mine.items():
-        if relative_error(result, exact[part]) > 1e-6:
-            assert_contraction(result, exact[part], baseline[part])
+        # Softmax does not see k's bias, unless RoPE turns it: rounding of sums of this size.
+        is_rounding = part == "k_proj.bias" and not isinstance(module, Tower)
+        like = stock["k_proj.weight"] if is_rounding else None
+        assert_close(part, result, stock[part], 1e-6, like)
 
 
 def _batched(module):

@@ -65,7 +65,8 @@ def test_the_table_is_whole():
     classes = attention_classes()
     assert len(classes_with_tables()) >= 20
     assert len([name for _, name in classes if "Audio" not in name]) >= 24
-    assert set(classes) >= IN_KERNELS.keys()
+    assert set(classes) >= IN_KERNELS.keys() and len(IN_KERNELS) >= 10
+    assert {64, 72, 80, 128} <= set(IN_KERNELS.values())
     others = list(other_vision_classes())
     assert len(others) >= 30
     for name, cls in others:

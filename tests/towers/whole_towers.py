@@ -2,90 +2,71 @@
 
 import inspect
 from functools import cache
-from importlib import import_module
 
 import torch
-from torch import nn
 
-from tests.towers.attention_classes import attention_classes, classes_with_grids
+from benchmarks.towers import tiny
+from benchmarks.towers.forms import FORMS, PACKED
+from tests.towers.attention_classes import attention_classes, models_of_images
 
-# Under all names that configs have for these; each takes those that it knows.
-_SIZES = {
-    "depth": 2,
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "embed_dim": 64,
-    "num_heads": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "mlp_ratio": 1,
-    "out_hidden_size": 32,
-    "text_hidden_size": 32,
-    "patch_size": 4,
-    "image_size": 32,
-    "max_image_size": 32,
-    "window_size": 16,
-    "fullatt_block_indexes": [1],
-    "deepstack_visual_indexes": [0],
-    "num_position_embeddings": 16,
-    "pos_emb_height": 8,
-    "pos_emb_width": 8,
-}
-IMAGES = ((1, 4, 6), (1, 8, 2))
 CLIPS = ((2, 4, 2), (2, 2, 6))
+FRAMES = ((1, 4, 2), (1, 4, 2), (1, 2, 6), (1, 2, 6))  # the same, a row for each
+ONE_SIZE = ((1, 4, 4), (1, 4, 4))  # all that MiniCPM-V of transformers 5.17 takes
+
+# Towers whose code takes no row of several frames, and why nobody gives them one.
+FRAME_BY_FRAME = "their model gives them a row for each frame of a clip"
+NO_VIDEO = "their model takes no video"
+NO_FRAMES = "their sizes are heights and widths"
+REFUSE_CLIPS = {
+    "glm4v": FRAME_BY_FRAME,
+    "glm4v_moe": FRAME_BY_FRAME,
+    "glm_image": NO_VIDEO,
+    "hunyuan_vl": NO_VIDEO,
+    "minicpm_ocr": NO_FRAMES,
+    "minicpmv4_6": NO_FRAMES,
+    "minicpmv4_7": NO_FRAMES,
+    "radio": NO_FRAMES,
+}
 
 
 @cache
 def whole_towers():
-    """(model, class) for the outermost model of each file that is given grids, but no text."""
+    """(model, class) for the outermost model of each file that is given images, but no text."""
     models = sorted({model for model, name in attention_classes() if "Audio" not in name})
-    last = ((model, classes_with_grids(model)[-1:]) for model in models)
-    return [(model, name) for model, names in last for name in names]
+    return [(model, name) for model in models for name in models_of_images(model)[-1:]]
 
 
 def build(model, name):
     """A tower with random weights large enough that every layer matters."""
-    home = import_module(f"transformers.models.{model}.modeling_{model}")
-    cls = getattr(home, name)
-    config = cls.config_class
-    known = inspect.signature(config).parameters
-    torch.manual_seed(0)
-    options = {key: value for key, value in _SIZES.items() if key in known}
-    if "conv_kernel_size" in known:  # LFM3, whose first layers have no attention
+    options = {}
+    if model == "lfm3_vl":  # whose first layers have no attention
         options["layer_types"] = ["conv", "full_attention"]
-    if name == "Dots3NoteVisionModel":  # has options for each of more layers than these
+    if model == "dots3_note":  # has options for each of more layers than these
         options |= {"per_layer_config": {}, "adapter_in_dim": 64}
-    tower = cls._from_config(config(**options), attn_implementation="sdpa").eval()
-    for parameter in tower.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return tower
+    return tiny.build(tiny.class_of(model, name), 32, **options)
 
 
 def inputs_of(tower):
-    """Keyword arguments for two clips of two frames; for two images where it takes no clips."""
-    for grids in (CLIPS, IMAGES):
-        for given in _forms(tower, grids):
+    """Keyword arguments for two clips, or for their frames; and the grids that these have."""
+    for grids in (CLIPS, FRAMES, ONE_SIZE):
+        for form in PACKED:
+            given = FORMS[form](type(tower), grids, tiny.PATCH, 1)
             try:
                 with torch.no_grad():
                     tower(**given)
             except (IndexError, RuntimeError, ValueError):
                 continue
-            return given
+            return given, grids
     raise AssertionError(f"{type(tower).__name__} takes patches in no form known here")
 
 
-def _forms(tower, grids):
-    names = inspect.signature(tower.forward).parameters
-    grids = torch.tensor(grids)
-    rest = {"grid_thw": grids}
-    if "merge_sizes" in names:
-        rest["merge_sizes"] = torch.full((len(grids),), 2)
-    patches = "hidden_states" if "hidden_states" in names else "pixel_values"
-    for channels in (3, 6):  # of one frame, of two
-        rng = torch.Generator().manual_seed(1)
-        flat = torch.randn(int(grids.prod(1).sum()), channels * 16, generator=rng)
-        square = flat.unflatten(1, (channels, 4, 4))
-        for form in (flat, square, square[None]):
-            yield {patches: form, **rest}
+def why_no_clips(model, name):
+    """What the code of a model says about clips, as in REFUSE_CLIPS; None if nothing."""
+    cls = tiny.class_of(model, name)
+    if not any(size.endswith("thw") for size in inspect.signature(cls.forward).parameters):
+        return NO_FRAMES
+    home = vars(inspect.getmodule(cls)).values()
+    video = [c.get_video_features for c in home if hasattr(c, "get_video_features")]
+    if not video:
+        return NO_VIDEO
+    return FRAME_BY_FRAME if "repeat_interleave(" in inspect.getsource(video[0]) else None
