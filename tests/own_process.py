@@ -2,10 +2,10 @@
 
 Triton decides when it is imported whether kernels are compiled or interpreted, and the kernels'
 tests want the interpreter where there is no GPU. And a cluster is started once, not by each worker
-of the run. So a file in one of the folders that
-``conftest.py`` names is one item of the run, which starts a pytest of its own on it with
-``TRITON_INTERPRET=0``; in that process, the folder's fixtures install :mod:`ptx_machine`. By hand,
-test by test::
+of the run. So a file in one of the folders that ``conftest.py`` names is one item of the run, which
+starts a pytest of its own on it with ``TRITON_INTERPRET=0``; in that process, the folder's fixtures
+install :mod:`ptx_machine`. The files of a folder in `TOGETHER` share a process, and with it what
+importing costs. By hand, test by test::
 
     TRITON_INTERPRET=0 python -m pytest tests/ptx_machine/compiled/test_small_kernels.py -k matmul
 """
@@ -16,6 +16,9 @@ import sys
 
 import pytest
 
+TOGETHER = ("tests/ptx_machine/compiled",)
+ITEMS = pytest.StashKey[dict]()
+
 
 class FailedInOwnProcess(Exception):
     """The other pytest's output."""
@@ -25,11 +28,23 @@ class OwnProcessFile(pytest.File):
     """A test file that this process does not import."""
 
     def collect(self):
-        yield OwnProcess.from_parent(self, name="all")
+        folder = self.path.parent
+        items = self.session.stash.setdefault(ITEMS, {})
+        if folder in items:
+            items[folder].paths.append(str(self.path))
+            return
+        item = OwnProcess.from_parent(self, name="all")
+        if folder.relative_to(self.config.rootpath).as_posix() in TOGETHER:
+            items[folder] = item
+        yield item
 
 
 class OwnProcess(pytest.Item):
-    """All tests of the file, in another process."""
+    """All tests of the file, and of those that share its process, in another process."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.paths = [str(self.path)]
 
     def runtest(self):
         options = ["-q", "--no-header", "--benchmark-disable", "-p", "no:cacheprovider"]
@@ -37,7 +52,7 @@ class OwnProcess(pytest.Item):
             options += ["-m", self.config.option.markexpr]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, str(self.path)],
+            [sys.executable, "-m", "pytest", *options, *self.paths],
             cwd=self.config.rootpath,
             env=environment | {"TRITON_INTERPRET": "0"},
             stdout=subprocess.PIPE,

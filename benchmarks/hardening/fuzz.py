@@ -145,7 +145,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", choices=TARGETS, action="append", help="only these")
     parser.add_argument("--seconds", type=float, help="CPU seconds of a target at most")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="write the result as JSON, or add these targets to one of this seed",
+    )
     parser.add_argument(
         "--show", type=int, metavar="CASE", help="print and try one case of a target"
     )
@@ -161,7 +165,12 @@ def main() -> None:
         return
     if options.atheris:
         guided(names[0], options.atheris, Path(".hypothesis", "atheris", names[0]))
-    targets = {}
+    targets: dict[str, Any] = {}
+    if options.out and options.out.exists():
+        before = json.loads(options.out.read_text())
+        if before["seed"] != options.seed:
+            parser.error(f"{options.out} is of --seed {before['seed']}")
+        targets = before["targets"]
     for name in names:
         count = round(TARGETS[name].cases * options.cases / MILLION)
         targets[name] = run_cases(name, options.seed, range(count), options.seconds)

@@ -5,6 +5,11 @@ the products (cuBLAS, MKL, oneDNN) and torch's attention do not: by the number o
 tiles, split sums and divide work among threads, and by the address of an image's first row how they
 load it. Here every image goes through the model in tensors of its own, whose shapes and alignment
 depend on the image alone, so that there is nothing left that could differ.
+
+Products in blocks of a fixed number of rows, over the images of a pack, would start fewer kernels.
+But then a row's place in its block depends on the pack, and that a library gives a row the same
+bits at every place is not promised by any of them (where it cuts sums by tile, it can't), nor would
+it hold of what a module computes over all rows it gets, as dynamic quantisation does.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def run_main(module, monkeypatch, *arguments):
 @pytest.mark.slow
 def test_resolution(tmp_path, monkeypatch):
     results, plot = tmp_path / "results.json", tmp_path / "plot.svg"
-    options = ("--steps", 1, "--samples", 4, "--seeds", 0, "--results", results, "--plot", plot)
+    options = ("--steps", 1, "--samples", 2, "--seeds", 0, "--results", results, "--plot", plot)
     run_main(resolution, monkeypatch, *options)
     runs = json.loads(results.read_text())["runs"]
     kinds = [(run["max_img_size"], run["steps"]) for run in runs]

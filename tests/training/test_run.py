@@ -204,19 +204,31 @@ def test_a_subclass_adds_a_term_to_the_loss(model, rows, tmp_path):
     assert seen[1] == pytest.approx(seen[0] + extra, rel=1e-4)
 
 
+# AdamW with so large an epsilon steps along the gradient, without making its last bits larger.
+ALONG = {"adam_epsilon": 1.0, "lr_scheduler_type": "constant"}
+
+
+@pytest.fixture(scope="module")
+def one_process(model, tmp_path_factory):
+    """A run with the whole batch, and its rows."""
+    folder = tmp_path_factory.mktemp("one_process")
+    source = {"kind": "jsonl", "path": str(runs.save_halves(folder)), "shuffle": False}
+    options = ALONG | {"per_device_train_batch_size": 4}
+    train(runs.config_of(folder / "one", model, source, **options))
+    return folder / "one", source
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_of_which_one_has_text_only(sharded, checkpointing, model, tmp_path):
+def test_two_processes_of_which_one_has_text_only(
+    sharded, checkpointing, model, one_process, tmp_path
+):
     """DDP and FSDP2, resumed half way, give the weights of one process with the whole batch."""
-    source = {"kind": "jsonl", "path": str(runs.save_halves(tmp_path)), "shuffle": False}
-    # AdamW with so large an epsilon steps along the gradient, without making its last bits larger.
-    options = {"adam_epsilon": 1.0, "lr_scheduler_type": "constant"}
-    several = options | {"gradient_checkpointing": checkpointing}
+    (one, source), two = one_process, tmp_path / "two"
+    several = ALONG | {"gradient_checkpointing": checkpointing}
     if sharded:
         several |= {"fsdp": True, "fsdp_config": {"version": 2}}
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(runs.config_of(one, model, source, **options, per_device_train_batch_size=4))
     for max_steps, resume in ((2, False), (4, True)):
         config = runs.config_of(two, model, source, **several, max_steps=max_steps)
         with socket.socket() as free:
