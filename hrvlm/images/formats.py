@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from PIL import ExifTags, Image
 
-from . import headers, headers_boxes, headers_tiff
+from . import headers, headers_boxes, headers_heif, headers_tiff
 from .pillow_faults import UnreadablePixels, mend_after_decoding, mend_before_decoding
 from .stills import LimitError, Pieces, Reader, Still
 
@@ -65,7 +65,7 @@ FORMATS = (
     _Format("AVIF", _has_brand(b"avif", b"avis"), headers_boxes.avif),
     _Format("BMP", _begins(b"BM"), headers.bmp),
     _Format("GIF", _begins(b"GIF87a", b"GIF89a"), headers.gif),
-    _Format("HEIF", _has_brand(*_HEIF_BRANDS), headers_boxes.heif),
+    _Format("HEIF", _has_brand(*_HEIF_BRANDS), headers_heif.heif),
     _Format("JPEG", _begins(b"\xff\xd8\xff"), headers.jpeg),
     _Format(
         "JPEG 2000",

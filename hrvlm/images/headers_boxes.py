@@ -1,4 +1,4 @@
-"""The headers of AVIF, HEIF and JPEG 2000 files, which are made of boxes; see `stills.py`."""
+"""The headers of AVIF and JPEG 2000, which are made of boxes as HEIF is; see `stills.py`."""
 
 from __future__ import annotations
 
@@ -14,35 +14,31 @@ _CODESTREAM = b"\xff\x4f\xff\x51"
 
 def avif(file: Reader) -> Still:
     """The still picture, with the boxes of an image sequence and of metadata renamed."""
-    width, height, edits, places = _picture(file, b"avis", b"avif")
+    width, height, edits, places = still_picture(file, b"avis", b"avif")
     pixels, planes, area = width * height, 0.0, 0
-    units = _Budget("units in its coded pictures")
-    for extents in _items(file, *places, _Budget("items and slices of them")):
-        for w, h, sample in _av1_frames(file, extents, units):
-            planes, area = planes + w * h * sample, area + w * h
+    units = Budget("units in its coded pictures")
+    samples: list[float] = []  # of an item
+    for _, extents in item_extents(file, *places, Budget("items and slices of them")):
+        frames = list(_av1_frames(file, extents, units))
+        planes += sum(w * h * sample for w, h, sample in frames)
+        area += sum(w * h for w, h, _ in frames)
+        samples += [max(sample for _, _, sample in frames)] if frames else []
     if area > 4 * pixels + (1 << 20):
         raise LimitError(f"coded pictures of {area} pixels for one of {height} x {width}")
-    memory = 10 * pixels + 1.5 * planes + file.size
+    # A smaller picture is scaled up, and so is its alpha; more items are the tiles of a grid.
+    scaled = pixels * sum(samples if len(samples) <= 2 else set(samples))
+    memory = 10 * pixels + 1.5 * max(planes, scaled) + file.size
     nanoseconds = 15 * pixels + 20 * area + 150 * file.size
-    return Still("AVIF", width, height, _edited(file, edits), memory, nanoseconds)
+    return Still("AVIF", width, height, edited(file, edits), memory, nanoseconds)
 
 
-def heif(file: Reader) -> Still:
-    """Likewise; what a coded picture costs is taken from its size in the boxes."""
-    width, height, edits, _ = _picture(file, b"hevc", b"heic")
-    pixels = width * height
-    nanoseconds = 30 * pixels + 280 * file.size
-    memory = 10 * pixels + 3 * file.size  # libheif's copies of both, and Pillow's
-    return Still("HEIF", width, height, _edited(file, edits), memory, nanoseconds)
-
-
-def _picture(
+def still_picture(
     file: Reader, sequence: bytes, still: bytes
 ) -> tuple[int, int, dict[int, bytes], tuple[int, int, int]]:
     """Width, height, what is renamed, and where its items are listed: start, end, local data."""
     edits: dict[int, bytes] = {}
     meta = None
-    for name, start, end in _boxes(file, 0, file.size):
+    for name, start, end in boxes(file, 0, file.size):
         if name == b"ftyp" and file.at(start, 4) == sequence:
             edits[start] = still
             for brand in range(start + 8, min(end, start + 256), 4):
@@ -56,7 +52,7 @@ def _picture(
         raise ValueError("no still picture in it")
     sizes: list[tuple[int, int]] = []
     listed, local = (0, 0), 0
-    for name, start, end in _boxes(file, *meta):
+    for name, start, end in boxes(file, *meta):
         if name == b"idat":
             local = start
         elif name == b"iloc":
@@ -64,11 +60,11 @@ def _picture(
         elif name == b"iinf":
             _hide_exif(file, start, end, edits)
         elif name == b"iprp":
-            for inner, first, last in _boxes(file, start, end):
+            for inner, first, last in boxes(file, start, end):
                 if inner == b"ipco":
                     sizes += [
                         file.unpack(">II", at + 4)
-                        for kind, at, _ in _boxes(file, first, last)
+                        for kind, at, _ in boxes(file, first, last)
                         if kind == b"ispe"
                     ]
     if not sizes or not listed[1]:
@@ -77,19 +73,24 @@ def _picture(
     return width, height, edits, (*listed, local)
 
 
-class _Budget:
+class Budget:
     """How many parts of a kind there may be in a file, which can refer to one of them often."""
 
     def __init__(self, what: str):
         self.what, self.left = what, MAX_SEGMENTS
 
     def spend(self) -> None:
+        """Count one.
+
+        Raises:
+            LimitError: there are too many.
+        """
         self.left -= 1
         if self.left < 0:
             raise LimitError(f"more than {MAX_SEGMENTS} {self.what}")
 
 
-def _boxes(file: Reader, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def boxes(file: Reader, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """(type, start, end) of the contents of each box."""
     for _ in range(MAX_SEGMENTS):
         head = file.upto(position, 8)
@@ -113,17 +114,17 @@ def _boxes(file: Reader, position: int, end: int) -> Iterator[tuple[bytes, int, 
 def _hide_exif(file: Reader, start: int, end: int, edits: dict[int, bytes]) -> None:
     """Rename the items that hold metadata: how to turn the picture stands in its properties."""
     (version,) = file.unpack(">B", start)
-    for name, first, _ in _boxes(file, start + (6 if version == 0 else 8), end):
+    for name, first, _ in boxes(file, start + (6 if version == 0 else 8), end):
         if name == b"infe":
             kind = first + (10 if file.at(first, 1)[0] == 3 else 8)
             if file.upto(kind, 4) in (b"Exif", b"mime"):
                 edits[kind] = b"none"
 
 
-def _items(
-    file: Reader, start: int, end: int, local: int, budget: _Budget
-) -> Iterator[list[tuple[int, int]]]:
-    """The extents of each item, as slices of the file."""
+def item_extents(
+    file: Reader, start: int, end: int, local: int, budget: Budget
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Number and extents of each item, which are slices of the file."""
     data = file.at(start, end - start)
     version, sizes, index = data[0], data[4:6], 6
     offset_size, length_size, base_size = sizes[0] >> 4, sizes[0] & 15, sizes[1] >> 4
@@ -138,7 +139,7 @@ def _items(
 
     for _ in range(number(4 if version == 2 else 2)):
         budget.spend()
-        number(4 if version == 2 else 2)
+        item = number(4 if version == 2 else 2)
         method = number(2) & 15 if version else 0
         number(2)
         base, extents = number(base_size), []
@@ -148,11 +149,11 @@ def _items(
             first, length = base + number(offset_size), number(length_size)
             first += local if method == 1 else 0
             extents.append((first, min(first + length, file.size) if length else file.size))
-        yield extents
+        yield item, extents
 
 
 def _av1_frames(
-    file: Reader, extents: list[tuple[int, int]], units: _Budget
+    file: Reader, extents: list[tuple[int, int]], units: Budget
 ) -> Iterator[tuple[int, int, float]]:
     """(width, height, bytes of a pixel's planes) of each frame in an item: all are decoded."""
     item = Reader(Pieces(file.stream, [e for e in extents if e[1] > e[0]]), file.label)  # type: ignore[arg-type]
@@ -177,11 +178,14 @@ def _leb128(data: bytes) -> tuple[int, int]:
     raise ValueError("truncated: the length of a unit")
 
 
-class _Bits:
+class Bits:
+    """Reads the bits of a header from the first on; called with how many."""
+
     def __init__(self, data: bytes):
         self.value, self.left = int.from_bytes(data, "big"), 8 * len(data)
 
     def __call__(self, count: int = 1) -> int:
+        """The next `count` bits as a number."""
         self.left -= count
         if self.left < 0:
             raise ValueError("truncated: a sequence header")
@@ -190,7 +194,7 @@ class _Bits:
 
 def _sequence_header(data: bytes) -> tuple[int, int, float]:
     """Section 5.5 of the AV1 specification, as far as size and depth."""
-    bits = _Bits(data)
+    bits = Bits(data)
     profile, _, reduced = bits(3), bits(), bits()
     if reduced:
         bits(5)
@@ -211,7 +215,7 @@ def _sequence_header(data: bytes) -> tuple[int, int, float]:
     return width, height, (1 + deep) * (1 if mono else 1.5 if profile == 0 else 3)
 
 
-def _skip_tools(bits: _Bits) -> None:
+def _skip_tools(bits: Bits) -> None:
     bits(4)
     ordered = bits()
     if ordered:
@@ -222,7 +226,7 @@ def _skip_tools(bits: _Bits) -> None:
         bits(3)
 
 
-def _skip_timing_and_operating_points(bits: _Bits) -> None:
+def _skip_timing_and_operating_points(bits: Bits) -> None:
     delay = None
     if bits():
         bits(64)
@@ -245,7 +249,8 @@ def _skip_timing_and_operating_points(bits: _Bits) -> None:
             bits(4)
 
 
-def _edited(file: Reader, edits: dict[int, bytes]) -> list[Piece]:
+def edited(file: Reader, edits: dict[int, bytes]) -> list[Piece]:
+    """The file with other bytes at these positions."""
     pieces: list[Piece] = []
     position = 0
     for start, data in sorted(edits.items()):
@@ -258,7 +263,7 @@ def jpeg2000(file: Reader) -> Still:
     """The whole file: the codestream's size, components, tiles and code-blocks bound the cost."""
     start = 0
     if file.at(0, 4) != _CODESTREAM:
-        start = next((s for name, s, _ in _boxes(file, 0, file.size) if name == b"jp2c"), 0)
+        start = next((s for name, s, _ in boxes(file, 0, file.size) if name == b"jp2c"), 0)
         if not start or file.at(start, 4) != _CODESTREAM:
             raise ValueError("no codestream in it")
     right, bottom, left, top, tile_w, tile_h, tile_x, tile_y, count = file.unpack(
@@ -270,57 +275,73 @@ def jpeg2000(file: Reader) -> Still:
     tiles = ceil((right - tile_x) / tile_w) * ceil((bottom - tile_y) / tile_h)
     if tiles > MAX_SEGMENTS:
         raise LimitError(f"{tiles} tiles")
-    _check_segments(file, start + 2)
+    passes = 3 * min(_bit_planes(file, start + 2), 31) - 2  # the decoder's own limit
     pixels, part = width * height, min(tile_w, width) * min(tile_h, height)
     memory = 4 * pixels + 6 * count * part + file.size
-    nanoseconds = 16 * count * pixels + 280 * file.size
+    nanoseconds = max(16, 0.55 * passes) * count * pixels + 280 * file.size
     bits = max((s & 127) + 1 for s in file.at(start + 42, 3 * count)[::3])
     still = Still("JPEG2000", width, height, [(0, file.size)], memory, nanoseconds)
     return still._replace(bits=bits)
 
 
-def _check_segments(file: Reader, position: int) -> None:
-    """The coding styles, in the main header and those of the tiles."""
+def _bit_planes(file: Reader, position: int) -> int:
+    """The most that a code-block may have; checks the coding styles, those of the tiles too."""
+    planes = shift = 0
     for _ in range(2 * MAX_SEGMENTS):
         head = file.upto(position, 14)
         if len(head) < 4 or head[:2] == b"\xff\xd9":
-            return
+            return planes + shift
         marker, length = struct.unpack(">HH", head[:4])
         if marker == 0xFF90:  # the header of a part of a tile: the next one is `size` bytes on
             size = int.from_bytes(head[6:10], "big")
-            _check_tile(file, position + 12, position + size if size else file.size)
+            end = position + size if size else file.size
+            found = _in_tile(file, position + 12, end)
+            planes, shift = max(planes, found[0]), max(shift, found[1])
             if size < 14:
-                return
+                return planes + shift
             position += size
             continue
-        _check_style(marker, file.upto(position + 4, min(length, 64)))
+        found = _checked(marker, file.upto(position + 4, min(max(length - 2, 0), 256)))
+        planes, shift = max(planes, found[0]), max(shift, found[1])
         position += 2 + length
     raise LimitError(f"more than {2 * MAX_SEGMENTS} segments")
 
 
-def _check_tile(file: Reader, position: int, end: int) -> None:
+def _in_tile(file: Reader, position: int, end: int) -> tuple[int, int]:
+    planes = shift = 0
     for _ in range(MAX_SEGMENTS):
         head = file.upto(position, 4)
         if len(head) < 4 or position >= end or head[:2] == b"\xff\x93":
-            return
+            return planes, shift
         marker, length = struct.unpack(">HH", head)
-        _check_style(marker, file.upto(position + 4, min(length, 64)))
+        found = _checked(marker, file.upto(position + 4, min(max(length - 2, 0), 256)))
+        planes, shift = max(planes, found[0]), max(shift, found[1])
         position += 2 + length
     raise LimitError(f"more than {MAX_SEGMENTS} segments in a tile")
 
 
-def _check_style(marker: int, body: bytes) -> None:
-    """Code-blocks and precincts of a few pixels, and layers by the thousand, cost without end."""
+def _checked(marker: int, body: bytes) -> tuple[int, int]:
+    """Bit planes that a quantisation leaves (Annex A.6.4 and E.1), and those a region adds.
+
+    Code-blocks and precincts of a few pixels, and layers by the thousand, cost without end.
+    """
+    if marker in (0xFF5C, 0xFF5D) and len(body) >= 3:  # QCD, QCC
+        body = body[marker == 0xFF5D :]
+        exponents = [b >> 3 for b in (body[1::2] if body[0] & 31 else body[1:])]
+        return (body[0] >> 5) + max(exponents, default=0) - 1, 0
+    if marker == 0xFF5E and len(body) >= 3:  # RGN
+        return 0, body[2]
     if marker == 0xFF52 and len(body) >= 10:  # COD
         style, layers, blocks = body[0], int.from_bytes(body[2:4], "big"), body[6:8]
-        precincts = body[10:] if style & 1 else b""
+        precincts = body[10:64] if style & 1 else b""
     elif marker == 0xFF53 and len(body) >= 7:  # COC, of up to 256 components
         style, layers, blocks = body[1], 1, body[3:5]
-        precincts = body[7:] if style & 1 else b""
+        precincts = body[7:64] if style & 1 else b""
     elif marker in (0xFF5F, 0xFF60, 0xFF61):
         raise ValueError(f"a segment {marker:#x}, which is not read")
     else:
-        return
+        return 0, 0
     sides = [2 + (b & 15) for b in blocks] + [6 for _ in precincts]
     if layers > 64 or min(sides) < 4 or any(min(p & 15, p >> 4) < 4 for p in precincts[1:]):
         raise LimitError(f"{layers} layers, code-blocks or precincts of 8 pixels or less")
+    return 0, 0
