@@ -25,11 +25,25 @@ def test_the_lowest_are_the_bounds_of_pyproject_with_the_tools_of_constraints():
     assert len(found) == len(lines)
     pins = [line for line in (releases.ROOT / "constraints.txt").read_text().splitlines() if line]
     pinned = [Requirement(line) for line in pins if not line.startswith("#")]
-    assert set(found) == {canonicalize_name(pin.name) for pin in pinned}
+    extras = {canonicalize_name(name): version for name, version in releases.extras().items()}
+    assert {"peft", "accelerate", "bitsandbytes", "ray", "pillow-heif", "pyarrow"} <= set(extras)
+    assert set(found) == {canonicalize_name(pin.name) for pin in pinned} | set(extras)
     for bound in map(Requirement, releases.dependencies()):
         (spec,) = bound.specifier
         assert str(found.pop(canonicalize_name(bound.name)).specifier) == f"=={spec.version}"
+    for name, version in extras.items():
+        assert str(found.pop(name).specifier) == f"=={version}"
     assert all(line in pinned for line in found.values())
+
+
+def test_two_bounds_of_one_extra_are_refused(monkeypatch, tmp_path):
+    lists = 'a = ["peft>=1.0", "flash-attn>=2"]\nb = ["peft>=1.1"]'
+    (tmp_path / "pyproject.toml").write_text(
+        f"\n[project.optional-dependencies]\n{lists}\n[tool]\n"
+    )
+    monkeypatch.setattr(releases, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=r"peft>=1\.0 and >=1\.1"):
+        releases.extras()
 
 
 def test_what_is_installed_is_named():
@@ -58,7 +72,12 @@ def test_all_tests_are_kept_and_a_part_of_them_is_not(monkeypatch, tmp_path):
     readme = (tmp_path / "README.md").read_text()
     assert kept["installed"]["transformers"] in readme and "old" not in readme
     assert readme.startswith("before\n<!--") and readme.endswith("-->\nafter\n")
-    assert releases.with_table(readme) == readme
+    assert releases.with_table(readme) == readme and "| all |" in readme
+    assert releases.main(["part", "python-3.13", "-q", "--", "tests/test_it.py::test_a"]) == 0
+    kept = json.loads((tmp_path / releases.RESULTS / "python-3.13.json").read_text())
+    assert kept["part"] == ["tests/test_it.py::test_a"] and kept["passed"] == 1
+    assert "| some, of test_it | 1 | 0 | 0 |" in (tmp_path / "README.md").read_text()
+    assert releases.main(["part", "python-3.13", "-q"]) == 2  # all would be no part
 
 
 def test_make_installs_into_environments_of_their_own():
@@ -82,11 +101,14 @@ def test_the_readme_says_what_was_tried_last():
 
 
 def test_every_lower_bound_was_tried():
-    outcome = releases.ROOT / releases.RESULTS / "oldest.json"
-    if not outcome.exists():
-        pytest.skip("make test-oldest has not run all tests yet")
-    tried = json.loads(outcome.read_text())["installed"]
-    for bound in map(Requirement, releases.dependencies()):
-        (spec,) = bound.specifier
-        version = Version(Version(tried[bound.name]).public)  # without +cu130
-        assert version == Version(spec.version), f"{bound}: tried was {version}"
+    tried, with_extras = {}, False
+    for path in (releases.ROOT / releases.RESULTS).glob("oldest*.json"):
+        kept = json.loads(path.read_text())
+        with_extras |= "extras" in kept  # older outcomes did not look at them
+        for name, version in (kept["installed"] | kept.get("extras", {})).items():
+            tried.setdefault(name, set()).add(Version(Version(version).public))  # without +cu130
+    core = map(Requirement, releases.dependencies())
+    bounds = {bound.name: next(iter(bound.specifier)).version for bound in core}
+    bounds |= releases.extras() if with_extras else {}
+    for name, bound in bounds.items():
+        assert Version(bound) in tried[name], f"{name}>={bound}: tried was {tried[name]}"

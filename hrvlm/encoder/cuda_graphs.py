@@ -105,9 +105,9 @@ class GraphedEncoder(Replaying):
 
     The graphs read the encoder's weights where they are, and those that inference folds (see
     :mod:`~hrvlm.encoder.fused_blocks`) are written again when one has changed: changing them in
-    place is seen, but not through ``.data``. Moving or casting the encoder needs a new
-    GraphedEncoder. Results are copies, so that the next call does not overwrite them. Threads, on
-    streams of their own too, take turns: the graphs share buffers.
+    place is seen, through ``.data`` only after an optimizer's step. Moving or casting the encoder
+    needs a new GraphedEncoder. Results are copies, so that the next call does not overwrite them.
+    Threads, on streams of their own too, take turns: the graphs share buffers.
 
     Args:
         encoder: On a GPU, in eval mode.

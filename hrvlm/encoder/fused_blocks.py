@@ -10,6 +10,10 @@ the stream and added by the norms that read it:
 
     stream += a (lambda1 W_o)^T;  shift += lambda1 b_o;  normed = norm(stream + shift)
 
+What is folded is made again when a weight has another version or address, when a module was
+replaced, and after a step of any optimizer of torch: the average of a teacher's weights, which
+follows one, is often written through ``.data``, and that counts no version.
+
 Training joins each residual connection with the norm behind it, the second one with the next
 block's first norm or the final one (:mod:`hrvlm_kernels.ops.linear_residual_layer_norm`), GELU with
 the bias before it, and the gradients of q, k and v.
@@ -18,12 +22,14 @@ the bias before it, and the gradients of q, k and v.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.activations import ACT2FN
 
 from hrvlm_kernels import PackedGrids, varlen_attention
@@ -47,7 +53,8 @@ if TYPE_CHECKING:
 _GELU = type(ACT2FN["gelu"])  # the exact one
 
 
-_Stamp = tuple[tuple[Tensor, int, int], ...]  # tensors, their versions and their addresses
+# Steps of optimizers so far; tensors, their versions and their addresses.
+_Stamp = tuple[int, tuple[tuple[Tensor, int, int], ...]]
 _Parts = tuple[int, int]  # how often modules of attention and MLP were replaced
 
 
@@ -74,6 +81,7 @@ class _Folded(NamedTuple):
 # Not attributes of the modules, which are copied, saved and moved with all that they have.
 _folded: WeakKeyDictionary[EncoderLayer, _Folded] = WeakKeyDictionary()
 _joined: WeakKeyDictionary[QKVBias, tuple[_Stamp, Tensor | None]] = WeakKeyDictionary()
+_steps = 0
 
 
 def forget(layers: Iterable[nn.Module]) -> None:
@@ -127,9 +135,9 @@ class Held:
     @staticmethod
     def _check(stamp: _Stamp, sources: Iterable[Tensor | None]) -> None:
         present = [a for a in sources if a is not None]
-        if len(present) != len(stamp) or any(
+        if len(present) != len(stamp[1]) or any(
             a is not b or a.data_ptr() != address
-            for a, (b, _, address) in zip(present, stamp, strict=True)
+            for a, (b, _, address) in zip(present, stamp[1], strict=True)
         ):
             raise RuntimeError(
                 "graphed: the encoder's weights have been moved or replaced since the graphs were "
@@ -314,15 +322,31 @@ def _join(bias: QKVBias) -> Tensor | None:
 
 
 def _stamp(sources: Iterable[Tensor | None]) -> _Stamp:
-    return tuple((a, a._version, a.data_ptr()) for a in sources if a is not None)
+    _count_steps()
+    return _steps, tuple((a, a._version, a.data_ptr()) for a in sources if a is not None)
 
 
 def _is_of(stamp: _Stamp, sources: Iterable[Tensor | None]) -> bool:
-    present = [a for a in sources if a is not None]
-    return len(present) == len(stamp) and all(
-        a is b and a._version == version and a.data_ptr() == address
-        for a, (b, version, address) in zip(present, stamp, strict=True)
+    present, (steps, tensors) = [a for a in sources if a is not None], stamp
+    return (
+        steps == _steps
+        and len(present) == len(tensors)
+        and all(
+            a is b and a._version == version and a.data_ptr() == address
+            for a, (b, version, address) in zip(present, tensors, strict=True)
+        )
     )
+
+
+@cache
+def _count_steps() -> None:
+    """From now on, which is the first fold, count the steps of all optimizers."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(*_: object) -> None:
+    global _steps
+    _steps += 1
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:

@@ -211,6 +211,7 @@ def test_folded_weights_are_dropped():
     """By train(), by moving, by loading, and with the encoder; they are not copied along."""
     models = [pair_of("vit", num_hidden_layers=2)[1]]
     patches, packed, _ = inputs_of(models[0], GRIDS[:1])
+    gc.collect()  # the models of other tests
     count = len(fused_blocks._folded)
 
     def fold():

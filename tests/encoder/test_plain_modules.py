@@ -14,6 +14,8 @@ from hrvlm.encoder.layers import QKVLinear
 from hrvlm.encoder.plain_modules import input_dtype, is_plain
 from hrvlm.vlm.modality_projector import ModalityProjector
 from tests.encoder.encoders import FAMILY, pair_of
+from tests.encoder.kinds import KINDS, OTHERS
+from tests.encoder.kinds import pair_of as pair_of_kind
 from tests.tiny import config_of, model_of, picture, processor_of, siglip_config_of
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
@@ -47,6 +49,12 @@ def silent_modules(model, run):
 def test_hooks_fire_on_every_module_of_the_encoder(name):
     theirs, ours = pair_of(name, num_hidden_layers=2)
     assert silent_modules(theirs, lambda: theirs(IMAGES).last_hidden_state) == set()
+    assert silent_modules(ours, lambda: ours(IMAGES).last_hidden_state) == set()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_hooks_fire_on_every_module_of_both_families_in_eager_and_on_the_kernels(kind):
+    _, ours = pair_of_kind(kind, num_hidden_layers=2, num_attention_heads=1)
     assert silent_modules(ours, lambda: ours(IMAGES).last_hidden_state) == set()
 
 
@@ -216,11 +224,11 @@ class RowScaled(nn.Module):
 
 
 def test_every_linear_layer_replaced_by_one_in_int8():
-    theirs, ours = pair_of()
     vlm, inputs = model_of(), processor_of()(images=[picture(60, 40)], text="<|image|>say")
+    theirs = [pair_of()[0], pair_of_kind("dinov2")[0]]
+    ours = [pair_of_kind(kind)[1] for kind in KINDS]
     for model, run in (
-        (theirs, lambda model: model(IMAGES).last_hidden_state),
-        (ours, lambda model: model(IMAGES).last_hidden_state),
+        *((model, lambda model: model(IMAGES).last_hidden_state) for model in (*theirs, *ours)),
         (vlm, lambda model: model(**inputs).logits),
     ):
         changed = copy.deepcopy(model)

@@ -15,9 +15,10 @@ from PIL import Image
 
 from benchmarks.images.fuzz import broken_rule, measure, supervise
 from benchmarks.images.mutations import seeds
-from hrvlm.images import worker
+from hrvlm.images import headers_boxes, headers_heif, worker
 from hrvlm.images.formats import read_header
 from hrvlm.images.intake import MAX_PIXELS, ImageError, load_image
+from hrvlm.images.stills import LimitError, Reader
 from hrvlm.images.worker import load_image_in_worker
 from tests.images.bombs import DISARMED, REFUSED, encode, run_length_bmp
 
@@ -114,6 +115,69 @@ def test_a_heic_of_a_telephone_is_within_the_limits():
     assert (still.width, still.height) == (4032, 3024)
     with pytest.raises(ImageError, match="over the limits of a HEIF file"):
         read_header(io.BytesIO(of_sides[1]), "image", MAX_PIXELS)
+
+
+def cost_of(data):
+    return read_header(io.BytesIO(data), "image", MAX_PIXELS)
+
+
+def with_sides(data, old, new):
+    """Other sides in the boxes."""
+    return data.replace(struct.pack(">II", *old), struct.pack(">II", *new))
+
+
+def test_a_heic_whose_coded_picture_is_larger_than_its_boxes_say():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    stream = io.BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (2048, 1536))).save(stream, format="HEIF")
+    data = stream.getvalue()
+    assert cost_of(data).memory < 40e6
+    with pytest.raises(ImageError, match="coded pictures of 3145728 pixels for one of 64 x 64"):
+        cost_of(with_sides(data, (2048, 1536), (64, 64)))
+
+
+def test_what_is_decoded_of_a_heic():
+    """The header of a coded picture, by itself and among its units; tiles, alpha, other codecs."""
+    pytest.importorskip("pillow_heif")
+    data = seeds()["HEIF alpha"]
+    file = Reader(io.BytesIO(data), "image")
+    items = headers_heif._items(file)
+    (start, end), *_ = items.headers[items.primary]
+    budget = headers_boxes.Budget("units")
+    assert headers_heif._in_configuration(data[start:end], budget) == [(64, 64)]
+    at = data.index(b"\x42\x01", start)  # of the sequence header
+    unit = data[at : at + int.from_bytes(data[at - 2 : at], "big")]
+    units = b"".join(len(u).to_bytes(4, "big") + u for u in (b"\x26\x01abc", unit))
+    among = headers_heif._in_units(Reader(io.BytesIO(units), ""), [(0, len(units))], 4, budget)
+    assert list(among) == [(64, 64)]
+
+    assert len(items.parts[items.primary]) == 1  # alpha
+    tiled = items._replace(parts={1: [2] * 90 + [3], 3: [2]})
+    assert headers_heif._decoded(1, tiled, {1: 5, 2: 100}, budget, 4) == 5 + 91 * 100
+    for parts, message in (({1: [1]}, "derived from others"), ({1: [2] * 5000}, "more than 4096")):
+        with pytest.raises(LimitError, match=message):
+            headers_heif._decoded(1, items._replace(parts=parts), {}, budget, 4)
+    with pytest.raises(ImageError, match="a picture coded as 'av01', which is not read"):
+        cost_of(data.replace(b"hvc1", b"av01"))
+
+
+def test_a_small_avif_that_is_scaled_to_the_size_in_its_boxes():
+    """Found by the fuzz: 445 MB for 36 megapixels."""
+    data = seeds()["AVIF alpha"]
+    with pytest.raises(ImageError, match=r"height 6769, width 5268: .* takes about .* MB"):
+        cost_of(with_sides(data, (37, 29), (5268, 6769)))
+
+
+def test_a_jpeg_2000_of_more_bit_planes_takes_longer():
+    """Each is three more passes over a block, which may have no bytes at all."""
+    data = bytearray(seeds()["JPEG2000"])
+    before = cost_of(bytes(data)).nanoseconds
+    at = data.index(b"\xff\x5c") + 4
+    data[at] |= 7 << 5  # guard bits
+    assert cost_of(bytes(data)).nanoseconds > before
+    data[at - 4 : at - 4] = b"\xff\x5e\0\5\0\0\x1f"  # a region of interest
+    pixels = 3 * 37 * 29
+    assert cost_of(bytes(data)).nanoseconds - before > (0.55 * 91 - 20) * pixels
 
 
 def test_the_committed_run_is_of_a_hundred_thousand_files_and_clean():

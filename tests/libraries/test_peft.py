@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hrvlm import VisionLanguageModel
-from tests.encoder.encoders import pair_of
+from tests.encoder.kinds import KINDS, OTHERS, pair_of
 from tests.tiny import config_of, model_of, picture, processor_of, text_config_of
 
 peft = pytest.importorskip("peft")
@@ -70,6 +70,35 @@ def test_an_adapter_of_the_projector_alone_changes_the_image_features_only():
     assert torch.equal(logits_of(adapted, text), said)
     with adapted.disable_adapter():
         torch.testing.assert_close(logits_of(adapted, inputs), before, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_adapters_on_every_module_of_an_encoder_learn_and_merge(kind, use_dora, rng):
+    _, encoder = pair_of(kind, num_hidden_layers=1, num_attention_heads=1)
+    patches = torch.randn(2, 768, generator=rng)
+
+    def run():
+        return encoder.eval()(patches, grids=[(1, 2)]).packed_last_hidden_state
+
+    lora = peft.LoraConfig(
+        r=2,
+        target_modules=names_of(encoder, *ADAPTABLE),
+        init_lora_weights=False,
+        use_dora=use_dora,
+    )
+    with torch.no_grad():
+        before = run()
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(encoder, lora)
+        after = run()
+    assert (after - before).abs().max() > 0.1
+    run().square().sum().backward()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.any() for p in trained)
+    with torch.no_grad():
+        assert adapted.merge_and_unload() is encoder
+        torch.testing.assert_close(run(), after, rtol=0, atol=1e-4)
 
 
 def names_of(model, *kinds):
@@ -148,13 +177,18 @@ def gradients_of(model, run, targets, *, reentrant=None, **options):
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("part", ["transformers", "encoder", "vlm"])
+@pytest.mark.parametrize("part", ["transformers", *KINDS, "vlm"])
 def test_checkpointing_gives_every_adapter_its_gradient(part, use_dora, rng):
-    theirs, ours = pair_of(num_hidden_layers=2)
-    images = torch.randn(2, 3, 32, 48, generator=rng)
-    cotangent = torch.randn(2, 11, 64, generator=rng)
+    own = part if part in KINDS else "dinov3"
+    theirs, ours = pair_of(own, num_hidden_layers=2)
+    images = torch.randn(2, 3, 32, 32 if "kernels" in part else 48, generator=rng)
     model = theirs if part == "transformers" else ours
-    targets = {"transformers": ["q_proj", "v_proj"], "encoder": ["patch_embeddings", "qkv"]}
+    tokens = ours.num_prefix_tokens + images.shape[-1] // 8
+    cotangent = torch.randn(2, tokens, 64, generator=rng)
+    targets = {
+        kind: ["patch_embeddings", "qkv", "o_proj", "up_proj", "down_proj"] for kind in KINDS
+    }
+    targets["transformers"] = ["q_proj", "v_proj"]
 
     def run(model):
         return (model(images).last_hidden_state * cotangent).sum()
@@ -177,7 +211,7 @@ def test_checkpointing_gives_every_adapter_its_gradient(part, use_dora, rng):
 
 
 def test_an_adapter_of_a_frozen_encoder_learns(rng):
-    _, encoder = pair_of(num_hidden_layers=2)
+    _, encoder = pair_of("dinov3", num_hidden_layers=2)
     images = torch.randn(2, 3, 32, 48, generator=rng)
     assert encoder.freeze()(images).last_hidden_state.grad_fn is None
     lora = peft.LoraConfig(r=4, target_modules=["qkv"], init_lora_weights=False)

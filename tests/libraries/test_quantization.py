@@ -1,5 +1,6 @@
 """Quantised weights of all parts: near the original, and reloaded as they were."""
 
+import contextlib
 import copy
 
 import pytest
@@ -8,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DINOv3ViTModel, TorchAoConfig
 
 from hrvlm import DINOv3Encoder, VisionLanguageModel
-from tests.encoder.encoders import pair_of
+from tests.encoder.kinds import KINDS, pair_of
+from tests.kernels.helpers import interpreted
 from tests.tiny import (
     config_of,
     model_of,
@@ -98,6 +100,18 @@ def error_of(near, exact):
     return ((near - exact).norm() / exact.norm()).item()
 
 
+@contextlib.contextmanager
+def on_kernels(model):
+    """The encoder, and what projects its features, on Triton's interpreter."""
+    parts = [getattr(model, name) for name in ("vision_encoder", "MP") if hasattr(model, name)]
+    parts, before = parts or [model], (parts[0] if parts else model).backend
+    for part in parts:
+        part.backend = "triton" if interpreted() else part.backend
+    yield
+    for part in parts:
+        part.backend = before
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_bitsandbytes_keeps_the_image_features(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
@@ -111,24 +125,28 @@ def test_bitsandbytes_keeps_the_image_features(bits, tmp_path):
     quantized.save_pretrained(tmp_path / "quantized")  # a forward on a CPU packs them anew
     near = features_of(quantized, inputs)
     assert 0 < error_of(near, exact) < LIMITS[bits[0]]
+    with on_kernels(quantized):
+        assert error_of(features_of(quantized, inputs), near) < 1e-5
     again = VisionLanguageModel.from_pretrained(tmp_path / "quantized", device_map="cpu").eval()
     assert torch.equal(features_of(again, inputs), near)
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_the_encoder_loses_no_more_to_bitsandbytes_than_transformers(bits, tmp_path, rng):
+@pytest.mark.parametrize("kind", ["dinov3", "dinov2", "dinov2 registers"])
+def test_the_encoder_loses_no_more_to_bitsandbytes_than_transformers(kind, bits, tmp_path, rng):
     pytest.importorskip("bitsandbytes")
-    theirs, _ = pair_of(num_hidden_layers=2, intermediate_size=128)
+    theirs, ours = pair_of(kind, num_hidden_layers=2, intermediate_size=128)
     theirs.save_pretrained(tmp_path)
     images = torch.randn(2, 3, 32, 48, generator=rng)
     options = {"quantization_config": BitsAndBytesConfig(**BITS[bits]), "device_map": "cpu"}
     with torch.no_grad():
         exact = theirs(images).last_hidden_state
-        errors = [
-            error_of(kind.from_pretrained(tmp_path, **options)(images).last_hidden_state, exact)
-            for kind in (DINOv3ViTModel, DINOv3Encoder)
-        ]
-    assert 0 < errors[1] <= 1.2 * errors[0]
+        near = type(theirs).from_pretrained(tmp_path, **options)(images).last_hidden_state
+        own = type(ours).from_pretrained(tmp_path, **options)
+        features = own(images).last_hidden_state
+        assert 0 < error_of(features, exact) <= 1.2 * error_of(near, exact)
+        with on_kernels(own):
+            assert error_of(own(images).last_hidden_state, features) < 1e-5
 
 
 def test_adapters_on_4_bits_learn_in_all_parts(tmp_path):
@@ -180,11 +198,12 @@ def test_parts_that_are_quantised_are_joined_as_they_are(tmp_path):
 
 def test_dynamic_int8_of_all_linear_layers():
     model = wide_model()
-    inputs, (theirs, ours) = wide_inputs(model), pair_of()
+    inputs = wide_inputs(model)
+    theirs = [pair_of(kind)[0] for kind in ("dinov3", "dinov2")]
+    ours = [pair_of(kind)[1] for kind in KINDS]
     images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
     for exact_model, run in (
-        (theirs, lambda model: model(images).last_hidden_state),
-        (ours, lambda model: model(images).last_hidden_state),
+        *((model, lambda model: model(images).last_hidden_state) for model in (*theirs, *ours)),
         (model, lambda model: model(**inputs).logits),
     ):
         near_model = torch.ao.quantization.quantize_dynamic(
@@ -197,13 +216,13 @@ def test_dynamic_int8_of_all_linear_layers():
 
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 def test_torchao_on_a_model_in_memory(kind):
-    theirs, ours = pair_of()
     model = wide_model()
     inputs = wide_inputs(model)
+    theirs = [pair_of(kind)[0] for kind in ("dinov3", "dinov2")]
+    ours = [pair_of(kind)[1] for kind in KINDS]
     images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
     for exact_model, run in (
-        (theirs, lambda model: model(images).last_hidden_state),
-        (ours, lambda model: model(images).last_hidden_state),
+        *((model, lambda model: model(images).last_hidden_state) for model in (*theirs, *ours)),
         (model, lambda model: model(**inputs).logits),
     ):
         near_model = copy.deepcopy(exact_model)
