@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder.inputs import check_pixels
+from ..encoder.plain_modules import is_float
 from ..images.patches import unpatchify
 from ..towers.swapping import stock_class
 from .image_embedding import check_attentions
@@ -61,6 +62,9 @@ def encode(
         raise ValueError(
             f"pixel_values: {tuple(pixel_values.shape)}, expected {expected} for {what} patches"
         )
+    first = next(encoder.parameters())
+    if is_float(first):  # some towers leave that to the model around them
+        pixel_values = pixel_values.to(first.dtype)
     kept = None
     if form is Form.MERGED:
         given = _in_blocks(encoder, pixel_values, grids, patch_size)
