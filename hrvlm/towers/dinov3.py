@@ -58,13 +58,14 @@ class RotaryPositions:
         self.inv_freq = inv_freq
         self._table: Tensor | None = None
 
-    def rope(self, q: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    def rope(self, q: Tensor, backend: str) -> tuple[Tensor, ...]:
         """What ``varlen_attention`` of `q` takes; its first layer writes the table for all."""
         # A traced layer that is recomputed may not change what others see.
         is_read = not torch.compiler.is_compiling() and reads_rope_table(q, q.shape[-1], backend)
         if is_read and self._table is None:
             self._table = rope_table(self.coords, self.inv_freq)
-        return self.coords, self.inv_freq, self._table
+        rope = self.coords, self.inv_freq
+        return rope if self._table is None else (*rope, self._table)
 
     def to(self, device: torch.device | str) -> RotaryPositions:
         """The same positions on `device`, for models whose layers are on several."""

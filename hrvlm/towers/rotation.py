@@ -97,16 +97,15 @@ def is_folded(tables: object) -> bool:
     return isinstance(tables, tuple) and len(tables) == 2 and tables[0].dtype == torch.int32
 
 
-def rope_of(
-    tables: tuple[Tensor, Tensor], q: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def rope_of(tables: tuple[Tensor, Tensor], q: Tensor, backend: str) -> tuple[Tensor, ...] | None:
     """What ``varlen_attention`` of `q` takes as its `rope`; None for no tokens."""
     coords, inv_freq = tables
     if not len(coords):
         return None
     rope = coords.view(torch.float32), inv_freq[0].view(torch.float32)
-    is_read = reads_rope_table(q, q.shape[-1], backend)
-    return *rope, _table_of(coords, *rope) if is_read else None
+    if reads_rope_table(q, q.shape[-1], backend):
+        return *rope, _table_of(coords, *rope)
+    return rope
 
 
 @torch.compiler.disable
