@@ -24,7 +24,7 @@ from .options import (
 from .tables import counted, duration, print_line, print_table, quantity
 
 if TYPE_CHECKING:
-    from ..embed.run import EmbedPlan, EmbedReport
+    from ..embed.report import EmbedPlan, EmbedReport
 
 _EVERY = 30.0  # seconds between lines where there is no terminal
 

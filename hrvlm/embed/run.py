@@ -1,6 +1,6 @@
 """A run: what there is to do, a probe, the pipeline on Ray Data, and whether all rows are there.
 
-    parts that are missing -> decode (tasks) -> encode (actors) -> write (tasks)
+    parts that are missing -> decode (tasks) -> encode (actors) -> write (actors)
 
 Ray Data moves the parts, restarts what dies, and holds back the decoding where the encoders are
 busy. A part whose tasks die every time is done once more with care: each image decoded in a process
@@ -14,106 +14,17 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import EmbedConfig, Manifest, Resources, default_rows_per_part, need_extra
 from .probe import Probed, probe, sample_of
+from .report import EmbedPlan, EmbedReport
 from .rows import add_errors, listing_bytes
 from .sources import Entry, digest_of, list_images, open_source
-from .stages import Encoder, Run, decode_part, write_part
+from .stages import Encoder, Run, Writer, decode_part
 from .store import LISTING, Store
 from .tries import Tries
-
-
-@dataclass(frozen=True)
-class EmbedPlan:
-    """What is known before the start.
-
-    Attributes:
-        images: In the input.
-        waiting: Of these, those whose rows are not there yet.
-        parts: Files to be written.
-        left_out: Files of the folder that are no images by their names.
-        tokens: To be encoded, about.
-        bytes: To be written, about.
-        seconds: That it takes, about; None where no image of the sample could be read.
-        encoders: Processes that encode.
-        probed: What the numbers come from.
-        manifest: What the rows will be.
-    """
-
-    images: int
-    waiting: int
-    parts: int
-    left_out: Sequence[str]
-    tokens: int
-    bytes: int
-    seconds: float | None
-    encoders: int
-    probed: Probed
-    manifest: Manifest
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        names = ("images", "waiting", "parts", "tokens", "bytes", "seconds", "encoders")
-        facts = self.manifest.facts
-        return {name: getattr(self, name) for name in names} | {
-            "left_out": len(self.left_out),
-            "model": facts.name,
-            "weights": "random" if facts.random_weights else "pretrained",
-            "dtype": facts.dtype,
-            "device": self.probed.device,
-            "rows_per_part": self.manifest.rows_per_part,
-            "decode_seconds_an_image": self.probed.decode_seconds,
-            "tokens_per_second": self.probed.tokens_per_second,
-        }
-
-
-@dataclass
-class EmbedReport:
-    """What a run did, and what its folder holds now.
-
-    Attributes:
-        out: The folder.
-        images: In the input, or in its shard.
-        rows: That are there, those with errors included.
-        written: Of these, by this run.
-        bad: Of all rows that are there: kind of error to [count, id of one, its error].
-        parts: That are there.
-        failed: Parts that could not be written although they were tried with care.
-        bytes: Of the parts.
-        tokens: That this run encoded.
-        seconds: From the first image to the last.
-        busy: Of that time, the share in which the encoders encoded; None where nothing was.
-        plan: What was expected.
-    """
-
-    out: str
-    images: int
-    rows: int = 0
-    written: int = 0
-    bad: dict[str, list[Any]] = field(default_factory=dict)
-    parts: int = 0
-    failed: list[int] = field(default_factory=list)
-    bytes: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    busy: float | None = None
-    plan: EmbedPlan | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        names = ("out", "images", "rows", "written", "parts", "failed", "bytes", "tokens")
-        return {name: getattr(self, name) for name in names} | {
-            "seconds": self.seconds,
-            "busy": self.busy,
-            "bad": [
-                {"kind": kind, "count": count, "example": name, "error": error}
-                for kind, (count, name, error) in self.bad.items()
-            ],
-            "plan": self.plan and self.plan.to_json(),
-        }
 
 
 def embed(
@@ -240,6 +151,11 @@ class _Pool:
         threads = 0 if gpu else _threads(resources, cpus, encoders)
         return cls(encoders, int(gpu), threads, max(1, cpus - encoders * threads))
 
+    @property
+    def writers(self) -> int:
+        """Processes that write; two beside a GPU, which may be faster than an upload."""
+        return self.encoders * (2 if self.gpus else 1)
+
     def of_encoder(self) -> dict[str, Any]:
         """What Ray is asked for; on one CPU, which the decoding needs too, nothing.
 
@@ -302,7 +218,7 @@ def _pipeline(run: Run, parts: Sequence[int], pool: _Pool, progress: _Progress) 
 
     decode: Any = decode_part
     encode: Any = Encoder
-    write: Any = write_part
+    write: Any = Writer
     run = replace(run, tries=ray.remote(num_cpus=0)(Tries).remote())
     with _data_context():
         rows = ray.data.from_items([{"part": p} for p in parts], override_num_blocks=len(parts))
@@ -314,7 +230,14 @@ def _pipeline(run: Run, parts: Sequence[int], pool: _Pool, progress: _Progress) 
                 compute=ray.data.ActorPoolStrategy(size=min(pool.encoders, len(parts))),
                 **pool.of_encoder(),
             )
-            .map(write, fn_kwargs={"run": run})
+            .map(
+                write,
+                fn_constructor_kwargs={"run": run},
+                # No CPU is counted for these: with all of them decoding, they would wait for the
+                # end. And no tasks: Ray would start a process for each.
+                compute=ray.data.ActorPoolStrategy(size=pool.writers),
+                num_cpus=0,
+            )
         )
         for row in done.iter_rows():
             progress.add(json.loads(row["told"]), run.config.out)

@@ -235,3 +235,14 @@ def write_part(task: dict[str, Any], run: Run) -> dict[str, Any]:
     except OSError as error:
         told["failed"] = f"{error.strerror or error}"
     return {"told": json.dumps(told | {"bytes": len(content)})}
+
+
+class Writer:
+    """:func:`write_part` in a process that stays."""
+
+    def __init__(self, run: Run):
+        self._run = run
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        """See there."""
+        return write_part(task, self._run)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,14 +195,14 @@ class LoadedTower:
 
 def has_tower(model: str) -> bool:
     """Whether it is a model of transformers other than this project's encoders."""
-    if is_foreign(model):
+    if is_foreign(model) or Path(model).is_file():
         return False
     try:
         stored, _ = PretrainedConfig.get_config_dict(model)
-    except (OSError, ValueError):
+        kind = stored["model_type"]
+        return kind in CONFIG_MAPPING and kind not in ENCODER_TYPES
+    except Exception:  # whatever is wrong with it, load_encoder says better
         return False
-    kind = stored.get("model_type")
-    return kind in CONFIG_MAPPING and kind not in ENCODER_TYPES
 
 
 def load_encoder_or_tower(model: str | None, **options: Any) -> LoadedEncoder | LoadedTower:
@@ -232,7 +233,10 @@ def load_tower(
     check_backend_runs(backend, where, weights)
     normalization = stored_normalization(model)
     if normalization is None:
-        raise ValueError(f"model {model!r}: no image_mean and image_std in its image processor")
+        raise ValueError(
+            f"model {model!r}: no image_mean and image_std in its image processor, if it has one; "
+            "expected a DINOv3, a DINOv2 or a model with a vision tower"
+        )
     with quiet_loading(model):
         whole, told = AutoModel.from_pretrained(model, dtype=weights, output_loading_info=True)
     towers = {

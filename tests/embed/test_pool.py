@@ -8,15 +8,15 @@ import pytest
 from hrvlm.embed.config import EmbedConfig, Resources
 from hrvlm.embed.run import _Pool, _remote_probe
 
-# (CPUs, GPUs, device, asked) -> encoders, decoders, CPUs and GPUs of an encoder
+# (CPUs, GPUs, device, asked) -> encoders, decoders, writers, CPUs and GPUs of an encoder
 CLUSTERS = [
-    ((8, 2, "cuda", {}), (2, 8, 0, 1)),
-    ((8, 2, "cuda", {"encoders": 1}), (1, 8, 0, 1)),
-    ((64, 8, "cuda", {"threads": 3}), (8, 64, 0, 1)),
-    ((8, 2, "cpu", {}), (1, 2, 6, 0)),  # --device cpu
-    ((8, 0, "cpu", {"encoders": 2}), (2, 2, 3, 0)),
-    ((2, 0, "cpu", {}), (1, 1, 0.99, 0)),
-    ((1, 0, "cpu", {}), (1, 1, 0, 0)),
+    ((8, 2, "cuda", {}), (2, 8, 4, 0, 1)),
+    ((8, 2, "cuda", {"encoders": 1}), (1, 8, 2, 0, 1)),
+    ((64, 8, "cuda", {"threads": 3}), (8, 64, 16, 0, 1)),
+    ((8, 2, "cpu", {}), (1, 2, 1, 6, 0)),  # --device cpu
+    ((8, 0, "cpu", {"encoders": 2}), (2, 2, 2, 3, 0)),
+    ((2, 0, "cpu", {}), (1, 1, 1, 0.99, 0)),
+    ((1, 0, "cpu", {}), (1, 1, 1, 0, 0)),
 ]
 
 
@@ -26,9 +26,9 @@ def test_an_encoder_for_each_gpu_and_cpus_for_the_rest(given, expected, monkeypa
     ray = SimpleNamespace(cluster_resources=lambda: {"CPU": cpus} | ({"GPU": gpus} if gpus else {}))
     monkeypatch.setitem(sys.modules, "ray", ray)
     pool = _Pool.of(Resources(**asked), SimpleNamespace(device=device))
-    of_encoder = pool.of_encoder()
-    found = (pool.encoders, pool.decoders, of_encoder["num_cpus"], of_encoder["num_gpus"])
-    assert found == expected
+    of_one = pool.of_encoder()
+    processes = (pool.encoders, pool.decoders, pool.writers)
+    assert (*processes, of_one["num_cpus"], of_one["num_gpus"]) == expected
 
 
 @pytest.mark.parametrize(

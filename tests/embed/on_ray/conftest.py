@@ -13,6 +13,7 @@ collect_ignore = [] if "HRVLM_SCALE" in os.environ else ["test_kills.py"]
 def cluster():
     """Its address."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # where other tests have the CPUs
     import ray
 
     context = ray.init(

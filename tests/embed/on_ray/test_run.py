@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hrvlm.embed.config import EmbedConfig
-from hrvlm.embed.run import embed
+from hrvlm.embed.run import _Progress, embed
 from hrvlm.embed.store import part_name
 from tests.embed.here import rows_of, run_here
 from tests.embed.pictures import processor_of, write_model, write_pictures
@@ -94,19 +94,31 @@ def killed(cluster, folder):
     left = out / f".{part_name(24)}.77.part"  # as a killed writer leaves it
     left.write_bytes(b"half")
 
-    plans, told, victims, ending = [], [], [], threading.Event()
+    plans, told, arrived, victims, ending = [], [], [], [], threading.Event()
     kinds = (DECODING, f"{ENCODING}.submit")
     thread = threading.Thread(target=killing, args=(kinds, ending, victims))
     thread.start()
+    add = _Progress.add
+
+    def noted(progress, part, out):
+        arrived.append((time.time(), part.get("started", 0.0)))
+        add(progress, part, out)
+
     try:
-        report = embed(
-            config, on_plan=lambda plan: plans.append(plan) or True, on_images=told.append
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_Progress, "add", noted)
+            report = embed(
+                config, on_plan=lambda plan: plans.append(plan) or True, on_images=told.append
+            )
     finally:
         ending.set()
         thread.join()
     assert set(victims) == set(kinds)
-    return SimpleNamespace(plan=plans[0], told=told, report=report, before=before)
+    return SimpleNamespace(plan=plans[0], told=told, arrived=arrived, report=report, before=before)
+
+
+def test_parts_are_written_and_told_while_others_are_still_encoded(killed):
+    assert killed.arrived[0][0] < max(started for _, started in killed.arrived)
 
 
 def test_every_image_has_a_row_and_broken_ones_their_error(folder, killed):
