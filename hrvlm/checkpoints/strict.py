@@ -24,6 +24,7 @@ from .differences import KeyDifferences, group_keys, natural_order
 from .mapping import ABSENT_PARTS, key_in_file, keys_in_files
 
 _TRANSFORMERS = logging.getLogger("transformers.modeling_utils")
+_STORED_SHAPES = "_stored_shapes"  # until a loaded model is judged
 
 
 class StrictModel(PreTrainedModel):
@@ -100,6 +101,12 @@ class StrictModel(PreTrainedModel):
                 parts.append(load_state_dict(file, map_location="meta"))
             source = load_config.pretrained_model_name_or_path or model.config.name_or_path
             _check_stored(source or "state_dict", model, parts)
+            vars(model)[_STORED_SHAPES] = {
+                stored: tensor.shape
+                for part in parts
+                for key, tensor in part.items()
+                for stored in keys_in_files(key)
+            }
         load: Any = PreTrainedModel._load_pretrained_model
         return load(model, state_dict, checkpoint_files, load_config, *args, **kw)
 
@@ -111,6 +118,7 @@ class StrictModel(PreTrainedModel):
         """
         source = load_config.pretrained_model_name_or_path or model.config.name_or_path
         absent = vars(model).pop(ABSENT_PARTS, {})
+        _note_parts_of_other_shapes(model, loading_info, vars(model).pop(_STORED_SHAPES, {}))
         if loading_info.mismatched_keys and not load_config.ignore_mismatched_sizes:
             tied = getattr(model, "all_tied_weights_keys", {})
             info = _as_stored(model, loading_info, absent)
@@ -203,6 +211,23 @@ def _check_stored(source: Any, model: Any, parts: Iterable[Mapping[str, Any]]) -
                 )
     if twice := [key for key, count in names.items() if count > 1]:
         raise ValueError(f"{source}: stored twice: {', '.join(group_keys(twice))}")
+
+
+def _note_parts_of_other_shapes(
+    model: Any, loading_info: Any, shapes: Mapping[str, torch.Size]
+) -> None:
+    """A fused matrix whose parts can't be joined is of another shape, not an error of its own."""
+    for key in list(loading_info.conversion_errors):
+        parts = [name for name in keys_in_files(key) if name in shapes]
+        if len(parts) < 2:
+            continue
+        whole = model.get_parameter_or_buffer(key).shape
+        expected = torch.Size((whole[0] // len(keys_in_files(key)), *whole[1:]))
+        wrong = [name for name in parts if shapes[name] != expected]
+        if wrong:
+            del loading_info.conversion_errors[key]
+            loading_info.missing_keys.discard(key)
+            loading_info.mismatched_keys.add((key, shapes[wrong[0]], expected))
 
 
 def _as_stored(model: Any, loading_info: Any, absent: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class _Items(NamedTuple):
 def heif(file: Reader) -> Still:
     """The still picture, with the boxes of an image sequence and of metadata renamed."""
     width, height, edits, places = still_picture(file, b"hevc", b"heic")
-    items, areas = _items(file), {}
+    items = _items(file)
+    areas: dict[int, int] = {}
     units = Budget("units in its coded pictures")
     for number, extents in item_extents(file, *places, Budget("items and slices of them")):
         for start, end in items.headers.get(number, []):
@@ -58,7 +59,10 @@ def _decoded(number: int, items: _Items, areas: dict[int, int], budget: Budget, 
 
 def _items(file: Reader) -> _Items:
     start, end = next((s + 4, e) for name, s, e in boxes(file, 0, file.size) if name == b"meta")
-    primary, parts, properties, of_item = None, {}, [], {}
+    primary: int | None = None
+    properties: list[tuple[bytes, int, int]] = []
+    parts: dict[int, list[int]] = {}
+    of_item: dict[int, list[int]] = {}
     for name, first, last in boxes(file, start, end):
         version = file.upto(first, 1)
         if name == b"pitm":
@@ -119,7 +123,8 @@ def _parts(file: Reader, start: int, end: int, size: int) -> dict[int, list[int]
 def _associations(file: Reader, start: int) -> dict[int, list[int]]:
     """The properties of each item, counted from 1."""
     version, wide = file.at(start, 1)[0], file.at(start + 3, 1)[0] & 1
-    position, found = start + 8, {}
+    position = start + 8
+    found: dict[int, list[int]] = {}
     budget = Budget("properties of its items")
     for _ in range(_number(file, start + 4, 4)):
         size = 4 if version else 2

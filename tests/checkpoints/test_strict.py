@@ -83,7 +83,7 @@ UNFIT = {
         "encoder",
         lambda weights: weights.update({"layer.0.attention.k_proj.weight": torch.ones(64, 3)}),
         {},
-        r"can't be made of its weights: layer.0.attention.qkv.weight",
+        r"shape .* instead of .*: layer.0.attention.qkv.weight",
     ),
     "parts_of_a_matrix": (
         "encoder",
@@ -94,7 +94,7 @@ UNFIT = {
             }
         ),
         {},
-        r"can't be made of its weights: layer.0.attention.qkv.weight",
+        r"shape .* instead of .*: layer.0.attention.qkv.weight",
     ),
     "integers": (
         "encoder",
@@ -185,6 +185,25 @@ def test_a_lacking_part_of_a_fused_matrix_is_missing_and_no_other_shape(saved, t
     assert info["missing_keys"] == {fused} and not info["mismatched_keys"]
     assert 0 < model.get_parameter(fused).std() < 1
     assert not hasattr(model, "_absent_parts")
+
+
+@pytest.mark.parametrize("part", ["encoder", "vlm"])
+def test_one_part_of_a_fused_matrix_of_another_shape(part, saved, tmp_path):
+    prefix = "" if part == "encoder" else "vision_encoder."
+    key = f"{prefix}layer.1.attention.k_proj.weight"
+
+    def shrink(weights):
+        weights[key] = weights[key][:3, :3].clone()
+
+    directory = changed(saved / part, tmp_path / part, shrink)
+    model_class = DINOv3Encoder if part == "encoder" else VisionLanguageModel
+    for options in ({}, {"strict": False}):
+        with pytest.raises(ValueError, match=r"shape \[3, 3\] instead of \[(\d+), \1\] \(1\): "):
+            model_class.from_pretrained(directory, **options)
+    model = model_class.from_pretrained(directory, ignore_mismatched_sizes=True)
+    drawn = model.get_parameter(f"{prefix}layer.1.attention.qkv.weight")
+    assert 0 < drawn.std() < 0.1
+    assert model.get_parameter(f"{prefix}layer.0.attention.qkv.weight").std() > 0.1
 
 
 def test_what_is_no_file_and_no_directory_is_not_looked_for_on_the_hub(tmp_path):
