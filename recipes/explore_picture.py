@@ -75,11 +75,11 @@ def photographed(page: Path) -> Image.Image:
     return picture
 
 
-def main() -> None:
-    """Write the picture to the file that is named."""
+def write_picture(path: Path) -> None:
+    """Write the picture, as WebP."""
     with tempfile.TemporaryDirectory() as name:
-        photographed(write_page(Path(name))).save(sys.argv[1], quality=80, method=6)
+        photographed(write_page(Path(name))).save(path, quality=80, method=6)
 
 
 if __name__ == "__main__":
-    main()
+    write_picture(Path(sys.argv[1]))
