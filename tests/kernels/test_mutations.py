@@ -5,10 +5,10 @@ import pytest
 from tests.kernels import test_layer_norm_pixel_shuffle as norm
 from tests.kernels import test_pixel_shuffle_linear as shuffle
 from tests.kernels import test_rope_2d as rope
-from tests.kernels.helpers import interpreter_only
+from tests.kernels.helpers import interpreter_only, seeded_in_sources
 from tests.kernels.mutations import caught, plant
 
-pytestmark = interpreter_only
+pytestmark = [interpreter_only, seeded_in_sources]
 
 ROPE = {
     "last pair not rotated": ("mask=i_d < 2 * QUARTER", "mask=i_d < 2 * QUARTER - 1"),

@@ -13,10 +13,10 @@ from tests.kernels.attention_cases import (
     make_case,
     reference_results,
 )
-from tests.kernels.helpers import interpreter_only
+from tests.kernels.helpers import interpreter_only, seeded_in_sources
 from tests.kernels.mutations import caught, plant, source_of
 
-pytestmark = interpreter_only
+pytestmark = [interpreter_only, seeded_in_sources]
 
 FORWARD = {
     "wrong segment": ("p_ends = cu_seqlens + tl.load(p_tile)", "p_ends = cu_seqlens"),

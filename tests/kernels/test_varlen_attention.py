@@ -28,6 +28,7 @@ from tests.kernels.helpers import (
     equal_if_interpreted,
     far_rows,
     interpreter_only,
+    needs_short_kernel,
     strided_copy,
 )
 
@@ -188,12 +189,14 @@ def check_short_images(tiling=None):
     check_lse(case, lse)
 
 
+@needs_short_kernel
 @pytest.mark.parametrize("tiling", [None, Tiling(128, 256, 1, 1)], ids=str)
 def test_short_images(tiling, started):
     check_short_images(tiling)
     assert started == ["varlen_attention of short images"]
 
 
+@needs_short_kernel
 def test_short_and_long_images_in_one_pack(started):
     """Whatever an image is packed with, the same kernel takes it and its bits are the same."""
     lengths = (70, 257, 0, 256, 5)
@@ -211,6 +214,7 @@ def test_short_and_long_images_in_one_pack(started):
         assert torch.equal(alone, together)
 
 
+@needs_short_kernel
 def test_rotating_k_in_the_kernel_or_before_gives_the_same_result():
     case = make_case((201, 65), head_dim=64, rope=True)
     results = [run_forward(case), run_forward(case, short_tilings=())]
@@ -276,7 +280,9 @@ def test_no_tokens_and_single_tokens(lengths):
     case = make_case(lengths, heads=2, head_dim=32, dtype=torch.float32)
     out = attend(case)
     assert out.shape == case.q.shape
-    assert torch.equal(out, case.v)  # the softmax of one score is 1
+    # The softmax of one score is 1; compiled products take float32 in three parts.
+    assert equal_if_interpreted(out, case.v)
+    torch.testing.assert_close(out, case.v, rtol=2**-20, atol=2**-20)
 
 
 def test_no_heads():
