@@ -33,7 +33,6 @@ from .intake import (
     rgb_of_file,
     upright_rgb,
 )
-from .processor import resize
 from .stills import Pieces, Still
 
 _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
@@ -96,7 +95,10 @@ def resize_pixels(
     method = Image.Resampling(resample)
     if pixels.device.type == "cpu" and exact:
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        return _bytes_of(resize(image, height, width, method))
+        # In one call Pillow does the same up to version 12; since 13 it chooses the order of the
+        # directions by cost, which moves pixels by up to 20 steps of 255.
+        across = image.resize((width, image.height), method)
+        return _bytes_of(across.resize((width, height), method))
     if pixels.device.type == "cpu":
         return _interpolated(pixels[None], (height, width), method)[0]
     return _resized_on_floats(pixels, height, width, method)

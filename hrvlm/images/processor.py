@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from PIL import Image
-
 from .geometry import (
     Geometry,
     TileGeometry,
@@ -89,18 +87,6 @@ def normalize(
     center, spread = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (mean, std))
     numbers = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
     return numbers.copy_(pixels).mul_(scale).sub_(center).div_(spread)
-
-
-def resize(
-    image: Image.Image, height: int, width: int, resample: int = Image.Resampling.BICUBIC
-) -> Image.Image:
-    """Bicubic (a = -1/2), antialiased where it shrinks, on 8-bit pixels; the same size is a copy.
-
-    Across first, then down, each rounded to 8 bits. In one call Pillow does the same up to version
-    12; since 13 it chooses the order by cost, which moves pixels by up to 20 steps of 255.
-    """
-    method = Image.Resampling(resample)
-    return image.resize((width, image.height), method).resize((width, height), method)
 
 
 @dataclass(frozen=True)
