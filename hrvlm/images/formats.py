@@ -21,7 +21,7 @@ from PIL import ExifTags, Image
 
 from . import headers, headers_boxes, headers_heif, headers_tiff
 from .pillow_faults import UnreadablePixels, mend_after_decoding, mend_before_decoding
-from .stills import LimitError, Pieces, Reader, Still
+from .stills import LimitError, PiecesFile, Reader, Still
 
 BYTES_PER_PIXEL, SPARE_BYTES = 8, 80_000_000
 MAX_SECONDS = 2.5
@@ -155,7 +155,7 @@ def decode_first_frame(stream: IO[bytes], label: str, max_pixels: int) -> Decode
         ImageError: as `read_header`, or the pixels are truncated or corrupt.
     """
     still = read_header(stream, label, max_pixels)
-    source = io.BufferedReader(Pieces(stream, still.pieces))
+    source = PiecesFile(stream, still.pieces)
     try:
         if still.format == "WEBP":
             return Decoded(_webp(source.read()), still.orientation, False)

@@ -37,7 +37,7 @@ from .formats import ImageError as ImageError  # part of this module's interface
 from .formats import check_size, decode_first_frame
 from .geometry import positive_int
 from .pillow_faults import grey_peak, is_negative, mend_before_decoding
-from .stills import Pieces
+from .stills import PiecesFile
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +211,7 @@ def opened(source: Any, label: str) -> Iterator[IO[bytes]]:
             yield stream
         return
     if isinstance(source, bytes | bytearray | memoryview):
-        yield io.BufferedReader(Pieces(None, [memoryview(source).cast("B")]))
+        yield PiecesFile(None, [memoryview(source).cast("B")])
         return
     if not callable(getattr(source, "read", None)):
         raise TypeError(

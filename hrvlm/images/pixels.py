@@ -33,7 +33,7 @@ from .intake import (
     rgb_of_file,
     upright_rgb,
 )
-from .stills import Pieces, Still
+from .stills import PiecesFile, Still
 
 _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 _UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {  # EXIF orientation: what brings [3, H, W] back
@@ -130,7 +130,7 @@ def _decoded_by_torchvision(stream: IO[bytes], still: Still) -> Tensor | None:
         from torchvision.io import ImageReadMode, decode_jpeg, decode_png
     except ImportError:
         return None
-    pieces = io.BufferedReader(Pieces(stream, still.pieces))
+    pieces = PiecesFile(stream, still.pieces)
     size = pieces.seek(0, io.SEEK_END)
     if not size or still.memory + size > BYTES_PER_PIXEL * still.width * still.height + SPARE_BYTES:
         return None

@@ -134,6 +134,22 @@ class Pieces(io.RawIOBase):
         return len(data)
 
 
+class PiecesFile(io.BufferedReader):
+    """:class:`Pieces`, buffered. No more is asked for than there is left.
+
+    A damaged file may give a block 2 GB, and a buffered reader allocates what it is asked for.
+    """
+
+    def __init__(self, stream: IO[bytes] | None, pieces: Sequence[Piece]):
+        super().__init__(Pieces(stream, pieces))
+        self._size = sum(map(_length, pieces))
+
+    def read(self, size: int | None = -1) -> bytes:  # noqa: D102
+        if size is not None and size > 1 << 16:
+            size = min(size, max(self._size - self.tell(), 0))
+        return super().read(size)
+
+
 def _length(piece: Piece) -> int:
     return piece[1] - piece[0] if isinstance(piece, tuple) else len(piece)
 

@@ -1,6 +1,8 @@
 """From a file to bytes at a size, the fast way: what Pillow gives, within limits that are said."""
 
+import contextlib
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hrvlm.images.formats import ImageError
 from hrvlm.images.intake import load_image
 from hrvlm.images.pixels import load_pixels, resize_pixels
 from hrvlm.images.processor import get_image_processor
+from hrvlm.images.stills import PiecesFile
 from hrvlm.images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
 
 PLAIN = {
@@ -206,3 +209,16 @@ def test_a_batch_by_threads_is_the_same_and_names_its_images():
         torch.set_num_threads(threads)
     for key in ("pixel_values", "image_grid_hw"):
         assert torch.equal(alone[key], together[key])
+
+
+def test_a_length_that_a_file_claims_is_not_allocated():
+    data = bytearray(file_of(noise(29, 37), format="PNG"))
+    data[-12:-8] = (2**31 - 1).to_bytes(4, "big")  # of the last block, which has no bytes
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ImageError):
+            load_image(bytes(data), max_pixels=10**6)
+        assert PiecesFile(None, [bytes(data)]).read(2**31) == data
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
