@@ -295,15 +295,24 @@ def now() -> str:
 
 
 def commit_here() -> str:
-    """Short hash of the checkout, with "-dirty" where tracked files differ; else "unknown"."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
+    """Short hash of the checkout, with "-dirty" where tracked files differ; else "unknown".
+
+    Results that this run has written already are no difference.
+    """
+
+    def git(*arguments: str) -> str:
         done = subprocess.run(
-            command, cwd=RESULTS.parent, capture_output=True, text=True, timeout=20, check=True
-        )
+            ["git", *arguments], cwd=RESULTS.parent.parent, capture_output=True, text=True,
+            timeout=20, check=True,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    try:
+        commit = git("describe", "--always", "--exclude=*")
+        changed = git("status", "--porcelain", "-uno", "--", ".", f":!benchmarks/{RESULTS.name}")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return commit + "-dirty" * bool(changed) if commit else "unknown"
 
 
 def slug(text: str) -> str:

@@ -67,12 +67,16 @@ class RotaryPositions:
         rope = self.coords, self.inv_freq
         return rope if self._table is None else (*rope, self._table)
 
-    def to(self, device: torch.device | str) -> RotaryPositions:
-        """The same positions on `device`, for models whose layers are on several."""
-        if self.packed.device == torch.device(device):
+    def to(
+        self, device: torch.device | str | int | None, non_blocking: bool = False
+    ) -> RotaryPositions:
+        """The same positions on `device`, for layers on several; None leaves them."""
+        if device is None or self.packed.device == torch.device(device):
             return self
         return RotaryPositions(
-            self.packed.to(device), self.coords.to(device), self.inv_freq.to(device)
+            self.packed.to(device),
+            self.coords.to(device, non_blocking=non_blocking),
+            self.inv_freq.to(device, non_blocking=non_blocking),
         )
 
 

@@ -229,9 +229,20 @@ class PackedGrids:
         self.check_rows(x, "x")
         return list(x.split(self.lengths))
 
-    def to(self, device: torch.device | str) -> PackedGrids:
-        """The same layout with its tensors on `device`."""
-        return _cached(self.grids, self.lengths, self.num_prefix_tokens, _canonical(device))
+    def to(
+        self, device: torch.device | str | int | None, non_blocking: bool = False
+    ) -> PackedGrids:
+        """The same layout with its tensors on `device`; None, as for a tensor, leaves it there.
+
+        accelerate's hooks call it on whatever has such a method, with both arguments.
+        """
+        if device is None or (there := _canonical(device)) == self.device:
+            return self
+        moved = _cached(self.grids, self.lengths, self.num_prefix_tokens, there)
+        usual = _cached(self.grids, self.lengths, self.num_prefix_tokens, self.device)
+        if self._coords is None or self._coords is usual._coords:
+            return moved
+        return replace(moved, _coords=self._coords.to(there, non_blocking=non_blocking))
 
     def with_coords(self, coords: Tensor) -> PackedGrids:
         """The same layout with other coordinates ``[T, 2]`` float32, e.g. augmented ones."""
@@ -365,7 +376,7 @@ def _as_grid(i: int, grid: Sequence[int]) -> Grid:
     return int(pair[0]), int(pair[1])
 
 
-def _canonical(device: torch.device | str) -> torch.device:
+def _canonical(device: torch.device | str | int) -> torch.device:
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:

@@ -94,7 +94,7 @@ CHANGES = {
     "hook": (hook, (*ANY, *PARENTS, "GELUActivation"), False),
     "pre-hook": (hook_before, LINEAR, False),
     "forward of its own": (own_forward, ("LayerScale", "LayerNorm"), False),
-    "offloaded": (offload, ANY, True),
+    "offloaded": (offload, (*ANY, *PARENTS), True),
     "in int8": (replace(RowScaled), ("Linear",), False),
     "pruned": (prune_weight, ("QKVLinear",), False),
     "LoRA": (adapt(), ADAPTABLE, False),

@@ -141,7 +141,17 @@ def test_a_dumped_tree_spec_loads_equal(packed):
     leaves, spec = pytree.tree_flatten(packed)
     loaded = pytree.treespec_loads(pytree.treespec_dumps(spec))
     assert loaded == spec
-    assert pytree.tree_unflatten(leaves, loaded).to("cpu") is packed
+    again = pytree.tree_unflatten(leaves, loaded)
+    assert again.to("cpu") is again.to(None) is again
+    for name in ("grids", "lengths", "num_prefix_tokens", "total_tokens", "max_seqlen"):
+        assert getattr(again, name) == getattr(packed, name)
+
+
+def test_moved_layouts_keep_coordinates_of_their_own():
+    packed = PackedGrids.from_grids([(2, 3), (1, 4)], num_prefix_tokens=1)
+    own = packed.with_coords(packed.coords * 2)
+    assert own.to("cpu") is own.to("cpu", non_blocking=True) is own
+    assert own.to("meta").coords.is_meta and own.to("meta")._coords is not packed.to("meta")._coords
 
 
 def test_usable_by_training_after_it_was_made_under_inference_mode():
