@@ -22,6 +22,10 @@ def show(exported: Exported) -> None:
         f"{quantity(exported.bytes, 'B')}; a {exported.form} of images of any size; differs from "
         f"the encoder by {exported.error:.1e} on {counted(exported.checked, 'input')}"
     )
+    if exported.form == "pack":
+        print_line(
+            "its attention holds a mask of all tokens by all tokens of a pack (images apart)"
+        )
 
 
 @command(show=show)
@@ -32,7 +36,10 @@ def export(
             metavar="DIR", help="Checkpoint of DINOv3 or DINOv2: directory, file, hub id."
         ),
     ],
-    output: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")],
+    output: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="File to write; default: encoder.onnx, .pt2, .xml."),
+    ] = None,
     format: Annotated[str, typer.Option(help="{hrvlm.export.files.FORMATS}.")] = "onnx",
     form: Annotated[
         str, typer.Option(help="{hrvlm.export.graphs.GRAPHS}: of one size, or of mixed sizes.")
@@ -42,8 +49,11 @@ def export(
 
     The file is run on several sizes and compared with the encoder before it takes its place.
     """
+    from ..export.files import FORMATS
     from ..export.files import export as run
     from ..inference.loading import load_encoder
 
+    if output is None:
+        output = Path(f"encoder{FORMATS[format].suffix if format in FORMATS else ''}")
     encoder = load_encoder(model, device="cpu", dtype="float32").encoder
     return run(encoder, output, format=format, form=form)

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..files import read_mapping
-from ..images.geometry import positive_int, square_side
+from ..images.geometry import positive_int, square_side, true_or_false
 from ..images.processor import (
     IMAGENET,
     Normalization,
@@ -142,11 +142,14 @@ class VLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Build the configs of the parts from dictionaries, and check that all fit together."""
+        allow_fp16 = kwargs.pop("allow_fp16", None)
         _refuse_misspelt(kwargs)
         self.vision_config = as_config(self.vision_config, "vision_config", "dinov3_vit")
         self.text_config = as_config(self.text_config, "text_config", "llama")
         self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
         super().__post_init__(**kwargs)
+        if allow_fp16 is not None:
+            self.allow_fp16 = true_or_false("allow_fp16", allow_fp16)
         self._check()
 
     def _check(self) -> None:

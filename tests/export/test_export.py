@@ -170,11 +170,13 @@ def test_a_trace_of_a_list_is_refused_by_name(rng):
 # Files
 
 
-def test_the_command_writes_a_file_that_was_checked(tmp_path):
+def test_the_command_writes_a_file_that_was_checked(tmp_path, monkeypatch):
     encoder_of(num_register_tokens=1).save_pretrained(tmp_path / "model")
     path = tmp_path / "out" / "encoder.pt2"
-    options = ("--format", "torch", "--form", "pack", "--json")
-    result = run("export", tmp_path / "model", path, *options)
+    path.parent.mkdir()
+    monkeypatch.chdir(path.parent)
+    result = run("export", "../model", "--format", "torch", "--form", "pack", "--json")
+    path = path.relative_to(path.parent)  # what it is called if nothing is said
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document["files"] == [str(path)] and document["bytes"] == path.stat().st_size

@@ -22,6 +22,12 @@ _VISION = re.compile(r"^class \w*(Vision|ViT|Dinov2|DINOv3|CLIP|Siglip|Pixtral)\
 _SIZED_MODEL = re.compile(rf"class \w+\(\w+PreTrainedModel\):.*\b({'|'.join(SIZES)}): ", re.S)
 
 
+def number_of_towers() -> int:
+    """Vision classes whose attention is packed: counted by hand in the releases named."""
+    release = tuple(map(int, transformers.__version__.split(".")[:2]))
+    return 33 if release >= (5, 24) else 24
+
+
 # Classes of each source form, with the head_dim that their towers have.
 IN_KERNELS = {
     ("cohere_compass", "CohereCompassVisionAttention"): 64,

@@ -256,6 +256,9 @@ def test_one_switch_lets_float16_run_by_argument_config_pipeline_and_autocast(tm
         VisionLanguageModel.from_pretrained(tmp_path, **half)(**inputs)
     config = VLMConfig.from_pretrained(tmp_path, allow_fp16=True)
     assert config.allow_fp16 and config.vision_config.allow_fp16
+    assert config_of(allow_fp16=True).vision_config.allow_fp16 and not config_of().allow_fp16
+    with pytest.raises(ValueError, match="allow_fp16='yes'"):
+        config_of(allow_fp16="yes")
     for options in ({"allow_fp16": True}, {"config": config}):
         model = VisionLanguageModel.from_pretrained(tmp_path, **half, **options)
         assert model(**inputs).logits.dtype == torch.float16
