@@ -15,7 +15,7 @@ where a leading axis of 1, as processors give it, is dropped. `None` instead of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..images.geometry import positive_int
-from ..images.patches import pack_images
+from ..images.patches import check_tensor, pack_images
 
 IGNORE_INDEX = -100
 
@@ -65,7 +65,7 @@ class BaseCollator:
     ):
         image_processor = getattr(tokenizer, "image_processor", None)
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        if self.tokenizer.pad_token_id is None:
+        if getattr(self.tokenizer, "pad_token_id", None) is None:
             raise ValueError("tokenizer: it has no pad_token; make it with hrvlm.get_tokenizer")
         if max_length is not None:
             positive_int("max_length", max_length)
@@ -79,10 +79,18 @@ class BaseCollator:
         """Collate samples; the top of this file says what a sample is.
 
         Raises:
+            TypeError: these are no samples, or the images of one no tensors.
             ValueError: a sample (named by its index) lacks `input_ids` or `labels`, its parts have
-                different lengths, or it has pixels without grids.
+                different lengths or are no numbers, it has pixels without grids, or patches of
+                another size than those before it.
         """
-        rows = [self._row(i, sample) for i, sample in enumerate(samples) if sample is not None]
+        if not isinstance(samples, Iterable):
+            raise TypeError(f"samples: expected a list of mappings, got {type(samples).__name__}")
+        numbered = {
+            i: self._row(i, sample) for i, sample in enumerate(samples) if sample is not None
+        }
+        _check_widths(numbered)
+        rows = list(numbered.values())
         kept = [
             r for r in rows if self.max_length is None or len(r["input_ids"]) <= self.max_length
         ]
@@ -130,23 +138,38 @@ class BaseCollator:
 
     def _pixels(self, index: int, sample: Mapping[str, Any]) -> dict[str, Tensor]:
         pixels, grids = sample.get("pixel_values"), sample.get("image_grid_hw")
-        if images := sample.get("images"):
+        images = sample.get("images")
+        if not isinstance(images, list | tuple | None):
+            raise TypeError(
+                f"sample {index}: images: expected a list of tensors, got {type(images).__name__}"
+            )
+        if images:
             if self.patch_size is None:
                 raise ValueError("patch_size: needed to pack images; pass it, or a processor")
             tensors = [image[0] if isinstance(image, tuple) else image for image in images]
+            for i, tensor in enumerate(tensors):
+                check_tensor(f"sample {index}: image {i}", tensor)
             squares = [i for image in tensors for i in (image if image.ndim == 4 else [image])]
             pixels, grids = pack_images(squares, self.patch_size)
         if (pixels is None) != (grids is None):
             raise ValueError(f"sample {index}: pixel_values and image_grid_hw go together")
         if pixels is None:
             return {}
-        grids = torch.as_tensor(grids, dtype=torch.long).reshape(-1, 2)
+        pixels = _tensor(index, "pixel_values", pixels)
+        if pixels.ndim != 2:
+            shape = tuple(pixels.shape)
+            raise ValueError(f"sample {index}: pixel_values must be [N, 3*p*p], got {shape}")
+        grids = _whole(index, "image_grid_hw", grids)
+        if grids.numel() % 2:
+            shape = tuple(grids.shape)
+            raise ValueError(f"sample {index}: image_grid_hw must be [images, 2], got {shape}")
+        grids = grids.reshape(-1, 2)
         if int(grids.prod(1).sum()) != len(pixels):
             raise ValueError(
                 f"sample {index}: pixel_values has {len(pixels)} patches, expected "
                 f"{int(grids.prod(1).sum())} for image_grid_hw {grids.tolist()}"
             )
-        return {"pixel_values": torch.as_tensor(pixels), "image_grid_hw": grids}
+        return {"pixel_values": pixels, "image_grid_hw": grids}
 
     def _batch(self, rows: list[dict[str, Tensor]], with_labels: bool) -> dict[str, Tensor]:
         length = max((len(row["input_ids"]) for row in rows), default=0)
@@ -187,9 +210,36 @@ class VQACollator(BaseCollator):
 
 
 def _vector(index: int, name: str, values: Any) -> Tensor:
-    vector = torch.as_tensor(values)
+    vector = _whole(index, name, values)
     if vector.ndim == 2 and vector.shape[0] == 1:
         vector = vector[0]
     if vector.ndim != 1:
         raise ValueError(f"sample {index}: {name} must be [L], got {tuple(vector.shape)}")
-    return vector.long()
+    return vector
+
+
+def _whole(index: int, name: str, values: Any) -> Tensor:
+    """As integers; floats that are whole numbers too, as masks often are."""
+    tensor = _tensor(index, name, values)
+    whole = tensor.long()
+    if tensor.is_floating_point() and not whole.eq(tensor).all():
+        raise ValueError(f"sample {index}: {name}: expected whole numbers, got {values!r:.60}")
+    return whole
+
+
+def _tensor(index: int, name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"sample {index}: {name}: expected numbers, got {values!r:.60}") from error
+
+
+def _check_widths(rows: Mapping[int, Mapping[str, Tensor]]) -> None:
+    widths = {i: row["pixel_values"].shape[1] for i, row in rows.items() if "pixel_values" in row}
+    for index, width in widths.items():
+        first = next(iter(widths))
+        if width != widths[first]:
+            raise ValueError(
+                f"sample {index}: pixel_values has rows of {width} values, those of sample {first} "
+                f"have {widths[first]}: expected patches of one size"
+            )

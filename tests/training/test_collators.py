@@ -179,3 +179,52 @@ def test_a_batch_trains(processor):
     out.loss.backward()
     assert torch.isfinite(out.loss)
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"input_ids": "hello"}, "sample 1: input_ids: expected numbers, got 'hello'"),
+        (
+            {"input_ids": [1.5, 2.7]},
+            r"sample 1: input_ids: expected whole numbers, got \[1.5, 2.7\]",
+        ),
+        ({"input_ids": [1], "labels": "x"}, "sample 1: labels: expected numbers, got 'x'"),
+        ({"input_ids": [1], "images": [picture(8, 8)]}, "sample 1: image 0: expected a tensor"),
+        (
+            {"input_ids": [1], "images": picture(8, 8)},
+            "sample 1: images: expected a list of tensors",
+        ),
+        (
+            sample([1]) | {"pixel_values": torch.zeros(1, WIDTH), "image_grid_hw": "x"},
+            "sample 1: image_grid_hw: expected num",
+        ),
+        (
+            sample([1]) | {"pixel_values": torch.zeros(1, WIDTH), "image_grid_hw": [[1.5, 1]]},
+            "sample 1: image_grid_hw: expected whole",
+        ),
+        (
+            sample([1]) | {"pixel_values": torch.zeros(1, WIDTH), "image_grid_hw": [1]},
+            r"sample 1: image_grid_hw must be \[images, 2\]",
+        ),
+        (
+            sample([1]) | {"pixel_values": "x", "image_grid_hw": [(1, 1)]},
+            "sample 1: pixel_values: expected numbers",
+        ),
+        (
+            sample([1]) | {"pixel_values": torch.zeros(1, 12), "image_grid_hw": [(1, 1)]},
+            f"sample 1: pixel_values has rows of 12 values, those of sample 0 have {WIDTH}",
+        ),
+    ],
+)
+def test_parts_of_another_kind_are_named_with_their_sample(processor, wrong, message):
+    good = sample([processor.image_token_id], grids=[(2, 2)])
+    with pytest.raises((TypeError, ValueError), match=message):
+        BaseCollator(processor)([good, wrong])
+
+
+def test_what_is_no_list_of_samples_or_no_tokenizer_is_named(processor):
+    with pytest.raises(TypeError, match="samples: expected a list of mappings, got NoneType"):
+        BaseCollator(processor)(None)
+    with pytest.raises(ValueError, match="tokenizer: it has no pad_token"):
+        BaseCollator(None)
