@@ -202,4 +202,5 @@ def test_make_gpu_installs_nothing_and_fails_without_a_gpu():
 def test_ci_runs_the_checks_and_the_tests():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().splitlines()[-2:] == ["make lint", "make test"]
+    first, fuzz, last = script.read_text().splitlines()[-3:]
+    assert (first, last) == ("make lint", "make test") and "benchmarks.hardening.fuzz" in fuzz

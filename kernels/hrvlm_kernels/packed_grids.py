@@ -234,15 +234,12 @@ class PackedGrids:
     ) -> PackedGrids:
         """The same layout with its tensors on `device`; None, as for a tensor, leaves it there.
 
-        accelerate's hooks call it on whatever has such a method, with both arguments.
+        Coordinates of :meth:`with_coords` stay where they were given. accelerate's hooks call this
+        on whatever has such a method, with both arguments.
         """
         if device is None or (there := _canonical(device)) == self.device:
             return self
-        moved = _cached(self.grids, self.lengths, self.num_prefix_tokens, there)
-        usual = _cached(self.grids, self.lengths, self.num_prefix_tokens, self.device)
-        if self._coords is None or self._coords is usual._coords:
-            return moved
-        return replace(moved, _coords=self._coords.to(there, non_blocking=non_blocking))
+        return _cached(self.grids, self.lengths, self.num_prefix_tokens, there)
 
     def with_coords(self, coords: Tensor) -> PackedGrids:
         """The same layout with other coordinates ``[T, 2]`` float32, e.g. augmented ones."""

@@ -41,6 +41,8 @@ OTHERS = [
 # Ernie's merger is outside of its tower; the others take grids beside pixels, in other orders.
 NOT_TAKEN = {"ernie4_5_vl_moe", "glm_image", "hunyuan_vl", "kimi_k25", "muse_glimmer"}
 NOT_TAKEN |= {"video_llama_3", "dots3_note", "hy_v4_vl", "lfm3_vl", "minimax_m3_vl", "muse_spark"}
+NOT_TAKEN |= {"cosmos3_edge", "minicpmv4_6", "paddleocr_vl"}
+NOT_TAKEN |= {"minicpm_ocr", "minicpmv4_7", "inkling2", "radio"}
 TOWERS = {model: name for model, name in [*OTHERS, *whole_towers()] if model not in NOT_TAKEN}
 # In each form, those that people run.
 RUN = ("pixtral", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
