@@ -11,7 +11,7 @@ import typer
 
 from .command import Json, command
 from .console import note
-from .options import Device, StoredDType
+from .options import Device, Fetch, StoredDType
 from .tables import duration
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def generate(
         str | None, typer.Option(help="What to ask; with --chat: what to ask first.")
     ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="An image; repeat for several, in order.")
+        list[str] | None,
+        typer.Option(help="An image, folder, - or address; repeat for several, in order."),
     ] = None,
     model: Annotated[
         str | None,
@@ -46,6 +47,7 @@ def generate(
     num_beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = 1,
     device: Device = None,
     dtype: StoredDType = "auto",
+    fetch: Fetch = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Answer a prompt about images; the text streams to stdout."""
@@ -56,8 +58,8 @@ def generate(
         raise ValueError("--prompt is needed, or --chat")
     if each and (chat or not image):
         raise ValueError("--each: goes with --image, and not with --chat")
-    images = image or []
     from ..inference.chat import GenerateOptions, start_chats
+    from ..inference.inputs import gathered
 
     bound = {}
     if model is None:
@@ -67,30 +69,32 @@ def generate(
         prompt = PROMPT if prompt is None and not chat else prompt
         note(f"no --model, so this answers: {WHAT_IT_READS}")
     options = GenerateOptions(max_new_tokens, temperature, num_beams, **bound)
-    groups = [[path] for path in images] if each else [images]
-    talks = start_chats(model, groups, options, device=device, dtype=dtype)
+    with gathered(image or [], fetch=fetch) as inputs:
+        images = inputs.paths
+        groups = [[path] for path in images] if each else [images]
+        talks = start_chats(model, groups, options, device=device, dtype=dtype)
     refused = _not_read(talks, groups) if ours else {}
     if refused and not each:
-        raise ValueError("; ".join(f"{path}: {reason}" for path, reason in refused.items()))
+        raise ValueError("; ".join(f"{inputs.name(path)}: {why}" for path, why in refused.items()))
     turns = []
     for talk, group in zip(talks, groups, strict=True):
         if reason := refused.get(group[0]) if each else None:
-            note(f"{group[0]}: refused: {reason}")
-            turns.append({"image": str(group[0]), "refused": reason})
+            note(f"{inputs.name(group[0])}: refused: {reason}")
+            turns.append({"image": inputs.name(group[0]), "refused": reason})
             continue
         for question in _questions(prompt, chat):
             if each and not as_json:
-                print(f"{group[0]}: ", end="", flush=True)
+                print(f"{inputs.name(group[0])}: ", end="", flush=True)
             result = _ask(talk, question, stream=not as_json, give_up=not chat)
             if result is None:
                 continue
-            asked = {"image": str(group[0])} if each else {}
+            asked = {"image": inputs.name(group[0])} if each else {}
             turns.append(asked | {"prompt": question} | result.to_json())
             if not as_json:
                 _show_speed(result)
     if each:
         return {"model": model, "answers": turns}
-    shown = {"model": model, "images": [str(path) for path in images]}
+    shown = {"model": model, "images": [inputs.name(path) for path in images]}
     return shown | ({"turns": turns} if chat else turns[0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from .command import command
 from .console import note
-from .options import Backend, Device
+from .options import Backend, Device, Fetch, Images
 from .tables import counted, print_line, print_table
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def show(result: SearchResult) -> None:
 
 @command(show=show)
 def search(
-    images: Annotated[list[Path], typer.Argument(help="Image files to find the like of.")],
+    images: Images,
     index: Annotated[str, typer.Option(help="Folder that hrvlm embed has written.")],
     top: Annotated[int, typer.Option(help="Hits for each image.")] = 10,
     by: Annotated[
@@ -57,6 +58,7 @@ def search(
     model: Annotated[str | None, typer.Option(help="Where the model is now, if it moved.")] = None,
     backend: Backend = "auto",
     device: Device = None,
+    fetch: Fetch = False,
 ) -> SearchResult:
     """Find images that are like given ones among embedded ones.
 
@@ -68,25 +70,28 @@ def search(
     need_extra("pyarrow", "faiss")
     from ..embed.search import Searcher, SearchResult
     from ..images.geometry import positive_int
+    from ..inference.inputs import gathered
 
     positive_int("--top", top)
-    searcher = Searcher(
-        index, by, exact=exact, input=source, model=model, backend=backend, device=device
-    )
-    facts = searcher.manifest.facts
-    if facts.random_weights:
-        note("note: the weights were random: the features mean nothing")
-    found = searcher.search(images, top)
-    if sheet is not None:
-        searcher.write_sheet(sheet, found)
-    if page is not None:
-        from ..explore.page import PageImage, write_page
+    with gathered(images, fetch=fetch) as inputs:
+        searcher = Searcher(
+            index, by, exact=exact, input=source, model=model, backend=backend, device=device
+        )
+        facts = searcher.manifest.facts
+        if facts.random_weights:
+            note("note: the weights were random: the features mean nothing")
+        found = searcher.search(inputs.paths, top)
+        if sheet is not None:
+            searcher.write_sheet(sheet, found)
+        if page is not None:
+            from ..explore.page import PageImage, write_page
 
-        shown = [
-            PageImage(name, picture, features, note=score)
-            for name, picture, features, score in searcher.patches_of(found[0])
-        ]
-        title = f"What is like {images[0].name}"
-        written = write_page(page, shown, title=title, about=f"{facts.name}, {index}")
-        note(f"page: {written.path}")
+            shown = [
+                PageImage(name, picture, features, note=score)
+                for name, picture, features, score in searcher.patches_of(found[0])
+            ]
+            title = f"What is like {inputs.paths[0].name}"
+            written = write_page(page, shown, title=title, about=f"{facts.name}, {index}")
+            note(f"page: {written.path}")
+        found = [replace(one, query=inputs.name(Path(one.query))) for one in found]
     return SearchResult(found, searcher.by, searcher.index, facts.random_weights, sheet)

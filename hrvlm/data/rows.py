@@ -15,14 +15,17 @@ The images stand in front of the first question, or where the users' texts have 
 have it as many times as there are images. In ``messages`` an image may stand in the content, or
 ``{"type": "image"}`` there for the next one of ``images``. ``system`` is a text before all turns.
 
-An image is whatever :func:`hrvlm.images.intake.load_image` takes, ``{"bytes": ..., "path": ...}``,
-a data URI, base64, or a URL where those are fetched (:func:`hrvlm.images.fetch.readable`).
+An image is whatever :func:`hrvlm.images.intake.load_image` takes, an object with its ``bytes``,
+``path`` or ``url``, a data URI, base64, or a URL where those are fetched
+(:func:`hrvlm.images.fetch.readable`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ..images.fetch import unwrapped
 
 IMAGE_MARKER = "<image>"
 
@@ -125,11 +128,7 @@ def images_of(row: Any) -> list[Any]:
         images = image if isinstance(image, list) else [] if image is None else [image]
     if not isinstance(images, list | tuple):
         raise ValueError(f"images: expected a list, got {type(images).__name__}")
-    # datasets' undecoded images are {"bytes": ..., "path": ...}.
-    return [
-        (i.get("path") if i.get("bytes") is None else i["bytes"]) if isinstance(i, Mapping) else i
-        for i in images
-    ]
+    return [unwrapped(image) for image in images]
 
 
 def turns_of(row: Mapping[str, Any]) -> tuple[list[Any], str, str]:

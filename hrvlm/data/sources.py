@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..images.fetch import is_text_image
+from ..images.fetch import is_text_image, unwrapped
 from .config import FineVision, JsonL, Parquet, SourceConfig, Synthetic
 from .rows import Row, plain_row
 
@@ -273,8 +273,7 @@ def _located(row: Any, root: Path | None) -> Any:
         return row
 
     def below(image: Any) -> Any:
-        if isinstance(image, Mapping) and image.get("bytes") is None:
-            image = image.get("path")
+        image = unwrapped(image)
         if not isinstance(image, str) or (is_text_image(image) and not _is_file(root / image)):
             return image
         return root / image

@@ -30,11 +30,11 @@ class Found:
     """What is near one image.
 
     Attributes:
-        query: Its file.
+        query: Its file, or what it was called.
         hits: Nearest first.
     """
 
-    query: Path
+    query: Path | str
     hits: list[Hit]
 
 
@@ -164,7 +164,7 @@ class Searcher:
         draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
         for line, one in enumerate(found):
             images = [load_image(one.query), *self.pictures(one.hits)]
-            texts = [f"query\n{one.query.name}"]
+            texts = [f"query\n{Path(one.query).name}"]
             texts += [f"{i}: {hit.score:.3f}\n{hit.id}" for i, hit in enumerate(one.hits, 1)]
             for column, (image, text) in enumerate(zip(images, texts, strict=True)):
                 left, top = _GAP + column * step_x, _GAP + line * step_y
@@ -185,7 +185,7 @@ class Searcher:
         config = replace(self.run.config, keep=("patches",), stored="bfloat16")
         run, model = Run(config, self.manifest), self.model.keeping(config)
         images = [load_image(found.query), *self.pictures(found.hits)]
-        names = [found.query.name, *(hit.id for hit in found.hits)]
+        names = [Path(found.query).name, *(hit.id for hit in found.hits)]
         notes = ["query", *(f"{hit.score:.3f}" for hit in found.hits)]
         rows = decode(_Files(images), [Entry(name, "", 0, 0) for name in names], 0, run)
         encode(rows, model, run)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
-from ..images.fetch import is_text_image, is_url, readable
+from ..images.fetch import is_text_image, is_url, readable, unwrapped
 from ..images.formats import ImageError, image_endings
 from .config import EmbedConfig
 from .store import filesystem, is_local
@@ -114,8 +114,7 @@ class _Table:
             if len(value) != 1:
                 raise ImageError(f"{len(value)} images in a row, expected one")
             value = value[0]
-        if isinstance(value, Mapping):
-            value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        value = unwrapped(value)
         if not isinstance(value, str):
             return value
         if is_url(value) or (is_text_image(value) and not self._exists(value)):

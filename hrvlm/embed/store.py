@@ -156,7 +156,12 @@ def filesystem(address: str) -> tuple[Any, str]:
 
     try:
         fs, root = fsspec.core.url_to_fs(address)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        raise ValueError(
+            f"{address}: reading from there needs packages that are not installed: {error}; "
+            "download it, or name the images by their addresses in a JSON Lines file (--fetch)"
+        ) from error
+    except ValueError as error:
         raise ValueError(f"{address}: {error}") from error
     return fs, root.rstrip("/") or "/"
 

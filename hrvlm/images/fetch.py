@@ -6,6 +6,7 @@ import base64
 import binascii
 import os
 import time
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -21,22 +22,45 @@ def is_url(source: str) -> bool:
     return source[:8].lower().startswith(("http://", "https://"))
 
 
+def is_data_uri(source: str) -> bool:
+    """Whether it is a file written out as text after ``data:``."""
+    return source[:5].lower() == "data:"
+
+
+def shortened(source: str) -> str:
+    """What errors call it: of a data URI, the beginning."""
+    return f"{source[:40]}..." if is_data_uri(source) and len(source) > 40 else source
+
+
+def unwrapped(source: Any) -> Any:
+    """The image in ``{"bytes": ..., "path": ..., "url": ...}``, of which the first counts.
+
+    Such are the undecoded images of `datasets`; others, and objects without these keys, are
+    returned as they are.
+    """
+    if not isinstance(source, Mapping):
+        return source
+    values = (source.get(key) for key in ("bytes", "path", "url"))
+    return next((value for value in values if value is not None), source)
+
+
 def is_text_image(source: str) -> bool:
     """Whether `fetch_image` takes the string: a URL, or longer than a word."""
-    return is_url(source) or source[:5].lower() == "data:" or len(source) >= 64
+    return is_url(source) or is_data_uri(source) or len(source) >= 64
 
 
 def readable(source: Any, label: str, *, fetch: bool) -> Any:
     """An image for `load_image`: a data URI, base64 string or URL as its bytes, others as they are.
 
     Args:
-        source: The image.
+        source: The image, or an object with it; see :func:`unwrapped`.
         label: Its name in errors.
         fetch: Whether URLs are fetched.
 
     Raises:
         ImageError: as `fetch_image`, or it is a URL and these are not fetched.
     """
+    source = unwrapped(source)
     if not isinstance(source, str) or not is_text_image(source) or os.path.exists(source):
         return source
     if is_url(source) and not fetch:

@@ -33,6 +33,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 from PIL import ExifTags, Image
 
+from .fetch import is_data_uri, shortened
 from .formats import ImageError as ImageError  # part of this module's interface, too
 from .formats import check_size, decode_first_frame
 from .geometry import positive_int
@@ -52,7 +53,7 @@ MAX_PIXELS = 178_956_970  # Pillow's own default: 512 MiB of RGB
 MAX_STREAM_BYTES = 64_000_000  # of a stream that can't seek, before its header is read
 WHITE = (255, 255, 255)
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _CHANNEL_COUNTS = (1, 3, 4)
 _UPRIGHT = {  # EXIF orientation: what brings the picture back
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -181,6 +182,7 @@ def label_of(source: Any, name: str | int | None) -> str:
     path = source
     if not isinstance(source, str | os.PathLike):
         path = getattr(source, "filename" if isinstance(source, Image.Image) else "name", "")
+    path = shortened(path) if isinstance(path, str) else path
     file = repr(os.fspath(path)) if path and isinstance(path, str | os.PathLike) else ""
     if len(file) > 300:
         file = f"{file[:300]}..."
@@ -205,6 +207,11 @@ def _failures_named(label: str, what: str) -> Iterator[None]:
 def opened(source: Any, label: str) -> Iterator[IO[bytes]]:
     """The file as a stream that can seek."""
     if isinstance(source, str | os.PathLike):
+        if isinstance(source, str) and is_data_uri(source):
+            raise ImageError(
+                f"{label} is a data URI: pass its bytes, those of fetch_image(uri, name) of "
+                "hrvlm.images.fetch; VLMProcessor and the rows of data sets take it as it is"
+            )
         if isinstance(source, str) and _URL.match(source):
             raise ImageError(f"{label} is a URL: download it first, then pass its path or bytes")
         with open(source, "rb") as stream:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .geometry import positive_int
+from .geometry import positive_int, positive_pair
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -32,10 +32,13 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
 
     Raises:
         TypeError: it is no tensor.
-        ValueError: H or W is not a positive multiple of `patch_size`.
+        ValueError: it has fewer than three axes, or H or W is not a positive multiple of
+            `patch_size`.
     """
     check_tensor("image", image)
     positive_int("patch_size", patch_size)
+    if image.ndim < 3:
+        raise ValueError(f"image: expected [..., 3, H, W], got {tuple(image.shape)}")
     *lead, channels, height, width = image.shape
     p = patch_size
     if not height or not width or height % p or width % p:
@@ -52,10 +55,15 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     """Inverse of :func:`patchify`: ``[..., hp*wp, 3*p*p]`` to ``[..., 3, hp*p, wp*p]``.
 
     Raises:
-        ValueError: the rows do not fill the `grid` (hp, wp).
+        TypeError: `patches` is no tensor.
+        ValueError: the rows do not fill the `grid` (hp, wp), or this is not two positive ints.
     """
     check_tensor("patches", patches)
-    (hp, wp), p = grid, patch_size
+    if patches.ndim < 2:
+        raise ValueError(f"patches: expected [..., hp*wp, 3*p*p], got {tuple(patches.shape)}")
+    if (pair := positive_pair(grid)) is None:
+        raise ValueError(f"grid {grid!r:.60}: expected two positive ints (hp, wp)")
+    (hp, wp), p = pair, positive_int("patch_size", patch_size)
     *lead, rows, size = patches.shape
     if rows != hp * wp or size % (p * p):
         raise ValueError(

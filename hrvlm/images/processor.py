@@ -65,7 +65,12 @@ def normalization_for(name: str) -> Normalization:
     statistics, "siglip" (and Idefics 3, SmolVLM, Qwen3-VL) 0.5 and 0.5, Pixtral, Qwen2-VL,
     Qwen2.5-VL and GLM-4.1V CLIP's, and every other name ImageNet's, which are those of DINOv2, the
     other DINOv3 models and most ViTs. Upper and lower case are the same.
+
+    Raises:
+        TypeError: it is no text.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected the name of a checkpoint, got {type(name).__name__}")
     return known_normalization(name) or IMAGENET
 
 

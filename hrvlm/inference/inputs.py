@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ..images.fetch import fetch_image, is_url
+from ..images.fetch import fetch_image, is_data_uri, is_url, shortened
 from ..images.formats import image_endings
 
 STDIN = "-"
@@ -24,7 +24,7 @@ class Inputs:
         paths: In the order in which they were named.
         names: What those are called that lie in a temporary folder.
         skipped: Files inside folders that are no images by their names.
-        bad: Addresses that could not be fetched, and why.
+        bad: Addresses that could not be fetched (or data URIs that could not be read), and why.
     """
 
     paths: list[Path] = field(default_factory=list)
@@ -45,7 +45,7 @@ def gathered(
 
     Args:
         images: Files; folders, whose images are taken at any depth, sorted by name; ``-`` for an
-            image on standard input; addresses (http, https).
+            image on standard input; addresses (http, https); data URIs.
         fetch: Whether addresses are fetched.
         skip_bad: Collect addresses that can't be fetched instead of raising.
 
@@ -58,8 +58,8 @@ def gathered(
         for image in images:
             if image == STDIN:
                 _keep(inputs, Path(folder, "stdin"), image, sys.stdin.buffer.read())
-            elif is_url(image):
-                if not fetch:
+            elif is_url(image) or is_data_uri(image):
+                if is_url(image) and not fetch:
                     raise ValueError(f"{image}: addresses are fetched only with --fetch")
                 _fetch(inputs, Path(folder), image, skip_bad=skip_bad)
             else:
@@ -68,10 +68,11 @@ def gathered(
 
 
 def _fetch(inputs: Inputs, folder: Path, address: str, *, skip_bad: bool) -> None:
-    name = Path(unquote(urlsplit(address).path)).name or "image"
+    place = "" if is_data_uri(address) else urlsplit(address).path
+    name, address, source = Path(unquote(place)).name or "image", shortened(address), address
     path = folder / str(len(inputs.paths)) / name
     try:
-        content = fetch_image(address, address)
+        content = fetch_image(source, address)
     except ValueError as error:
         if not skip_bad:
             raise

@@ -136,21 +136,29 @@ def check_inputs(
     """Raise TypeError or ValueError where an input is no tensor, or of another form."""
     named = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
     for name, value in named.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name}: expected a tensor, got {type(value).__name__}; VLMProcessor makes "
-                "the inputs of texts and images"
-            )
+        if value is not None:
+            check_is_tensor(name, value)
     if input_ids is not None and (input_ids.ndim != 2 or input_ids.is_floating_point()):
         raise ValueError(
             f"input_ids: expected integers [B, L], got {input_ids.dtype} {tuple(input_ids.shape)}"
         )
+    if inputs_embeds is not None and inputs_embeds.ndim != 3:
+        raise ValueError(f"inputs_embeds: expected [B, L, C], got {tuple(inputs_embeds.shape)}")
     tokens: Any = inputs_embeds if input_ids is None else input_ids
     mask = attention_mask if isinstance(attention_mask, Tensor) else None
     if mask is not None and begins and mask.ndim == 2 and mask.shape != tokens.shape[:2]:
         raise ValueError(
             f"attention_mask: {tuple(mask.shape)}, expected {tuple(tokens.shape[:2])}, one for "
             "each token"
+        )
+
+
+def check_is_tensor(name: str, value: Any) -> None:
+    """Raise TypeError, naming the input, unless it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor, got {type(value).__name__}; VLMProcessor makes "
+            "the inputs of texts and images"
         )
 
 
@@ -170,8 +178,11 @@ def grids_of(pixel_values: Tensor | None, image_grid_hw: Grids | None) -> list[G
     """The grids as ints; empty if there are no images.
 
     Raises:
+        TypeError: the pixels are no tensor.
         ValueError: pixels come without grids, or grids without pixels.
     """
+    if pixel_values is not None:
+        check_is_tensor("pixel_values", pixel_values)
     rows = 0 if pixel_values is None else pixel_values.shape[0]
     grids = [] if image_grid_hw is None else as_grids(image_grid_hw)
     if bool(rows) != bool(grids):

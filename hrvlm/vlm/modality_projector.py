@@ -8,7 +8,7 @@ nanoVLM's (`models/modality_projector.py`, there for squares).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 
@@ -84,7 +84,8 @@ class ModalityProjector(nn.Module):
         backend: One of :data:`hrvlm_kernels.backends.BACKENDS`.
 
     Raises:
-        ValueError: sizes are missing, given twice, or not positive.
+        TypeError: `config` has no such attributes.
+        ValueError: sizes are missing, given twice, or no positive ints.
     """
 
     def __init__(
@@ -103,6 +104,9 @@ class ModalityProjector(nn.Module):
         if config is not None:
             if vit_hidden_dim is not None or lm_hidden_dim is not None:
                 raise ValueError("give config, or vit_hidden_dim and lm_hidden_dim, not both")
+            names = ("vit_hidden_dim", "lm_hidden_dim", "mp_pixel_shuffle_factor")
+            if not all(hasattr(config, name) for name in names):
+                raise TypeError(f"config: expected a VLMConfig, got {type(config).__name__}")
             vit_hidden_dim, lm_hidden_dim = config.vit_hidden_dim, config.lm_hidden_dim
             mp_pixel_shuffle_factor = config.mp_pixel_shuffle_factor
             num_prefix_tokens = getattr(config, "num_prefix_tokens", num_prefix_tokens)
@@ -116,11 +120,13 @@ class ModalityProjector(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.handle_special_tokens = mp_handle_special_tokens
         self.backend = backend
-        if min(vit_hidden_dim, lm_hidden_dim, self.factor) < 1 or num_prefix_tokens < 0:
+        sizes = vit_hidden_dim, lm_hidden_dim, self.factor
+        whole = all(isinstance(size, SupportsIndex) for size in (*sizes, num_prefix_tokens))
+        if not whole or min(sizes) < 1 or num_prefix_tokens < 0:
             raise ValueError(
-                f"vit_hidden_dim={vit_hidden_dim}, lm_hidden_dim={lm_hidden_dim}, "
-                f"factor={self.factor}, num_prefix_tokens={num_prefix_tokens}: expected positive "
-                "sizes"
+                f"vit_hidden_dim={vit_hidden_dim!r}, lm_hidden_dim={lm_hidden_dim!r}, "
+                f"factor={self.factor!r}, num_prefix_tokens={num_prefix_tokens!r}: expected "
+                "positive sizes"
             )
         if mp_append_cls and not (num_prefix_tokens and mp_handle_special_tokens):
             raise ValueError(
@@ -166,11 +172,15 @@ class ModalityProjector(nn.Module):
             end with ``mp_append_cls``. With `packed` ``[sum of tokens, N]``, image after image.
 
         Raises:
+            TypeError: `x` is no tensor, or `packed` no layout.
             ValueError: the rows do not fit the grid (a token grid given by mistake is recognised),
                 the factor does not divide it (the image is named), or the CLS is asked for where
                 there are no prefix tokens.
         """
+        check_tensor("x", x)
         if packed is not None:
+            if not isinstance(packed, PackedGrids):
+                raise TypeError(f"packed: expected PackedGrids, got {type(packed).__name__}")
             if gh is not None or gw is not None:
                 raise ValueError("give gh and gw, or packed, not both")
             return self._project(x, packed, norm)

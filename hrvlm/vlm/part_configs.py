@@ -132,7 +132,7 @@ def as_config(
     else:
         values = config
     model_type = values.get("model_type", default_type)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"{field}: transformers has no model_type {model_type!r}")
     return CONFIG_MAPPING[model_type](**{k: v for k, v in values.items() if k != "model_type"})
 
@@ -146,8 +146,9 @@ def vision_from_names(names: Mapping[str, Any], said: Mapping[str, str]) -> PreT
     given = dict(names)
     architecture = given.get("vit_architecture")
     tower = None
-    if architecture is not None and architecture not in OWN:
-        tower = config_class_of(architecture) if isinstance(architecture, str) else None
+    named = isinstance(architecture, str)
+    if architecture is not None and not (named and architecture in OWN):
+        tower = config_class_of(architecture) if named else None
         if tower is None:
             raise ValueError(f"vit_architecture={architecture!r}: expected {ENCODERS}")
     if source := given.get("vit_model_type"):

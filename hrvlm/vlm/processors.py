@@ -109,7 +109,12 @@ class VLMProcessor(ProcessorMixin):
             tokenizer: The model's.
             **image_options: Options of VLMImageProcessor; mean and std are by default
                 ``config.normalization``, those that the encoder was trained with.
+
+        Raises:
+            TypeError: `config` is of another kind.
         """
+        if not isinstance(config, VLMConfig):
+            raise TypeError(f"config: expected a VLMConfig, got {type(config).__name__}")
         mean, std = config.normalization
         options = {
             "patch_size": config.vit_patch_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -118,9 +118,12 @@ def get_image_string(
         append_cls: Whether the model appends a CLS token (``config.mp_append_cls``).
 
     Raises:
+        TypeError: `grids` is no list.
         ValueError: a grid is not two positive ints, or the tokenizer has no image token.
     """
     image_token = image_token_of(tokenizer)
+    if not isinstance(grids, Iterable):
+        raise TypeError(f"grids: expected a list of (gh, gw), got {type(grids).__name__}")
     known = _grid_tokens(tokenizer)
     parts = []
     for i, grid in enumerate(grids):

@@ -36,6 +36,7 @@ from .image_embedding import (
     Grids,
     ImageEmbedding,
     check_attentions,
+    check_is_tensor,
     check_labels,
     is_beginning,
 )
@@ -175,9 +176,11 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
                 own here.
 
         Raises:
+            TypeError: the patches are no tensor.
             ValueError: the patches or grids do not fit each other or the model, or the encoder has
                 no such attention weights.
         """
+        check_is_tensor("pixel_values", pixel_values)
         grids = as_grids(image_grid_hw)
         tokens = count_tokens(grids, self.config.mp_pixel_shuffle_factor, self.config.mp_append_cls)
         flags = {
@@ -296,6 +299,11 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
                 context, a token id is outside the vocabulary, arguments contradict each other, or
                 attention weights are asked for that the language model does not compute.
         """
+        if not torch.compiler.is_compiling() and not isinstance(logits_to_keep, int | Tensor):
+            raise TypeError(
+                f"logits_to_keep={logits_to_keep!r:.60}: expected a number of positions, or a "
+                "tensor of them"
+            )
         if isinstance(input_ids, Tensor) and input_ids.shape[0] == 0:
             return self._forward_empty(input_ids, labels)
         if labels is not None and isinstance(logits_to_keep, int) and not logits_to_keep:

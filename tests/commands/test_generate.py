@@ -1,6 +1,7 @@
 """``hrvlm generate``."""
 
 import json
+from base64 import b64encode
 
 import pytest
 from PIL import Image
@@ -31,6 +32,9 @@ def test_generate_refuses_what_is_no_such_model(images, model, vlm):
     assert "is of type 'dinov3_vit', expected 'hrvlm'" in error_of(run(*arguments, model))
     assert "notes.txt" in error_of(run(*arguments, vlm, "--image", images / "notes.txt"))
     assert "image token" in error_of(run(*arguments, vlm, "--prompt", "<|image|>"))
+    address = "https://example.org/a.png"
+    refused = error_of(run(*arguments, vlm, "--image", address))
+    assert f"{address}: addresses are fetched only with --fetch" in refused
 
 
 def test_the_reader_refuses_pages_with_the_reason_and_answers_the_rest(tmp_path):
@@ -50,6 +54,17 @@ def test_the_reader_refuses_pages_with_the_reason_and_answers_the_rest(tmp_path)
     text = run("generate", "--each", "--image", page, "--image", line)
     assert text.exit_code == 2 and text.stdout == f"{line}: {answered['text']}\n"
     assert f"{page}: refused: 40 x 641 px" in text.stderr
+
+
+def test_an_image_may_be_a_data_uri(tmp_path):
+    render(5, 0).image.save(tmp_path / "line.png")
+    uri = "data:image/png;base64," + b64encode((tmp_path / "line.png").read_bytes()).decode()
+    document = json.loads(run("generate", "--image", uri, "--json").stdout)
+    assert document["text"] and document["images"] == [f"{uri[:40]}..."]
+    refused = run("generate", "--image", "data:image/png;base64,%" + "A" * 5000)
+    wrong = refused.stderr.splitlines()[-1]
+    assert refused.exit_code == 2 and wrong.startswith("error: data:image/png")
+    assert "not base64" in wrong and len(wrong) < 600
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ def test_sheet_and_page_show_the_query_and_its_hits(folder, tmp_path):
         assert len(drawn.getcolors(1 << 20)) > 50
     text = page.read_text()
     assert "What is like 0003.png" in text and len(re.findall("data:image/webp", text)) == 5
+    address = run("search", "https://example.org/a.png", "--index", folder / "index")
+    assert "https://example.org/a.png: addresses are fetched only with" in error_of(address)
     wrong = run("search", pictures[0], "--index", folder / "index", "--sheet", "a.sheet")
     assert "no picture by its ending" in error_of(wrong)
 

@@ -136,6 +136,11 @@ def test_data_sets_of_the_library(tmp_path):
     assert opened(config_of(f"datasets:{tmp_path / 'set'}")) == {"0": 20, "1": 21, "2": 22}
 
 
+def test_an_address_that_no_installed_package_reads_is_named():
+    with pytest.raises(ValueError, match=r"^dropbox://a/b: reading from there needs packages that"):
+        open_source(config_of("dropbox://a/b"))
+
+
 def test_inputs_that_are_none(folder):
     with pytest.raises(FileNotFoundError, match="no such file, folder or pattern"):
         open_source(config_of(folder / "none"))

@@ -10,9 +10,11 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
+from hrvlm.data.rows import images_of
 from hrvlm.images import fetch
 from hrvlm.images.fetch import fetch_image, is_text_image
 from hrvlm.images.formats import ImageError
+from hrvlm.images.intake import load_image
 from tests.tiny import processor_of
 
 
@@ -101,3 +103,25 @@ def test_text(monkeypatch):
     monkeypatch.setattr(fetch, "MAX_BYTES", 50)
     with pytest.raises(ImageError, match=r"^image 2: more than 50 bytes in base64"):
         fetch_image(text, "image 2")
+
+
+def test_a_data_uri_where_none_is_taken_is_named_shortened():
+    uri = "data:image/png;base64," + base64.b64encode(png()).decode()
+    with pytest.raises(ImageError, match=r"^image 3 .* is a data URI: pass its bytes") as raised:
+        load_image(uri, name=3)
+    assert len(str(raised.value)) < 250
+
+
+def test_an_object_with_an_image_is_one_everywhere(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    uri = "data:image/png;base64," + base64.b64encode(png()).decode()
+    forms = [
+        {"bytes": png(), "path": "gone.png"},
+        {"bytes": None, "path": str(tmp_path / "a.png")},
+        {"url": uri},
+    ]
+    assert len(processor_of()(images=forms)["image_grid_hw"]) == 3
+    assert images_of({"images": forms}) == [png(), str(tmp_path / "a.png"), uri]
+    assert images_of({"image": {"url": uri}}) == [uri]
+    with pytest.raises(TypeError, match=r"got dict"):
+        processor_of()(images={"file": "a.png"})

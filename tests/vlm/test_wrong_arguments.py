@@ -5,20 +5,29 @@ import torch
 
 from hrvlm import (
     DINOv3Encoder,
+    ModalityProjector,
     VisionLanguageModel,
+    VLMProcessor,
     VLMTrainingArguments,
     get_tokenizer,
     image_token_count,
     load_checkpoint,
+    normalization_for,
     pixel_shuffle,
     pixel_unshuffle,
     unpatchify,
 )
+from hrvlm.images.patches import patchify
 from hrvlm.vlm.config import VLMConfig
+from hrvlm.vlm.tokenizer import get_image_string
 from tests.tiny import model_of, picture, processor_of, siglip_config_of, tokenizer_of
 
 IDS = torch.ones(1, 3, dtype=torch.long)
 PATCHES = torch.zeros(4, 3 * 8 * 8)
+
+
+def projector():
+    return ModalityProjector(vit_hidden_dim=8, lm_hidden_dim=8)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +54,27 @@ def processor():
             {"input_ids": IDS, "pixel_values": PATCHES, "image_grid_hw": 4},
             "image_grid_hw: expected a pair of ints for each image, got 4",
         ),
+        ({"input_ids": IDS, "pixel_values": [1]}, "pixel_values: expected a tensor, got list"),
+        (
+            {"inputs_embeds": torch.zeros(3, 4)},
+            r"inputs_embeds: expected \[B, L, C\], got \(3, 4\)",
+        ),
+        ({"input_ids": IDS, "logits_to_keep": "x"}, "logits_to_keep='x': expected a number"),
     ],
 )
 def test_inputs_are_named(model, inputs, message):
     with pytest.raises((TypeError, ValueError), match=message):
         model(**inputs)
+
+
+@pytest.mark.parametrize("pixels", [None, [1]])
+def test_images_that_are_no_tensor_are_named(model, pixels):
+    kind = type(pixels).__name__
+    with pytest.raises(TypeError, match=f"pixel_values: expected a tensor, got {kind}"):
+        model.get_image_features(pixels, [(2, 2)])
+    if pixels is not None:
+        with pytest.raises(TypeError, match=f"pixel_values: expected a tensor, got {kind}"):
+            model.generate(input_ids=IDS, pixel_values=pixels, image_grid_hw=[(2, 2)])
 
 
 def test_bytes_are_no_pixels(model):
@@ -117,6 +142,35 @@ def test_parts_are_joined_in_a_floating_point_dtype(model, dtype):
         (lambda: pixel_shuffle(torch.zeros(4, 8), 4, 2), r"patch grid 4: expected two positive"),
         (lambda: pixel_unshuffle(torch.zeros(1, 8), None, 2), r"patch grid None: expected two"),
         (lambda: unpatchify("x", (2, 2), 2), "patches: expected a tensor, got str"),
+        (lambda: unpatchify(torch.zeros(4, 12), None, 16), "grid None: expected two positive"),
+        (lambda: unpatchify(torch.zeros(4, 12), (2, 2), 0), "patch_size=0: expected a whole"),
+        (lambda: unpatchify(torch.zeros(4), (2, 2), 2), r"patches: expected \[..., hp\*wp, 3\*p"),
+        (lambda: patchify(torch.zeros(4, 4), 2), r"image: expected \[..., 3, H, W\], got \(4, 4\)"),
+        (lambda: normalization_for(None), "name: expected the name of a checkpoint, got NoneType"),
+        (lambda: get_image_string(tokenizer_of(), None), "grids: expected a list of .*NoneType"),
+        (lambda: VLMProcessor.from_config(None, tokenizer_of()), "config: expected a VLMConfig"),
+        (
+            lambda: ModalityProjector({"vit_hidden_dim": 8}),
+            "config: expected a VLMConfig, got dict",
+        ),
+        (
+            lambda: ModalityProjector(vit_hidden_dim="8", lm_hidden_dim=8),
+            "vit_hidden_dim='8', .*expected positive sizes",
+        ),
+        (lambda: projector()(None), "x: expected a tensor, got NoneType"),
+        (
+            lambda: projector()(torch.zeros(16, 8), packed="x"),
+            "packed: expected PackedGrids, got str",
+        ),
+        (
+            lambda: VLMConfig.from_names({"vit_architecture": ["dinov3"]}),
+            r"=\['dinov3'\]: expected",
+        ),
+        (
+            lambda: VLMConfig.from_names({"vit_architecture": {}}),
+            r"vit_architecture=\{\}: expected",
+        ),
+        (lambda: VLMConfig(vision_config={"model_type": ["x"]}), "vision_config: .* model_type"),
         (lambda: load_checkpoint(None), "checkpoint: expected a file or directory, got NoneType"),
         (lambda: get_tokenizer(3), "tokenizer: expected a hub id or a directory, got int"),
         (lambda: DINOv3Encoder(None), "config: expected a DINOv3ViTConfig, got NoneType"),
