@@ -23,7 +23,7 @@ from hrvlm.images.geometry import token_grid
 from hrvlm.images.patches import patchify
 from hrvlm.images.processor import IMAGENET
 
-SUITE, DEVICE, BUDGET_S = "processing", "cpu", 10
+SUITE, DEVICE, BUDGET_S = "processing", "cpu", 40
 
 # Bicubic on floats and on bytes, and two JPEG decoders, differ by a few steps of 255.
 TOLERANCE = 0.05
