@@ -148,13 +148,12 @@ def _unknown(prefix: bytes) -> str:
     return f"is not an image of a format that is read ({names}): it begins with {prefix[:16]!r}"
 
 
-def decode_first_frame(stream: IO[bytes], label: str, max_pixels: int) -> Decoded:
-    """Decode what `read_header` accepts; the stream is left open.
+def decode_first_frame(stream: IO[bytes], label: str, still: Still) -> Decoded:
+    """Decode what `read_header` accepted; the stream is left open.
 
     Raises:
-        ImageError: as `read_header`, or the pixels are truncated or corrupt.
+        ImageError: the pixels are truncated or corrupt, or can't be read here.
     """
-    still = read_header(stream, label, max_pixels)
     source = PiecesFile(stream, still.pieces)
     try:
         if still.format == "WEBP":

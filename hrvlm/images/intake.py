@@ -35,10 +35,10 @@ from PIL import ExifTags, Image
 
 from .fetch import is_data_uri, shortened
 from .formats import ImageError as ImageError  # part of this module's interface, too
-from .formats import check_size, decode_first_frame
+from .formats import check_size, decode_first_frame, read_header
 from .geometry import positive_int
 from .pillow_faults import grey_peak, is_negative, mend_before_decoding
-from .stills import PiecesFile
+from .stills import PiecesFile, Still
 
 if TYPE_CHECKING:
     import torch
@@ -132,14 +132,14 @@ def upright_rgb(
     if isinstance(source, np.ndarray) or _is_tensor(source):
         return _to_rgb(_from_array(source, label, max_pixels, channels), label, under)
     with opened(source, label) as stream:
-        return rgb_of_file(stream, label, under, max_pixels)
+        return rgb_of_file(stream, label, under, read_header(stream, label, max_pixels))
 
 
 def rgb_of_file(
-    stream: IO[bytes], label: str, background: tuple[int, int, int], max_pixels: int
+    stream: IO[bytes], label: str, background: tuple[int, int, int], still: Still
 ) -> Image.Image:
-    """The first frame, upright; errors are those of :func:`load_image`."""
-    image, orientation, negative = decode_first_frame(stream, label, max_pixels)
+    """The first frame, upright, by its header; errors are those of :func:`load_image`."""
+    image, orientation, negative = decode_first_frame(stream, label, still)
     rgb = _to_rgb(image, label, background, negative)
     del image  # so that no more than two pictures are held while one is turned
     return _upright(rgb, orientation)

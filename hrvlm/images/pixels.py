@@ -71,7 +71,7 @@ def load_pixels(
         still = read_header(stream, label, max_pixels)
         pixels = _decoded_by_torchvision(stream, still) if still.plain else None
         if pixels is None:
-            return _bytes_of(rgb_of_file(stream, label, under, max_pixels))
+            return _bytes_of(rgb_of_file(stream, label, under, still))
     turn = _UPRIGHT.get(still.orientation or 1)
     return pixels if turn is None else turn(pixels)
 

@@ -140,12 +140,9 @@ class Tower(nn.Module):
         self, patches: Tensor, grids: list[tuple[int, int]]
     ) -> tuple[dict[str, Any], Tensor]:
         config: Any = self.module.config
-        m, area, rows, start = self.factor, self.patch_size**2, [], 0
-        for hp, wp in grids:
-            raster = torch.arange(start, start + hp * wp).view(hp // m, m, wp // m, m)
-            rows.append(raster.transpose(1, 2).flatten())
-            start += hp * wp
-        order = torch.cat(rows)  # of patches as they are given
+        m, area = self.factor, self.patch_size**2
+        # Of patches as they are given: block after block.
+        order = PackedGrids.from_grids(grids).shuffle_index(m).flatten().long()
         frames = int(getattr(config, "temporal_patch_size", 1))
         ordered = patches[order.to(patches.device)].unflatten(1, (3, 1, area))
         given = ordered.expand(-1, -1, frames, -1).flatten(1)
