@@ -54,20 +54,21 @@ print("FOUND" + json.dumps(found))
 """
 
 
-def run_each(scripts, below=BELOW):
-    """(exit code, output) of each script; ``BEFORE`` in it are the modules already there."""
+def run(code, *flags, given=None):
+    """Output of code in a fresh interpreter that sees the packages of this checkout and no GPU."""
     paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH")]
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", CODE],
-        input=json.dumps([below, scripts]),
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, *flags, "-c", code]
+    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
-    return [tuple(pair) for pair in json.loads(done.stdout.rpartition("FOUND")[2])]
+    return done.stdout
+
+
+def run_each(scripts, below=BELOW):
+    """(exit code, output) of each script; ``BEFORE`` in it are the modules already there."""
+    found = run(CODE, given=json.dumps([below, scripts])).rpartition("FOUND")[2]
+    return [tuple(pair) for pair in json.loads(found)]

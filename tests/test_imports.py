@@ -2,16 +2,14 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from tests.fresh_processes import FIRST, run_each
+from tests.fresh_processes import FIRST, run, run_each
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "kernels" / "hrvlm_kernels"
@@ -118,21 +116,6 @@ except RuntimeError as error:
 else:
     raise SystemExit("backend='triton' ran without Triton")
 """
-
-
-def run(code, *flags):
-    """Run code in a fresh interpreter that sees the two packages of this checkout and no GPU."""
-    paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH")]
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, *flags, "-c", code], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def modules():

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from transformers import DINOv3ViTConfig
 
+from benchmarks.hardening.parts import add_part_options, new_result, show_and_add
 from hrvlm import DINOv3Encoder
 from hrvlm.encoder import rope
-from hrvlm.machine import device_name
 from hrvlm_kernels import packed_grids, packed_tables
 
 MIB = 1 << 20
@@ -127,21 +127,16 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", type=int, default=10_000, help="packs of random shapes")
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="do these")
-    parser.add_argument("--out", type=Path, help="write the result as JSON, or add the parts")
+    add_part_options(parser, PARTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     small = tuple(side for side in SIDES if side <= EAGER_UP_TO)
-    result: dict[str, Any] = {"cpu": device_name(torch.device("cpu")), "torch": torch.__version__}
+    result = new_result()
     if "sides" in options.parts:
         result["sides"] = sides() + sides(small, "eager")
     if "shapes" in options.parts:
         result["shapes"] = shapes(options.shapes)
-    if options.out and options.out.exists():
-        result = json.loads(options.out.read_text()) | result
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    show_and_add(result, options.out)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,17 @@ the one at hand. And the CPU time of images one by one is compared with that of 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
 from transformers import DINOv3ViTConfig
 
+from benchmarks.hardening.parts import add_part_options, new_result, show_and_add
 from hrvlm import DINOv3Encoder
 from hrvlm.images.patches import patchify
-from hrvlm.machine import device_name
 
 IMAGES, LARGEST = 64, 6
 # Of the packs: dtype, threads, share. Two threads on busy cores mostly wait for each other.
@@ -129,10 +127,9 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packs", type=int, default=10_000, help="in all")
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="do these")
-    parser.add_argument("--out", type=Path, help="write the result as JSON, or add the parts")
+    add_part_options(parser, PARTS)
     options = parser.parse_args()
-    result: dict[str, Any] = {"cpu": device_name(torch.device("cpu")), "torch": torch.__version__}
+    result = new_result()
     if "packs" in options.parts:
         result["runs"] = [
             compare(round(options.packs * share), dtype, threads) for dtype, threads, share in KINDS
@@ -141,11 +138,7 @@ def main() -> None:
         result["rows_in_blocks"] = [blocks(dtype) for dtype in (torch.float32, torch.bfloat16)]
     if "price" in options.parts:
         result["price"] = [price(side) for side in (64, 224, 448)]
-    if options.out and options.out.exists():
-        result = json.loads(options.out.read_text()) | result
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    show_and_add(result, options.out)
 
 
 if __name__ == "__main__":
