@@ -234,8 +234,8 @@ class PackedGrids:
     ) -> PackedGrids:
         """The same layout with its tensors on `device`; None, as for a tensor, leaves it there.
 
-        Coordinates of :meth:`with_coords` stay where they were given. accelerate's hooks call this
-        on whatever has such a method, with both arguments.
+        On another device the coordinates are the usual ones, not those of :meth:`with_coords`.
+        accelerate's hooks call this on whatever has such a method, with both arguments.
         """
         if device is None or (there := _canonical(device)) == self.device:
             return self
