@@ -95,7 +95,7 @@ def ragged(**options):
 
 
 def check_forward():
-    forward.check_forward(ragged(), [Tiling(64, 64, 1, 1)])
+    forward.check_forward(ragged(), [Tiling(64, 64, 4, 1)])
 
 
 def check_short():
@@ -106,7 +106,7 @@ def check_short():
 
 
 def check_ahead():
-    forward.check_forward(make_case((130, 70), head_dim=32), [Tiling(128, 64, 1, 1, "ahead")])
+    forward.check_forward(make_case((130, 70), head_dim=32), [Tiling(128, 64, 8, 1, "ahead")])
 
 
 def check_backward():

@@ -36,14 +36,14 @@ pytestmark = interpreter_only
 
 # Every shape of tile in the tables, in the order in which they walk.
 TILINGS = (
-    Tiling(128, 128, 1, 1, "ahead"),
-    Tiling(128, 64, 1, 1, "ahead"),
-    Tiling(128, 128, 1, 1),
-    Tiling(128, 64, 1, 1),
-    Tiling(128, 32, 1, 1),
-    Tiling(64, 64, 1, 1),
-    Tiling(64, 32, 1, 1),
-    Tiling(32, 32, 1, 1),
+    Tiling(128, 128, 8, 1, "ahead"),
+    Tiling(128, 64, 8, 1, "ahead"),
+    Tiling(128, 128, 8, 1),
+    Tiling(128, 64, 8, 1),
+    Tiling(128, 32, 8, 1),
+    Tiling(64, 64, 4, 1),
+    Tiling(64, 32, 4, 1),
+    Tiling(32, 32, 4, 1),
 )
 
 
@@ -115,7 +115,7 @@ def test_a_long_segment():
 def test_shared_heads_of_k_and_v(heads):
     case = make_case((70, 3, 129), heads=heads[0], kv_heads=heads[1], head_dim=32)
     check_forward(case)
-    check_forward(case, [Tiling(128, 128, 1, 1, "ahead")])
+    check_forward(case, [Tiling(128, 128, 8, 1, "ahead")])
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0, -0.3, 3.0])
@@ -190,7 +190,7 @@ def check_short_images(tiling=None):
 
 
 @needs_short_kernel
-@pytest.mark.parametrize("tiling", [None, Tiling(128, 256, 1, 1)], ids=str)
+@pytest.mark.parametrize("tiling", [None, Tiling(128, 256, 8, 1)], ids=str)
 def test_short_images(tiling, started):
     check_short_images(tiling)
     assert started == ["varlen_attention of short images"]
@@ -390,7 +390,7 @@ def test_offsets_beyond_int32(tmp_path):
 def test_offsets_beyond_int32_in_every_block(tmp_path):
     """Blocks of the loop and of the last block, where a row is 2^25 elements from the next."""
     case = make_case((130,), head_dim=16)
-    for tiling in (Tiling(64, 64, 1, 1), Tiling(128, 64, 1, 1, "ahead")):
+    for tiling in (Tiling(64, 64, 4, 1), Tiling(128, 64, 8, 1, "ahead")):
         expected, _ = run_forward(case, [tiling])
         k = far_rows(case.k, tmp_path, stride=2**25)
         out = torch.full_like(expected, float("nan"))

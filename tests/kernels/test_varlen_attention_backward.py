@@ -62,7 +62,7 @@ def test_long_segments():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_shape_of_tile(shape, monkeypatch):
-    tilings = (Tiling(*shape, 1, 1),)
+    tilings = (Tiling(*shape, 4, 1),)
     force_tilings(monkeypatch, BackwardTilings(tilings, tilings, tilings))
     case = make_case((1, 64, 65, 0, 129), head_dim=16, rope=shape[0] == 64)
     check_kernel(case)
