@@ -110,11 +110,14 @@ def _notes(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
 
 def _provenance(document: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    again: dict[str, set[str]] = {}  # rows that were run again, by commit
+    again: dict[str, Counter[str]] = {}  # rows that were run again, by commit
     for row in document["rows"]:
         if "commit" in row:
-            again.setdefault(row["commit"], set()).add(row["op"])
-    later = "".join(f"; {', '.join(sorted(ops))}: {commit}" for commit, ops in again.items())
+            again.setdefault(row["commit"], Counter())[row["op"]] += 1
+    later = "".join(
+        f"; run again at {commit}: " + ", ".join(f"{op} {n}" for op, n in sorted(ops.items()))
+        for commit, ops in again.items()
+    )
     return f"Device: none. {versions}; commit {document['commit']}{later}, {document['date'][:10]}."
 
 
