@@ -3,11 +3,13 @@
 A case is made from a small file of some format, which Pillow writes, by its number and the seed
 alone; so a find can be made again with the same build of Pillow:
 `python -m benchmarks.images.fuzz --show 12345`. Cases run one after the other in a child process,
-which measures the CPU time of all its threads and the peak of its resident memory. A case fails if
-`load_image`
+which measures the CPU time of all its threads and the peak of its resident memory. `load_image`
+(Pillow's decoders) and `load_pixels` (torchvision's for plain files) each read it. A case fails if
+one of them
 
 - takes more than 8 bytes for each pixel of the first frame and 100 MB, or 3 CPU seconds
 - raises anything but ImageError, or ends the process
+- reads what the other refuses
 
 The cases are small or fail early; `benchmarks/images/limits.py` measures the largest files.
 """
@@ -26,29 +28,42 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, features
+from torch import Tensor
 
 from benchmarks.images.mutations import case, seeds
 from hrvlm.images.formats import ImageError, read_header
 from hrvlm.images.intake import MAX_PIXELS, load_image
+from hrvlm.images.pixels import load_pixels
+from hrvlm.machine import installed_version
 
+READERS = load_image, load_pixels
 ROOT = Path(__file__).parents[2]
 BYTES_PER_PIXEL, SPARE_BYTES, CPU_SECONDS, WALL_SECONDS = 8, 100e6, 3, 60
 
 
 def measure(data: bytes, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
-    """Read one file: the outcome, CPU seconds, peak bytes, and pixels of the first frame."""
+    """Read one file both ways: outcome, pixels of the first frame, the larger CPU time and peak."""
+    found = [_measure(read, data, max_pixels) for read in READERS]
+    outcomes = [one["outcome"] for one in found]
+    outcome = outcomes[0] if len(set(outcomes)) == 1 else f"not one outcome, but {outcomes}"
+    costs = {key: max(one[key] for one in found) for key in ("seconds", "peak", "pixels")}
+    return {"outcome": outcome, **costs}
+
+
+def _measure(read: Callable[..., Any], data: bytes, max_pixels: int) -> dict[str, Any]:
     before, peak_before = _memory()
     started = time.process_time()
     pixels = 0
     try:
-        image = load_image(data, max_pixels=max_pixels)
-        outcome, pixels = "read", image.width * image.height
+        image = read(data, max_pixels=max_pixels)
+        height, width = image.shape[1:] if isinstance(image, Tensor) else image.size[::-1]
+        outcome, pixels = "read", height * width
         del image
     except ImageError as error:
         text = str(error)
@@ -67,6 +82,13 @@ def measure(data: bytes, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
         except ImageError:
             pass
     return {"outcome": outcome, "seconds": seconds, "peak": peak, "pixels": pixels}
+
+
+def warm_up() -> None:
+    """Import what the readers import where they use it: no part of a case."""
+    for data in seeds().values():
+        measure(data)
+    _forget_peak()
 
 
 _OUTCOMES = {
@@ -107,7 +129,7 @@ def run_cases(
     files = {name: data for name, data in seeds().items() if name.startswith(only)}
     formats: dict[str, dict[str, Any]] = {}
     failures = []
-    _forget_peak()
+    warm_up()
     for number in range(start, stop):
         name, data = case(files, seed, number)
         if progress is not None:
@@ -189,6 +211,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "pillow": Image.__version__,
+        "torchvision": installed_version("torchvision"),
+        "pillow_heif": installed_version("pillow_heif"),
         **{name: features.version(name) for name in libraries},
     }
 

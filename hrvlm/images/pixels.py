@@ -35,6 +35,7 @@ from .intake import (
 )
 from .stills import PiecesFile, Still
 
+_STRIPE = 1 << 20  # pixels that are copied at a time
 _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 _UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {  # EXIF orientation: what brings [3, H, W] back
     2: lambda x: x.flip(2),
@@ -117,7 +118,13 @@ def _interpolated(batch: Tensor, size: tuple[int, int], method: Image.Resampling
 
 
 def _bytes_of(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """Copied in stripes: Pillow hands out an image's bytes twice over, and these are a copy too."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIPE // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        pixels[top : box[3]] = image if box[3] - top == image.height else image.crop(box)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _decoded_by_torchvision(stream: IO[bytes], still: Still) -> Tensor | None:

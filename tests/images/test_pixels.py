@@ -222,3 +222,16 @@ def test_a_length_that_a_file_claims_is_not_allocated():
         assert tracemalloc.get_traced_memory()[1] < 10**6
     finally:
         tracemalloc.stop()
+
+
+def test_pixels_that_pillow_decodes_are_held_once_beside_its_image():
+    data = file_of(noise(2000, 1500, 1), format="PNG")
+    load_pixels(data)  # what it imports is no part of it
+    tracemalloc.start()
+    try:
+        pixels = load_pixels(data)
+        peak = tracemalloc.get_traced_memory()[1]  # Pillow's own are not counted
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(pixels, by_pillow(data))
+    assert peak < 3 * 2000 * 1500 + 2 * 3 * module._STRIPE + 10**6
