@@ -132,9 +132,11 @@ def png(file: Reader) -> Still:
     while others <= MAX_SEGMENTS and data <= MAX_SEGMENTS + file.size // 1024:
         head = file.upto(position, 8)
         if len(head) < 8:
+            plain = False
             break
         length, kind = struct.unpack(">I4s", head)
         end = min(position + 12 + length, file.size)
+        plain &= end == position + 12 + length  # of a cut file Pillow says whether it is read
         others, data = others + (kind != b"IDAT"), data + (kind == b"IDAT")
         if kind in (b"IDAT", b"IEND", b"PLTE", b"tRNS"):
             pieces.append((position, end))

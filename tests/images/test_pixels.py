@@ -235,3 +235,14 @@ def test_pixels_that_pillow_decodes_are_held_once_beside_its_image():
         tracemalloc.stop()
     assert torch.equal(pixels, by_pillow(data))
     assert peak < 3 * 2000 * 1500 + 2 * 3 * module._STRIPE + 10**6
+
+
+def test_a_cut_png_is_refused_alike_where_its_pixels_are_all_there():
+    data = file_of(noise(29, 37), format="PNG")
+    pixels = data[33:-12]
+    cut = data[:33] + pixels + pixels[:-1000]
+    for read in (load_image, load_pixels):
+        with pytest.raises(ImageError, match="truncated or corrupt"):
+            read(cut)
+    no_end = data[:33] + pixels
+    assert torch.equal(load_pixels(no_end), by_pillow(no_end))
