@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.suite import commit_here
 from hrvlm.embed.config import Resources
 from hrvlm.embed.run import embed
 from hrvlm.embed.store import part_name
@@ -24,6 +25,7 @@ from tests.embed.here import rows_of
 from tests.embed.on_ray.test_run import (
     DECODING,
     ENCODING,
+    WRITING,
     config_of,
     contents,
     ray_processes,
@@ -33,6 +35,7 @@ from tests.embed.pictures import write_model, write_pictures
 REPORT = Path(__file__).parents[3] / "benchmarks" / "results" / "scale_kills.json"
 KILLS, COUNT, ROWS, SEEDS = 5, 1000, 10, (17, 18, 19, 20)
 PARTS = COUNT // ROWS
+VICTIMS = ("driver", DECODING, ENCODING, WRITING)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +74,16 @@ def parts_in(out):
     return len(list(out.glob("part-*.parquet")))
 
 
-def moment(chance, out, driver):
-    """Wait for a random one: in the time that a run takes to start, or after some of its parts."""
+def moment(chance, out, driver, victim):
+    """Wait for a random one: in the time that a run takes to start, or after some of its parts.
+
+    Decoders are far ahead of the parts: theirs is within a second of the first that is at work.
+    """
     before, started = parts_in(out), time.monotonic()
+    if victim == DECODING:
+        at_work(victim, driver)
+        time.sleep(chance.random())
+        return
     wanted, seconds = chance.randrange(1, 40), chance.uniform(0, 40)
     start_only = chance.random() < 0.25
     while driver.poll() is None:
@@ -81,6 +91,15 @@ def moment(chance, out, driver):
         if waited > seconds if start_only else parts_in(out) - before >= wanted:
             return
         time.sleep(0.01)
+
+
+def at_work(victim, driver):
+    """The first process that is seen at it; None if the run ends before."""
+    while driver.poll() is None:
+        for process, _ in ray_processes(victim):
+            return process
+        time.sleep(0.002)
+    return None
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -93,20 +112,15 @@ def test_kills_lose_nothing_and_double_nothing(cluster, folder, whole, seed):
         while parts_in(out) < PARTS:
             driver = driver_of(config, cluster)
             while driver.poll() is None and len(kills) < KILLS:
-                victim = chance.choice(("driver", ENCODING, DECODING))
-                moment(chance, out, driver)
+                victim = chance.choice(VICTIMS)
+                moment(chance, out, driver, victim)
+                process = driver.pid if victim == "driver" else at_work(victim, driver)
                 if driver.poll() is not None:
                     break
                 done = parts_in(out)
+                os.kill(process, signal.SIGKILL)
                 if victim == "driver":
-                    driver.send_signal(signal.SIGKILL)
                     driver.wait()
-                else:
-                    victims = list(ray_processes(victim))
-                    for process, _ in victims[:1]:
-                        os.kill(process, signal.SIGKILL)
-                    if not victims:
-                        continue
                 kills.append({"killed": victim, "run": runs, "parts_done": done})
                 print(kills[-1], flush=True)
             driver.wait()
@@ -182,5 +196,6 @@ def test_after_a_full_disk_the_same_command_goes_on(cluster, folder, whole):
 def report(name, values):
     """Keep what a test did."""
     kept = json.loads(REPORT.read_text()) if REPORT.exists() else {}
-    kept[name] = values | {"date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count()}
+    where = {"commit": commit_here(), "date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count()}
+    kept[name] = values | where
     REPORT.write_text(json.dumps(kept, indent=2) + "\n")

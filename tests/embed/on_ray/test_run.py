@@ -19,7 +19,11 @@ from tests.embed.here import rows_of, run_here
 from tests.embed.pictures import processor_of, write_model, write_pictures
 
 COUNT, ROWS = 1000, 40
-DECODING, ENCODING = "Map(decode_part)", "MapWorker(Map(Encoder))"
+DECODING, ENCODING, WRITING = (
+    "Map(decode_part)",
+    "MapWorker(Map(Encoder))",
+    "MapWorker(Map(Writer))",
+)
 OLDER = frozenset(os.listdir("/proc"))  # than the cluster: they need not be looked at
 
 
