@@ -38,7 +38,7 @@ KERNEL_RANKS = (
     "backends merge_orders",
     "packed_tables",
     "packed_grids attention_problem",
-    "traced_grids",
+    "traced_grids replay",
     "reference",
     "triton_kernels",
     "ops",

@@ -1,9 +1,10 @@
-"""The host's time of an op on the null driver, bound against Triton's own way, in one run.
+"""The host's time of an op on the null driver, replayed against Triton's own way, in one run.
 
     PYTHONPATH=kernels:. python -m pretended_gpu.host_time
 
-:func:`by_triton` is the way that every launch took before kernels were bound: torch's dispatcher
-for the op, and ``JITFunction.run``. It is a time of Python and C on this CPU, and nothing of a GPU.
+:func:`by_triton` is the way that every launch took before kernels were bound and calls replayed:
+all checks, torch's dispatcher for the op, and ``JITFunction.run``. It is a time of Python and C on
+this CPU, and nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import importlib
 import pkgutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from statistics import median
+from typing import Any, NamedTuple
 from unittest import mock
 
 from . import null_driver
@@ -24,10 +26,13 @@ def by_triton() -> Iterator[None]:
     """Launch as before inside the block."""
     import triton
 
-    from hrvlm_kernels import triton_kernels
+    from hrvlm_kernels import replay, triton_kernels
     from hrvlm_kernels.ops import torch_op
 
-    changes = [mock.patch.object(torch_op, "_needs_no_dispatch", lambda args: False)]
+    changes: list[Any] = [
+        mock.patch.object(torch_op, "_route", lambda args: "torch"),
+        mock.patch.object(replay, "place", None),
+    ]
     for found in pkgutil.iter_modules(triton_kernels.__path__):
         module = importlib.import_module(f"{triton_kernels.__name__}.{found.name}")
         for name, value in vars(module).copy().items():
@@ -46,32 +51,43 @@ def by_triton() -> Iterator[None]:
             change.stop()
 
 
-def microseconds(run: Callable[[], object], *, rounds: int = 9, calls: int = 60) -> list[float]:
-    """Of `run`: as before, and bound; the least of rounds that take turns."""
-    best = [float("inf")] * 2
+class Times(NamedTuple):
+    """Of one call."""
+
+    before: float  # microseconds by Triton's way, the least of all rounds
+    now: float  # likewise, as it is
+    ratio: float  # the median of the rounds
+
+
+def measure(run: Callable[[], object], *, rounds: int = 15, calls: int = 40) -> Times:
+    """Of `run`, in rounds in which both ways take turns."""
+    times = []
     for _ in range(rounds):
-        for i, way in enumerate((by_triton, _bound)):
+        both = []
+        for way in (by_triton, nullcontext):
             with way():
-                run()
+                for _ in range(3):
+                    run()
                 begun = time.process_time_ns()
                 for _ in range(calls):
                     run()
-                best[i] = min(best[i], (time.process_time_ns() - begun) / calls / 1e3)
-    return best
-
-
-@contextmanager
-def _bound() -> Iterator[None]:
-    yield
+                both.append((time.process_time_ns() - begun) / calls / 1e3)
+        times.append(both)
+    before, now = (min(column) for column in zip(*times, strict=True))
+    return Times(before, now, median(new / old for old, new in times))
 
 
 def ops() -> dict[str, Callable[[], object]]:
-    """What a layer of ViT-L launches in inference, as calls without arguments."""
+    """What layers of ViT-L launch, as calls without arguments."""
     import torch
 
     from hrvlm_kernels import PackedGrids, residual_layer_norm, swiglu, varlen_attention
+    from hrvlm_kernels.ops.bias_gelu import bias_gelu
     from hrvlm_kernels.ops.linear_residual_layer_norm import shifted_layer_norm
-    from hrvlm_kernels.triton_kernels import residual_layer_norm as kernels
+    from hrvlm_kernels.ops.torch_op import ops as kernels
+
+    def rows(width: int) -> Any:
+        return torch.randn(201, width).bfloat16()
 
     def attention(grid: tuple[int, int]) -> Callable[[], object]:
         packed = PackedGrids.from_grids([grid], num_prefix_tokens=5)
@@ -79,21 +95,34 @@ def ops() -> dict[str, Callable[[], object]]:
         rope = packed.coords, torch.rand(16)
         return lambda: varlen_attention(q, k, v, packed, rope=rope, backend="triton")
 
-    x, gate = torch.randn(201, 1024).bfloat16(), torch.randn(201, 4096).bfloat16()
-    w, shift, out = x[0].clone(), x[0].float(), torch.empty_like(x)
-    kernel = kernels.residual_layer_norm_forward
-    constants = {"C": 1024, "HAS_UPDATE": False, "HAS_SHIFT": True, "HAS_BIAS": True}
-    tile = {"BR": 1, "BC": 1024, "num_warps": 4}
-    rest = (None, out, 201, 1024, 1, 0, 0, 1e-5)
+    x, update, g, h = (rows(1024) for _ in range(4))
+    gate, up = rows(4096), rows(4096)
+    w, b, scale = (torch.rand(1024).bfloat16() for _ in range(3))
+    up_bias, shift = torch.rand(4096).bfloat16(), torch.rand(1024)
+    product, weight = (torch.rand(1024, 64).bfloat16() for _ in range(2))
+    parts = torch.rand(3, 132, 1024)
+    leaf = rows(4096).requires_grad_()
+
+    def recorded() -> object:
+        with torch.enable_grad():
+            return bias_gelu(leaf, up_bias)
+
     return {
-        "a kernel alone": lambda: kernel[(201,)](
-            x, None, None, shift, w, w, *rest, **constants, **tile
-        ),
-        "shifted_layer_norm": lambda: shifted_layer_norm(x, shift, w, w, 1e-5),
-        "residual_layer_norm": lambda: residual_layer_norm(x, x, w, w, w, backend="triton"),
-        "swiglu": lambda: swiglu(gate, gate, backend="triton"),
+        "shifted_layer_norm": lambda: shifted_layer_norm(x, shift, w, b, 1e-5),
         "attention, 224 px": attention((14, 14)),
         "attention, 288 px": attention((18, 18)),
+        "swiglu": lambda: swiglu(gate, up, backend="triton"),
+        "residual_layer_norm": lambda: residual_layer_norm(
+            x, update, scale, w, b, backend="triton"
+        ),
+        "its backward": lambda: kernels.biased_residual_layer_norm_backward(
+            g, h, x, scale, w, 1e-5, 132
+        ),
+        "gradients of a product": lambda: kernels.linear_residual_gradients(
+            product, weight, scale, b, parts, w
+        ),
+        "bias_gelu": lambda: bias_gelu(gate, up_bias),
+        "with a gradient": recorded,
     }
 
 
@@ -108,8 +137,8 @@ def main() -> None:
             before = driver.launches()
             run()
             launches = driver.launches() - before
-            old, new = microseconds(run)
-            print(f"{name:22} {launches} launches  {old:6.1f} us  {new:6.1f} us  {new / old:.2f}")
+            old, new, ratio = measure(run)
+            print(f"{name:22} {launches} launches  {old:6.1f} us  {new:6.1f} us  {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ class PtxDriver(DriverBase):
     each launch executed.
     """
 
+    takes_addresses = False  # where its memory ends, only a tensor tells
+
     def __init__(self, capability: int, options: Options) -> None:
         super().__init__()
         self.capability = capability

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend
+from ..replay import replayed
 from .torch_op import ops, register, register_backward
 
 MAX_WIDTH = 4096  # the backward of wider rows spills
@@ -70,6 +71,7 @@ register_backward(
 )
 
 
+@replayed
 def residual_layer_norm(
     x: Tensor,
     update: Tensor,

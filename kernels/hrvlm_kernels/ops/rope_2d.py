@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend
-from .torch_op import add_op_namespace_prefix, ops, register, register_backward
+from ..replay import replayed
+from .torch_op import add_op_namespace_prefix, ops, register, register_backward, run_directly
 
 
 def _empty_outputs(
@@ -65,11 +66,25 @@ register_backward(
 )
 
 
-@torch.library.custom_op(add_op_namespace_prefix("rope_2d_"), mutates_args=("q", "k"))
-def _rope_2d_in_place(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
+@replayed
+def _write_rotated(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> tuple[()]:
     from ..triton_kernels.rope_2d import rotate_heads
 
     rotate_heads(q, k, coords, inv_freq, False, q, k)
+    return ()
+
+
+@torch.library.custom_op(add_op_namespace_prefix("rope_2d_"), mutates_args=("q", "k"))
+def _rope_2d_in_place(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
+    _write_rotated(q, k, coords, inv_freq)
+
+
+def _rope_2d_directly(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
+    _write_rotated(q, k, coords, inv_freq)
+    torch.autograd.graph.increment_version((q, k))
+
+
+run_directly("rope_2d_", _rope_2d_directly)
 
 
 class _RotatedInPlace(torch.autograd.Function):
@@ -93,6 +108,7 @@ class _RotatedInPlace(torch.autograd.Function):
         return grad, None, None
 
 
+@replayed
 def rope_2d(
     q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:

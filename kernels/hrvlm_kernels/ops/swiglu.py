@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose_backend
+from ..replay import replayed
 from .torch_op import ops, register, register_backward
 
 
@@ -53,6 +54,7 @@ register_backward(
 )
 
 
+@replayed
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """``silu(gate) * up``, the arithmetic in float32 on the Triton path.
 

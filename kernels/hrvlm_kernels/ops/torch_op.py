@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from ..replay import needs_torch, replayed, watched
 
 _package = __name__.rpartition(".ops.")[0] or "hrvlm_kernels"
 NAMESPACE = _package.replace(".", "_")  # torch takes no dots
@@ -25,36 +26,70 @@ _TENSORS = (Tensor, torch.nn.Parameter)
 class _Ops:
     """The ops of this package by name, as ``torch.ops.<namespace>`` has them.
 
-    A call that torch's dispatcher would do nothing with but hand it on (no gradient, no tracing,
-    no modes, no subclass of a tensor) goes to the kernels directly, in a tenth of the time.
+    A call that torch's dispatcher would do nothing with but hand it on, or record its gradient
+    (no tracing, no modes, no subclass of a tensor), goes to the kernels directly, in a tenth of the
+    time.
     """
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        op, run = getattr(getattr(torch.ops, NAMESPACE), name), _direct.get(name)
-        if run is None:
+        op, direct = getattr(getattr(torch.ops, NAMESPACE), name), _direct.get(name)
+        if direct is None:
             return op
+        run, with_gradient = direct
 
+        @replayed
         def call(*args: Any) -> Any:
-            return run(*args) if _needs_no_dispatch(args) else op(*args)
+            route = _route(args)
+            if route == "torch":
+                return op(*args)
+            return run(*args) if route == "kernels" else with_gradient(*args)
 
         self.__dict__[name] = call
         return call
 
 
-_direct: dict[str, Callable[..., Any]] = {}
+# Of each op, its kernels, and the same with a gradient.
+_direct: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 ops: Any = _Ops()
 
 
-def _needs_no_dispatch(args: tuple[Any, ...]) -> bool:
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return False
-    if torch._C._are_functorch_transforms_active() or torch._C._autograd._profiler_enabled():
-        return False
-    records = torch.is_grad_enabled()
+def _route(args: tuple[Any, ...]) -> str:
+    """Who takes a call: "kernels", "gradient" for the kernels with their gradient, or "torch"."""
+    if watched() is not None:  # whoever watches has asked all this
+        return "kernels"
+    if torch.compiler.is_compiling() or needs_torch():
+        return "torch"
+    records, route = torch.is_grad_enabled(), "kernels"
     for a in args:
-        if isinstance(a, Tensor) and (type(a) not in _TENSORS or (records and a.requires_grad)):
-            return False
-    return True
+        if isinstance(a, Tensor):
+            if type(a) not in _TENSORS:
+                return "torch"
+            if records and a.requires_grad:
+                route = "gradient"
+    return route
+
+
+def _differentiable(
+    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The op as what ``torch.library.register_autograd`` makes of it, without the dispatcher."""
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = getattr(ops, name)(*args)
+            setup_context(ctx, args, output)
+            return output
+
+    Op.backward = staticmethod(backward)  # type: ignore[method-assign]
+    Op.__name__ = f"{name}_"
+    return Op.apply
+
+
+def run_directly(name: str, run: Callable[..., Any]) -> None:
+    """Call `run`, instead of the op `name`, where torch's dispatcher has nothing to do."""
+    op = getattr(getattr(torch.ops, NAMESPACE), name)
+    vars(ops)[name] = lambda *args: run(*args) if _route(args) == "kernels" else op(*args)
 
 
 def add_op_namespace_prefix(name: str) -> str:
@@ -106,7 +141,7 @@ def register(
         )
         return outputs
 
-    _direct[name] = run
+    _direct[name] = run, _differentiable(name, setup_context, backward)
     _lib.define(name + schema)
     for device in ("CPU", "CUDA"):
         _lib.impl(name, run, device)

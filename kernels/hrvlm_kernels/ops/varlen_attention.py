@@ -22,6 +22,7 @@ from torch import Tensor
 from ..attention_problem import Problem, folds_rope
 from ..backends import autocasts, choose_backend, installed
 from ..packed_grids import PackedGrids, check_packed
+from ..replay import replayed
 from ..traced_grids import TracedGrids
 from .rope_2d import check_constant, check_rope_inputs, check_table, rope_2d, rope_table
 from .torch_op import ops, register, register_backward
@@ -84,6 +85,7 @@ register_backward(
 )
 
 
+@replayed
 def varlen_attention(
     q: Tensor,
     k: Tensor,

@@ -9,6 +9,8 @@ compiles for: a type, a 1, a multiple of 16; and compares the kernel's globals w
 compiled with. Here a launch whose pointers are all aligned finds the compiled kernel by the types,
 the integers and the constants alone. Whatever is not of this kind goes Triton's own way: the
 interpreter, unaligned pointers, hooks of a profiler, and AMD's chips.
+
+Whole calls of such kernels are made again by replay.py.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import replay
+
 Kernel = TypeVar("Kernel")
 
 _MOST = 512  # variants of a kernel that are kept
@@ -32,6 +36,7 @@ def bound(kernel: Kernel) -> Kernel:
     """The same kernel, whose launches are bound."""
     if isinstance(kernel, JITFunction) and not torch.version.hip:
         kernel.run = _Launches(kernel)
+        replay.place = _place
     return kernel
 
 
@@ -46,9 +51,10 @@ class _Launches:
 
     def __call__(self, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
         """Launch; `constants` are those of the kernel and the options of the compiler."""
-        runtime = knobs.runtime
-        hooks = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
-        if warmup or hooks or callable(grid):
+        watch = replay.watched()
+        if warmup or _has_hooks() or callable(grid):
+            if watch is not None:
+                watch.refuse()
             return self.by_triton(*args, grid=grid, warmup=warmup, **constants)
         if self.pointers is None:
             self._sort(args)
@@ -60,6 +66,8 @@ class _Launches:
                 low |= a.data_ptr()
                 kinds.append(a.dtype)
         if low & 15:
+            if watch is not None:
+                watch.refuse()
             return self.by_triton(*args, grid=grid, warmup=False, **constants)
         active = driver.active
         device = active.get_current_device()
@@ -67,18 +75,23 @@ class _Launches:
             active, device, *kinds, *self.integers(args), *constants, *constants.values(),  # type: ignore[misc]
         )  # fmt: skip
         found = self.known.get(key)
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         if found is None:
             compiled = self.by_triton(*args, grid=grid, warmup=False, **constants)
             if len(self.known) >= _MOST:
                 self.known.clear()
             names = self.kernel.arg_names[len(args) :]
             rest = tuple(constants[name] for name in names)
-            self.known[key] = compiled.run, compiled.function, compiled.packed_metadata, rest
-            return compiled
-        run, function, metadata, rest = found
-        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        stream = active.get_current_stream(device)
-        return run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
+            start = compiled.run, compiled.function, compiled.packed_metadata
+            self.known[key] = start, rest
+        else:
+            (run, *start), rest = found
+            stream = active.get_current_stream(device)
+            compiled = run(x, y, z, stream, *start, None, None, None, *args, *rest)
+            start = found[0]
+        if watch is not None:
+            watch.note(device, (x, y, z), start, (*args, *rest))
+        return compiled
 
     def _sort(self, args: tuple[Any, ...]) -> None:
         """Which arguments are pointers, and which are integers that Triton looks at."""
@@ -97,3 +110,17 @@ def _getter(positions: list[int]) -> Callable[[Any], tuple[Any, ...]]:
     if len(positions) > 1:
         return itemgetter(*positions)
     return lambda args: tuple(args[i] for i in positions)
+
+
+def _has_hooks() -> bool:
+    runtime = knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+def _place() -> tuple[Any, int, int] | None:
+    """Driver, device and stream of the next launch; None where someone wants to see the launch."""
+    active = driver.active
+    if not getattr(active, "takes_addresses", True) or _has_hooks():
+        return None
+    device = active.get_current_device()
+    return active, device, active.get_current_stream(device)
