@@ -185,13 +185,7 @@ def test_the_committed_run_is_of_a_hundred_thousand_files_and_clean():
     assert result["cases"] >= 100_000 and result["failures"] == []
     assert not result["commit"].endswith("dirty")
     total = sum(sum(row["outcomes"].values()) for row in result["formats"].values())
-    assert total == result["cases"]
-
-
-def test_the_committed_run_of_heic_is_clean():
-    result = json.loads(RESULTS.with_name("image_fuzz_heic.json").read_text())
-    assert result["cases"] >= 10_000 and result["failures"] == []
-    assert list(result["formats"]) == ["HEIF"] and not result["commit"].endswith("dirty")
+    assert total == result["cases"] and result["formats"]["HEIF"]["outcomes"]["read"]
 
 
 # The worker
