@@ -45,12 +45,12 @@ from hrvlm_kernels.qkv_attention import qkv_attention
 
 from .kept_states import KeptStates
 from .layers import EncoderAttention, EncoderLayer, EncoderMLP, LayerScale, QKVBias, QKVLinear
-from .plain_modules import is_plain
+from .plain_modules import is_plain, may_be_plain
 
 if TYPE_CHECKING:
     from .packed_encoder import PackedEncoder
 
-_GELU = type(ACT2FN["gelu"])  # the exact one
+_GELU = may_be_plain(type(ACT2FN["gelu"]))  # the exact one
 
 
 # Steps of optimizers so far; tensors, their versions and their addresses.

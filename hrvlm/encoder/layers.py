@@ -21,11 +21,13 @@ from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH
 from hrvlm_kernels.ops.varlen_attention import with_rope_table
 
 from ..checkpoints.sizes import ViTSizes
-from .plain_modules import input_dtype, is_plain
+from .plain_modules import input_dtype, is_plain, may_be_plain
 from .rope import rope_frequencies
 
 OPS = ("rope_2d", "varlen_attention", "residual_layer_norm", "swiglu")  # that a block runs
-_SILU = {type(ACT2FN[name]) for name in ("silu", "swish")}  # a class of transformers and torch's
+_SILU = {  # a class of transformers and torch's
+    may_be_plain(type(ACT2FN[name])) for name in ("silu", "swish")
+}
 
 
 class PatchEmbedding(nn.Conv2d):
@@ -91,6 +93,7 @@ class EncoderEmbeddings(nn.Module):
         return x
 
 
+@may_be_plain
 class QKVLinear(nn.Linear):
     """q, k and v as one product.
 
@@ -99,6 +102,7 @@ class QKVLinear(nn.Linear):
     """
 
 
+@may_be_plain
 class QKVBias(nn.Module):
     """The biases of q, k and v, each of its own or none (DINOv3's k has none).
 
@@ -152,6 +156,7 @@ class _Parts(nn.Module):
             self.__dict__["replaced"] = self.replaced + 1
 
 
+@may_be_plain
 class EncoderAttention(_Parts):
     """Multi-head attention of each image over itself, q and k rotated by their patch's position."""
 
@@ -238,6 +243,7 @@ class EncoderAttention(_Parts):
         return torch.cat(maps, dim=-1)
 
 
+@may_be_plain
 class EncoderMLP(_Parts):
     """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` when the config says gated."""
 
@@ -263,6 +269,7 @@ class EncoderMLP(_Parts):
         return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
 
+@may_be_plain
 class LayerScale(nn.Module):
     """The residual connection with a learned factor per channel."""
 
@@ -277,6 +284,7 @@ class LayerScale(nn.Module):
         return torch.addcmul(residual, update, self.lambda1)
 
 
+@may_be_plain
 class EncoderLayer(GradientCheckpointingLayer):
     """One pre-norm block with LayerScale and, in training, stochastic depth per image."""
 

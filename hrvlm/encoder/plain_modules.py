@@ -7,6 +7,9 @@ has to read the weight, and may where :func:`is_plain` says that the call would 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
@@ -16,7 +19,23 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What nn.Module looks at before it calls forward directly; the names are torch's own.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(torch_modules, f"_global{name}") for name in _HOOKS)
-_LINEAR, _LAYER_NORM = nn.Linear.forward, nn.LayerNorm.forward
+_Kind = TypeVar("_Kind", bound=nn.Module)
+_Calls = tuple[Callable[..., Any], ...]
+_calls: dict[type[nn.Module], _Calls] = {}  # of each kind, as it was when it was made known
+
+
+def _calls_of(kind: type[nn.Module]) -> _Calls:
+    return kind.forward, kind.__call__, kind._call_impl
+
+
+def may_be_plain(kind: type[_Kind]) -> type[_Kind]:
+    """Remember what calling a module of this kind runs: :func:`is_plain` may be asked for it."""
+    _calls[kind] = _calls_of(kind)
+    return kind
+
+
+may_be_plain(nn.Linear)
+may_be_plain(nn.LayerNorm)
 
 
 def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
@@ -25,15 +44,15 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     It is of this class exactly (an adapter, a quantised layer, a parametrization and FSDP's units
     are of another), has no hooks, is not compiled by itself and has no forward of its own (the
     offloading of Hugging Face's accelerate), there are no hooks for all modules, and each parameter
-    is an ordinary tensor of a real device: not sharded, not a quantiser's, not on meta. Nor has the
-    forward of torch's own classes been replaced.
+    is an ordinary tensor of a real device: not sharded, not a quantiser's, not on meta. Nor has
+    what a call runs been replaced, in the class or for all modules, since `may_be_plain` saw it.
     """
-    if type(module) is not kind:
+    if type(module) is not kind or _calls_of(kind) != _calls[kind]:
         return False
     own = module.__dict__
-    if "forward" in own or own.get("_compiled_call_impl") is not None or any(_GLOBAL_HOOKS):
+    if "forward" in own or "_call_impl" in own or own.get("_compiled_call_impl") is not None:
         return False
-    if nn.Linear.forward is not _LINEAR or nn.LayerNorm.forward is not _LAYER_NORM:
+    if any(_GLOBAL_HOOKS):
         return False
     for name in _HOOKS:
         if own[name]:

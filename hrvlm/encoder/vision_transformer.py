@@ -15,6 +15,7 @@ from ..checkpoints.foreign import open_checkpoint
 from ..checkpoints.keys import Family
 from ..checkpoints.sizes import is_dinov2
 from .packed_encoder import PackedEncoder
+from .plain_modules import may_be_plain
 from .positions import LearnedPositionEmbeddings
 from .rope import augmented_coords
 
@@ -23,6 +24,7 @@ mapping.register("DINOv3Encoder", "dinov3")
 mapping.register("DINOv2Encoder", "dinov2")
 
 
+@may_be_plain
 class DINOv3Encoder(PackedEncoder):
     """DINOv3 ViT for images of any size and aspect ratio, many at once.
 
@@ -69,6 +71,7 @@ class DINOv2AnyConfig(Dinov2Config):
         )
 
 
+@may_be_plain
 class DINOv2Encoder(PackedEncoder):
     """DINOv2 ViT, with or without registers, for images of any size and aspect ratio.
 

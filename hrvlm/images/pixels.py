@@ -123,7 +123,7 @@ def _bytes_of(image: Image.Image) -> Tensor:
     rows = max(1, _STRIPE // image.width)
     for top in range(0, image.height, rows):
         box = (0, top, image.width, min(top + rows, image.height))
-        pixels[top : box[3]] = image if box[3] - top == image.height else image.crop(box)
+        pixels[top : box[3]] = np.asarray(image if rows >= image.height else image.crop(box))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

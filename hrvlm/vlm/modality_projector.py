@@ -17,7 +17,7 @@ from hrvlm_kernels.backends import autocasts, choose_backend
 from hrvlm_kernels.ops.layer_norm_pixel_shuffle import MAX_CHANNELS, choose_route
 from hrvlm_kernels.ops.pixel_shuffle_linear import compute_dtype
 
-from ..encoder.plain_modules import input_dtype, is_plain
+from ..encoder.plain_modules import input_dtype, is_plain, may_be_plain
 from ..images.geometry import image_token_count, shuffled_grid
 from ..images.patches import check_tensor
 
@@ -67,6 +67,7 @@ def pixel_unshuffle(x: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
     return blocks.transpose(-4, -3).reshape(*lead, hp * wp, size // (s * s))
 
 
+@may_be_plain
 class ModalityProjector(nn.Module):
     """Pixel shuffle and projection, for a batch of one grid or for packed images.
 

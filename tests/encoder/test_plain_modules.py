@@ -158,13 +158,17 @@ def test_no_module_is_plain_under_hooks_for_all(register):
     assert is_plain(nn.Linear(4, 3), nn.Linear)
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
-def test_no_module_is_plain_while_a_forward_of_torch_is_replaced(kind, monkeypatch):
+CALLS = [(kind, name) for kind in (nn.Linear, QKVLinear) for name in ("forward", "_call_impl")]
+CALLS += [(nn.Module, "__call__"), (nn.Linear, "__call__")]
+
+
+@pytest.mark.parametrize(("kind", "name"), CALLS, ids=str)
+def test_no_module_is_plain_while_what_its_call_runs_is_replaced(kind, name, monkeypatch):
     layer = QKVLinear(4, 3, bias=False)
     assert is_plain(layer, QKVLinear)
-    stock = kind.forward
+    stock = getattr(kind, name)
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "forward", lambda self, x: 2 * stock(self, x))
+        patch.setattr(kind, name, lambda self, *args: 2 * stock(self, *args))
         assert not is_plain(layer, QKVLinear)
     assert is_plain(layer, QKVLinear)
 

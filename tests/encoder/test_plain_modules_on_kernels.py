@@ -6,8 +6,11 @@ from functools import partial
 import accelerate
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import prune
+from transformers.activations import ACT2FN
 
+from hrvlm.encoder import layers
 from tests.encoder.kinds import ON_KERNELS, pair_of
 from tests.encoder.test_plain_modules import RowScaled
 from tests.kernels.helpers import interpreter_only
@@ -223,3 +226,30 @@ def test_torchs_averaged_model(how, rng):
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=rng))
+
+
+def flipped(stock):
+    return lambda *args, **kwargs: stock(*args, **kwargs).flip(-1)
+
+
+PATCHED = (
+    nn.Linear, nn.LayerNorm, layers.QKVLinear, layers.QKVBias, layers.LayerScale,
+    layers.EncoderAttention, layers.EncoderMLP, layers.EncoderLayer, type(ACT2FN["gelu"]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recording", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+@pytest.mark.parametrize("kind", PATCHED, ids=lambda kind: kind.__name__)
+def test_a_class_whose_call_is_replaced_is_called(kind, name, recording, monkeypatch):
+    """As tools patch classes: on the kernels as in eager."""
+    encoder = encoder_of(ON_KERNELS[0])
+    patches = torch.randn(2, 768, generator=torch.Generator().manual_seed(0))
+    plain = features_of(on("eager", encoder), patches, recording=recording)
+    monkeypatch.setattr(kind, name, flipped(getattr(kind, name)))
+    patched, on_kernels = (
+        features_of(on(backend, encoder), patches, recording=recording)
+        for backend in ("eager", "triton")
+    )
+    assert not torch.allclose(patched, plain, atol=1e-3)
+    torch.testing.assert_close(on_kernels, patched, rtol=1e-4, atol=1e-4)
