@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import shutil
@@ -12,9 +13,12 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @contextmanager
@@ -31,10 +35,25 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file by :func:`replacing`, making folders as needed."""
     with folder_for_results(path.parent), replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text by :func:`write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_picture(path: Path, picture: Image.Image, kind: str, **options: Any) -> None:
+    """Write a picture in a format of Pillow by :func:`write_bytes`.
+
+    Pillow's own writing of a JPEG takes no notice of a disk that is full.
+    """
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    write_bytes(path, stream.getvalue())
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import folder_for_results, replacing
+from ..files import write_picture
 from ..images.intake import load_image
 from .config import EmbedConfig, Manifest, need_extra
 from .index import Hit, Index, entry_of, open_index
@@ -173,10 +173,9 @@ class Searcher:
                 lines = "\n".join(_fitted(part, draw, font) for part in text.split("\n"))
                 draw.multiline_text((left, top + _CELL + 2), lines, fill="black", font=font)
         kind = Image.registered_extensions().get(path.suffix.lower())
-        if kind is None:
+        if kind not in Image.SAVE:  # Pillow reads more formats than it writes
             raise ValueError(f"{path}: no picture by its ending; .png and .jpg are")
-        with folder_for_results(path.parent), replacing(path) as part:
-            page.save(part, format=kind)
+        write_picture(path, page, kind)
 
     def patches_of(self, found: Found) -> Iterator[tuple[str, Image.Image, Any, str]]:
         """Of the query and its hits: name, picture, patch features [hp, wp, C] and score."""

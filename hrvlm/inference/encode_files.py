@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import __version__
-from ..files import replacing
+from ..files import write_bytes, write_picture
 from .encode_formats import made_of, need_pyarrow, one_file, safetensors_bytes
 from .loading import LoadedEncoder, weights_digest
 from .passes import cls_attention
@@ -160,7 +160,7 @@ class ResultWriter:
                 self._collected[self._names[image.path]] = tensors, metadata
                 continue
             metadata["made_of"] = self._made_of(image.path) or ""
-            self._write(image.features, safetensors_bytes(tensors, metadata))
+            write_bytes(image.features, safetensors_bytes(tensors, metadata))
 
     def finish(self) -> None:
         """Write the one file, if there is to be one."""
@@ -169,7 +169,7 @@ class ResultWriter:
             target = self._directory / f"features.{kind}"
             complete = len(self._collected) == len(self._paths)  # else it is made anew next time
             made_of_all = self._made_of_all() if complete else ""
-            self._write(target, one_file(kind, self._collected, made_of_all))
+            write_bytes(target, one_file(kind, self._collected, made_of_all))
 
     def collect(
         self,
@@ -209,8 +209,7 @@ class ResultWriter:
                 size=(geometry.height, geometry.width),
             )
             drawing.image.picture = self._picture_of(drawing.image.path)
-            with replacing(drawing.image.picture) as part:
-                page.save(part, format="PNG")
+            write_picture(drawing.image.picture, page, "PNG")
         self._drawings.clear()
 
     def _caption(self, image: EncodedImage) -> str:
@@ -242,10 +241,6 @@ class ResultWriter:
             "weights": "random" if loaded.random_weights else "pretrained",
             "hrvlm_version": __version__,
         } | {name: json.dumps(value) for name, value in values.items()}
-
-    def _write(self, target: Path, content: bytes) -> None:
-        with replacing(target) as part:
-            part.write_bytes(content)
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:

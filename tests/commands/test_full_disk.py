@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from hrvlm import DINOv3Encoder, VisionLanguageModel, VLMProcessor
+from hrvlm.embed.config import EmbedConfig
 from tests.commands.helpers import error_of, run
 from tests.disks import FILLED, FULL_DISKS
+from tests.embed.here import run_here
 
 SIZES = (0, 100, 5_000, 20_000, 70_000, 150_000)
 
@@ -42,28 +44,54 @@ def questions(tmp_path_factory):
     return folder / "rows.jsonl"
 
 
-# By command: what it is called with, and the sizes of disk that don't suffice.
+@pytest.fixture(scope="module")
+def index(images, model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("index")
+    run_here(EmbedConfig(str(images), str(out), model=str(model), max_img_size=64))
+    return out
+
+
+# By command: what it is called with, and how many of the sizes of disk don't suffice.
 COMMANDS = {
     "encode": (lambda f: [f["images"] / "b_wide.png", "--model", f["model"], "--out", f["out"]], 4),
+    "encode --format": (
+        lambda f: [
+            f["images"] / "b_wide.png", "--model", f["model"], "--out", f["out"], "--no-pictures",
+            "--format", "npz",
+        ],
+        2,
+    ),
+    "explore": (
+        lambda f: [f["images"], "--model", f["model"], "--out", f"{f['out']}.html"],
+        2,
+    ),
+    "search --sheet": (
+        lambda f: [f["images"] / "b_wide.png", "--index", f["index"], "--sheet", f"{f['out']}.jpg"],
+        3,
+    ),
+    "search --page": (
+        lambda f: [f["images"] / "b_wide.png", "--index", f["index"], "--page", f"{f['out']}.html"],
+        2,
+    ),
     "convert": (lambda f: [f["model"], f["out"]], 4),
     "evaluate": (
         lambda f: [f["questions"], "--model", f["vlm"], "--out", f"{f['out']}.jsonl"],
         2,
     ),
     "export": (lambda f: [f["model"], f"{f['out']}.pt2", "--format", "torch"], 1),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_on_a_full_disk_leaves_nothing(
-    name, full_at, model, vlm, images, questions, request
+    name, full_at, model, vlm, images, questions, index, request
 ):
-    arguments, tries = COMMANDS[name]
+    (arguments, tries), command = COMMANDS[name], name.split()[0]
     if name == "export" and "file size" in request.node.name:
         pytest.skip("a program takes seconds to trace: on one of the disks")
-    files = {"model": model, "vlm": vlm, "images": images, "questions": questions}
+    files = {"model": model, "vlm": vlm, "images": images, "questions": questions, "index": index}
     for size in SIZES[:tries]:
-        result, left = full_at(size, lambda out: run(name, *arguments(files | {"out": out})))
+        result, left = full_at(size, lambda out: run(command, *arguments(files | {"out": out})))
         message = error_of(result)
         assert any(w in message for w in ("No space left", "File too large", "Input/output"))
         assert left == [], size

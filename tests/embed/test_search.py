@@ -71,8 +71,9 @@ def test_sheet_and_page_show_the_query_and_its_hits(folder, tmp_path):
     assert "What is like 0003.png" in text and len(re.findall("data:image/webp", text)) == 5
     address = run("search", "https://example.org/a.png", "--index", folder / "index")
     assert "https://example.org/a.png: addresses are fetched only with" in error_of(address)
-    wrong = run("search", pictures[0], "--index", folder / "index", "--sheet", "a.sheet")
-    assert "no picture by its ending" in error_of(wrong)
+    for name in ("a.sheet", "a.psd"):
+        wrong = run("search", pictures[0], "--index", folder / "index", "--sheet", name)
+        assert f"{name}: no picture by its ending" in error_of(wrong)
 
 
 def test_many_rows_are_searched_by_lists_and_recall_is_measured(folder, monkeypatch):
