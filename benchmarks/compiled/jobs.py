@@ -11,6 +11,7 @@ import triton
 
 from hrvlm_kernels.triton_kernels import bias_gelu as gelu
 from hrvlm_kernels.triton_kernels import layer_norm_pixel_shuffle as norm
+from hrvlm_kernels.triton_kernels import linear_gelu, linear_swiglu
 from hrvlm_kernels.triton_kernels import linear_residual_layer_norm as connection
 from hrvlm_kernels.triton_kernels import normalize_patchify as patchify
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as shuffle
@@ -255,6 +256,31 @@ def gelu_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
         )  # fmt: skip
 
 
+def linear_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
+    """linear_gelu and linear_swiglu with every tile of their tables, else of GEMM."""
+    for op in ("linear_gelu", "linear_swiglu"):
+        for dtype in dtypes:
+            for config in linear_gelu.configs_of(op.upper(), target, dtype):
+                yield linear_job(op, dtype, config)
+
+
+def linear_job(op, dtype, config):
+    """Both with biases, their weights contiguous."""
+    pointer, gated_op = f"*{NAMES[dtype]}:16", op == "linear_swiglu"
+    weights = ("gate", "up", "gate_bias", "up_bias") if gated_op else ("weight", "bias")
+    signature = dict.fromkeys(("x", *weights, "out"), pointer) | {"T": "i32"}
+    signature |= dict.fromkeys(("F", "C", "stride_xt", "stride_wf"), "i32:16")
+    tiling = shuffle.tile_arguments(config)
+    options = {name: tiling.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {"stride_xc": 1, "stride_wc": 1, "EVEN_C": True, "HAS_BIAS": True, **tiling}
+    constants["PRECISION"] = "ieee"
+    kernel = linear_swiglu.linear_swiglu_forward if gated_op else linear_gelu.linear_gelu_forward
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    # Exact float32 products run on the ordinary units of NVIDIA's chips.
+    tensor_core = dtype != torch.float32
+    return Job(f"{op} {tile} {NAMES[dtype]}", kernel, signature, constants, options, tensor_core)
+
+
 def swiglu_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
     """Forward and backward of swiglu; nothing depends on F."""
     for dtype in dtypes:
@@ -324,6 +350,7 @@ def jobs(target):
         residual_jobs,
         connection_jobs,
         gelu_jobs,
+        linear_jobs,
         swiglu_jobs,
         patchify_jobs,
         small_jobs,

@@ -1,12 +1,14 @@
 """Count what the kernels and their peers execute, and write it down.
 
     python -m benchmarks.counted [--chip sm_90 ...] [--only "attention forward" ...]
-                                 [--peers FOLDER] [--page]
+                                 [--missing] [--minutes 5] [--peers FOLDER] [--page]
 
 writes benchmarks/results/counted-<chip>.json and docs/counted.md. Every kernel is compiled for the
 chip and executed on a CPU (``kernels/ptx_machine``), some programs of each launch standing for all.
-There is no GPU, and nothing here is a time. ``--only`` replaces the rows whose op begins so and
-keeps the others; ``--page`` writes the page alone. Peers: see benchmarks/counted/peers.py.
+There is no GPU, and nothing here is a time. Every row says of which commit it is. ``--only``
+replaces the rows whose op begins so and keeps the others; ``--missing`` counts none that is there,
+and ``--minutes`` begins no other after so much CPU time: together they fill the files piece by
+piece. ``--page`` writes the page alone. Peers: see benchmarks/counted/peers.py.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +37,7 @@ from benchmarks.suite import commit_here
 from hrvlm.files import write_text
 
 CHIPS = {"sm_80": 80, "sm_90": 90}
-SCHEMA = 1
+SCHEMA = 2  # rows have a commit and a date of their own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--only", nargs="+", default=[""], help="ops that begin so")
+    parser.add_argument("--missing", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="of CPU, about")
     parser.add_argument("--peers", type=Path, help="folder of the peers' packages")
     parser.add_argument("--page", action="store_true", help="write the page alone")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -55,18 +59,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for chip in args.chip:
             path = args.results / f"counted-{chip}.json"
             only = tuple(args.only)
-            kept, missing = others(path, only), set[str]()
-            for row in run(CHIPS[chip], only, args.peers, missing):
+            kept, missing = others(path, () if args.missing else only), set[str]()
+            known = {name_of(row) for row in kept}
+            for row in run(CHIPS[chip], only, args.peers, missing, known):
                 kept.append(row)
                 write(path, chip, kept, sorted(missing))  # each as it is made
+                if time.process_time() > 60 * args.minutes:
+                    print(f"sm_{CHIPS[chip]}: stopped after --minutes {args.minutes:g}")
+                    break
     write_text(args.docs / page.NAME, page.render(args.results))
     return 0
 
 
 def run(
-    chip: int, only: tuple[str, ...], folder: Path | None, missing: set[str]
+    chip: int,
+    only: tuple[str, ...],
+    folder: Path | None,
+    missing: set[str],
+    known: Container[tuple[str, ...]] = (),
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a chip; adds to `missing` which peers are not there."""
+    """The rows of a chip but for the known ones; adds to `missing` which peers are not there."""
     gpu = machine(chip)
     for make in _cases(chip, folder, only):
         gpu.options.ctas = lambda name, grid: ()  # the forward of a backward: its shapes are enough
@@ -77,7 +89,7 @@ def run(
             continue
         finally:
             gpu.options.ctas = None
-        if not case.op.startswith(only):
+        if not case.op.startswith(only) or case.name in known:
             continue
         torch.manual_seed(0)
         begin = time.process_time()
@@ -88,7 +100,8 @@ def run(
             f" {result['instructions']:.2f} instructions  [{time.process_time() - begin:.0f} s]",
             flush=True,
         )
-        yield result
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        yield {**result, "commit": commit_here(), "date": now}
 
 
 def _cases(chip: int, folder: Path | None, only: tuple[str, ...]) -> Iterator[Callable[[], Case]]:
@@ -108,10 +121,15 @@ def _cases(chip: int, folder: Path | None, only: tuple[str, ...]) -> Iterator[Ca
             yield from makers()
 
 
-def others(path: Path, only: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The rows of a file that are not counted again."""
-    old = json.loads(path.read_text())["rows"] if path.exists() and only != ("",) else []
-    return [row for row in old if not row["op"].startswith(only)]
+def others(path: Path, again: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The rows of a file whose ops are not counted again."""
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in old if not row["op"].startswith(again)]
+
+
+def name_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """What tells a row from others."""
+    return row["op"], row["size"], row["variant"]
 
 
 def write(path: Path, chip: str, found: list[dict[str, Any]], missing: list[str]) -> None:
@@ -121,8 +139,6 @@ def write(path: Path, chip: str, found: list[dict[str, Any]], missing: list[str]
         "chip": chip,
         "device": None,
         "versions": {name: metadata.version(name) for name in ("torch", "triton", "numpy")},
-        "commit": commit_here(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "missing": missing,
         "rows": found,
     }

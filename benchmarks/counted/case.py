@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.counted import sass
@@ -58,6 +58,8 @@ class Case:
         least: Bytes that have to be moved once, of all programs.
         sharing: Of kernels whose programs share what they read, by a part of the name: the bytes
             that each has to move once, since sampled sectors would count them again and again.
+        plain: Launches the same kernel without its epilogue. What the epilogue adds to the need of
+            each unit then counts as if nothing happened beside it: its largest need comes on top.
         role: "ours", "candidate" or "peer".
         check: Raises AssertionError if the sampled programs computed something else.
     """
@@ -72,6 +74,7 @@ class Case:
     flops: float = 0
     least: float = 0
     sharing: Mapping[str, float] = field(default_factory=dict)
+    plain: Callable[[], object] | None = None
     role: str = "ours"
     check: Callable[[], None] | None = field(default=None, compare=False)
 
@@ -104,6 +107,8 @@ def count(case: Case, gpu: PtxDriver, chip: int) -> dict[str, Any]:
     if case.check is not None:
         case.check()
     kernels = [_described(launch, case, chip) for launch in launches]
+    if case.plain is not None:
+        _count_epilogue(kernels[0], case, gpu, chip)
     bound = sum(kernel["bound"] for kernel in kernels)
     return {
         "op": case.op, "size": case.size, "variant": case.variant, "role": case.role,
@@ -114,6 +119,15 @@ def count(case: Case, gpu: PtxDriver, chip: int) -> dict[str, Any]:
         "instructions": sum(kernel["instructions"] for kernel in kernels),
         "kernels": kernels,
     }  # fmt: skip
+
+
+def _count_epilogue(kernel: dict[str, Any], case: Case, gpu: PtxDriver, chip: int) -> None:
+    assert case.plain is not None
+    (launch,) = _launches(replace(case, start=case.plain), gpu)
+    before = _described(launch, case, chip)
+    name, need = limit({n: c - before["clocks"][n] for n, c in kernel["clocks"].items()})
+    kernel["bound"] = before["bound"] + need
+    kernel["limit"] = f"{before['limit']}, then {need:.4g} {name}"
 
 
 def _launches(case: Case, gpu: PtxDriver) -> list[Launch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ on the same inputs, in bfloat16 with 16 heads. The executor counts warp instruct
 do. From these follows a **bound**: the clocks that one multiprocessor needs for the unit that has
 most to do, for 1000 units of useful work (scores without padding, elements, products), as if
 everything else happened beside it. Latency, occupancy, dependences and launches are not in it.
-Launches of one call add up.
+Launches of one call add up. The epilogues of linear_gelu and linear_swiglu count as serial: what
+they add to the need of each unit comes on top ("then"), though another program's products may run
+beside them.
 
 *Instructions* are those of a thread for a unit of useful work, read from machine code: PTX says how
 often a loop runs, SASS how many instructions a turn has (where a loop can't be matched, PTX is
@@ -66,9 +69,11 @@ def render(results: Path) -> str:
 def _chip(document: Row) -> Iterator[str]:
     versions = ", ".join(f"{name} {v}" for name, v in document["versions"].items())
     yield f"## {document['chip']}\n"
-    yield f"Device: none. {versions}; commit {document['commit']}, {document['date'][:10]}."
-    yield "".join(f" {reason}." for reason in document["missing"]) + "\n"
     rows = document["rows"]
+    commits = Counter((row["commit"], row["date"][:10]) for row in rows)
+    of = ", ".join(f"{n} rows of {commit} ({date})" for (commit, date), n in commits.items())
+    yield f"Device: none. {versions}; {of}."
+    yield "".join(f" {reason}." for reason in document["missing"]) + "\n"
     yield from _against(rows)
     for op in dict.fromkeys(row["op"] for row in rows):
         mine = [row for row in rows if row["op"] == op]
@@ -112,11 +117,12 @@ def _lines(row: Row) -> Iterator[str]:
         )
     for kernel in row["kernels"]:
         clocks = sorted(kernel["clocks"].items(), key=lambda item: -item[1])
-        (name, need), (second, less) = clocks[:2]
-        bound = f"{need:.4g}" if len(row["kernels"]) > 1 else f"**{need:.4g}**"
+        second, less = clocks[1]
+        bound = f"{kernel['bound']:.4g}"
+        bound = bound if len(row["kernels"]) > 1 else f"**{bound}**"
         mark = "" if kernel["sass"] else "*"
         yield (
-            f"| {row['size']}, {row['variant']} | {kernel['kernel']} | {bound} | {name} "
+            f"| {row['size']}, {row['variant']} | {kernel['kernel']} | {bound} | {kernel['limit']} "
             f"| {less:.4g} {second} | {kernel['instructions']:.2f}{mark} "
             f"| {kernel['ptx_instructions']:.2f} | {kernel.get('loop') or ''} "
             f"| {_ratio(kernel['flops_per_useful'])} | {_ratio(kernel['sectors_per_asked'])} "

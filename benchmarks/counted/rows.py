@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.counted import peers
+from benchmarks.counted import linear, peers
 from benchmarks.counted.attention import BF16, inputs
 from benchmarks.counted.case import Case, first, spread
 from hrvlm_kernels import PackedGrids
@@ -184,6 +184,9 @@ def makers(chip: int, folder: Path | None) -> Iterator[tuple[str, Callable[[], M
     for width in WIDTHS:
         for op in ("layer_norm_pixel_shuffle", "residual_layer_norm"):
             yield op, partial(norm_cases, folder, width, op)
+    for op, sizes in linear.SIZES.items():
+        for channels, features in sizes:
+            yield op, partial(linear.cases, op, chip, channels, features)
     for width in GATED:
         yield "swiglu", partial(swiglu_cases, folder, width)
     for patch in (16, 14):

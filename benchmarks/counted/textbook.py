@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hrvlm_kernels.triton_kernels.linear_gelu import multiply
+from hrvlm_kernels.triton_kernels.pixel_shuffle_linear import locate_tile, tile_arguments
 from hrvlm_kernels.triton_kernels.tilings import GemmConfig, Tiling
 
 
@@ -84,6 +86,34 @@ def matmul(
         p_b += BK
     p_c = c + i_m[:, None] * N + i_n[None, :]
     tl.store(p_c, acc.to(c.dtype.element_ty), mask=(i_m < M)[:, None] & (i_n < N)[None, :])
+
+
+@triton.jit
+def linear(
+    x, weight, out, T, F, C, stride_xt, stride_xc, stride_wf, stride_wc, EVEN_C: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """linear_gelu_forward without bias and GELU: the same loop, the same store."""
+    i_t, i_f = locate_tile(tl.program_id(0), tl.cdiv(T, BM), tl.cdiv(F, BN), GROUP)
+    i_t = i_t.to(tl.int64) * BM + tl.arange(0, BM)
+    i_f = i_f * BN + tl.arange(0, BN)
+    m_t, m_f = i_t < T, i_f < F
+    p_w = weight + tl.where(m_f, i_f, 0).to(tl.int64) * stride_wf
+    acc = multiply(
+        x, tl.where(m_t, i_t, 0), stride_xt, stride_xc, p_w, stride_wc, C, EVEN_C,
+        BM, BN, BK, "ieee",
+    )  # fmt: skip
+    p_out = out + (i_t * F)[:, None] + i_f[None, :]
+    tl.store(p_out, acc.to(out.dtype.element_ty), mask=m_t[:, None] & m_f[None, :])
+
+
+def start_linear(x: Tensor, weight: Tensor, out: Tensor, config: GemmConfig) -> None:
+    """With the tile sizes of ours."""
+    (tokens, channels), width = x.shape, weight.shape[0]
+    linear[(triton.cdiv(tokens, config.block_m) * triton.cdiv(width, config.block_n),)](
+        x, weight, out, tokens, width, channels, *x.stride(), *weight.stride(),
+        EVEN_C=channels % config.block_k == 0, **tile_arguments(config),
+    )  # fmt: skip
 
 
 def start_matmul(a: Tensor, b: Tensor, c: Tensor, config: GemmConfig) -> None:

@@ -118,7 +118,8 @@ def _selection(args: argparse.Namespace, chip: str) -> Selection:
                 continue
             if args.bytes and not name.startswith("norm") and key[-1] not in args.bytes:
                 continue
-            yield name, OPS[name], key
+            if OPS[name].counted or not args.counted:
+                yield name, OPS[name], key
 
 
 def dry_run(rows: Sequence[tuple[str, TunedOp, Key]], chip: str) -> int:

@@ -14,6 +14,7 @@ from triton.errors import TritonError
 
 from benchmarks.compiled import jobs
 from benchmarks.tuning.attention import ATTENTION_OPS
+from benchmarks.tuning.linear import LINEAR_OPS
 from benchmarks.tuning.rows import (
     HEADS,
     TOKENS,
@@ -24,8 +25,10 @@ from benchmarks.tuning.rows import (
     attention_job,
     attention_keys,
     dtype_of,
+    gemm_candidates,
     reason,
     row,
+    size_keys,
     verified,
 )
 from hrvlm.images.processor import IMAGENET
@@ -40,7 +43,7 @@ from hrvlm_kernels import (
 )
 from hrvlm_kernels.triton_kernels import tile_tables
 from hrvlm_kernels.triton_kernels.launch import multiprocessors
-from hrvlm_kernels.triton_kernels.tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig
+from hrvlm_kernels.triton_kernels.tilings import BlockConfig, NormConfig, RopeConfig
 
 CHANNELS = 1024
 _FACTOR = 4
@@ -76,14 +79,6 @@ def _grids(device: str) -> list[tuple[str, PackedGrids]]:
     return packs
 
 
-def _gemm_candidates(key: Key) -> list[GemmConfig]:
-    if key[1] == 4:
-        tiles = [(64, 64, 16), (64, 64, 32), (32, 32, 16)]
-        return [GemmConfig(*tile, 4, s) for tile, s in product(tiles, (2, 3, 4))]
-    tiles = [(128, 128, 64), (128, 128, 32), (128, 64, 64), (64, 64, 64), (64, 64, 32)]
-    return [GemmConfig(*tile, w, s) for tile, w, s in product(tiles, (4, 8), (3, 4))]
-
-
 def _gemm_calls(key: Key, device: str) -> list[Call]:
     """Forward and backward, with so many output channels that no sum is cut into parts."""
 
@@ -102,9 +97,9 @@ def _gemm_calls(key: Key, device: str) -> list[Call]:
     return [call(name, packed) for name, packed in _grids(device)]
 
 
-def _gemm_parts_candidates(key: Key) -> list[GemmConfig]:
+def _gemm_parts_candidates(key: Key) -> list[Any]:
     """What runs without a row, and the others."""
-    return [*tile_tables.GEMM[key][:1], *_gemm_candidates(key)]
+    return [*tile_tables.GEMM[key][:1], *gemm_candidates(key)]
 
 
 def _gemm_parts_calls(key: Key, device: str) -> list[Call]:
@@ -188,10 +183,6 @@ def _norm_gate(key: Key, device: str) -> None:
     verified("layer_norm_pixel_shuffle", torch.float16, device, channels=key[1])
 
 
-def _size_keys(chip: str) -> list[Key]:
-    return [(chip, 2), (chip, 4)]
-
-
 def _block_candidates(key: Key) -> list[BlockConfig]:
     blocks = [BlockConfig(n, w) for n, w in product((512, 1024, 2048, 4096), (2, 4, 8))]
     return [c for c in blocks if 4 <= c.elements // (32 * c.num_warps) <= 32]
@@ -238,13 +229,13 @@ def _norm_op(table: str, backward: bool) -> TunedOp:
     )
 
 
-OPS = ATTENTION_OPS | {
+OPS = ATTENTION_OPS | LINEAR_OPS | {
     "gemm": TunedOp(
-        "GEMM", _size_keys, _gemm_candidates, _gemm_gate, _gemm_calls,
+        "GEMM", size_keys, gemm_candidates, _gemm_gate, _gemm_calls,
         lambda key, config: jobs.pixel_shuffle_job("forward", dtype_of(key), config),
     ),
     "gemm_parts": TunedOp(
-        "GEMM_PARTS", _size_keys, _gemm_parts_candidates, _gemm_gate, _gemm_parts_calls,
+        "GEMM_PARTS", size_keys, _gemm_parts_candidates, _gemm_gate, _gemm_parts_calls,
         lambda key, config: jobs.pixel_shuffle_job(
             "forward", dtype_of(key), config, split=True
         ),
@@ -256,11 +247,11 @@ OPS = ATTENTION_OPS | {
     "norm_forward": _norm_op("NORM_FORWARD", False),
     "norm_backward": _norm_op("NORM_BACKWARD", True),
     "swiglu": TunedOp(
-        "SWIGLU", _size_keys, _block_candidates, _swiglu_gate, _swiglu_calls,
+        "SWIGLU", size_keys, _block_candidates, _swiglu_gate, _swiglu_calls,
         lambda key, config: jobs.swiglu_job(dtype_of(key), config, backward=True),
     ),
     "patchify": TunedOp(
-        "PATCHIFY", _size_keys, _block_candidates, _patchify_gate, _patchify_calls,
+        "PATCHIFY", size_keys, _block_candidates, _patchify_gate, _patchify_calls,
         lambda key, config: jobs.patchify_job(dtype_of(key), config),
     ),
 }  # fmt: skip

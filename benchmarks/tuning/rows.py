@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from benchmarks.tuning.table_file import Table
 from hrvlm.measuring.timing import Timing, median_ratio
 from hrvlm.verification.cases import CASES, Random
 from hrvlm_kernels.triton_kernels import tile_tables
+from hrvlm_kernels.triton_kernels.tilings import GemmConfig
 
 HEADS, TOKENS = 16, 16_384  # of what is timed
 MISSING = object()  # None is a candidate
@@ -43,7 +45,8 @@ class Call(NamedTuple):
 class TunedOp:
     """One table and how to choose its rows; keys are those of the table.
 
-    A candidate of None means no row: what runs instead is timed like the others.
+    A candidate of None means no row: what runs instead is timed like the others. Where that is
+    the library's own product, `counted` is False: bounds don't know it, and can't choose.
     """
 
     table: str
@@ -52,6 +55,7 @@ class TunedOp:
     gate: Callable[[Key, str], None]  # raises AssertionError
     calls: Callable[[Key, str], Sequence[Call]]
     job: Callable[[Key, Any], jobs.Job]
+    counted: bool = True
 
 
 def candidates_of(op: TunedOp, key: Key) -> list[Any]:
@@ -102,6 +106,20 @@ def reason(error: Exception) -> str:
 def dtype_of(key: Key) -> torch.dtype:
     """The dtype that the rows with this key are tuned in; those of norms serve every dtype."""
     return torch.float32 if key[-1] == 4 else torch.bfloat16
+
+
+def size_keys(chip: str) -> list[Key]:
+    """The rows of the tables that go by the bytes of an element alone."""
+    return [(chip, 2), (chip, 4)]
+
+
+def gemm_candidates(key: Key) -> list[GemmConfig]:
+    """Of matrix products."""
+    if key[1] == 4:
+        tiles = [(64, 64, 16), (64, 64, 32), (32, 32, 16)]
+        return [GemmConfig(*tile, 4, s) for tile, s in product(tiles, (2, 3, 4))]
+    tiles = [(128, 128, 64), (128, 128, 32), (128, 64, 64), (64, 64, 64), (64, 64, 32)]
+    return [GemmConfig(*tile, w, s) for tile, w, s in product(tiles, (4, 8), (3, 4))]
 
 
 def attention_keys(chip: str) -> list[Key]:

@@ -26,7 +26,8 @@ from benchmarks.tuning import table_file
 from hrvlm_kernels.triton_kernels import tile_tables
 from hrvlm_kernels.triton_kernels.launch import triton_release
 
-OPTIONAL = ("SHORT", "ATOMIC", "GEMM_PARTS")  # what has no row there runs in another way
+# What has no row there runs in another way.
+OPTIONAL = ("SHORT", "ATOMIC", "GEMM_PARTS", "LINEAR_GELU", "LINEAR_SWIGLU")
 
 Row = tuple[Any, ...]
 

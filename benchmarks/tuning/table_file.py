@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hrvlm.files import write_text
 from hrvlm_kernels.triton_kernels import tile_tables
@@ -45,6 +45,12 @@ _COMMENTS = {
         "For parts of a sum, where the float32 store makes ptxas hold up\n"
         "# the tensor cores with the tiles above."
     ),
+    "LINEAR_GELU": (
+        "linear_gelu and linear_swiglu, where a GPU found them faster than torch's products and a "
+        "pass:\n# bytes of an element. Other chips run them when asked for by name, with the tiles "
+        "of GEMM."
+    ),
+    "LINEAR_SWIGLU": None,
     "ROPE": "rope_2d: (head_dim rounded up, bytes of an element).",
     "NORM_FORWARD": "layer_norm_pixel_shuffle and residual_layer_norm: C rounded up.",
     "NORM_BACKWARD": None,
@@ -81,8 +87,11 @@ def render(rows: Mapping[str, Table], chosen: Mapping[str, str], spilling: Spill
     for name, comment in _COMMENTS.items():
         if comment is not None:
             lines.append(f"# {comment}")
-        kind = type(next(iter(rows[name].values()))[0]).__name__
-        lines += [f"{name}: Rows[{kind}] = by_chip(", "    {"]
+        head = f"{name}: Rows[{kind_of(name).__name__}] = by_chip("
+        if not rows[name]:
+            lines += [f"{head}{{}})", ""]
+            continue
+        lines += [head, "    {"]
         lines += [_item(row, configs, " " * 8) for row, configs in folded(rows[name]).items()]
         lines += ["    }", ")", ""]
     return _HEADER + "\n".join(lines).rstrip() + "\n"
@@ -93,6 +102,12 @@ def replace(
 ) -> None:
     """Write the file, complete or not at all."""
     write_text(path, render(rows, chosen, spilling))
+
+
+def kind_of(name: str) -> type:
+    """What the rows of a table hold."""
+    _, configs = get_args(tile_tables.__annotations__[name])
+    return get_args(configs)[0]
 
 
 def folded(table: Table) -> Table:

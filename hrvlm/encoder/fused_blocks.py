@@ -10,6 +10,9 @@ the stream and added by the norms that read it:
 
     stream += a (lambda1 W_o)^T;  shift += lambda1 b_o;  normed = norm(stream + shift)
 
+The up-projection takes its activation along where that was measured to pay, or was asked for
+(:mod:`hrvlm_kernels.ops.linear_gelu`).
+
 What is folded is made again when a weight has another version or address, when a module was
 replaced, and after a step of any optimizer of torch: the average of a teacher's weights, which
 follows one, is often written through ``.data``, and that counts no version.
@@ -35,16 +38,26 @@ from transformers.activations import ACT2FN
 from hrvlm_kernels import PackedGrids, varlen_attention
 from hrvlm_kernels.backends import choose_backend
 from hrvlm_kernels.ops.bias_gelu import bias_gelu
+from hrvlm_kernels.ops.linear_gelu import linear_gelu
 from hrvlm_kernels.ops.linear_residual_layer_norm import (
     linear_residual_layer_norm,
     shifted_layer_norm,
 )
+from hrvlm_kernels.ops.linear_swiglu import linear_swiglu
 from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH
 from hrvlm_kernels.ops.varlen_attention import MAX_HEAD_DIM
 from hrvlm_kernels.qkv_attention import qkv_attention
 
 from .kept_states import KeptStates
-from .layers import EncoderAttention, EncoderLayer, EncoderMLP, LayerScale, QKVBias, QKVLinear
+from .layers import (
+    EncoderAttention,
+    EncoderLayer,
+    EncoderMLP,
+    LayerScale,
+    QKVBias,
+    QKVLinear,
+    is_plain_silu,
+)
 from .plain_modules import is_plain, may_be_plain
 
 if TYPE_CHECKING:
@@ -212,7 +225,7 @@ def infer(
         del normed, qkv, q, k, v  # memory peaks in the MLP
         x.addmm_(out.flatten(1), folded.o_weight.T)
         del out
-        inner = layer.mlp.inner(_norm(layer.norm2, x, folded.between), backend)
+        inner = _inner_without_gradient(layer.mlp, _norm(layer.norm2, x, folded.between), backend)
         x.addmm_(inner, folded.down_weight.T)
         shift = folded.after
         if i in kept:
@@ -266,6 +279,20 @@ def _inner(mlp: EncoderMLP, normed: Tensor, backend: str) -> Tensor:
     if plain and up.bias is not None and up.weight.dtype == normed.dtype:
         return bias_gelu(F.linear(normed, up.weight), up.bias)
     return mlp.inner(normed, backend)
+
+
+def _inner_without_gradient(mlp: EncoderMLP, normed: Tensor, backend: str) -> Tensor:
+    up, gate, act, dtype = mlp.up_proj, mlp.gate_proj, mlp.act_fn, normed.dtype
+    if gate is None and is_plain(act, _GELU) and _is_plain_product(up, dtype):
+        return linear_gelu(normed, up.weight, up.bias, backend=backend)
+    if gate is not None and is_plain_silu(act) and _are_a_pair(gate, up, dtype):
+        return linear_swiglu(normed, gate.weight, up.weight, gate.bias, up.bias, backend=backend)
+    return mlp.inner(normed, backend)
+
+
+def _are_a_pair(gate: nn.Linear, up: nn.Linear, dtype: torch.dtype) -> bool:
+    plain = _is_plain_product(gate, dtype) and _is_plain_product(up, dtype)
+    return plain and gate.weight.stride() == up.weight.stride()
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor | None) -> Tensor:

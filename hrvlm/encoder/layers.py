@@ -263,10 +263,14 @@ class EncoderMLP(_Parts):
         """What `down_proj` takes, ``[T, F]``."""
         if self.gate_proj is None:
             return self.act_fn(self.up_proj(x))
-        plain = type(self.act_fn) in _SILU and is_plain(self.act_fn, type(self.act_fn))
-        if plain and choose_backend("swiglu", backend, x) == "triton":
+        if is_plain_silu(self.act_fn) and choose_backend("swiglu", backend, x) == "triton":
             return swiglu(self.gate_proj(x), self.up_proj(x), backend=backend)
         return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+
+
+def is_plain_silu(act: nn.Module) -> bool:
+    """Whether an activation is SiLU and nothing more."""
+    return type(act) in _SILU and is_plain(act, type(act))
 
 
 @may_be_plain

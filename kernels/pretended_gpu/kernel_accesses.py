@@ -2,7 +2,7 @@
 
 Triton makes its IR of a kernel and inlines all calls, on the CPU and without a compiler for the
 chip. There every load and store names a pointer, and a pointer comes of an argument by additions,
-shapes and loops alone.
+shapes, choices between two and loops alone.
 """
 
 from __future__ import annotations
@@ -57,17 +57,18 @@ def read_ttir(text: str) -> Accesses:
     """
     lines = text.splitlines()
     header = next(line for line in lines if "tt.func public" in line)
-    roots = {name: name[1:] for name in _PARAMETER.findall(header)}
-    read, written = set(), set()
+    roots = {name: {name[1:]} for name in _PARAMETER.findall(header)}
+    read: set[str] = set()
+    written: set[str] = set()
     for line in lines[lines.index(header) + 1 :]:
         code = line.partition(" loc(")[0]
         if access := _ACCESS.search(code):
             pointer = _NAME.search(access[2])
-            argument = roots.get(pointer[0]) if pointer else None
-            if argument is None:
+            arguments = roots.get(pointer[0]) if pointer else None
+            if arguments is None:
                 raise ValueError(f"no argument of the kernel is known to be accessed in {code!r}")
-            read |= {argument} if access[1].startswith(_READS) else set()
-            written |= {argument} if access[1].startswith(_WRITES) else set()
+            read |= arguments if access[1].startswith(_READS) else set()
+            written |= arguments if access[1].startswith(_WRITES) else set()
             continue
         result = _RESULT.match(code)
         if "scf.for" in code and "iter_args(" in code:
@@ -79,7 +80,7 @@ def read_ttir(text: str) -> Accesses:
                         name = f"{result[1]}#{i}" if result[2] else result[1]
                         roots[name] = roots[before]
         elif result and _POINTERS.search(code.partition(" : ")[2]):
-            used = {roots[name] for name in _NAME.findall(code[result.end() :]) if name in roots}
-            if len(used) == 1:
-                roots[result[1]] = used.pop()
+            used = [roots[name] for name in _NAME.findall(code[result.end() :]) if name in roots]
+            if used:
+                roots[result[1]] = set().union(*used)
     return Accesses(frozenset(read), frozenset(written))

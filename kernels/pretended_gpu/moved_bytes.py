@@ -32,7 +32,9 @@ _FREE = {
     "aten::new_empty",
     "aten::new_empty_strided",
 }
-_PRODUCTS = {"aten::bmm", "aten::linear", "aten::mm", "linear_gelu_forward"}
+_PRODUCTS = {
+    "aten::bmm", "aten::linear", "aten::mm", "linear_gelu_forward", "linear_swiglu_forward",
+}  # fmt: skip
 _WITH_SUMMAND = {"aten::addmm", "aten::addmm_"}
 _ATTENTION = "varlen_attention"
 _COPY = "aten::addmm, copying C"
@@ -119,7 +121,9 @@ def _of_tokens(operands: Iterable[Operand], tokens: int) -> int:
 _LEAST_WIDTH = 64  # of a row; log-sum-exps and coordinates are no passes
 
 
-def of_a_layer(*, grid: tuple[int, int], train: bool, **options: object) -> tuple[Moved, int]:
+def of_a_layer(
+    *, grid: tuple[int, int], train: bool, gated: bool = False, **options: object
+) -> tuple[Moved, int]:
     """What one more layer of ViT-L does for an image of `grid` patches, and S = T*C*2 bytes.
 
     Counted when it has run once: what is made of the weights alone is there. `options` go to the
@@ -137,6 +141,7 @@ def of_a_layer(*, grid: tuple[int, int], train: bool, **options: object) -> tupl
         config = DINOv3ViTConfig(
             num_register_tokens=4, num_hidden_layers=layers, hidden_size=width,
             intermediate_size=4 * width, num_attention_heads=16,
+            use_gated_mlp=gated, hidden_act="silu" if gated else "gelu",
         )  # fmt: skip
         with torch.no_grad():
             encoder = DINOv3Encoder(config, **options).bfloat16().to("cuda").eval()  # type: ignore[arg-type]
@@ -158,19 +163,22 @@ def of_a_layer(*, grid: tuple[int, int], train: bool, **options: object) -> tupl
 def main() -> None:
     """Print the table."""
     pretended_gpu.install(numbers=False)
-    for train in (False, True):
-        for grid in ((14, 14), (16, 18)):
-            layer, size = of_a_layer(grid=grid, train=train)
-            direction = "forward and backward" if train else "forward"
-            print(f"\na layer of ViT-L, {grid[0]}x{grid[1]} patches, {direction}: S = {size} bytes")
-            for name, n in layer.launches.most_common():
-                moved = (layer.passes + layer.attention)[name]
-                print(f"  {name:42} {n:4} {moved / size:6.1f} S" if moved else f"  {name:42} {n:4}")
-            print(
-                f"  {layer.launches.total()} launches; passes {layer.passes.total() / size:.1f} S, "
-                f"attention {layer.attention.total() / size:.1f} S, "
-                f"kept {layer.kept.total() / size:.1f} S"
-            )
+    ways = [(train, grid, "auto") for train in (False, True) for grid in ((14, 14), (16, 18))]
+    for train, grid, backend in (*ways, (False, (14, 14), "triton")):
+        layer, size = of_a_layer(grid=grid, train=train, backend=backend)
+        direction = "forward and backward" if train else "forward"
+        print(
+            f"\na layer of ViT-L, {grid[0]}x{grid[1]} patches, backend={backend!r}, {direction}: "
+            f"S = {size} bytes"
+        )
+        for name, n in layer.launches.most_common():
+            moved = (layer.passes + layer.attention)[name]
+            print(f"  {name:42} {n:4} {moved / size:6.1f} S" if moved else f"  {name:42} {n:4}")
+        print(
+            f"  {layer.launches.total()} launches; passes {layer.passes.total() / size:.1f} S, "
+            f"attention {layer.attention.total() / size:.1f} S, "
+            f"kept {layer.kept.total() / size:.1f} S"
+        )
 
 
 if __name__ == "__main__":

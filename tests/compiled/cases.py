@@ -17,7 +17,7 @@ import triton
 import ptx_machine
 from hrvlm_kernels import PackedGrids, backends, pixel_shuffle_linear, reference
 from hrvlm_kernels.ops.rope_2d import rope_2d, rope_2d_
-from hrvlm_kernels.triton_kernels import launch
+from hrvlm_kernels.triton_kernels import launch, linear_gelu, linear_swiglu
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as shuffle_forward
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as shuffle_backward
 from hrvlm_kernels.triton_kernels import varlen_attention as forward
@@ -26,7 +26,9 @@ from tests import numerics
 from tests.kernels import attention_cases as attention
 from tests.kernels import test_bias_gelu as gelu
 from tests.kernels import test_layer_norm_pixel_shuffle as norm
+from tests.kernels import test_linear_gelu as product_gelu
 from tests.kernels import test_linear_residual_layer_norm as connection
+from tests.kernels import test_linear_swiglu as product_swiglu
 from tests.kernels import test_normalize_patchify as patchify
 from tests.kernels import test_pixel_shuffle_linear as shuffle
 from tests.kernels import test_qkv_attention as qkv
@@ -72,6 +74,7 @@ def selected(chip: int, more: Iterable[Case]) -> list[Case]:
 def all_cases() -> Iterator[Case]:
     for label, dtype in DTYPES.items():
         yield from _elementwise(label, dtype)
+        yield from _products(label, dtype)
         yield from _projection(label, dtype)
         yield from _attention(label, dtype)
     yield from _layouts()
@@ -139,6 +142,23 @@ def _elementwise(label: str, dtype: torch.dtype) -> Iterator[Case]:
         "layer_norm_pixel_shuffle", "C=48, several blocks per program",
         few_multiprocessors(lambda: norm.check_all(2, 48, dtype)), core=(90,),
     )  # fmt: skip
+
+
+def _products(label: str, dtype: torch.dtype) -> Iterator[Case]:
+    for op, check in (("linear_gelu", product_gelu.check), ("linear_swiglu", product_swiglu.check)):
+        for tiles in TILES:
+
+            def run(check=check, tiles=tiles):
+                with projection_tiles(tiles):
+                    check(150, 128, 72, dtype)
+                    check(33, 72, 130, dtype, bias=False)
+
+            core = BOTH if (dtype, tiles) == (BF16, "first") else ()
+            yield Case(op, label, f"128 to 72, 72 to 130, {tiles} tiles", run, core)
+        strided = partial(check, 21, 48, 33, dtype, layout=strided_copy)
+        yield Case(op, label, "any strides", strided)
+    exact = partial(product_gelu.check_gelu, dtype)
+    yield Case("linear_gelu", label, "GELU alone", exact, (90,) if dtype == BF16 else ())
 
 
 def _projection(label: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -347,6 +367,10 @@ def projection_tiles(which: str) -> Iterator[None]:
         for module in (shuffle_forward, shuffle_backward):
             stack.enter_context(
                 mock.patch.object(module, "select_configs", lambda *a: select(*a)[-1:])
+            )
+        for module in (linear_gelu, linear_swiglu):
+            stack.enter_context(
+                mock.patch.object(module, "configs_of", lambda _, *a: select(*a)[-1:])
             )
         yield
 

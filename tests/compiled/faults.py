@@ -24,6 +24,8 @@ from tests.compiled.judge import Outcome, judge
 from tests.kernels import attention_cases as attention
 from tests.kernels import test_bias_gelu as gelu
 from tests.kernels import test_layer_norm_pixel_shuffle as norm
+from tests.kernels import test_linear_gelu as product_gelu
+from tests.kernels import test_linear_swiglu as product_swiglu
 from tests.kernels import test_normalize_patchify as patchify
 from tests.kernels import test_pixel_shuffle_linear as shuffle
 from tests.kernels import test_residual_layer_norm as residual
@@ -228,6 +230,8 @@ def subjects() -> list[Subject]:
         _projection("forward", channels=64),
         _projection("dx", channels=144),
         _projection("dweight", channels=144),
+        _product("linear_gelu", product_gelu.check),
+        _product("linear_swiglu", product_swiglu.check),
         Subject(
             "pixel_shuffle_linear, prefix rows", "pixel_shuffle_linear_zero_prefix",
             _prefix, _prefix,
@@ -331,6 +335,20 @@ def _projection(part: str, channels: int) -> Subject:
 
     name = f"pixel_shuffle_linear {part}"
     return Subject(name, name.replace(" ", "_"), check, ends)
+
+
+def _product(op: str, check: Callable[..., object]) -> Subject:
+    """As :func:`_projection`: more than a tile of tokens and of features, three turns of the loop.
+
+    The features, no multiple of 16, end among those of a thread.
+    """
+
+    def ends():
+        widths = [n for n in (*range(2, 10), *range(17, 130, 9)) if n % 16]
+        for n in range(64):
+            check(2 * n + 1, 64, widths[n % len(widths)], BF16)
+
+    return Subject(op, f"{op}_forward", lambda: check(130, 192, 189, BF16), ends)
 
 
 def _widths() -> None:

@@ -101,6 +101,14 @@ SILENT: Mapping[tuple[str, str], Places] = {
         ("wait a group short", 3, "for step in range(begin,"),
     ),
     **{
+        (chip, op): (
+            ("barrier dropped", 0, "b_x, b_w = tl.load(p_x), tl.load(p_wc)"),
+            ("wait a group short", number, "for start in range(0, C, BK)"),
+        )
+        for chip, number in (("sm_80", 1), ("sm_90", 3))
+        for op in ("linear_gelu", "linear_swiglu")
+    },
+    **{
         (chip, f"{norm} backward"): (("barrier dropped", 0, "mean = tl.sum(b_x, 1)"),)
         for chip in ("sm_80", "sm_90")
         for norm in ("residual_layer_norm", "layer_norm_pixel_shuffle")

@@ -13,7 +13,14 @@ from tests.kernels.helpers import CountingBackend, interpreter_only
 from tests.numerics import assert_contraction, relative_error
 
 IN_A_BLOCK = ("residual_layer_norm", "swiglu")  # by itself
-OVER_BLOCKS = ("qkv_attention", "linear_residual_layer_norm", "bias_gelu", "shifted_layer_norm")
+OVER_BLOCKS = (
+    "qkv_attention",
+    "linear_residual_layer_norm",
+    "bias_gelu",
+    "shifted_layer_norm",
+    "linear_gelu",
+    "linear_swiglu",
+)
 GRIDS = [(2, 3), (1, 1), (4, 1)]
 # What the fused ops stand between.
 NEIGHBOURS = (
@@ -154,6 +161,7 @@ def test_folded_weights_err_no_more_than_eager(name, calls):
     for a, exact, plain in zip(got, oracle, baseline, strict=True):
         assert_contraction(a, exact, plain)
     assert calls.count("shifted_layer_norm") == 5
+    assert calls.count("linear_gelu" if name == "vit" else "linear_swiglu") == 2
     assert torch.equal(patches, before)
 
 

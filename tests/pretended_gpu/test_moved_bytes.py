@@ -33,6 +33,16 @@ def test_what_a_layer_moves(grid, train, passes, launches):
     assert layer.kept.total() / size == pytest.approx(16 if train else 0, abs=0.1)
 
 
+def test_what_inference_moves_with_the_activation_in_the_product():
+    """By backend="triton"; "auto" takes these products only where a GPU has measured them."""
+    layer, size = of_a_layer(grid=SHORT, train=False, backend="triton")
+    assert layer.passes.total() / size == 6, layer.passes
+    assert layer.launches.total() == 7 and layer.launches["linear_gelu_forward"] == 1
+    gated, _ = of_a_layer(grid=SHORT, train=False, backend="triton", gated=True)
+    assert gated.passes.total() / size == 6, gated.passes
+    assert gated.launches.total() == 7 and gated.launches["linear_swiglu_forward"] == 1
+
+
 def test_counting_itself():
     a, b = torch.randn(64, 32, device="cuda"), torch.randn(32, 128, device="cuda")
     size = 4 * 64 * 128

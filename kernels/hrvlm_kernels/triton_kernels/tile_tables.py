@@ -137,6 +137,12 @@ GEMM_PARTS: Rows[GemmConfig] = by_chip(
     }
 )
 
+# linear_gelu and linear_swiglu, where a GPU found them faster than torch's products and a pass:
+# bytes of an element. Other chips run them when asked for by name, with the tiles of GEMM.
+LINEAR_GELU: Rows[GemmConfig] = by_chip({})
+
+LINEAR_SWIGLU: Rows[GemmConfig] = by_chip({})
+
 # rope_2d: (head_dim rounded up, bytes of an element).
 ROPE: Rows[RopeConfig] = by_chip(
     {
