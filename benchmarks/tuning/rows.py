@@ -23,6 +23,7 @@ from benchmarks.tuning import table_file
 from benchmarks.tuning.table_file import Table
 from hrvlm.measuring.timing import Timing, median_ratio
 from hrvlm.verification.cases import CASES, Random
+from hrvlm_kernels import replay
 from hrvlm_kernels.triton_kernels import tile_tables
 from hrvlm_kernels.triton_kernels.tilings import GemmConfig
 
@@ -66,16 +67,21 @@ def candidates_of(op: TunedOp, key: Key) -> list[Any]:
 
 @contextmanager
 def row(table: str, key: Key, config: Any) -> Iterator[None]:
-    """Let the kernels see one row as `config`, or not at all when None; no Triton spills it."""
+    """Let the kernels see one row as `config`, or not at all when None; no Triton spills it.
+
+    Calls that were seen with other tiles are not replayed.
+    """
     rows: Table = getattr(tile_tables, table)
     before, spills = dict(rows), dict(tile_tables.SPILLS)
     tile_tables.SPILLS.clear()
     rows.pop(key, None)
     if config is not None:
         rows[key] = (config,)
+    replay.forget()
     try:
         yield
     finally:
+        replay.forget()
         rows.clear()
         rows.update(before)
         tile_tables.SPILLS.update(spills)
