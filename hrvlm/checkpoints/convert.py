@@ -169,8 +169,11 @@ def load_into(
         source: A path for :func:`load_checkpoint`, or a state dict.
 
     Raises:
+        TypeError: it is no model.
         ValueError: keys are missing, unexpected or of the wrong shape; nothing is loaded then.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a model of torch, got {type(model).__name__}")
     weights = weights_of(source)
     with naming(source):
         reading = read(weights)

@@ -49,6 +49,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "vit7b16": _preset(4096, 40, 32, 8192, query_bias=False, value_bias=False, **_GATED),
     }
 )
+STAGES = ("out_features", "out_indices")  # which a backbone returns, by name or by number
 _NUM_HEADS = {preset["hidden_size"]: preset["num_attention_heads"] for preset in CONFIGS.values()}
 
 
@@ -67,9 +68,15 @@ def get_config(name: str, **overrides: Any) -> DINOv3ViTConfig:
     return DINOv3ViTConfig.from_dict({**CONFIGS[name], **overrides})
 
 
+def field_names(kind: type[Config]) -> set[str]:
+    """What a config of this class is given by name; of a backbone's, the stages too."""
+    names = {field.name for field in fields(kind)}
+    return names | {name for name in STAGES if hasattr(kind, name)}
+
+
 def check_overrides(kind: type[Config], overrides: Mapping[str, Any]) -> None:
     """Raise TypeError unless all are fields of a class of configs."""
-    if unknown := sorted(overrides.keys() - {field.name for field in fields(kind)}):
+    if unknown := sorted(overrides.keys() - field_names(kind)):
         raise TypeError(f"no fields of {kind.__name__}: {', '.join(unknown)}")
 
 

@@ -9,7 +9,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,13 @@ from .architecture import architecture, expected_shapes
 from .differences import KeyDifferences, compare
 from .family import (
     CONFIGS,
+    STAGES,
     check_overrides,
     config_class_for,
     config_class_of,
     config_classes,
     config_of,
+    field_names,
 )
 from .files import WEIGHT_SUFFIXES, load_checkpoint, read_json, summary
 from .keys import Family
@@ -90,7 +92,10 @@ def open_checkpoint(
     check_overrides(kind, overrides)
     with naming(source):
         if config is None and stored:
-            config = _stored_config(source, kind, {**stored, **overrides})
+            # Stages have two names, and those that are given replace both.
+            replaced = STAGES if overrides.keys() & set(STAGES) else ()
+            kept = {name: value for name, value in stored.items() if name not in replaced}
+            config = _stored_config(source, kind, {**kept, **overrides})
         elif config is None:
             config = config_of(reading, overrides)
         if strict and (difference := _config_difference(reading.tensors, config)):
@@ -146,7 +151,7 @@ def load_foreign(
     kinds = config_classes(model_class.family)
     config, overrides = kwargs.pop("config", None), {}
     if config is None:
-        names = {field.name for kind in kinds for field in fields(kind)} - {"dtype"}
+        names = set[str]().union(*map(field_names, kinds)) - {"dtype"}
         overrides = {name: kwargs.pop(name) for name in names & kwargs.keys()}
     elif not isinstance(config, kinds):
         config = model_class.config_class.from_pretrained(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..images.geometry import square_side
+from ..images.geometry import positive_int, square_side, true_or_false
 
 DINOV2_TYPES = ("dinov2", "dinov2_with_registers")  # model_type of their configs
 
@@ -93,15 +93,19 @@ def sizes_of(config: Any) -> ViTSizes:
     """The sizes in a config of DINOv3, or of DINOv2 with or without registers.
 
     Raises:
-        ValueError: patches are not square, or learned positions are not for a square of them.
+        ValueError: patches are not square, learned positions are not for a square of them, or a
+            size is no positive int.
     """
     fields = {name: getattr(config, name) for name in _SAME_NAMES}
     fields["patch_size"] = patch_size_of(config)
+    for name in ("patch_size", "hidden_size", "num_channels"):
+        positive_int(f"config.{name}", fields[name])
     if is_dinov2(config):
         return ViTSizes(**fields, **_of_dinov2(config, fields["patch_size"]))
     fields |= {name: getattr(config, name) for name in _OF_DINOV3}
-    theta = config.rope_theta if getattr(config, "use_rope", True) else None
-    return ViTSizes(**fields, rope_theta=theta)
+    positive_int("config.intermediate_size", fields["intermediate_size"])
+    rotated = true_or_false("config.use_rope", getattr(config, "use_rope", True))
+    return ViTSizes(**fields, rope_theta=config.rope_theta if rotated else None)
 
 
 def is_dinov2(config: Any) -> bool:

@@ -58,6 +58,8 @@ def generate(
         raise ValueError("--prompt is needed, or --chat")
     if each and (chat or not image):
         raise ValueError("--each: goes with --image, and not with --chat")
+    if chat and "-" in (image or []):
+        raise ValueError("--image -: standard input is where --chat reads the questions")
     from ..inference.chat import GenerateOptions, start_chats
     from ..inference.inputs import gathered
 

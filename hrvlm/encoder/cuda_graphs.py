@@ -7,7 +7,7 @@ records every size and every address, so there is one graph per packing, with bu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -88,13 +88,13 @@ class Replaying:
 
 
 def as_output(
-    hidden: Tensor, pooled: Tensor, packed: PackedGrids, batch: int | None
+    hidden: Tensor, pooled: Tensor, packed: PackedGrids, batch: tuple[int, int] | None
 ) -> EncoderOutput | PackedEncoderOutput:
     """Packed tokens as the encoder gives them: of a batch, or of a pack where `batch` is None."""
     if batch is None:
         return PackedEncoderOutput(hidden, pooled, packed=packed)
     fields: dict[str, Any] = {
-        "last_hidden_state": hidden.unflatten(0, (batch, -1)),
+        "last_hidden_state": hidden.unflatten(0, batch),
         "pooler_output": pooled,
     }
     return EncoderOutput(**fields)
@@ -121,6 +121,8 @@ class GraphedEncoder(Replaying):
     """
 
     def __init__(self, encoder: PackedEncoder, sizes: Sequence[Sequence[Sequence[int]]]):
+        if not isinstance(sizes, Iterable):
+            raise ValueError(f"sizes={sizes!r:.60}: expected [[(height, width), ...], ...]")
         packings = [_grids_of(i, images, encoder.patch_size) for i, images in enumerate(sizes)]
         if not packings:
             raise ValueError("sizes must hold at least one packing, got none")

@@ -14,7 +14,7 @@ rows cost what full ones do, outside of attention.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -133,6 +133,8 @@ class GraphedCapacities(Replaying):
     """
 
     def __init__(self, encoder: PackedEncoder, capacities: Sequence[Sequence[int]]):
+        if not isinstance(capacities, Iterable):
+            raise ValueError(f"capacities={capacities!r:.60}: expected [(tokens, images), ...]")
         checked = [_capacity(i, pair, encoder) for i, pair in enumerate(capacities)]
         if not checked:
             raise ValueError("capacities must hold at least one (tokens, images), got none")

@@ -26,12 +26,13 @@ class PackedInputs(NamedTuple):
     Attributes:
         patches: ``[N, 3*p*p]``.
         packed: Their layout.
-        batch: Images of a batch, whose output gets that axis back; None if they came otherwise.
+        batch: Images of a batch and tokens of each, axes that its output gets back; None if they
+            came otherwise.
     """
 
     patches: Tensor
     packed: PackedGrids
-    batch: int | None
+    batch: tuple[int, int] | None
 
 
 def pack_inputs(
@@ -52,7 +53,7 @@ def pack_inputs(
     """
     check_pixels(pixel_values, encoder.config.num_channels)
     patch_size, num_channels = encoder.patch_size, encoder.config.num_channels
-    batch = None
+    batch: tuple[int, int] | None = None
     if isinstance(pixel_values, Tensor) and pixel_values.ndim == 2:
         if grids is None:
             raise ValueError("grids is needed with packed patches [N, 3*p*p]")
@@ -68,16 +69,13 @@ def pack_inputs(
                 "pixel_values must be [B, 3, H, W], a list of [3, H, W] or packed patches "
                 f"[N, 3*p*p]; got {tuple(pixel_values.shape)}"
             )
-        batch, _, height, width = pixel_values.shape
+        images, _, height, width = pixel_values.shape
         patches = patchify(pixel_values, patch_size).flatten(0, 1)
-        grids = batch_layout(
-            batch,
-            (height // patch_size, width // patch_size),
-            num_prefix_tokens=encoder.num_prefix_tokens,
-            device=patches.device,
-        )
+        prefix, hp, wp = encoder.num_prefix_tokens, height // patch_size, width // patch_size
+        grids = batch_layout(images, (hp, wp), num_prefix_tokens=prefix, device=patches.device)
         if isinstance(grids, TracedGrids):
-            return PackedInputs(patches, grids, batch)
+            return PackedInputs(patches, grids, (images, grids.max_seqlen))
+        batch = images, prefix + hp * wp
     else:
         patches, grids = pack_images(pixel_values, patch_size)
     if isinstance(grids, Tensor) and makes_graph():
@@ -117,6 +115,8 @@ def check_pixels(pixel_values: Tensor | Sequence[Tensor], num_channels: int) -> 
         if not isinstance(image, Tensor):
             continue
         name = "pixel_values" if single else f"image {i}"
+        if image.layout != torch.strided:
+            raise TypeError(f"{name}: a {image.layout} tensor, expected a dense one")
         if not image.is_floating_point():
             raise TypeError(
                 f"{name}: {image.dtype}, expected normalised floating-point numbers; "

@@ -22,7 +22,8 @@ def block_indices(n: int | Sequence[int], num_blocks: int) -> list[int]:
         TypeError: `n` is neither.
         ValueError: there is no such block, or there are fewer than n.
     """
-    if isinstance(n, int) and not isinstance(n, bool):
+    if hasattr(n, "__index__") and not isinstance(n, bool) and not getattr(n, "ndim", 0):
+        n = index(n)
         if not 1 <= n <= num_blocks:
             raise ValueError(f"n={n}: expected 1 to {num_blocks} blocks, or a list of blocks")
         return list(range(num_blocks - n, num_blocks))

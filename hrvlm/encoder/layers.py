@@ -253,6 +253,10 @@ class EncoderMLP(_Parts):
         self.gate_proj = nn.Linear(size, inner, bias=bias) if config.use_gated_mlp else None
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"config.hidden_act={config.hidden_act!r}: expected one of {', '.join(ACT2FN)}"
+            )
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor, backend: str = "auto") -> Tensor:

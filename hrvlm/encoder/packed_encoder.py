@@ -80,7 +80,7 @@ class PackedEncoder(StrictModel):
         if batch_invariant is None:
             batch_invariant = getattr(config, "batch_invariant", False)
         self.batch_invariant = true_or_false("batch_invariant", batch_invariant)
-        self._allow_fp16 = allow_fp16
+        self._allow_fp16 = allow_fp16 and true_or_false("allow_fp16", allow_fp16)
         self.sizes = sizes = sizes_of(config)
         self.patch_size = sizes.patch_size
         self.num_prefix_tokens = sizes.num_prefix_tokens
@@ -264,7 +264,7 @@ class PackedEncoder(StrictModel):
                 "registers, and attention_maps() of the output has them by image"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_frozen()):
-            patches, packed, batch = pack_inputs(pixel_values, grids, self)
+            patches, packed, shape = pack_inputs(pixel_values, grids, self)
             masked = flat_mask(bool_masked_pos, patches)
             if output_hidden_states is None:
                 output_hidden_states = self.config.output_hidden_states
@@ -277,7 +277,6 @@ class PackedEncoder(StrictModel):
                 prefix_attentions=output_prefix_attentions,
                 rope_augment=rope_augment,
             )
-            shape = None if batch is None else (batch, packed.max_seqlen)
             if self.batch_invariant:
                 fields = encode_by_image(encode, patches, packed, masked)
             else:

@@ -84,10 +84,15 @@ def graph_of(encoder: PackedEncoder, form: str) -> BatchGraph:
     """The graph of that name for an encoder.
 
     Raises:
+        TypeError: it is no encoder of this package.
         ValueError: there is none, or the encoder is not in float32 on the CPU.
     """
     if form not in GRAPHS:
         raise ValueError(f"form={form!r}: expected one of {', '.join(GRAPHS)}")
+    if not isinstance(encoder, PackedEncoder):
+        raise TypeError(
+            f"encoder: expected a DINOv3Encoder or DINOv2Encoder, got {type(encoder).__name__}"
+        )
     for name, parameter in encoder.named_parameters():
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
             raise ValueError(

@@ -66,7 +66,7 @@ def readable(source: Any, label: str, *, fetch: bool) -> Any:
     if is_url(source) and not fetch:
         raise ImageError(
             f"{label} is a URL, {source!r:.100}: fetched only where the configuration says "
-            "`fetch: true` (under `data`) or the command `--fetch`"
+            "`fetch: true` (under `data`) or the command `--fetch`, and by VLMProcessor"
         )
     return fetch_image(source, label)
 
@@ -86,7 +86,8 @@ def fetch_image(source: str, label: str) -> bytes:
     try:
         return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError(f"{label}: no such file, and not base64 either: {source!r:.200}") from None
+        what = "not base64" if is_data_uri(source) else "no such file, and not base64 either"
+        raise ImageError(f"{label}: {what}: {shortened(source)!r:.200}") from None
 
 
 def _download(url: str, label: str) -> bytes:

@@ -21,23 +21,24 @@ the caller, and only its size is judged here.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from .fetch import is_data_uri, shortened
+from .fetch import fetch_image, is_data_uri, shortened, unwrapped
 from .formats import ImageError as ImageError  # part of this module's interface, too
 from .formats import check_size, decode_first_frame, read_header
 from .geometry import positive_int
-from .pillow_faults import grey_peak, is_negative, mend_before_decoding
+from .pillow_faults import Grey, grey_of, is_negative, mend_before_decoding
 from .stills import PiecesFile, Still
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
-    " | Image.Image | np.ndarray | torch.Tensor"
+    " | Image.Image | np.ndarray | torch.Tensor | Mapping[str, Any]"
 )
 Channels: TypeAlias = Literal["first", "last"]
 
@@ -83,10 +84,11 @@ def load_image(
     these formats which are larger than twice that global are refused until the caller raises it.
 
     Args:
-        source: a path; the bytes of a file; a binary file object (read from its start if it can
-            seek, else up to `MAX_STREAM_BYTES`; left open); a Pillow image (not modified); or an
-            array or tensor: uint8, uint16, bool, or float in [0, 1], shaped [H, W], [H, W, C] or
-            [C, H, W] with C = 1 (grey), 3 (RGB) or 4 (RGBA).
+        source: a path; the bytes of a file; a data URI; a binary file object (read from its start
+            if it can seek, else up to `MAX_STREAM_BYTES`; left open); a Pillow image (not
+            modified); an array or tensor: uint8, uint16, bool, or float in [0, 1], shaped [H, W],
+            [H, W, C] or [C, H, W] with C = 1 (grey), 3 (RGB) or 4 (RGBA); or one of these as the
+            ``bytes`` or ``path`` of an object, as `datasets` has them.
         name: what to call the image in errors; a whole number is its index in the batch.
         background: the colour under transparent pixels, three numbers from 0 to 255.
         max_pixels: the largest height * width that is accepted.
@@ -103,7 +105,7 @@ def load_image(
     """
     options: Any = {"background": background, "max_pixels": max_pixels, "channels": channels}
     rgb = upright_rgb(source, name=name, **options)
-    return rgb.copy() if rgb is source else rgb
+    return rgb.copy() if rgb is unwrapped(source) else rgb
 
 
 def upright_rgb(
@@ -115,6 +117,7 @@ def upright_rgb(
     channels: Channels | None = None,
 ) -> Image.Image:
     """As :func:`load_image`, to be read only: an image that comes from there is returned itself."""
+    source = unwrapped(source)
     label = label_of(source, name)
     under = rgb_color("background", background)
     positive_int("max_pixels", max_pixels)
@@ -208,13 +211,11 @@ def opened(source: Any, label: str) -> Iterator[IO[bytes]]:
     """The file as a stream that can seek."""
     if isinstance(source, str | os.PathLike):
         if isinstance(source, str) and is_data_uri(source):
-            raise ImageError(
-                f"{label} is a data URI: pass its bytes, those of fetch_image(uri, name) of "
-                "hrvlm.images.fetch; VLMProcessor and the rows of data sets take it as it is"
-            )
+            yield io.BytesIO(fetch_image(source, label))
+            return
         if isinstance(source, str) and _URL.match(source):
             raise ImageError(f"{label} is a URL: download it first, then pass its path or bytes")
-        with open(source, "rb") as stream:
+        with _file(source, label) as stream:
             yield stream
         return
     if isinstance(source, bytes | bytearray | memoryview):
@@ -245,6 +246,17 @@ def opened(source: Any, label: str) -> Iterator[IO[bytes]]:
     yield io.BytesIO(data)
 
 
+def _file(path: str | os.PathLike[str], label: str) -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except (OSError, ValueError) as error:  # a ValueError has a character that no path has
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise
+        raise ImageError(
+            f"{label} can't be a path; an image in base64: pass its bytes, or a data URI"
+        ) from error
+
+
 def _upright(rgb: Image.Image, orientation: Any) -> Image.Image:
     turn = _UPRIGHT.get(orientation)
     upright = rgb if turn is None else rgb.transpose(turn)
@@ -265,14 +277,14 @@ def _to_rgb(
 ) -> Image.Image:
     """In stripes, so that what lies between the two pictures is small."""
     invert = (lambda v: 255 - v) if negative or is_negative(image) else None
-    peak = grey_peak(image)
+    grey = grey_of(image)
     with _failures_named(label, f"of mode {image.mode} cannot be converted to RGB"):
         rgb = Image.new("RGB", image.size)
         rows = max(1, _STRIPE_PIXELS // image.width)
         for top in range(0, image.height, rows):
             box = (0, top, image.width, min(top + rows, image.height))
             whole = rows >= image.height
-            stripe = _stripe_to_rgb(image if whole else image.crop(box), label, background, peak)
+            stripe = _stripe_to_rgb(image if whole else image.crop(box), label, background, grey)
             stripe = stripe.point(invert) if invert else stripe
             if whole:
                 return stripe
@@ -281,13 +293,15 @@ def _to_rgb(
 
 
 def _stripe_to_rgb(
-    image: Image.Image, label: str, background: tuple[int, int, int], peak: int
+    image: Image.Image, label: str, background: tuple[int, int, int], depth: Grey
 ) -> Image.Image:
     if image.mode == "F":
         return Image.fromarray(_floats_to_uint8(np.asarray(image), label)).convert("RGB")
     if image.mode == "I" or image.mode.startswith("I;"):
         values = np.asarray(image)
-        grey = Image.fromarray(_integers_to_uint8(values, label, peak)).convert("RGB")
+        if depth.unsigned:
+            values = values.view(np.uint32)
+        grey = Image.fromarray(_integers_to_uint8(values, label, depth.peak)).convert("RGB")
         key = image.info.get("transparency")
         return grey if key is None else _on(background, grey, Image.fromarray(values != key))
     if not image.has_transparency_data:
@@ -311,8 +325,14 @@ def _from_array(source: Any, label: str, max_pixels: int, channels: Channels | N
     if isinstance(source, np.ndarray):
         array = source
     else:
-        tensor = source.detach().cpu()
-        array = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+        try:
+            tensor = source.detach().cpu()
+            array = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+        except (TypeError, NotImplementedError, RuntimeError) as error:
+            raise ImageError(
+                f"{label}: a {source.layout} tensor of {source.dtype} on {source.device} has no "
+                f"pixels that can be read: {error}"
+            ) from error
     array = _channels_last(array, label, channels)
     check_size(array.shape[1], array.shape[0], label, max_pixels)
     pixels = np.ascontiguousarray(_to_uint8(array, label))

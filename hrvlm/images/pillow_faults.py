@@ -7,6 +7,7 @@ Found by comparison with other decoders, which `tests/images/test_other_decoders
   reads all of these, so it is made to.
 - TIFF, compressed, most significant byte first: floats and 32-bit integers have their bytes swapped
 - TIFF of 12 bits: on the scale of 16 bits, almost black
+- TIFF of 32 bits without a sign: with one
 - TIFF of more than 8 bits whose zero is white: a negative, or not at all (`headers_tiff.py`)
 - TIFF with an 8-bit palette or without photometric interpretation: black, a negative (likewise)
 - JPEG 2000 of more than 8 bits in colour: what rounds up to 256 becomes 0, so that white is black.
@@ -21,11 +22,11 @@ import base64
 import io
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, Jpeg2KImagePlugin
 
-_BITS, _PHOTOMETRIC, _PLANAR = 258, 262, 284
+_BITS, _PHOTOMETRIC, _PLANAR, _FORMAT = 258, 262, 284, 339
 _YCBCR = 6
 _NATIVE = {"F;32F": "F;32NF", "F;32BF": "F;32NF", "I;32S": "I;32NS", "I;32BS": "I;32NS"}
 _KEY_TO_8_BITS: dict[Any, Callable[[int], int]] = {
@@ -71,9 +72,23 @@ def mend_after_decoding(image: Image.Image, bits: int | None) -> Image.Image:
     return image
 
 
-def grey_peak(image: Image.Image) -> int:
-    """The value of white in an image of integers: 65535, in a TIFF of 12 bits 4095."""
-    return 4095 if tuple(_tiff_tags(image).get(_BITS, ())) == (12,) else 65535
+class Grey(NamedTuple):
+    """How to read an image of integers.
+
+    Attributes:
+        peak: The value of white: 65535, in a TIFF of 12 bits 4095.
+        unsigned: Whether its 32 bits have no sign, which Pillow gives them.
+    """
+
+    peak: int = 65535
+    unsigned: bool = False
+
+
+def grey_of(image: Image.Image) -> Grey:
+    """How to read it, if it is one of integers."""
+    tags = _tiff_tags(image)
+    bits = tuple(tags.get(_BITS, ()))
+    return Grey(4095 if bits == (12,) else 65535, bits == (32,) and tags.get(_FORMAT, (1,))[0] == 1)
 
 
 def is_negative(image: Image.Image) -> bool:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .fetch import unwrapped
 from .formats import BYTES_PER_PIXEL, SPARE_BYTES, read_header
 from .geometry import positive_int
 from .intake import (
@@ -61,6 +62,7 @@ def load_pixels(
 
     `exact` has Pillow decode files; the other arguments, and the errors, are `load_image`'s.
     """
+    source = unwrapped(source)
     if exact or not is_file(source):
         rgb = upright_rgb(
             source, name=name, background=background, max_pixels=max_pixels, channels=channels

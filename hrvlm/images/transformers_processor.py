@@ -34,6 +34,8 @@ from transformers.utils.import_utils import is_torchvision_available
 from hrvlm_kernels import normalize_patchify
 
 from ..files import save_whole
+from ..machine import first_line
+from .fetch import readable
 from .geometry import (
     Geometry,
     positive_int,
@@ -92,13 +94,14 @@ _SERVICE_KEYS = {"image_processor_type", "processor_class", "feature_extractor_t
 class VLMImageProcessorKwargs(ImagesKwargs, total=False):
     """The options beside those of every image processor; `VLMImageProcessor` explains them."""
 
-    patch_size: int
-    pixel_shuffle_factor: int
-    max_img_size: int
-    allow_upscale: bool
-    background: list[int] | tuple[int, ...]
-    max_pixels: int
-    exact: bool
+    # Any: they are checked here, by one rule however they are given, and not by transformers too.
+    patch_size: Any
+    pixel_shuffle_factor: Any
+    max_img_size: Any
+    allow_upscale: Any
+    background: Any
+    max_pixels: Any
+    exact: Any
 
 
 class _PackedImageProcessor(BaseImageProcessor):
@@ -164,7 +167,8 @@ class _PackedImageProcessor(BaseImageProcessor):
 
         Args:
             images: one image, or lists of images nested in any way; an image is whatever
-                `load_image` takes, and an array or tensor with four axes is a list of them.
+                `load_image` takes, or base64, and an array or tensor with four axes is a list of
+                them.
             *args: none.
             **kwargs: any option, for this call only, and `return_tensors`: "pt" or "np".
 
@@ -234,6 +238,8 @@ class _PackedImageProcessor(BaseImageProcessor):
         rgb_color("background", options["background"])
         for name in ("max_pixels", "max_img_size", "patch_size", "pixel_shuffle_factor"):
             options[name] = positive_int(name, options[name])
+        if options["device"] is not None:
+            options["device"] = _device(options["device"])
         unit = options["patch_size"] * options["pixel_shuffle_factor"]
         self._geometry(unit, unit, options, "image")
         return options
@@ -262,7 +268,7 @@ class _PackedImageProcessor(BaseImageProcessor):
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         """Image `index` of a call at its size, uint8 [3, H, W], and its patch grid."""
         pixels = load_pixels(
-            source,
+            readable(source, f"image {index}", fetch=False),
             exact=options["exact"],
             name=index,
             background=options["background"],
@@ -331,6 +337,13 @@ def _in_threads(
         return
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(work, range(len(sources)), sources)
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r:.60}: {first_line(error)}") from error
 
 
 def _spread(value: Any) -> Any:

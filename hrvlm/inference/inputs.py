@@ -50,10 +50,13 @@ def gathered(
         skip_bad: Collect addresses that can't be fetched instead of raising.
 
     Raises:
-        ValueError: an address, which is not fetched; one that can't be; a folder without images.
+        ValueError: an address, which is not fetched; one that can't be; a folder without images;
+            standard input twice.
         FileNotFoundError: a file does not exist.
     """
     inputs = Inputs()
+    if list(images).count(STDIN) > 1:
+        raise ValueError(f"{STDIN}: standard input has one image, and is named more than once")
     with tempfile.TemporaryDirectory(prefix="hrvlm-") as folder:
         for image in images:
             if image == STDIN:

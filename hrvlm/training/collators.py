@@ -24,8 +24,7 @@ from torch.nn.functional import pad
 
 from ..images.geometry import positive_int
 from ..images.patches import check_tensor, pack_images
-
-IGNORE_INDEX = -100
+from ..vlm.placeholders import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +66,14 @@ class BaseCollator:
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if getattr(self.tokenizer, "pad_token_id", None) is None:
             raise ValueError("tokenizer: it has no pad_token; make it with hrvlm.get_tokenizer")
-        if max_length is not None:
-            positive_int("max_length", max_length)
+        given = {
+            "max_length": max_length,
+            "patch_size": patch_size,
+            "pad_to_multiple_of": pad_to_multiple_of,
+        }
+        for name, value in given.items():
+            if value is not None:
+                positive_int(name, value)
         self.max_length = max_length
         self.patch_size = patch_size or getattr(image_processor, "patch_size", None)
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -89,7 +94,7 @@ class BaseCollator:
         numbered = {
             i: self._row(i, sample) for i, sample in enumerate(samples) if sample is not None
         }
-        _check_widths(numbered)
+        _check_widths(numbered, self.patch_size)
         rows = list(numbered.values())
         kept = [
             r for r in rows if self.max_length is None or len(r["input_ids"]) <= self.max_length
@@ -117,7 +122,9 @@ class BaseCollator:
         mask = sample.get("attention_mask")
         row["attention_mask"] = torch.ones_like(row["input_ids"])
         if mask is not None:
-            row["attention_mask"] = _vector(index, "attention_mask", mask)
+            mask = row["attention_mask"] = _vector(index, "attention_mask", mask)
+            if not ((mask == 0) | (mask == 1)).all():
+                raise ValueError(f"sample {index}: attention_mask: expected zeros and ones")
         if sample.get("labels") is not None:
             labels = _vector(index, "labels", sample["labels"])
             is_image = row["input_ids"] == (
@@ -146,11 +153,14 @@ class BaseCollator:
         if images:
             if self.patch_size is None:
                 raise ValueError("patch_size: needed to pack images; pass it, or a processor")
-            tensors = [image[0] if isinstance(image, tuple) else image for image in images]
+            tensors = [i[0] if isinstance(i, tuple) and i else i for i in images]
             for i, tensor in enumerate(tensors):
                 check_tensor(f"sample {index}: image {i}", tensor)
             squares = [i for image in tensors for i in (image if image.ndim == 4 else [image])]
-            pixels, grids = pack_images(squares, self.patch_size)
+            try:
+                pixels, grids = pack_images(squares, self.patch_size)
+            except ValueError as error:
+                raise ValueError(f"sample {index}: {error}") from error
         if (pixels is None) != (grids is None):
             raise ValueError(f"sample {index}: pixel_values and image_grid_hw go together")
         if pixels is None:
@@ -159,11 +169,20 @@ class BaseCollator:
         if pixels.ndim != 2:
             shape = tuple(pixels.shape)
             raise ValueError(f"sample {index}: pixel_values must be [N, 3*p*p], got {shape}")
+        if not pixels.is_floating_point():
+            raise ValueError(
+                f"sample {index}: pixel_values: {pixels.dtype}, expected normalised "
+                "floating-point numbers"
+            )
         grids = _whole(index, "image_grid_hw", grids)
         if grids.numel() % 2:
             shape = tuple(grids.shape)
             raise ValueError(f"sample {index}: image_grid_hw must be [images, 2], got {shape}")
         grids = grids.reshape(-1, 2)
+        if (grids < 1).any():
+            raise ValueError(
+                f"sample {index}: image_grid_hw: expected positive numbers, got {grids.tolist()}"
+            )
         if int(grids.prod(1).sum()) != len(pixels):
             raise ValueError(
                 f"sample {index}: pixel_values has {len(pixels)} patches, expected "
@@ -234,9 +253,14 @@ def _tensor(index: int, name: str, values: Any) -> Tensor:
         raise ValueError(f"sample {index}: {name}: expected numbers, got {values!r:.60}") from error
 
 
-def _check_widths(rows: Mapping[int, Mapping[str, Tensor]]) -> None:
+def _check_widths(rows: Mapping[int, Mapping[str, Tensor]], patch_size: int | None) -> None:
     widths = {i: row["pixel_values"].shape[1] for i, row in rows.items() if "pixel_values" in row}
     for index, width in widths.items():
+        if patch_size is not None and width != 3 * patch_size**2:
+            raise ValueError(
+                f"sample {index}: pixel_values has rows of {width} values, expected "
+                f"{3 * patch_size**2} for red, green and blue of patches of {patch_size} pixels"
+            )
         first = next(iter(widths))
         if width != widths[first]:
             raise ValueError(

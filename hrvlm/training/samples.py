@@ -20,7 +20,7 @@ from ..images.fetch import readable
 from ..images.geometry import positive_int
 from ..images.intake import load_image
 from ..vlm.answers import tokens_of
-from .collators import IGNORE_INDEX
+from ..vlm.placeholders import IGNORE_INDEX
 
 SKIPS_FILE, REPORT_FILE = "skipped.jsonl", "data_report.json"
 _BAD_IMAGE, _BAD_ROW, _TOO_LONG, _NO_ANSWER = "bad image", "bad row", "too long", "no answer"

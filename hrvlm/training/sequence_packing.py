@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collators import IGNORE_INDEX, VQACollator
+from ..images.geometry import positive_int
+from ..vlm.placeholders import IGNORE_INDEX
+from .collators import VQACollator
 
 Sample = Mapping[str, Tensor]
 
@@ -39,12 +41,15 @@ def pack_sequences(samples: Iterable[Sample], length: int, open_rows: int = 32) 
         Rows: samples with ``position_ids``.
 
     Raises:
-        ValueError: a sample is longer than a row.
+        TypeError: a sample is no mapping with tensors.
+        ValueError: a sample is longer than a row, or a number is no positive int.
     """
+    positive_int("length", length)
+    positive_int("open_rows", open_rows)
     rows: list[list[Sample]] = []
     free: list[int] = []
-    for sample in samples:
-        size = len(sample["input_ids"])
+    for i, sample in enumerate(samples):
+        size = _length(i, sample)
         if size > length:
             raise ValueError(f"a sample of {size} tokens does not fit into a row of {length}")
         fitting = [i for i, space in enumerate(free) if space >= size]
@@ -61,6 +66,19 @@ def pack_sequences(samples: Iterable[Sample], length: int, open_rows: int = 32) 
         free.append(length - size)
     for row in rows:
         yield _joined(row)
+
+
+def _length(index: int, sample: Any) -> int:
+    given = sample if isinstance(sample, Mapping) else {}
+    parts: list[Any] = [given.get(name) for name in ("input_ids", "labels")]
+    if not all(isinstance(part, Tensor) and part.ndim == 1 for part in parts):
+        raise TypeError(f"sample {index}: expected input_ids and labels, tensors [L]")
+    if len(parts[0]) != len(parts[1]) or not len(parts[0]):
+        raise ValueError(
+            f"sample {index}: {len(parts[0])} input_ids and {len(parts[1])} labels, expected a "
+            "label for each token"
+        )
+    return len(parts[0])
 
 
 def _joined(samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -91,6 +109,7 @@ class PackedSequenceCollator(VQACollator):
     """
 
     def __init__(self, tokenizer: Any, length: int, **options: Any):
+        positive_int("length", length)
         super().__init__(tokenizer, length, pad_to_multiple_of=length, **options)
         self.length = length
 
@@ -101,9 +120,11 @@ class PackedSequenceCollator(VQACollator):
             ValueError: as :class:`~hrvlm.training.collators.BaseCollator`, or a row has no
                 position_ids.
         """
+        if not isinstance(samples, Iterable):
+            return super().__call__(samples)  # which says so
         rows = [row for row in samples if row is not None]
         for i, row in enumerate(rows):
-            if "position_ids" not in row:
+            if isinstance(row, Mapping) and "position_ids" not in row:
                 raise ValueError(f"sample {i}: it has no position_ids; see pack_sequences")
         batch = super().__call__(rows)
         del batch["attention_mask"]

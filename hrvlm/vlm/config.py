@@ -11,6 +11,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from hrvlm_kernels.packed_tables import is_int
+
 from ..files import read_mapping
 from ..images.geometry import positive_int, square_side, true_or_false
 from ..images.processor import (
@@ -154,8 +156,21 @@ class VLMConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         vision = self.vision_config
+        for name in ("mp_handle_special_tokens", "mp_append_cls", "allow_upscale"):
+            true_or_false(name, getattr(self, name))
+        for name in ("vit_model_type", "lm_model_type", "lm_tokenizer", "lm_chat_template"):
+            if not isinstance(text := getattr(self, name), str | None):
+                raise ValueError(f"{name}={text!r:.60}: expected a text")
+        if self.image_token_id is not None and not is_int(self.image_token_id, 0):
+            raise ValueError(f"image_token_id={self.image_token_id!r:.60}: expected a token id")
+        self.image_token_id = None if self.image_token_id is None else int(self.image_token_id)
+        if not isinstance(self.vlm_extra_tokens, Mapping | None):
+            raise ValueError(
+                f"vlm_extra_tokens={self.vlm_extra_tokens!r:.60}: expected names with their tokens"
+            )
         s = positive_int("mp_pixel_shuffle_factor", self.mp_pixel_shuffle_factor)
         limit = positive_int("max_img_size", self.max_img_size)
+        self.mp_pixel_shuffle_factor, self.max_img_size = s, limit  # numpy's as Python's
         if architecture_of(vision) is None:
             raise ValueError(
                 f"vision_config.model_type={vision.model_type!r}: expected that of {ENCODERS}"
@@ -267,6 +282,16 @@ class VLMConfig(PreTrainedConfig):
     def lm_max_position_embeddings(self) -> int | None:
         """Tokens that the language model's context holds; None if its config sets no limit."""
         return getattr(self.text_config.get_text_config(), "max_position_embeddings", None)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, but a directory without a config raises OSError."""
+        fields, options = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not fields:
+            raise OSError(f"{pretrained_model_name_or_path}: there is no config.json in it")
+        return fields, options
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
-from .image_embedding import grids_of
+from ..images.geometry import positive_int
+from .image_embedding import check_is_tensor, grids_of
 from .output import name_cache
 
 
@@ -24,7 +25,20 @@ class PackedGenerationMixin(GenerationMixin):
     def generate(  # type: ignore[override]
         self, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers; a cache may have either of its names."""
+        """As in transformers; a cache may have either of its names.
+
+        Raises:
+            TypeError: an input is no tensor.
+            ValueError: a number of tokens, beams or answers is no positive int.
+        """
+        for name in ("input_ids", "inputs_embeds", "attention_mask"):
+            if kwargs.get(name) is not None:
+                check_is_tensor(name, kwargs[name])
+        if isinstance(ids := kwargs.get("input_ids"), Tensor) and ids.ndim != 2:
+            raise ValueError(f"input_ids: expected integers [B, L], got {tuple(ids.shape)}")
+        for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = positive_int(name, kwargs[name])
         return super().generate(*args, **name_cache(kwargs))  # type: ignore[misc]
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)

@@ -64,7 +64,8 @@ class HeadlessVLM(nn.Module):
         **kwargs: Any,
     ) -> HeadlessOutput:
         """As the whole model's, without labels; `logits_to_keep` is left to a head."""
-        outputs, others = self.whole.run(
+        outputs, make, others = self.whole.run(
+            HeadlessOutput,
             self.decoder,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -79,4 +80,4 @@ class HeadlessVLM(nn.Module):
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        return HeadlessOutput(last_hidden_state=outputs.last_hidden_state, **others)
+        return make(last_hidden_state=outputs.last_hidden_state, **others)

@@ -8,7 +8,9 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..images.geometry import positive_int
+from hrvlm_kernels.backends import check_backend
+
+from ..images.geometry import positive_int, positive_number, true_or_false
 from .tower_classes import architecture_name, config_class_of, tower_class
 
 # Names of encoders of this package, and the model_type of their configs: by default the first. All
@@ -151,7 +153,7 @@ def vision_from_names(names: Mapping[str, Any], said: Mapping[str, str]) -> PreT
         tower = config_class_of(architecture) if named else None
         if tower is None:
             raise ValueError(f"vit_architecture={architecture!r}: expected {ENCODERS}")
-    if source := given.get("vit_model_type"):
+    if source := _source("vit_model_type", given):
         base = AutoConfig.from_pretrained(source)
         base = getattr(base, "vision_config", base)
         found = architecture_of(base)
@@ -170,6 +172,10 @@ def vision_from_names(names: Mapping[str, Any], said: Mapping[str, str]) -> PreT
     for name, (only, why) in names_with_one_value(base).items():
         if given.pop(name, only) != only:
             raise ValueError(f"{said.get(name, name)}={names[name]!r}: {why}")
+    if "backend" in given:
+        check_backend(given["backend"])
+    if given.get("allow_fp16") is not None:
+        true_or_false("allow_fp16", given["allow_fp16"])
     if given.get("vit_img_size") is None:
         given.pop("vit_img_size", None)
     else:
@@ -224,13 +230,20 @@ def _in_words_of_dinov2(
     return new
 
 
+def _source(name: str, given: Mapping[str, Any]) -> str | None:
+    source = given.get(name)
+    if not isinstance(source, str | None):
+        raise ValueError(f"{name}={source!r:.60}: expected a hub id or a directory")
+    return source
+
+
 def text_from_names(given: Mapping[str, Any]) -> PreTrainedConfig:
     """The language model's config.
 
     Raises:
         ValueError: a name is of a field that this kind of model has not.
     """
-    if source := given.get("lm_model_type"):
+    if source := _source("lm_model_type", given):
         base = AutoConfig.from_pretrained(source)
     else:
         base = as_config(None, "text_config", "llama")
@@ -240,7 +253,11 @@ def text_from_names(given: Mapping[str, Any]) -> PreTrainedConfig:
             continue
         if field == "rope_theta":
             rope = getattr(base, "rope_parameters", None) or {"rope_type": "default"}
-            changes["rope_parameters"] = rope | {"rope_theta": float(given[name])}
+            try:
+                theta = positive_number(name, float(given[name]))
+            except (TypeError, ValueError):
+                raise ValueError(f"{name}={given[name]!r}: expected a positive number") from None
+            changes["rope_parameters"] = rope | {"rope_theta": theta}
         elif not hasattr(base, field):
             raise ValueError(f"{name}={given[name]!r}: a {base.model_type} config has no {field}")
         else:

@@ -16,6 +16,8 @@ from ..images.geometry import image_token_count, positive_pair
 
 Grid = tuple[int, int]
 
+IGNORE_INDEX = -100  # a label without a loss
+
 
 class BatchCounts(NamedTuple):
     """What the checks read from a batch, in one copy from the device.
@@ -25,24 +27,33 @@ class BatchCounts(NamedTuple):
         lengths: Tokens of each sample, padding left out.
         smallest: Token id of each sample.
         largest: Token id of each sample.
+        smallest_label: Of each sample, of those that count; 0 without labels.
+        largest_label: Likewise.
     """
 
     placeholders: list[int]
     lengths: list[int]
     smallest: list[int]
     largest: list[int]
+    smallest_label: list[int]
+    largest_label: list[int]
 
 
 def count_batch(
-    input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int | None
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    image_token_id: int | None,
+    labels: Tensor | None = None,
 ) -> BatchCounts:
     """Read from ``input_ids [B, L]`` (L > 0) what the checks need; waits for the device once."""
     is_image = input_ids == (-1 if image_token_id is None else image_token_id)
-    if attention_mask is not None and attention_mask.ndim == 2:
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         lengths = attention_mask.sum(1)
     else:
         lengths = torch.full_like(input_ids[:, 0], input_ids.shape[1])
-    rows = [is_image.sum(1), lengths, input_ids.amin(1), input_ids.amax(1)]
+    said = torch.zeros_like(input_ids) if labels is None else labels.to(input_ids.device)
+    said = said.masked_fill(said == IGNORE_INDEX, 0)
+    rows = [is_image.sum(1), lengths, *(f(1) for x in (input_ids, said) for f in (x.amin, x.amax))]
     return BatchCounts(*torch.stack([row.long() for row in rows]).tolist())
 
 
@@ -138,17 +149,25 @@ def check_context(
         first += number
 
 
-def check_vocabulary(counts: BatchCounts, input_ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError where a token id is not in the language model's vocabulary."""
-    for sample, (low, high) in enumerate(zip(counts.smallest, counts.largest, strict=True)):
-        if low >= 0 and high < vocab_size:
-            continue
-        bad = low if low < 0 else high
-        position = (input_ids[sample] == bad).nonzero()[0].item()
-        raise ValueError(
-            f"input_ids: sample {sample}, position {position}: token id {bad} is outside the "
-            f"vocabulary of {vocab_size} (was the model resized for the tokenizer's added tokens?)"
-        )
+def check_vocabulary(
+    counts: BatchCounts, input_ids: Tensor, vocab_size: int, labels: Tensor | None = None
+) -> None:
+    """Raise ValueError where a token id, or a label, is not in the language model's vocabulary."""
+    ranges = (
+        ("input_ids", input_ids, counts.smallest, counts.largest),
+        ("labels", labels, counts.smallest_label, counts.largest_label),
+    )
+    for name, ids, smallest, largest in ranges:
+        for sample, (low, high) in enumerate(zip(smallest, largest, strict=True)):
+            if ids is None or (low >= 0 and high < vocab_size):
+                continue
+            bad = low if low < 0 else high
+            position = (ids[sample] == bad).nonzero()[0].item()
+            raise ValueError(
+                f"{name}: sample {sample}, position {position}: token id {bad} is outside the "
+                f"vocabulary of {vocab_size} (was the model resized for the tokenizer's added "
+                "tokens?)"
+            )
 
 
 def _named(image: int, grids: Sequence[Grid], tokens: Sequence[int]) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from os import PathLike
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -21,7 +23,7 @@ from transformers.utils.import_utils import is_torchvision_available
 from ..checkpoints.damage import naming_damaged_files
 from ..files import save_whole
 from ..images.fetch import readable
-from ..images.geometry import image_token_count, shuffled_grid
+from ..images.geometry import image_token_count, positive_int, shuffled_grid, true_or_false
 from ..images.pixels import load_pixels, resize_pixels
 from ..images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
 from .answers import Piece, answer_pieces, marked_pieces, tokens_of
@@ -68,6 +70,11 @@ class VLMProcessor(ProcessorMixin):
         append_cls: bool = False,
         square_size: int | None = None,
     ):
+        if not isinstance(chat_template, str | Mapping | None):
+            raise TypeError(f"chat_template: expected a text, got {type(chat_template).__name__}")
+        true_or_false("append_cls", append_cls)
+        if square_size is not None:
+            square_size = positive_int("square_size", square_size)
         self.image_token = image_token_of(tokenizer)
         self.image_token_id = tokenizer.image_token_id
         template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
@@ -91,6 +98,11 @@ class VLMProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
     ) -> VLMProcessor:
         """As in transformers; a damaged file is named."""
+        if not isinstance(pretrained_model_name_or_path, str | PathLike):
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained: expected a hub id or a directory, got "
+                f"{type(pretrained_model_name_or_path).__name__}"
+            )
         with naming_damaged_files(pretrained_model_name_or_path, kwargs, all_errors=True):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -148,8 +160,9 @@ class VLMProcessor(ProcessorMixin):
             ValueError: the image tokens in the text are not as many as the images; a sample is
                 named where `images` is a list of lists.
         """
+        self._check_groups(kwargs)
         # Taken from there, transformers would keep them for the calls to come.
-        kwargs = dict(kwargs.pop("common_kwargs", ())) | kwargs
+        kwargs = dict(kwargs.pop("common_kwargs", None) or ()) | kwargs
         self._check_options(kwargs)
         texts = [text] if isinstance(text, str) else text
         if text is not None:
@@ -165,7 +178,21 @@ class VLMProcessor(ProcessorMixin):
             raise TypeError("images: got a text; say which it is: processor(images=..., text=...)")
         if images is not None and not _leaves(images):
             images = None
-        return super().__call__(images=images, text=text, **kwargs)
+        try:
+            return super().__call__(images=images, text=text, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
+
+    def _check_groups(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError for a group of options that is no mapping, and for films and sounds."""
+        for name in ("common_kwargs", *self.valid_processor_kwargs.__annotations__):
+            if not isinstance(group := options.get(name), Mapping | None):
+                raise TypeError(
+                    f"{name}: expected a mapping of options, got {type(group).__name__}"
+                )
+        for name in ("videos", "audio"):
+            if options.get(name) is not None:
+                raise TypeError(f"{name}: this processor takes images and text")
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Transformers logs an unknown option and leaves it out."""

@@ -10,6 +10,8 @@ sample follows from the placeholders: see `placeholders.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +25,10 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple
 
-from hrvlm_kernels import PackedGrids
-
 from ..checkpoints.strict import StrictModel
 from ..encoder.plain_modules import is_plain
 from ..encoder.vision_transformer import DINOv2Encoder, DINOv3Encoder, without_mask_token
+from ..images.geometry import positive_int
 from .backbones import join, new_encoder
 from .config import VLMConfig
 from .generation import PackedGenerationMixin
@@ -38,11 +39,13 @@ from .image_embedding import (
     check_attentions,
     check_is_tensor,
     check_labels,
+    check_positions,
     is_beginning,
 )
+from .image_plan import ImagePlan, Output
 from .modality_projector import ModalityProjector
 from .output import CACHE_NAME, ImageFeatures, VLMOutput, name_cache
-from .placeholders import as_grids, count_tokens
+from .placeholders import IGNORE_INDEX, as_grids, count_tokens
 from .tower_classes import tower_class
 from .vision_towers import encode
 
@@ -75,6 +78,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
         # First of all: tools take the first model among the parts for the language model.
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         self.vision_encoder = new_encoder(config)
+        self.has_tower = tower_class(config.vision_config) is not None  # one of transformers
         self.MP = ModalityProjector(config)
         # One object, so that a resized vocabulary, for one, is known in both places.
         config.text_config = self.decoder.config
@@ -147,7 +151,13 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
-        """Resize the language model's vocabulary; see transformers' method of this name."""
+        """Resize the language model's vocabulary; see transformers' method of this name.
+
+        Raises:
+            ValueError: `new_num_tokens` is no positive int.
+        """
+        if new_num_tokens is not None:
+            new_num_tokens = positive_int("new_num_tokens", new_num_tokens)
         return self.decoder.resize_token_embeddings(
             new_num_tokens, pad_to_multiple_of, mean_resizing
         )
@@ -181,33 +191,43 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
                 no such attention weights.
         """
         check_is_tensor("pixel_values", pixel_values)
-        grids = as_grids(image_grid_hw)
-        tokens = count_tokens(grids, self.config.mp_pixel_shuffle_factor, self.config.mp_append_cls)
+        plan = self.plan_of(image_grid_hw)
         flags = {
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
             "return_dict": True,
         }
+        self.encode_images(pixel_values, plan, flags, with_last_hidden_state)
+        assert plan.output is not None
+        return plan.output
+
+    @torch.compiler.disable
+    def plan_of(self, image_grid_hw: Grids) -> ImagePlan:
+        """What the host knows of images with these patch grids."""
+        grids, factor = as_grids(image_grid_hw), self.config.mp_pixel_shuffle_factor
+        return ImagePlan(grids, count_tokens(grids, factor, self.config.mp_append_cls), factor)
+
+    def encode_images(
+        self,
+        pixel_values: Tensor,
+        plan: ImagePlan,
+        flags: dict[str, bool | None],
+        with_last_hidden_state: bool,
+    ) -> Tensor:
+        """The projected features of all images, packed; the plan keeps what is said of them."""
         encoder: Any = self.vision_encoder
-        factors = (self.config.mp_pixel_shuffle_factor,)
         hidden: Any
         attentions: Any = None
-        if tower_class(self.config.vision_config) is not None:
+        if self.has_tower:
             hidden, states, attentions = encode(
-                encoder, pixel_values, grids, self.config.vit_patch_size, flags
+                encoder, pixel_values, plan.grids, self.config.vit_patch_size, flags
             )
             rows = hidden.flatten(0, 1) if hidden.ndim == 3 else hidden
-            layout = PackedGrids.from_grids(grids, device=hidden.device, shuffle_factors=factors)
-            features = self.MP(rows, packed=layout)
+            features = self.MP(rows, packed=plan.layout(0, hidden.device))
         else:
             later = not with_last_hidden_state and self._projector_takes_norm()
             whole = self.config.mp_handle_special_tokens  # the projector gets the same layout
-            layout = PackedGrids.from_grids(
-                grids,
-                num_prefix_tokens=encoder.num_prefix_tokens,
-                device=pixel_values.device,
-                shuffle_factors=factors if whole else (),
-            )
+            layout = plan.layout(encoder.num_prefix_tokens, pixel_values.device, shuffled=whole)
             output = encoder(pixel_values, grids=layout, final_norm=not later, **flags)
             hidden, packed = output.packed_last_hidden_state, output.packed
             states = output.packed_hidden_states
@@ -217,16 +237,14 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             elif whole:
                 features = self.MP(hidden, packed=packed)
             else:
-                patches_only = PackedGrids.from_grids(
-                    grids, device=hidden.device, shuffle_factors=factors
-                )
-                features = self.MP(output.packed_patches, packed=patches_only)
-        return ImageFeatures(
+                features = self.MP(output.packed_patches, packed=plan.layout(0, hidden.device))
+        plan.keep(
+            features,
             last_hidden_state=hidden if with_last_hidden_state else None,
-            pooler_output=features.split(tokens),
             hidden_states=states,
             attentions=attentions,
         )
+        return features
 
     def _projector_takes_norm(self) -> bool:
         """Whether the encoder may leave its last norm to the projector, unseen by any hook."""
@@ -299,16 +317,17 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
                 context, a token id is outside the vocabulary, arguments contradict each other, or
                 attention weights are asked for that the language model does not compute.
         """
-        if not torch.compiler.is_compiling() and not isinstance(logits_to_keep, int | Tensor):
-            raise TypeError(
-                f"logits_to_keep={logits_to_keep!r:.60}: expected a number of positions, or a "
-                "tensor of them"
-            )
+        if not torch.compiler.is_compiling():
+            check_positions(position_ids, logits_to_keep, inputs_embeds, input_ids)
         if isinstance(input_ids, Tensor) and input_ids.shape[0] == 0:
             return self._forward_empty(input_ids, labels)
+        said = None
         if labels is not None and isinstance(logits_to_keep, int) and not logits_to_keep:
             check_labels(labels, inputs_embeds if input_ids is None else input_ids)
-        outputs, others = self.run(
+            labels = labels.long()
+            said = labels if kwargs.get("ignore_index", IGNORE_INDEX) == IGNORE_INDEX else None
+        outputs, make, others = self.run(
+            VLMOutput,
             self.decoder,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -318,6 +337,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             pixel_values=pixel_values,
             image_grid_hw=image_grid_hw,
             labels=labels,
+            checked_labels=said,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             past_key_values=past_key_values,
@@ -325,10 +345,11 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        return VLMOutput(loss=outputs.loss, logits=outputs.logits, **others)
+        return make(loss=outputs.loss, logits=outputs.logits, **others)
 
     def run(
         self,
+        kind: Callable[..., Output],
         decoder: nn.Module,
         *,
         input_ids: Tensor | None = None,
@@ -340,21 +361,26 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
         past_key_values: Cache | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        checked_labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> tuple[Any, Callable[..., Output], dict[str, Any]]:
         """What `decoder`, the language model or its body, makes of texts with images.
 
+        `checked_labels` are those that have to be in the vocabulary.
+
         Returns:
-            Its output, and the fields that an output of ours has with a head and without.
+            Its output; what makes an output of the `kind`, and the fields that one of ours has with
+            a head and without.
         """
         named = name_cache({"cache": cache, "past_key_values": past_key_values})
         flags = self._requested(output_attentions, output_hidden_states)
-        embeds, images = self.embed(
+        embeds, features, plan = self.embed(
             input_ids,
             attention_mask,
             inputs_embeds,
             pixel_values,
             image_grid_hw,
+            labels=checked_labels,
             begins=is_beginning(named.get(CACHE_NAME), input_ids),
             output_hidden_states=flags["output_hidden_states"],
         )
@@ -367,12 +393,13 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             **kwargs,
         )
         check_attentions(flags["output_attentions"], outputs.attentions, "text_config")
-        return outputs, {
+        fields = {
             "cache": outputs.get(CACHE_NAME),
             "hidden_states": outputs.hidden_states,
             "attentions": outputs.attentions,
-            **images,
+            "image_hidden_states": features,
         }
+        return outputs, kind if plan is None else partial(plan.told, kind), fields
 
     def _requested(
         self, output_attentions: bool | None, output_hidden_states: bool | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import accumulate
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -59,8 +60,8 @@ class Uploads:
 
 
 def is_int(n: object, least: int) -> bool:
-    """Whether `n` is an int from `least` on; a bool is none."""
-    return isinstance(n, int) and not isinstance(n, bool) and n >= least
+    """Whether `n` is an int from `least` on, numpy's too; a bool is none."""
+    return isinstance(n, int | Integral) and not isinstance(n, bool) and int(n) >= least
 
 
 def check_int(name: str, n: object, least: int) -> None:

@@ -35,6 +35,9 @@ def test_generate_refuses_what_is_no_such_model(images, model, vlm):
     address = "https://example.org/a.png"
     refused = error_of(run(*arguments, vlm, "--image", address))
     assert f"{address}: addresses are fetched only with --fetch" in refused
+    both = error_of(run("generate", "--model", vlm, "--chat", "--image", "-"))
+    assert "standard input is where --chat reads the questions" in both
+    assert "named more than once" in error_of(run(*arguments, vlm, "--image", "-", "--image", "-"))
 
 
 def test_the_reader_refuses_pages_with_the_reason_and_answers_the_rest(tmp_path):

@@ -88,6 +88,13 @@ def test_the_auto_class_makes_it_from_its_config_and_files_go_both_ways(tmp_path
         loaded = DINOv3Backbone.from_pretrained(tmp_path / folder).eval()
         assert torch.equal(loaded(images).feature_maps[0], ours(images).feature_maps[0])
         assert type(loaded.config) is DINOv3BackboneConfig
+    file = tmp_path / "theirs" / "model.safetensors"
+    heads = {"num_attention_heads": ours.config.num_attention_heads}
+    of_file = DINOv3Backbone.from_pretrained(file, out_features=["stage2"], **heads)
+    assert of_file.out_features == ["stage2"] and len(of_file(images).feature_maps) == 1
+    assert DINOv3Backbone.from_pretrained(file, out_indices=[0, 1], **heads).out_indices == [0, 1]
+    with pytest.raises(TypeError, match="out_featurez"):
+        DINOv3Backbone.from_pretrained(file, out_featurez=["stage2"])
     encoder = DINOv3Encoder.from_pretrained(tmp_path / "ours").eval()
     assert torch.equal(encoder(images).last_hidden_state, ours(images).last_hidden_state)
     again = DINOv3ViTBackbone.from_pretrained(tmp_path / "ours", config=theirs.config).eval()

@@ -46,11 +46,47 @@ def test_layers_are_a_list_of_ints(encoder, indices):
         (None, [(2, 2)], r"grids goes with packed patches .* only, got NoneType"),
         (PATCHES, [None], r"image 0: a patch grid is two positive ints \(hp, wp\), got \(None,\)"),
         (PATCHES, torch.tensor([2, 2]), r"image 0: a patch grid is two .*, got \(2,\)"),
+        ([X[0], X[0].to_sparse()], None, r"image 1: a torch.sparse_coo tensor, expected a dense"),
     ],
 )
 def test_images_are_named(encoder, images, grids, message):
     with pytest.raises((TypeError, ValueError), match=message):
         encoder(images, grids=grids)
+
+
+def test_numbers_of_numpy_are_numbers(encoder):
+    whole = encoder(PATCHES, grids=np.array([[2, 2]]))
+    assert torch.equal(whole.cls, encoder(PATCHES, grids=[(2, 2)]).cls)
+    assert len(encoder.get_intermediate_layers(X, np.int64(2))) == 2
+
+
+def test_a_batch_may_be_empty(encoder):
+    assert encoder(X[:0]).last_hidden_state.shape == (0, encoder.num_prefix_tokens + 4, 32)
+    (patches, cls), *_ = encoder.get_intermediate_layers(X[:0], 2, return_class_token=True)
+    assert patches.shape == (0, 4, 32) and cls.shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"patch_size": 0}, "config.patch_size=0: expected a whole number of at least 1"),
+        ({"num_channels": 0}, "config.num_channels=0: expected"),
+        ({"intermediate_size": -1}, "config.intermediate_size=-1: expected"),
+        ({"hidden_act": "x"}, "config.hidden_act='x': expected one of .*gelu"),
+        ({"use_rope": "x"}, "config.use_rope='x': expected True or False"),
+    ],
+)
+def test_a_size_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DINOv3Encoder(vision_config_of(**fields))
+
+
+def test_options_are_named(encoder):
+    with pytest.raises(ValueError, match="allow_fp16='x': expected True or False"):
+        DINOv3Encoder(vision_config_of(), allow_fp16="x")
+    for name in ("sizes", "capacities"):
+        with pytest.raises(ValueError, match=f"{name}=3: expected "):
+            encoder.graphed(**{name: 3})
 
 
 def test_a_grid_is_a_pair():

@@ -1,5 +1,6 @@
 """Any image in, upright RGB out: exact pixels for every format, and errors that name the image."""
 
+import base64
 import io
 import random
 import struct
@@ -10,6 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -74,6 +76,11 @@ def test_every_kind_of_source(tmp_path):
         assert not file.closed and not stream.closed
     for source in (image, Image.open(path), CORNERS, torch.from_numpy(CORNERS)):
         shows(source, CORNERS, channels="last")
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    for source in (uri, {"bytes": data, "path": None}, {"path": str(path)}, {"url": uri}):
+        shows(source, CORNERS)
+    own = load_image({"bytes": image})
+    assert own is not image and own.tobytes() == image.tobytes()
 
 
 def test_a_stream_that_cannot_seek():
@@ -389,6 +396,14 @@ def test_integers_beyond_16_bits_are_refused(bad):
         load_image(image, name=2)
 
 
+def test_32_bits_without_a_sign_have_none_in_the_error():
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, np.full((2, 2), 4_000_000_000, np.uint32))
+    for source in (stream, Image.open(stream)):
+        with pytest.raises(ImageError, match=r"0 to 65535, got 4000000000 to 4000000000"):
+            load_image(source, name=2)
+
+
 FLOATS = [0.0, 0.1, 1 / 255, 0.5, 254.4 / 255, 1.0, -0.4 / 255, 255.4 / 255]
 FLOATS_8 = [[(v, v, v) for v in (0, 26, 1, 128, 254, 255, 0, 255)]]
 
@@ -616,12 +631,33 @@ def test_missing_files_and_directories(tmp_path):
 
 @pytest.mark.parametrize(
     "source",
-    [None, 3, 3.5, [1, 2], {"path": "x"}, object()],
+    [None, 3, 3.5, [1, 2], {"pathe": "x"}, object()],
     ids=lambda value: type(value).__name__,
 )
 def test_other_types(source):
     with pytest.raises(TypeError, match=rf"image 6: expected a path.*got {type(source).__name__}"):
         load_image(source, name=6)
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, "a\0b.png"])
+def test_a_text_that_is_no_path(source):
+    with pytest.raises(ImageError, match=r"image 6 \('.*can't be a path.* base64") as raised:
+        load_image(source, name=6)
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(3, 8, 8, device="meta"),
+        torch.zeros(8, 8).to_sparse(),
+        torch.zeros(3, 8, 8).to(torch.float8_e4m3fn),
+    ],
+    ids=["meta", "sparse", "float8"],
+)
+def test_a_tensor_without_pixels_to_read(tensor):
+    with pytest.raises(ImageError, match=r"image 6: a torch\.\w+ tensor of torch\.float\w+ on"):
+        load_image(tensor, name=6)
 
 
 def test_a_text_stream():

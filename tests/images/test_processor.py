@@ -330,12 +330,13 @@ def test_nested_lists_and_every_kind_of_source(backend, tmp_path):
     image = Image.fromarray(array)
     path = tmp_path / "a.png"
     image.save(path)
-    flat = processor([array] * 8, return_tensors="pt")
+    flat = processor([array] * 9, return_tensors="pt")
     nested = [[image, str(path)], [], [[path.read_bytes()], (torch.from_numpy(array),)], path]
+    nested.append({"bytes": path.read_bytes(), "path": None})
     with open(path, "rb") as file:
         mixed = processor([*nested, np.stack([array, array])[:1], file, array])
     assert torch.equal(mixed["pixel_values"], flat["pixel_values"])
-    batch = torch.from_numpy(np.stack([array] * 8)).permute(0, 3, 1, 2)
+    batch = torch.from_numpy(np.stack([array] * 9)).permute(0, 3, 1, 2)
     assert torch.equal(processor(batch)["pixel_values"], flat["pixel_values"])
     for single in (image, path, array):
         assert processor(single)["image_grid_hw"].tolist() == [[4, 8]]
@@ -417,8 +418,11 @@ def test_errors_name_the_image(backend, tmp_path):
         processor([[good], [good, tmp_path / "cut.png"]])
     with pytest.raises(ImageError, match=r"^image 1: shape 3x5x3"):
         processor([good, good[:3, :5]])
-    with pytest.raises(ImageError, match=r"^image 1 .*is a URL"):
-        processor([good, "https://a.org/b.png"])
+    for url in ("https://a.org/b.png", {"url": "https://a.org/b.png"}):
+        with pytest.raises(ImageError, match=r"^image 1 .*is a URL"):
+            processor([good, url])
+    with pytest.raises(ValueError, match=r"^device='x': .*device type"):
+        processor(good, device="x")
     with pytest.raises(ImageError, match=r"^image 0 is over the pixel limit"):
         processor(good, max_pixels=99)
     with pytest.raises(TypeError, match=r"^image 1: expected a path.*got float"):

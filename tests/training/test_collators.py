@@ -159,8 +159,9 @@ def test_a_bad_sample_is_named(processor, change, message):
 
 
 def test_bad_options_are_refused(processor):
-    with pytest.raises(ValueError, match="max_length=0"):
-        VQACollator(processor, max_length=0)
+    for name, value in (("max_length", 0), ("patch_size", 0), ("pad_to_multiple_of", -3)):
+        with pytest.raises(ValueError, match=f"{name}={value}: expected a whole number"):
+            VQACollator(processor, **{name: value})
     tokenizer = tokenizer_of()
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no pad_token"):
@@ -213,8 +214,19 @@ def test_a_batch_trains(processor):
         ),
         (
             sample([1]) | {"pixel_values": torch.zeros(1, 12), "image_grid_hw": [(1, 1)]},
-            f"sample 1: pixel_values has rows of 12 values, those of sample 0 have {WIDTH}",
+            f"sample 1: pixel_values has rows of 12 values, expected {WIDTH} for red",
         ),
+        (
+            sample([1]) | {"pixel_values": torch.zeros(4, WIDTH), "image_grid_hw": [(-2, -2)]},
+            r"sample 1: image_grid_hw: expected positive numbers, got \[\[-2, -2\]\]",
+        ),
+        (
+            sample([1]) | {"pixel_values": torch.zeros(1, WIDTH).byte(), "image_grid_hw": [(1, 1)]},
+            "sample 1: pixel_values: torch.uint8, expected normalised",
+        ),
+        ({"input_ids": [1], "images": [()]}, "sample 1: image 0: expected a tensor, got tuple"),
+        ({"input_ids": [1], "images": [torch.zeros(3, 7, 8)]}, "sample 1: image 0: 7x8 pixels"),
+        ({"input_ids": [1], "attention_mask": [3]}, "sample 1: attention_mask: expected zeros"),
     ],
 )
 def test_parts_of_another_kind_are_named_with_their_sample(processor, wrong, message):
@@ -228,3 +240,9 @@ def test_what_is_no_list_of_samples_or_no_tokenizer_is_named(processor):
         BaseCollator(processor)(None)
     with pytest.raises(ValueError, match="tokenizer: it has no pad_token"):
         BaseCollator(None)
+    rows = [
+        sample([1]) | {"pixel_values": torch.zeros(1, 3 * p * p), "image_grid_hw": [(1, 1)]}
+        for p in (8, 2)
+    ]
+    with pytest.raises(ValueError, match=r"sample 1: .* rows of 12 values, those of sample 0 have"):
+        BaseCollator(tokenizer_of())(rows)

@@ -54,6 +54,18 @@ def test_a_sample_longer_than_a_row_is_named():
         list(pack_sequences([sample(20)], 16))
 
 
+def test_what_are_no_samples_is_named():
+    good = sample(3)
+    for samples, length, message in (
+        ([good], "x", "length='x': expected a whole number"),
+        ([good, 3], 16, "sample 1: expected input_ids and labels, tensors"),
+        ([good, {"input_ids": good["input_ids"]}], 16, "sample 1: expected input_ids and labels"),
+        ([good | {"labels": good["labels"][:2]}], 16, "sample 0: 3 input_ids and 2 labels"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            list(pack_sequences(samples, length))
+
+
 def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 

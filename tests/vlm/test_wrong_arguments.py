@@ -1,5 +1,6 @@
 """What model, processor and config say to arguments of the wrong kind."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,11 +13,13 @@ from hrvlm import (
     get_tokenizer,
     image_token_count,
     load_checkpoint,
+    load_into,
     normalization_for,
     pixel_shuffle,
     pixel_unshuffle,
     unpatchify,
 )
+from hrvlm.export.graphs import export_program
 from hrvlm.images.patches import patchify
 from hrvlm.vlm.config import VLMConfig
 from hrvlm.vlm.tokenizer import get_image_string
@@ -28,6 +31,10 @@ PATCHES = torch.zeros(4, 3 * 8 * 8)
 
 def projector():
     return ModalityProjector(vit_hidden_dim=8, lm_hidden_dim=8)
+
+
+def processor_with(**options):
+    return VLMProcessor(processor_of().image_processor, tokenizer_of(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +67,28 @@ def processor():
             r"inputs_embeds: expected \[B, L, C\], got \(3, 4\)",
         ),
         ({"input_ids": IDS, "logits_to_keep": "x"}, "logits_to_keep='x': expected a number"),
+        ({"input_ids": IDS, "logits_to_keep": -1}, "logits_to_keep=-1: expected a number"),
+        ({"input_ids": IDS, "logits_to_keep": torch.ones(1)}, r"logits_to_keep=tensor.* a number"),
+        ({"input_ids": IDS.bool()}, r"input_ids: expected integers \[B, L\], got torch.bool"),
+        ({"input_ids": IDS[:, :0]}, r"input_ids: \(1, 0\), samples without a token"),
+        ({"input_ids": IDS, "attention_mask": [[1, 1, 1]]}, "attention_mask: expected a tensor"),
+        ({"input_ids": IDS, "attention_mask": "x"}, "attention_mask: expected a tensor, got str"),
+        ({"input_ids": IDS, "attention_mask": IDS[0]}, r"attention_mask: expected \[B, L\] or"),
+        ({"input_ids": IDS, "position_ids": "x"}, "position_ids: expected a tensor, got str"),
+        ({"input_ids": IDS, "position_ids": IDS[:, :2]}, r"position_ids: \(1, 2\), expected one"),
+        ({"input_ids": IDS, "past_key_values": ((IDS,),)}, "expected a Cache of .*, got tuple"),
+        (
+            {"input_ids": IDS, "labels": torch.tensor([[1, -100, 9999]])},
+            "labels: sample 0, position 2: token id 9999 is outside the vocabulary of",
+        ),
+        (
+            {"input_ids": IDS, "labels": torch.tensor([[1, -7, 2]])},
+            "labels: sample 0, position 1: token id -7 is outside",
+        ),
+        (
+            {"inputs_embeds": torch.zeros(1, 3, 7)},
+            r"inputs_embeds: expected floating-point numbers \[B, L, 48\], got .* \(1, 3, 7\)",
+        ),
     ],
 )
 def test_inputs_are_named(model, inputs, message):
@@ -75,6 +104,28 @@ def test_images_that_are_no_tensor_are_named(model, pixels):
     if pixels is not None:
         with pytest.raises(TypeError, match=f"pixel_values: expected a tensor, got {kind}"):
             model.generate(input_ids=IDS, pixel_values=pixels, image_grid_hw=[(2, 2)])
+
+
+def test_labels_may_be_of_any_integers_and_name_what_has_no_loss(model):
+    want = model(input_ids=IDS, labels=IDS).loss
+    assert torch.equal(model(input_ids=IDS, labels=IDS.int()).loss, want)
+    others = torch.tensor([[1, -1, 1]])
+    assert torch.isfinite(model(input_ids=IDS, labels=others, ignore_index=-1).loss)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_ids": [[1]]}, "input_ids: expected a tensor, got list"),
+        ({"input_ids": IDS[0]}, r"input_ids: expected integers \[B, L\], got \(3,\)"),
+        ({"attention_mask": [1]}, "attention_mask: expected a tensor, got list"),
+        ({"num_beams": 0}, "num_beams=0: expected a whole number"),
+        ({"max_new_tokens": "x"}, "max_new_tokens='x': expected a whole number"),
+    ],
+)
+def test_inputs_of_generation_are_named(model, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        model.generate(**{"input_ids": IDS, "max_new_tokens": 1} | options)
 
 
 def test_bytes_are_no_pixels(model):
@@ -96,6 +147,29 @@ def test_bytes_are_no_pixels(model):
 def test_an_unknown_option_of_the_processor_is_refused(processor, options, name):
     with pytest.raises(TypeError, match=f"unknown option .{name}"):
         processor(images=picture(16, 16), text=processor.image_token, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images_kwargs": 3}, "images_kwargs: expected a mapping of options, got int"),
+        ({"common_kwargs": [1]}, "common_kwargs: expected a mapping of options, got list"),
+        ({"videos": [1]}, "videos: this processor takes images and text"),
+        ({"max_img_size": "x"}, "max_img_size='x': expected a whole number"),
+        ({"images_kwargs": {"max_img_size": "x"}}, "max_img_size='x': expected a whole number"),
+        ({"do_resize": 1}, "do_resize"),
+    ],
+)
+def test_options_of_a_call_are_named(processor, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        processor(images=picture(16, 16), text=processor.image_token, **options)
+
+
+def test_numbers_of_numpy_are_numbers(processor):
+    side = np.int64(32)
+    inputs = processor(images=picture(32, 32), text=processor.image_token, max_img_size=side)
+    assert inputs["image_grid_hw"].tolist() == [[4, 4]]
+    assert VLMConfig(image_token_id=np.int64(8), max_img_size=np.int64(512)).to_json_string()
 
 
 def test_options_for_all_parts_are_of_one_call(processor):
@@ -171,6 +245,24 @@ def test_parts_are_joined_in_a_floating_point_dtype(model, dtype):
             r"vit_architecture=\{\}: expected",
         ),
         (lambda: VLMConfig(vision_config={"model_type": ["x"]}), "vision_config: .* model_type"),
+        (lambda: VLMConfig(image_token_id="x"), "image_token_id='x': expected a token id"),
+        (lambda: VLMConfig(allow_upscale="x"), "allow_upscale='x': expected True or False"),
+        (lambda: VLMConfig(lm_tokenizer=3), "lm_tokenizer=3: expected a text"),
+        (lambda: VLMConfig(vlm_extra_tokens=3), "vlm_extra_tokens=3: expected names with"),
+        (lambda: VLMConfig.from_names({"vit_model_type": ["x"]}), r"vit_model_type=\['x'\]: exp"),
+        (lambda: VLMConfig.from_names({"lm_model_type": 3}), "lm_model_type=3: expected a hub id"),
+        (
+            lambda: VLMConfig.from_names({"lm_re_base": ["x"]}),
+            r"lm_re_base=.*: expected a pos",
+        ),
+        (lambda: VLMConfig.from_names({"backend": 3}), "backend must be one of auto"),
+        (lambda: VLMProcessor.from_pretrained(3), "VLMProcessor.from_pretrained: expected a hub"),
+        (lambda: processor_with(append_cls="x"), "append_cls='x': expected True or False"),
+        (lambda: processor_with(square_size=0), "square_size=0: expected a whole number"),
+        (lambda: processor_with(chat_template=3), "chat_template: expected a text, got int"),
+        (lambda: model_of().resize_token_embeddings(-1), "new_num_tokens=-1: expected a whole"),
+        (lambda: load_into(None, {}), "model: expected a model of torch, got NoneType"),
+        (lambda: export_program(model_of()), "encoder: expected .*, got VisionLanguageModel"),
         (lambda: load_checkpoint(None), "checkpoint: expected a file or directory, got NoneType"),
         (lambda: get_tokenizer(3), "tokenizer: expected a hub id or a directory, got int"),
         (lambda: DINOv3Encoder(None), "config: expected a DINOv3ViTConfig, got NoneType"),
@@ -184,3 +276,8 @@ def test_parts_are_joined_in_a_floating_point_dtype(model, dtype):
 def test_arguments_of_functions_are_named(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_a_directory_without_a_config_is_none(tmp_path):
+    with pytest.raises(OSError, match=r"there is no config\.json in it"):
+        VLMConfig.from_pretrained(tmp_path)
