@@ -18,12 +18,10 @@ import os
 os.environ["TRITON_INTERPRET"] = "0"  # read when Triton is imported
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +31,11 @@ from benchmarks.case import RESULTS
 from benchmarks.counted import attention, page, peers, rows
 from benchmarks.counted.case import Case, count
 from benchmarks.counted.machine import machine
+from benchmarks.counted.results import name_of, others, write
 from benchmarks.suite import commit_here
 from hrvlm.files import write_text
 
 CHIPS = {"sm_80": 80, "sm_90": 90}
-SCHEMA = 2  # rows have a commit and a date of their own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,30 +117,6 @@ def _cases(chip: int, folder: Path | None, only: tuple[str, ...]) -> Iterator[Ca
     ):
         if wanted(op):
             yield from makers()
-
-
-def others(path: Path, again: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The rows of a file whose ops are not counted again."""
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in old if not row["op"].startswith(again)]
-
-
-def name_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """What tells a row from others."""
-    return row["op"], row["size"], row["variant"]
-
-
-def write(path: Path, chip: str, found: list[dict[str, Any]], missing: list[str]) -> None:
-    """A result file."""
-    document = {
-        "schema": SCHEMA,
-        "chip": chip,
-        "device": None,
-        "versions": {name: metadata.version(name) for name in ("torch", "triton", "numpy")},
-        "missing": missing,
-        "rows": found,
-    }
-    write_text(path, json.dumps(page.rounded(document), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -61,12 +61,20 @@ def rounded(value: Any) -> Any:
 def render(results: Path) -> str:
     """The page."""
     parts = [ABOUT]
-    for path in sorted(results.glob("counted-*.json"), reverse=True):
-        parts += _chip(json.loads(path.read_text()))
+    files = sorted(results.glob("counted-*.json"), reverse=True)
+    documents = [json.loads(path.read_text()) for path in files]
+    anywhere = dict.fromkeys(name for document in documents for name in _names(document["rows"]))
+    for document in documents:
+        parts += _chip(document, list(anywhere))
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _chip(document: Row) -> Iterator[str]:
+def _names(rows: list[Row]) -> list[tuple[str, str]]:
+    """Op and size of what is ours."""
+    return [(row["op"], row["size"]) for row in rows if row["role"] == "ours"]
+
+
+def _chip(document: Row, anywhere: list[tuple[str, str]]) -> Iterator[str]:
     versions = ", ".join(f"{name} {v}" for name, v in document["versions"].items())
     yield f"## {document['chip']}\n"
     rows = document["rows"]
@@ -74,6 +82,13 @@ def _chip(document: Row) -> Iterator[str]:
     of = ", ".join(f"{n} rows of {commit} ({date})" for (commit, date), n in commits.items())
     yield f"Device: none. {versions}; {of}."
     yield "".join(f" {reason}." for reason in document["missing"]) + "\n"
+    left: dict[str, list[str]] = {}
+    for op, size in anywhere:
+        if (op, size) not in _names(rows):
+            left.setdefault(op, []).append(size)
+    if left:
+        told = "; ".join(f"{op}: {', '.join(sizes)}" for op, sizes in left.items())
+        yield f"Counted on another chip, and not yet here: {told}.\n"
     yield from _against(rows)
     for op in dict.fromkeys(row["op"] for row in rows):
         mine = [row for row in rows if row["op"] == op]

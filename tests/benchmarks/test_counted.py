@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.case import RESULTS
-from benchmarks.counted import page, rates
+from benchmarks.counted import page, rates, results
 from benchmarks.counted.case import first, spread
 from benchmarks.counted.sass import Code
 
@@ -57,8 +57,30 @@ def test_loops():
     assert code.in_loops(("HG",), [1, 10, 100, 100, 10, 1, 7]) == {1: 20, 2: 200, 6: 7}
 
 
+def test_rows_are_added_and_replaced_by_their_ops(tmp_path):
+    path = tmp_path / "counted-sm_90.json"
+    row = {"op": "swiglu", "size": "F=8", "variant": "shipped", "role": "ours", "commit": "c0"}
+    rows = [row, row | {"op": "rope_2d"}]
+    path.write_text(json.dumps({"rows": rows}))
+    assert results.others(path, ("swi",)) == rows[1:]
+    assert results.others(path, ()) == rows and results.others(path, ("",)) == []
+    assert results.name_of(row) == ("swiglu", "F=8", "shipped")
+
+
+def test_the_page_names_what_one_chip_lacks(tmp_path):
+    document = json.loads((RESULTS / "counted-sm_90.json").read_text())
+    (tmp_path / "counted-sm_90.json").write_text(json.dumps(document))
+    document |= {"chip": "sm_80", "rows": [r for r in document["rows"] if r["op"] != "rope_2d"]}
+    (tmp_path / "counted-sm_80.json").write_text(json.dumps(document))
+    old = page.render(tmp_path).partition("## sm_80")[2]
+    assert "not yet here: rope_2d: D=64, D=128." in old
+
+
 def test_the_page_is_made_of_the_result_files():
     assert (page.DOCS / page.NAME).read_text(encoding="utf-8") == page.render(RESULTS)
     for path in RESULTS.glob("counted-*.json"):
         document = json.loads(path.read_text())
         assert document["device"] is None and document["rows"]
+        names = [results.name_of(row) for row in document["rows"]]
+        assert len(set(names)) == len(names)
+        assert not any(row["commit"].endswith(("dirty", "unknown")) for row in document["rows"])
