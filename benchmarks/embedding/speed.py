@@ -24,7 +24,8 @@ from benchmarks.case import RESULTS
 from benchmarks.embedding.inputs import write_encoder, write_pictures
 from hrvlm.embed.config import EmbedConfig, Manifest, Resources
 from hrvlm.embed.model import FeatureModel
-from hrvlm.embed.rows import Row, read_parts
+from hrvlm.embed.parts import read_parts
+from hrvlm.embed.rows import Row
 from hrvlm.embed.run import embed
 from hrvlm.embed.sources import list_images, open_source
 from hrvlm.embed.stages import Run, decode, encode

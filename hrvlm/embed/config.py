@@ -9,10 +9,12 @@ anything runs, and no retry, kill or shard can change it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..images.geometry import positive_int
 from ..machine import check_dtype
@@ -110,6 +112,10 @@ class Resources:
         if not 0 <= index < count:
             raise ValueError(f"shard {index}/{count}: expected 0/{count} to {count - 1}/{count}")
 
+    def own(self, parts: int) -> range:
+        """Which of so many parts are of the shard."""
+        return range(self.shard[0], parts, self.shard[1])
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -188,26 +194,35 @@ class Manifest:
         """Plain data."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides about rows; each part, and the listing, bear it."""
+        decides = {name: value for name, value in self.to_json().items() if name != "input"}
+        text = json.dumps(decides, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any], where: str) -> Manifest:
+    def from_json(cls, stored: Any, where: str) -> Manifest:
         """From what `to_json` gave.
 
         Raises:
-            ValueError: it is of another format.
+            ValueError: it is of another format, or something in it is not what it should be.
         """
-        if stored.get("format") != FORMAT:
-            raise ValueError(f"{where}: format {stored.get('format')!r}, expected {FORMAT}")
+        found = stored.get("format") if isinstance(stored, Mapping) else stored
+        if not isinstance(stored, Mapping) or found != FORMAT:
+            raise ValueError(f"{where}: format {found!r:.80}, expected {FORMAT}")
         try:
-            facts = dict(stored["facts"])
-            for name in ("image_mean", "image_std"):
-                facts[name] = tuple(facts[name])
-            asked = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in stored["asked"].items()
-            }
-            rest = {k: stored[k] for k in ("images", "rows_per_part", "digest", "input")}
-            return cls(asked=asked, facts=Facts(**facts), **rest)
-        except (KeyError, TypeError, AttributeError) as error:
+            facts = _typed(Facts, stored["facts"])
+            config = _typed(EmbedConfig, {**stored["asked"], "input": stored["input"], "out": ""})
+            if not isinstance(digest := stored["digest"], str):
+                raise TypeError(f"digest is {digest!r:.80}, expected a string")
+            for name in ("hidden_size", "factor", "patch_size"):
+                positive_int(name, getattr(facts, name))
+            images, rows = (
+                positive_int(name, stored[name]) for name in ("images", "rows_per_part")
+            )
+            return cls(asked_of(config), facts, images, rows, digest, config.input)
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: no manifest of hrvlm embed: {error}") from error
 
     def check_goes_on(
@@ -230,6 +245,29 @@ class Manifest:
         if differing := [n for n in names if here.get(n) != there.get(n)]:
             told = "; ".join(f"{n}: {there.get(n)!r} there, {here.get(n)!r} now" for n in differing)
             raise ValueError(f"{config.out} holds rows of another run ({told}): give another --out")
+
+
+_Record = TypeVar("_Record")
+
+
+def _typed(cls: type[_Record], values: Any) -> _Record:
+    """The dataclass of these values, each of the type of its field; lists are tuples."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{values!r:.80}, expected names with values")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    kinds = get_type_hints(cls)
+    for name, value in values.items():
+        if name in kinds and not _is(value, kinds[name]):
+            raise TypeError(f"{name} is {value!r:.80}, expected {kinds[name]}")
+    return cls(**values)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(v, get_args(kind)[0]) for v in value)
+    if kinds := get_args(kind):  # X | None
+        return any(_is(value, one) for one in kinds)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def asked_of(config: EmbedConfig) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from .config import Manifest
-from .rows import POOLED, listed, read_parts
-from .sources import Entry
-from .store import Store
+from .entries import Entry
+from .parts import done_parts, read_parts
+from .rows import POOLED, listed
+from .store import Store, index_names
 
 EXACT_ROWS = 100_000
 GOAL = 0.95  # recall
@@ -77,7 +78,7 @@ class Index:
 def entry_of(store: Store, manifest: Manifest, row: int) -> Entry:
     """Where the image of a row is."""
     part, place = divmod(row, manifest.rows_per_part)
-    return listed(store.address, part)[place]
+    return listed(store.address, part, manifest)[place]
 
 
 def open_index(
@@ -130,32 +131,34 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def _state_of(store: Store, manifest: Manifest) -> str:
-    """What the index is of: changes with any part."""
-    sizes = sorted(store.sizes().items())
-    return hashlib.blake2b(repr((manifest.digest, sizes)).encode(), digest_size=16).hexdigest()
+    """What the index is of: changes with the run and with any part."""
+    parts = done_parts(store, manifest, range(manifest.parts))
+    told = [(part, own.size, sorted(own.bad.items())) for part, own in parts.items()]
+    return _digest(repr((manifest.fingerprint, told)).encode())
 
 
-def _names(by: str) -> tuple[str, str]:
-    return f"_index-{by}.faiss", f"_index-{by}.json"
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _kept(store: Store, manifest: Manifest, by: str, state: str) -> Index | None:
-    """The index that an earlier search has left, if it is of the parts as they are."""
+    """The index that an earlier search has left, if it is whole and of the parts as they are."""
     import faiss
 
-    content, told = _names(by)
+    content_name, told_name = index_names(by)
     try:
-        with store.open(told) as file:
+        with store.open(told_name) as file:
             own = json.load(file)
-        if own.pop("state") != state:
+        with store.open(content_name) as file:
+            content = file.read()
+        if (own["state"], own["digest"]) != (state, _digest(content)):
             return None
-        with store.open(content) as file:
-            index: Any = faiss.deserialize_index(np.frombuffer(file.read(), dtype=np.uint8))
-    except FileNotFoundError:
+        rows, recall, (looked_into, lists) = own["rows"], own["recall"], own["lists"]
+    except (FileNotFoundError, KeyError, TypeError, ValueError, RecursionError):
         return None
-    index.nprobe = own["lists"][0]
-    lists = own["lists"][0], own["lists"][1]
-    return Index(own["rows"], False, own["recall"], lists, index, None, store, manifest)
+    index: Any = faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
+    index.nprobe = looked_into
+    return Index(rows, False, recall, (looked_into, lists), index, None, store, manifest)
 
 
 def _made(store: Store, manifest: Manifest, by: str, state: str) -> Index:
@@ -171,19 +174,29 @@ def _made(store: Store, manifest: Manifest, by: str, state: str) -> Index:
     index.cp.seed = 1234
     index.train(vectors[:: max(1, count // (64 * lists))])
     index.add_with_ids(vectors, numbers.astype(np.int64))
-    sample = vectors[:: max(1, count // _SAMPLE)][:_SAMPLE]
-    true = numbers[flat.search(sample, min(_NEIGHBOURS, count))[1]]
+    sample = np.arange(0, count, max(1, count // _SAMPLE))[:_SAMPLE]
+    queries, own = vectors[sample], numbers[sample]
+    nearest = flat.search(queries, min(_NEIGHBOURS + 1, count))[1]
+    true = _others(numbers[nearest], own)
     index.nprobe, recall = 1, 0.0  # faiss's own name: lists looked into
-    while (recall := _recall(index, sample, true)) < GOAL and index.nprobe < lists:
+    while (recall := _recall(index, queries, own, true)) < GOAL and index.nprobe < lists:
         index.nprobe = min(2 * index.nprobe, lists)
-    content, told = _names(by)
-    store.write(content, faiss.serialize_index(index).tobytes())
-    own = {"state": state, "rows": count, "recall": recall, "lists": [index.nprobe, lists]}
-    store.write(told, (json.dumps(own) + "\n").encode())
+    content, told = faiss.serialize_index(index).tobytes(), index_names(by)
+    own = {"state": state, "digest": _digest(content), "rows": count, "recall": recall}
+    own["lists"] = [index.nprobe, lists]
+    store.write(told[0], content)
+    store.write(told[1], (json.dumps(own) + "\n").encode())
+    store.remove_leftovers(told)
     return Index(count, False, recall, (index.nprobe, lists), index, None, store, manifest)
 
 
-def _recall(index: Any, queries: np.ndarray, true: Sequence[Sequence[int]] | np.ndarray) -> float:
-    found = index.search(queries, true.shape[1])[1]  # type: ignore[union-attr]
-    shares = [len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, true, strict=True)]
+def _others(found: np.ndarray, own: np.ndarray) -> list[np.ndarray]:
+    """Of each row's neighbours the nearest that are not itself."""
+    return [row[row != n][:_NEIGHBOURS] for row, n in zip(found, own, strict=True)]
+
+
+def _recall(index: Any, queries: np.ndarray, own: np.ndarray, true: Sequence[np.ndarray]) -> float:
+    """Share of the true neighbours that the index finds."""
+    found = _others(index.search(queries, _NEIGHBOURS + 1)[1], own)
+    shares = [len(np.intersect1d(a, b)) / max(1, len(b)) for a, b in zip(found, true, strict=True)]
     return float(np.mean(shares))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .config import EmbedConfig, Facts, Manifest
-from .sources import Entry, open_source
+from .entries import Entry
+from .sources import open_source
 from .stages import Run, decode, encode
 
 SAMPLE = 16  # images

@@ -26,12 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .config import Manifest
-from .sources import Entry
-from .store import LISTING, Store, part_name
+from .entries import Entry, parquet_named
+from .store import LISTING, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+RUN = b"hrvlm"  # in the metadata of a file: what it says of itself
 SIZES = ("height", "width", "grid_height", "grid_width")
 POOLED = ("cls", "mean")
 _QUOTED = re.compile(r"\(?'[^']*'\)?")  # a path
@@ -113,7 +114,8 @@ def table_of(rows: Sequence[Row], part: int, manifest: Manifest) -> pa.Table:
         else:
             arrays.append(pa.array(values, field.type))
     own = {"part": part, "bad": count_errors(rows), "stored": manifest.asked["stored"]}
-    return pa.table(arrays, schema=schema.with_metadata({"hrvlm": json.dumps(own)}))
+    own["run"] = manifest.fingerprint
+    return pa.table(arrays, schema=schema.with_metadata({RUN: json.dumps(own)}))
 
 
 def _vectors(values: Sequence[Any], kind: Any) -> pa.Array:
@@ -149,55 +151,42 @@ def parquet_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:
     return stream.getvalue()
 
 
-def listing_bytes(entries: Sequence[Entry], rows_per_part: int) -> bytes:
+def listing_bytes(entries: Sequence[Entry], manifest: Manifest) -> bytes:
     """The listing as a file with a row group for each part."""
     table = pa.table(
         {
-            "id": [name_of(entry.id) for entry in entries],
+            "id": [entry.id for entry in entries],
             "file": pa.array([os.fsencode(entry.file) for entry in entries], pa.binary()),
             "place": pa.array([entry.place for entry in entries], pa.int64()),
             "size": pa.array([entry.size for entry in entries], pa.int64()),
         }
     )
-    return parquet_bytes(table, rows_per_part)
-
-
-def name_of(text: str) -> str:
-    """A name without the bytes that are no characters."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    own = {RUN: json.dumps({"run": manifest.fingerprint})}
+    return parquet_bytes(table.replace_schema_metadata(own), manifest.rows_per_part)
 
 
 @lru_cache(maxsize=4)
-def _listing(address: str) -> pq.ParquetFile:
-    return pq.ParquetFile(Store(address).open(LISTING))
+def _listing(address: str, fingerprint: str) -> pq.ParquetFile:
+    file = Store(address).open(LISTING)
+    table = pq.ParquetFile(file)
+    if (table.metadata.metadata or {}).get(RUN) != json.dumps({"run": fingerprint}).encode():
+        raise ValueError(f"{address}: {LISTING} is of another run: run hrvlm embed again")
+    return table
 
 
-def listed(address: str, part: int) -> list[Entry]:
-    """The entries of a part."""
-    table = _listing(address).read_row_group(part)
+def listed(address: str, part: int, manifest: Manifest) -> list[Entry]:
+    """The entries of a part.
+
+    Raises:
+        ValueError: the listing is damaged, or of another run.
+        OSError: it can't be read.
+    """
+    with parquet_named(LISTING):
+        table = _listing(address, manifest.fingerprint).read_row_group(part)
     return [
         Entry(row["id"], os.fsdecode(row["file"]), row["place"], row["size"])
         for row in table.to_pylist()
     ]
-
-
-def read_parts(store: Store, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
-    """Columns of all parts, in the order of the listing.
-
-    Raises:
-        ValueError: parts are missing.
-    """
-    missing = set(range(manifest.parts)) - store.parts()
-    if missing:
-        raise ValueError(
-            f"{store.address}: {len(missing)} of {manifest.parts} parts are not there yet: "
-            "run hrvlm embed again"
-        )
-    tables = []
-    for part in range(manifest.parts):
-        with store.open(part_name(part)) as file:
-            tables.append(pq.read_table(file, columns=list(columns)).replace_schema_metadata())
-    return pa.concat_tables(tables)
 
 
 def map_of(row: Mapping[str, Any], manifest: Manifest, name: str = "patches") -> Tensor:

@@ -18,12 +18,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import EmbedConfig, Manifest, Resources, default_rows_per_part, need_extra
+from .entries import Entry, digest_of
+from .parts import done_parts
 from .probe import Probed, probe, sample_of
 from .report import EmbedPlan, EmbedReport
 from .rows import add_errors, listing_bytes
-from .sources import Entry, digest_of, list_images, open_source
+from .sources import list_images, open_source
 from .stages import Encoder, Run, Writer, decode_part
-from .store import LISTING, Store
+from .store import LISTING, MANIFEST, Store, part_name
 from .tries import Tries
 
 
@@ -46,7 +48,7 @@ def embed(
 
     Raises:
         ValueError: the input has no images, the folder holds rows of another run (what differs is
-            named), or the model can't be loaded.
+            named) or gets them meanwhile, or the model can't be loaded.
         OSError: the folder can't be written.
     """
     need_extra("ray", "pyarrow")
@@ -58,47 +60,71 @@ def embed(
     digest, manifest = digest_of(entries), store.read_manifest()
     if manifest is not None:
         manifest.check_goes_on(config, len(entries), digest)
-        todo = _waiting(store, manifest, resources, retry_bad=retry_bad)
+        todo = waiting(store, manifest, resources, retry_bad=retry_bad)
         if not todo:
+            _remove_leftovers(store, resources.own(manifest.parts))
             return _report(config, store, manifest, resources, _Progress(), None)
     with _ray(resources):
         sample = sample_of(entries)
         probed = _remote_probe(config, sample, manifest, resources)
         if manifest is None:
             manifest = _new_manifest(config, probed, entries, digest)
-            todo = _waiting(store, manifest, resources, retry_bad=False)
+            todo = waiting(store, manifest, resources, retry_bad=False)
         else:
             manifest.check_goes_on(config, len(entries), digest, probed.facts)
         pool = _Pool.of(resources, probed)
         plan = _plan(manifest, todo, probed, pool, source.left_out)
         if on_plan is not None and not on_plan(plan):
             return EmbedReport(config.out, len(entries), plan=plan)
-        if store.read_manifest() is None:
-            store.write(LISTING, listing_bytes(entries, manifest.rows_per_part))
-            store.write_manifest(manifest)
-        store.remove_leftovers(set(todo))
+        begin(store, manifest, entries, resources.own(manifest.parts))
         progress = _Progress(on_images)
         _pipeline(Run(config, manifest), todo, pool, progress)
         if left := sorted(set(todo) - progress.done):
             logging.getLogger(__name__).warning("%d parts once more, with care", len(left))
             _pipeline(Run(config, manifest, careful=True), left, pool, progress)
+    _remove_leftovers(store, resources.own(manifest.parts))
     return _report(config, store, manifest, resources, progress, plan)
 
 
-def _waiting(
+def begin(store: Store, manifest: Manifest, entries: Sequence[Entry], own: Sequence[int]) -> None:
+    """Make the folder ready: listing and manifest are there, what killed runs have left is not.
+
+    Raises:
+        ValueError: another run has begun here, too.
+        OSError: the folder can't be written.
+    """
+    is_first = store.read_manifest() is None
+    if not is_first:
+        _check_alone(store, manifest)
+    listing = listing_bytes(entries, manifest)
+    if store.read(LISTING) != listing:  # or damaged, or removed
+        store.write(LISTING, listing)
+    if is_first:
+        store.write_manifest(manifest)
+        _check_alone(store, manifest)
+    _remove_leftovers(store, own)
+
+
+def _remove_leftovers(store: Store, own: Sequence[int]) -> None:
+    store.remove_leftovers({MANIFEST, LISTING, *map(part_name, own)})
+
+
+def _check_alone(store: Store, manifest: Manifest) -> None:
+    there = store.read_manifest()
+    if there is None or there.fingerprint != manifest.fingerprint:
+        raise ValueError(
+            f"{store.address}: another run, of another model, input or options, has begun here "
+            "meanwhile: give one of them another --out"
+        )
+
+
+def waiting(
     store: Store, manifest: Manifest, resources: Resources, *, retry_bad: bool
 ) -> list[int]:
     """The parts of the shard that are not there, or not whole."""
-    index, count = resources.shard
-    own = range(index, manifest.parts, count)
-    footers = store.footers(set(own) & store.parts())
-    return [
-        part
-        for part in own
-        if (footer := footers.get(part)) is None
-        or footer.rows != manifest.rows_of(part)
-        or (retry_bad and footer.bad)
-    ]
+    own = resources.own(manifest.parts)
+    done = done_parts(store, manifest, own)
+    return [part for part in own if part not in done or (retry_bad and done[part].bad)]
 
 
 def _new_manifest(
@@ -316,19 +342,16 @@ def _report(
     plan: EmbedPlan | None,
 ) -> EmbedReport:
     """Count what is there, by what each part says of itself."""
-    index, count = resources.shard
-    own = range(index, manifest.parts, count)
-    footers = store.footers(set(own) & store.parts())
+    own = resources.own(manifest.parts)
+    _check_alone(store, manifest)
+    done = done_parts(store, manifest, own)
     report = EmbedReport(config.out, sum(map(manifest.rows_of, own)), plan=plan)
-    for part in own:
-        footer = footers.get(part)
-        if footer is None or footer.rows != manifest.rows_of(part):
-            report.failed.append(part)
-            continue
-        report.parts += 1
-        report.rows += footer.rows
-        report.bytes += footer.size
-        add_errors(report.bad, footer.bad)
+    report.failed = [part for part in own if part not in done]
+    report.parts = len(done)
+    for part in done.values():
+        report.rows += part.rows
+        report.bytes += part.size
+        add_errors(report.bad, part.bad)
     told = progress.told
     report.written = sum(t["images"] for t in told)
     report.tokens = sum(t["tokens"] for t in told)

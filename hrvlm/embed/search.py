@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 from ..files import write_picture
 from ..images.intake import load_image
 from .config import EmbedConfig, Manifest, need_extra
+from .entries import Entry
 from .index import Hit, Index, entry_of, open_index
 from .rows import Row
-from .sources import Entry, Source, open_source
+from .sources import Source, open_source
 from .stages import Run, decode, encode
 from .store import MANIFEST, Store
 
@@ -101,10 +102,8 @@ class Searcher:
         self.manifest: Manifest = manifest
         self.by = by or ("cls" if manifest.facts.num_prefix_tokens else "mean")
         self.index = open_index(self._store, manifest, self.by, exact=exact)
-        known = {field.name for field in fields(EmbedConfig)}
-        asked = {name: value for name, value in manifest.asked.items() if name in known}
         given = {name: value for name, value in options.items() if value is not None}
-        config = EmbedConfig(**{**asked, "input": manifest.input, "out": index, **given})
+        config = EmbedConfig(**{**manifest.asked, "input": manifest.input, "out": index, **given})
         self.run = Run(config, manifest)
         self.model: FeatureModel = FeatureModel(config, manifest.facts.dtype)
         weights = self.model.facts().weights

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +20,9 @@ import pyarrow as pa
 
 from ..images.processor import ImageProcessor, normalize
 from .config import EmbedConfig, Manifest
+from .entries import Entry, apart
 from .rows import Row, count_errors, listed, parquet_bytes, table_of
-from .sources import Entry, Opener, Source, open_source
+from .sources import Opener, Source, open_source
 from .store import Store, part_name
 from .tries import TRIES
 
@@ -70,7 +70,7 @@ def decode_part(task: dict[str, Any], run: Run) -> dict[str, Any]:
     if run.gives_up("decode", part):
         return {"part": part, "pixels": b"", "rows": "", "decode": 0.0}
     first = part * run.manifest.rows_per_part
-    rows = decode(_source(run.config), listed(run.config.out, part), first, run)
+    rows = decode(_source(run.config), listed(run.config.out, part, run.manifest), first, run)
     pixels = [row.pixels for row in rows if row.pixels is not None]
     flat = np.concatenate([p.ravel() for p in pixels]) if pixels else np.empty(0, np.uint8)
     told = [[row.id, row.row, row.error, row.kind, row.size, row.resized, row.grid] for row in rows]
@@ -88,23 +88,12 @@ def decode(source: Opener, entries: Sequence[Entry], first: int, run: Run) -> li
         allow_upscale=run.config.allow_upscale,
     )
     rows = [Row(entry.id, first + i) for i, entry in enumerate(entries)]
-    for row, given in zip(rows, _opened(source, entries), strict=True):
+    for row, given in zip(rows, apart(source.images, entries), strict=True):
         try:
             _decode_one(row, given, processor, careful=run.careful)
         except Exception as error:  # decoders raise anything; the row tells it
             row.fail(error)
     return rows
-
-
-def _opened(source: Opener, entries: Sequence[Entry]) -> Iterator[Any]:
-    """What the source has for each entry; an error of the source is that of all that follow."""
-    done = 0
-    try:
-        for given in source.images(entries):
-            done += 1
-            yield given
-    except Exception as error:
-        yield from [error] * (len(entries) - done)
 
 
 def _decode_one(row: Row, given: Any, processor: ImageProcessor, *, careful: bool) -> None:
@@ -121,10 +110,11 @@ def _decode_one(row: Row, given: Any, processor: ImageProcessor, *, careful: boo
 
 
 def _in_own_process(given: Any, name: str) -> Image.Image:
+    from ..images.intake import label_of, opened
     from ..images.worker import load_image_in_worker
 
-    data = given if isinstance(given, bytes) else Path(given).read_bytes()
-    return load_image_in_worker(data, name=name)
+    with opened(given, label_of(given, name)) as stream:
+        return load_image_in_worker(stream.read(), name=name)
 
 
 def rows_of(task: dict[str, Any]) -> list[Row]:

@@ -8,23 +8,36 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from ..files import folder_for_results, replacing
 from .config import Manifest
 
 _PART = re.compile(r"part-(\d{8})\.parquet")
-_TEMPORARY = re.compile(r"\.part-(\d{8})\.parquet\..*\.part")
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.part")  # of `replacing`
 # Who reads the folder as one table passes over names that begin so.
 MANIFEST, LISTING = "_manifest.json", "_listing.parquet"
+_INDEX = re.compile(r"_index-\w+\.(faiss|json)")
+_WRITES = 10  # of a file whose temporary one goes away
 
 
 def part_name(part: int) -> str:
     """Of the file of a part."""
     return f"part-{part:08}.parquet"
+
+
+def index_names(by: str) -> tuple[str, str]:
+    """Of the index of a column, and of what is said of it."""
+    return f"_index-{by}.faiss", f"_index-{by}.json"
+
+
+def is_result(name: str) -> bool:
+    """Whether a run, or a search, gives a file of its folder such a name."""
+    temporary = _TEMPORARY.fullmatch(name)
+    name = temporary["name"] if temporary else name
+    return name in (MANIFEST, LISTING) or bool(_PART.fullmatch(name) or _INDEX.fullmatch(name))
 
 
 class Store:
@@ -50,6 +63,14 @@ class Store:
         """A file of it, to be read."""
         return self._fs.open(self.path(name), "rb")
 
+    def read(self, name: str) -> bytes | None:
+        """A file of it; None where there is none."""
+        try:
+            with self.open(name) as file:
+                return bytes(file.read())
+        except FileNotFoundError:
+            return None
+
     def write(self, name: str, content: bytes) -> None:
         """Write a file, whole or not at all.
 
@@ -59,9 +80,15 @@ class Store:
         if self._local is None:
             self._fs.pipe_file(self.path(name), content)
             return
-        self._local.mkdir(parents=True, exist_ok=True)
-        with replacing(self._local / name) as part:
-            part.write_bytes(content)
+        with folder_for_results(self._local):
+            for left in reversed(range(_WRITES)):
+                try:
+                    with replacing(self._local / name) as part:
+                        part.write_bytes(content)
+                    return
+                except FileNotFoundError:  # another run took the temporary one for a leftover
+                    if not left:
+                        raise
 
     def read_manifest(self) -> Manifest | None:
         """What the rows here are; None in a new folder.
@@ -79,7 +106,7 @@ class Store:
                     f"{self.address} has parts but no {MANIFEST}: give another --out"
                 ) from None
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: no JSON: {error}") from error
         return Manifest.from_json(stored, where)
 
@@ -92,38 +119,12 @@ class Store:
         """Those that are done."""
         return {int(m[1]) for name in self._names() if (m := _PART.fullmatch(name))}
 
-    def sizes(self) -> dict[int, int]:
-        """Bytes of each part that is done."""
-        return {part: int(self._fs.size(self.path(part_name(part)))) for part in self.parts()}
-
-    def remove_leftovers(self, parts: set[int]) -> None:
-        """Remove what killed writers of these parts have left."""
-        for name in self._names():
+    def remove_leftovers(self, names: Collection[str]) -> None:
+        """Remove what killed writers of these files have left."""
+        for name in self._names() if self._local else ():
             match = _TEMPORARY.fullmatch(name)
-            if match and int(match[1]) in parts:
+            if match and match["name"] in names:
                 (Path(self.root) / name).unlink(missing_ok=True)
-
-    def footers(self, parts: Iterable[int]) -> dict[int, PartFooter | None]:
-        """What each part says of itself, None for one that can't be read."""
-        ordered = sorted(parts)
-        with ThreadPoolExecutor(16) as pool:
-            return dict(zip(ordered, pool.map(self._footer, ordered), strict=True))
-
-    def _footer(self, part: int) -> PartFooter | None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with self.open(part_name(part)) as file:
-                size = file.seek(0, 2)
-                file.seek(0)
-                metadata = pq.read_metadata(file)
-            own = json.loads((metadata.metadata or {})[b"hrvlm"])
-        except (pa.ArrowInvalid, OSError, KeyError, ValueError):
-            return None
-        if own.get("part") != part:
-            return None
-        return PartFooter(metadata.num_rows, own["bad"], size)
 
     def _names(self) -> list[str]:
         try:
@@ -131,19 +132,6 @@ class Store:
         except FileNotFoundError:
             return []
         return [path.rstrip("/").rpartition("/")[2] for path in found]
-
-
-class PartFooter:
-    """What a part says of itself.
-
-    Args:
-        rows: In it.
-        bad: Of those without features: kind of error to [count, id of one, its error].
-        size: In bytes.
-    """
-
-    def __init__(self, rows: int, bad: dict[str, list[Any]], size: int):
-        self.rows, self.bad, self.size = rows, bad, size
 
 
 def filesystem(address: str) -> tuple[Any, str]:

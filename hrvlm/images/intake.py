@@ -25,6 +25,7 @@ import errno
 import io
 import os
 import re
+import stat
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -216,6 +217,8 @@ def opened(source: Any, label: str) -> Iterator[IO[bytes]]:
         if isinstance(source, str) and _URL.match(source):
             raise ImageError(f"{label} is a URL: download it first, then pass its path or bytes")
         with _file(source, label) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise ImageError(f"{label} is a pipe or a device: expected a regular file")
             yield stream
         return
     if isinstance(source, bytes | bytearray | memoryview):
@@ -248,13 +251,18 @@ def opened(source: Any, label: str) -> Iterator[IO[bytes]]:
 
 def _file(path: str | os.PathLike[str], label: str) -> IO[bytes]:
     try:
-        return open(path, "rb")
+        return open(path, "rb", opener=_without_waiting)
     except (OSError, ValueError) as error:  # a ValueError has a character that no path has
         if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
             raise
         raise ImageError(
             f"{label} can't be a path; an image in base64: pass its bytes, or a data URI"
         ) from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A descriptor; of a pipe, too, to which nobody writes."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _upright(rgb: Image.Image, orientation: Any) -> Image.Image:

@@ -1,11 +1,13 @@
 """The steps of a run one after the other in this process, without Ray."""
 
 from hrvlm.embed.config import Manifest
+from hrvlm.embed.entries import digest_of
+from hrvlm.embed.parts import read_parts
 from hrvlm.embed.probe import probe, sample_of
-from hrvlm.embed.rows import listing_bytes, read_parts
-from hrvlm.embed.sources import digest_of, list_images, open_source
+from hrvlm.embed.run import begin
+from hrvlm.embed.sources import list_images, open_source
 from hrvlm.embed.stages import Encoder, Run, decode_part, write_part
-from hrvlm.embed.store import LISTING, Store
+from hrvlm.embed.store import Store
 
 
 def run_here(config, shard=(0, 1), **options):
@@ -16,8 +18,7 @@ def run_here(config, shard=(0, 1), **options):
         facts = probe(config, sample_of(entries, 2)).facts
         rows = config.rows_per_part or len(entries)
         manifest = Manifest.make(config, facts, len(entries), rows, digest_of(entries))
-        store.write(LISTING, listing_bytes(entries, rows))
-        store.write_manifest(manifest)
+    begin(store, manifest, entries, range(shard[0], manifest.parts, shard[1]))
     run = Run(config, manifest, **options)
     encoder = Encoder(run, threads=1)
     return [

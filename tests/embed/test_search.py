@@ -1,15 +1,18 @@
 """`hrvlm search`: true neighbours, with every row compared or by lists; sheets and pages."""
 
+import io
 import json
 import re
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from hrvlm.embed.config import EmbedConfig
 from hrvlm.embed.index import GOAL, open_index
-from hrvlm.embed.store import Store
+from hrvlm.embed.rows import RUN, parquet_bytes
+from hrvlm.embed.store import Store, index_names, part_name
 from tests.commands.helpers import error_of, run
 from tests.embed.here import rows_of, run_here
 from tests.embed.pictures import write_model, write_pictures
@@ -89,14 +92,55 @@ def test_many_rows_are_searched_by_lists_and_recall_is_measured(folder, monkeypa
     found = kept.search(queries, 10)
     common = [len(set(a) & set(b)) for a, b in zip(exact, found, strict=True)]
     assert np.mean(common) > 8 and found == made.search(queries, 10)
-    monkeypatch.undo()
-    part = store.open("part-00000000.parquet").read()
-    store.write("part-00000000.parquet", part + b" ")  # another size: the index is of other parts
-    try:
-        monkeypatch.setattr("hrvlm.embed.index._made", lambda *_: "made anew")
-        assert open_index(store, manifest, "mean", exact_rows=10) == "made anew"
-    finally:
-        store.write("part-00000000.parquet", part)
+
+    rows = [r for r in rows_of(folder / "index", "row", "mean") if r["mean"] is not None]
+    vectors = np.array([r["mean"] for r in rows])
+    flat = open_index(store, manifest, "mean", exact=True)
+    pairs = zip(rows, made.search(vectors, 11), flat.search(vectors, 11), strict=True)
+    shares = [  # of the others: each row finds itself
+        len({hit.row for hit in near} & {hit.row for hit in true} - {row["row"]}) / 10
+        for row, near, true in pairs
+    ]
+    assert made.recall == pytest.approx(np.mean(shares))
+
+
+def test_an_index_of_other_rows_or_a_damaged_one_is_made_anew(folder, tmp_path, monkeypatch):
+    for name in ("index", "other"):
+        options = {"model": str(folder / "model"), "max_img_size": 48, "rows_per_part": 30}
+        if name == "other":
+            write_model(tmp_path / "model", seed=4)
+            options["model"] = str(tmp_path / "model")
+        run_here(EmbedConfig(str(folder / "in"), str(tmp_path / name), **options))
+    store, other = Store(str(tmp_path / "index")), Store(str(tmp_path / "other"))
+    leftover = tmp_path / "index" / "._index-mean.faiss.77.part"
+    leftover.touch()
+    open_index(store, store.read_manifest(), "mean", exact_rows=10)
+    assert not leftover.exists()
+    content, told = (store.read(name) for name in index_names("mean"))
+    monkeypatch.setattr("hrvlm.embed.index._made", lambda *_: "made anew")
+
+    def is_kept(store):
+        return open_index(store, store.read_manifest(), "mean", exact_rows=10) != "made anew"
+
+    assert is_kept(store)
+    for name, file in zip(index_names("mean"), (content, told), strict=True):
+        other.write(name, file)
+    assert not is_kept(other)  # the same images, parts of the same size
+    damaged = [(content[:-9], told), (content[:-1] + b"?", told)]
+    broken = (b"", b"[]", b"null", b"{}", b"\xff", told.replace(b"0.", b"?."), told[:-20])
+    damaged += [(content, other_told) for other_told in broken]
+    for pair in damaged:
+        for name, file in zip(index_names("mean"), pair, strict=True):
+            store.write(name, file)
+        assert not is_kept(store), pair[1]
+    store.write(index_names("mean")[1], told)
+    store.write(index_names("mean")[0], content)
+    assert is_kept(store)
+    part = pq.read_table(io.BytesIO(store.read(part_name(0))))
+    own = json.loads(part.schema.metadata[RUN])
+    own["bad"] = {}  # as where bad images were tried again
+    store.write(part_name(0), parquet_bytes(part.replace_schema_metadata({RUN: json.dumps(own)})))
+    assert not is_kept(store)
 
 
 def test_what_can_not_be_searched(folder, tmp_path):

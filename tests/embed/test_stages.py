@@ -1,8 +1,11 @@
 """Rows of a run, part by part: features, errors, shards, what is refused; without Ray."""
 
+import io
 import json
 import os
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,15 +20,17 @@ from hrvlm.embed.config import (
     need_extra,
     parse_shard,
 )
+from hrvlm.embed.parts import done_parts
 from hrvlm.embed.probe import probe, sample_of
-from hrvlm.embed.rows import map_of
-from hrvlm.embed.run import _Progress
+from hrvlm.embed.rows import RUN, _listing, listed, map_of, parquet_bytes
+from hrvlm.embed.run import _Progress, _report, begin, embed, waiting
 from hrvlm.embed.sources import list_images, open_source
 from hrvlm.embed.stages import Run, packs, write_part
-from hrvlm.embed.store import Store, part_name
+from hrvlm.embed.store import LISTING, MANIFEST, Store, part_name
 from hrvlm.images.patches import patchify
 from hrvlm.images.processor import get_image_processor
 from hrvlm.inference.chat import load_vlm
+from tests.disks import small_files
 from tests.embed.here import rows_of, run_here
 from tests.embed.pictures import processor_of, write_model, write_pictures
 from tests.encoder.dinov2_models import pair_of
@@ -230,23 +235,132 @@ def test_another_run_in_the_folder_is_refused_by_name(config, folder):
         Store(config().out).read_manifest()
 
 
-def test_parts_that_are_not_whole_are_known(config):
+def test_what_is_not_whole_is_known_and_made_again(config):
     run_here(config())
-    store = Store(config().out)
-    content = store.open(part_name(1)).read()
+    store, whole = Store(config().out), contents(config())
+    manifest, content = store.read_manifest(), store.read(part_name(1))
     store.write(part_name(1), content[: len(content) // 2])
     store.write(part_name(2), content)
-    footers = store.footers(store.parts())
-    assert [part for part, footer in footers.items() if footer is None] == [1, 2]
-    assert footers[0].rows == 5 and sum(f.bad != {} for f in footers.values() if f) > 0
+    done = done_parts(store, manifest, range(5))
+    assert list(done) == [0, 3, 4]
+    assert done[0].rows == 5 and sum(part.bad != {} for part in done.values()) > 0
+    assert waiting(store, manifest, Resources(shard=(1, 2)), retry_bad=False) == [1]
+    with pytest.raises(ValueError, match="2 of 5 parts are not there yet"):
+        rows_of(config().out)
+    listing = store.read(LISTING)
+    page = listing[:4] + b"\xff" * 40 + listing[44:]
+    for damage, message in (
+        (page, r"damaged parquet file '_listing\.parquet': "),
+        (listing[:-9], r"damaged parquet file '_listing\.parquet': "),
+        (content, r"_listing\.parquet is of another run"),
+    ):
+        store.write(LISTING, damage)
+        with pytest.raises(ValueError, match=message):
+            _listing.cache_clear()
+            listed(config().out, 0, manifest)
+    for name in ("_listing.parquet", "_manifest.json", part_name(3)):
+        (Path(config().out) / f".{name}.77.part").touch()  # as killed writers leave them
+    run_here(config())
+    assert contents(config()) == whole
+
+
+def test_parts_of_another_run_are_refused_by_name(config, folder):
+    run_here(config())
+    store, name = Store(config().out), part_name(1)
+    manifest = store.read_manifest()
+    table = pq.read_table(io.BytesIO(store.read(name)))
+    own = {"run": manifest.fingerprint, "part": 1, "bad": {}}
+    foreign = {
+        "columns": table.select(["row"]).rename_columns(["foo"]),
+        "rows": table.slice(1),
+        "none of ours": table.replace_schema_metadata(),
+        "junk": table.replace_schema_metadata({RUN: b"[1]"}),
+        "fewer words": table.replace_schema_metadata({RUN: json.dumps({**own, "run": "other"})}),
+    }
+    contents = [parquet_bytes(made) for made in foreign.values()]
+    write_model(folder / "second", seed=5)
+    others = ({"model": str(folder / "second")}, {"layer": 1}, {"stored": "float16"})
+    for i, options in enumerate(others):
+        run_here(config(f"other-{i}", **options), shard=(1, COUNT))
+        contents.append(Store(config(f"other-{i}").out).read(name))
+    assert {len(content) for content in contents[5:]} & {len(store.read(name))}  # no size tells
+    for content in contents:
+        store.write(name, content)
+        for use in (lambda: embed(config()), lambda: rows_of(config().out)):
+            with pytest.raises(ValueError, match=r"of another run.*\(1: part-00000001\.parquet\)"):
+                use()
+
+
+def test_two_runs_that_begin_in_one_folder_are_no_mixture(config):
+    run_here(config(), shard=(0, COUNT))
+    store, entries = Store(config().out), list_images(open_source(config()))
+    before, manifest = contents(config()), store.read_manifest()
+    other = replace(manifest, facts=replace(manifest.facts, dtype="bfloat16"))
+    with pytest.raises(ValueError, match=r"another run, of another model, .* has begun here"):
+        begin(store, other, entries, range(5))
+    assert contents(config()) == before
+    store.write_manifest(other)  # which comes later
+    with pytest.raises(ValueError, match=r"another run, of another model, .* has begun here"):
+        _report(config(), store, manifest, Resources(), _Progress(), None)
+
+
+BROKEN_MANIFESTS = (
+    b"[]", b"null", b"{", b"\xff", b"[" * 100_000, b"{}", {"rows_per_part": 0}, {"images": "10"},
+    {"rows_per_part": True}, {"images": "10"}, {"facts": []}, {"facts": {}}, {"asked": None},
+    {"asked": {"keep": ["everything"]}}, {"asked": {"layer": "x"}}, {"asked": {"more": 1}},
+    {"input": 3}, {"digest": None}, {"facts.patch_size": 0}, {"facts.image_mean": 0.5},
+)  # fmt: skip
+
+
+def test_a_manifest_that_is_none_is_an_error_of_its_name(config):
+    run_here(config(), shard=(0, COUNT))
+    store = Store(config().out)
+    whole = json.loads(store.read(MANIFEST))
+    for broken in BROKEN_MANIFESTS:
+        if isinstance(broken, dict):
+            ((name, value),) = broken.items()
+            made = json.loads(json.dumps(whole))
+            section, _, field = name.rpartition(".")
+            (made[section] if section else made)[field] = value
+            broken = json.dumps(made).encode()
+        store.write(MANIFEST, broken)
+        with pytest.raises(ValueError, match=r"_manifest\.json: "):
+            store.read_manifest()
+    store.write(MANIFEST, json.dumps(whole).encode())
+    assert json.loads(json.dumps(store.read_manifest().to_json())) == whole
+
+
+def test_a_folder_is_only_made_where_something_comes_into_it(tmp_path):
+    store = Store(str(tmp_path / "new" / "out [1]"))
+    with small_files(tmp_path, 0), pytest.raises(OSError, match="File too large"):
+        store.write("part-00000000.parquet", b"content")
+    assert list(tmp_path.iterdir()) == []
+    store.write("part-00000000.parquet", b"content")
+    assert store.parts() == {0}
+
+
+def test_a_writer_whose_file_another_run_removes_writes_again(tmp_path, monkeypatch):
+    store, write, written = Store(str(tmp_path)), Path.write_bytes, []
+
+    def removed_once(path, content):
+        write(path, content)
+        written.append(path)
+        if len(written) == 1:
+            store.remove_leftovers({MANIFEST})
+            assert not path.exists()
+
+    monkeypatch.setattr(Path, "write_bytes", removed_once)
+    store.write(MANIFEST, b"content")
+    assert store.read(MANIFEST) == b"content" and len(written) == 2
 
 
 def test_object_stores(config):
     store = Store("memory://bucket/run")
     assert store.read_manifest() is None and store.parts() == set()
     store.write(part_name(3), b"content")
-    assert store.parts() == {3} and store.open(part_name(3)).read() == b"content"
-    store.remove_leftovers({3})
+    assert store.parts() == {3} and store.read(part_name(3)) == b"content"
+    assert store.read(part_name(4)) is None
+    store.remove_leftovers({part_name(3)})
     with pytest.raises(ValueError, match="nosuch"):
         Store("nosuch://bucket")
 
