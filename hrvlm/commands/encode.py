@@ -105,7 +105,7 @@ def encode(
     An image's sides become multiples of the patch size. Folders are read at any depth.
     With --out: features (safetensors) and a picture of the input, its patch features (PCA to RGB)
     and the CLS token's attention, per image. What is there already, made of the same file in the
-    same way, stays.
+    same way, stays, and so does what is of other images.
     """
     from ..inference.encode import EncodeOptions
     from ..inference.encode import encode as run

@@ -161,7 +161,7 @@ def _encode(
     if options.out:
         asked = f"{options.max_img_size} {options.allow_upscale} {encoder.batch_invariant}"
         kept = Kept(options.pooled, options.one_file, asked)
-        writer = ResultWriter(loaded, paths, options.out, kept)
+        writer = ResultWriter(loaded, paths, options.out, kept, options.names)
     result = EncodeResult(
         loaded.name,
         loaded.random_weights,

@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -14,10 +15,14 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 from safetensors import safe_open
+from typer.testing import CliRunner
 
 from hrvlm import DINOv3Encoder
+from hrvlm.cli import app
 from hrvlm.images.processor import IMAGENET, SAT493M, get_image_processor
 from hrvlm.inference.encode import EncodeOptions, encode
+from hrvlm.inference.encode_formats import FORMATS
+from hrvlm.inference.encode_formats import read_one_file as read_back
 from hrvlm.inference.inputs import find_images, gathered
 from hrvlm.inference.loading import LoadedEncoder, load_encoder
 from tests.commands.helpers import error_of, run
@@ -248,10 +253,93 @@ def test_one_file_holds_all_images_and_equal_runs_give_equal_bytes(
             one = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
             metadata = stored.metadata()
         one["mean"] = one["patches"].flatten(0, 1).mean(0)
-        metadata.pop("made_of")
+        assert tensors["metadata"].pop("made_of") and metadata.pop("made_of")
         assert tensors.pop("metadata") == metadata
         for key, tensor in tensors.items():
             torch.testing.assert_close(tensor, one[key].reshape(tensor.shape))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_one_file_goes_on_after_a_stop_and_with_bad_images(images, model, tmp_path, kind):
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(images, source)
+    whole = (source / "c_tall.webp").read_bytes()
+    (source / "c_tall.webp").write_bytes(whole[:40])
+    arguments = ("encode", source, "--model", model, "--format", kind, "--no-pictures",
+                 "--max-img-size", 64, "--max-tokens-per-pass", 1)  # fmt: skip
+
+    def encoded(*options, there, new, bad=0):
+        result = run(*arguments, "--out", out, "--json", *options)
+        assert result.exit_code == 0, result.output
+        document = json.loads(result.stdout)
+        names = [[Path(i["image"]).name for i in document[key]] for key in ("there", "images")]
+        assert names == [there, new] and len(document["bad"]) == bad
+        assert [path.name for path in out.iterdir()] == [target.name]
+
+    target = out / f"features.{kind}"
+    assert "c_tall.webp" in error_of(run(*arguments, "--out", out))
+    assert [path.name for path in out.iterdir()] == [f".{target.name}.parts"]
+    encoded("--skip-bad", there=["a_turned.jpg"], new=["b_wide.png"], bad=1)
+    written = target.stat().st_mtime_ns
+    encoded("--skip-bad", there=["a_turned.jpg", "b_wide.png"], new=[], bad=1)
+    assert target.stat().st_mtime_ns == written
+    (source / "c_tall.webp").write_bytes(whole)
+    encoded(there=["a_turned.jpg", "b_wide.png"], new=["c_tall.webp"])
+    run(*arguments, "--out", tmp_path / "anew")
+    assert target.read_bytes() == (tmp_path / "anew" / target.name).read_bytes()
+    (source / "c_tall.webp").unlink()
+    message = error_of(run(*arguments, "--out", out))
+    assert "holds the features of 'c_tall.webp', which is none of these" in message
+    target.write_bytes(target.read_bytes()[:-100])
+    assert "damaged, or not written by hrvlm encode" in error_of(run(*arguments, "--out", out))
+
+
+def test_another_image_of_the_same_name_replaces_nothing(model, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "sub").mkdir(parents=True)
+    first, second = source / "a.png", source / "sub" / "a.png"
+    for path, color in ((first, "red"), (second, "blue")):
+        Image.new("RGB", (32, 32), color).save(path)
+
+    def written(*images, there=False, content=None):
+        arguments = ("encode", *images, "--model", model, "--out", out, "--json")
+        result = CliRunner().invoke(app, [str(a) for a in arguments], input=content)
+        document = json.loads(result.stdout)
+        assert bool(document["images"]) != there
+        return [Path(i["features"]).name for i in document["there"] + document["images"]]
+
+    assert written(first) == ["a.features.safetensors"]
+    kept = {path: path.read_bytes() for path in out.iterdir()}
+    assert written(second) == ["a-2.features.safetensors"]
+    assert written(second, first, there=True) == [
+        "a-2.features.safetensors",
+        "a.features.safetensors",
+    ]
+    source.rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / "sub" / "a.png"
+    assert written(moved, there=True) == ["a-2.features.safetensors"]
+    assert {path: path.read_bytes() for path in kept} == kept and len(list(out.iterdir())) == 4
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "one.png")
+    for name, path, there in (("stdin", moved, 0), ("stdin-2", "one.png", 0), ("stdin", moved, 1)):
+        content = (tmp_path / path).read_bytes()
+        assert written("-", there=there, content=content) == [f"{name}.features.safetensors"]
+
+
+def test_pictures_that_are_none_or_drawn_otherwise_are_drawn_anew(images, model, tmp_path):
+    arguments = ("encode", images, "--model", model, "--out", tmp_path, "--max-img-size", 64)
+
+    def encoded(*options):
+        return len(json.loads(run(*arguments, "--json", *options).stdout)["images"])
+
+    assert encoded() == 3 and encoded() == 0
+    single = {path: path.read_bytes() for path in tmp_path.glob("*.png")}
+    junk = tmp_path / "b_wide.features.png"
+    for content in (b"junk", (images / "b_wide.png").read_bytes(), junk.read_bytes()[:-40]):
+        junk.write_bytes(content)
+        assert encoded() == 1
+    assert encoded("--joint-pca") == 3 and encoded("--joint-pca") == 0
+    assert all(path.read_bytes() != single[path] for path in single)
+    assert encoded() == 3 and {path: path.read_bytes() for path in single} == single
 
 
 def read_one_file(target, names, keys):
@@ -349,7 +437,14 @@ def test_names_that_are_no_text(model, tmp_path):
     table = run(*arguments)
     assert table.exit_code == 0 and "café \\udcff [red].png" in table.stdout
     document = json.loads(run(*arguments, "--json").stdout)
-    assert os.path.exists(document["images"][0]["features"])
+    assert os.path.exists(document["there"][0]["features"])
+    Image.new("RGB", (64, 64), "red").save(tmp_path / name.replace("\udcff", "\udcfe"))
+    for kind in FORMATS:
+        result = run("encode", *sorted(tmp_path.glob("*.png")), "--model", model, "--out",
+                     tmp_path / "out", "--format", kind, "--no-pictures")  # fmt: skip
+        assert result.exit_code == 0, result.output
+        target = tmp_path / "out" / f"features.{kind}"
+        assert list(read_back(target)) == ["café ? [red]", "café ? [red]-2"]
 
 
 def test_too_large_a_pass_says_what_to_lower(images, model, monkeypatch):
