@@ -26,6 +26,7 @@ _DOCUMENTS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "adapter_config.json",
+    "*.jinja",
 )
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*")
 

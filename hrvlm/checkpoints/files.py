@@ -55,7 +55,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def check_file(path: Path) -> None:
-    """Read a weight file, or the JSON of a checkpoint's directory.
+    """Read a weight file, or the JSON or chat template of a checkpoint's directory.
 
     Raises:
         ValueError: it is damaged.
@@ -66,8 +66,17 @@ def check_file(path: Path) -> None:
             raise ValueError(f"{path}: no metadata in it")  # transformers can't do without
     elif path.suffix == ".json":
         read_json(path)
+    elif path.suffix == ".jinja":
+        _check_template(path)
     else:
         _load_file(path)
+
+
+def _check_template(path: Path) -> None:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 ({error})") from error
 
 
 def flatten_tensors(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from .part_configs import (
     VIT_NAMES,
     architecture_of,
     as_config,
+    checked,
     names_with_one_value,
     text_from_names,
     vision_from_names,
@@ -337,10 +338,11 @@ class VLMConfig(PreTrainedConfig):
             if name not in _NAMES:
                 raise ValueError(_unknown(name))
         _refuse_other_values(names)
-        given = _without_aliases(names)
+        said = {_ALIASES.get(name, name): name for name in names}
+        given = checked(_without_aliases(names), said)
         try:
             return cls(
-                vision_config=vision_from_names(given, {_ALIASES.get(n, n): n for n in names}),
+                vision_config=vision_from_names(given, said),
                 text_config=text_from_names(given),
                 **{name: given[name] for name in _OWN_NAMES if name in given},
             )

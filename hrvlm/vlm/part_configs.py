@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hrvlm_kernels.backends import check_backend
 
-from ..images.geometry import positive_int, positive_number, true_or_false
+from ..images.geometry import positive_number, true_or_false
 from .tower_classes import architecture_name, config_class_of, tower_class
 
 # Names of encoders of this package, and the model_type of their configs: by default the first. All
@@ -75,6 +77,14 @@ LM_NAMES = {
     "lm_dropout": "attention_dropout",
     "lm_tie_weights": "tie_word_embeddings",
 }
+_COUNTS = {  # whole numbers, of at least so many
+    "vit_hidden_dim": 1, "vit_inter_dim": 1, "vit_patch_size": 1, "vit_n_heads": 1,
+    "vit_n_blocks": 1, "vit_img_size": 1, "vit_n_registers": 0,
+    "lm_hidden_dim": 1, "lm_inter_dim": 1, "lm_n_heads": 1, "lm_n_kv_heads": 1, "lm_n_blocks": 1,
+    "lm_vocab_size": 1, "lm_max_position_embeddings": 1,
+}  # fmt: skip
+_NUMBERS = ("vit_dropout", "vit_ln_eps", "lm_rms_eps", "lm_dropout")  # of 0 or more
+_MAY_BE_NONE = ("vit_img_size", "lm_n_kv_heads")
 _DERIVED = {  # what a config derives from a field unless told, and saves
     "hidden_size": ("head_dim",),
     "num_attention_heads": ("head_dim",),
@@ -139,6 +149,30 @@ def as_config(
     return CONFIG_MAPPING[model_type](**{k: v for k, v in values.items() if k != "model_type"})
 
 
+def checked(names: Mapping[str, Any], said: Mapping[str, str]) -> dict[str, Any]:
+    """`names`, with sizes and rates as Python's own; `said` as in :func:`vision_from_names`.
+
+    Raises:
+        ValueError: a size or rate is none, or too small; it is named as it was given.
+    """
+    return {name: _checked(name, value, said.get(name, name)) for name, value in names.items()}
+
+
+def _checked(name: str, value: Any, said: str) -> Any:
+    if value is None and name in _MAY_BE_NONE:
+        return None
+    known = not isinstance(value, bool)
+    if (least := _COUNTS.get(name)) is not None:
+        if not (known and isinstance(value, numbers.Integral) and value >= least):
+            raise ValueError(f"{said}={value!r}: expected a whole number of at least {least}")
+        return int(value)
+    if name in _NUMBERS:
+        if not (known and isinstance(value, numbers.Real) and 0 <= value < math.inf):
+            raise ValueError(f"{said}={value!r}: expected a number of at least 0")
+        return float(value)
+    return value
+
+
 def vision_from_names(names: Mapping[str, Any], said: Mapping[str, str]) -> PreTrainedConfig:
     """The encoder's config; `said` has the names of options that were given by another one.
 
@@ -178,8 +212,6 @@ def vision_from_names(names: Mapping[str, Any], said: Mapping[str, str]) -> PreT
         true_or_false("allow_fp16", given["allow_fp16"])
     if given.get("vit_img_size") is None:
         given.pop("vit_img_size", None)
-    else:
-        positive_int("vit_img_size", given["vit_img_size"])
     changes = {VIT_NAMES[name]: value for name, value in given.items()}
     if architecture_of(base) == "dinov2":
         changes = _in_words_of_dinov2(changes, base, said)
