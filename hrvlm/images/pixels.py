@@ -9,7 +9,9 @@ average by less than 0.1.
 
 from __future__ import annotations
 
+import functools
 import io
+import re
 from collections.abc import Callable, Sequence
 from typing import IO
 
@@ -129,6 +131,18 @@ def _bytes_of(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+@functools.cache
+def torchvision_survives_damaged_png() -> bool:
+    """Whether the installed release may be given a PNG that nobody has looked into.
+
+    0.26 raises where the pixels are damaged; in 0.29 the process ends with a segmentation fault.
+    The releases between have not been tried.
+    """
+    from torchvision import __version__
+
+    return tuple(map(int, re.findall(r"\d+", __version__)[:2])) < (0, 27)
+
+
 def _decoded_by_torchvision(stream: IO[bytes], still: Still) -> Tensor | None:
     """The pixels of a plain file, not turned; None where Pillow has to try.
 
@@ -138,6 +152,8 @@ def _decoded_by_torchvision(stream: IO[bytes], still: Still) -> Tensor | None:
     try:
         from torchvision.io import ImageReadMode, decode_jpeg, decode_png
     except ImportError:
+        return None
+    if still.format == "PNG" and not torchvision_survives_damaged_png():
         return None
     pieces = PiecesFile(stream, still.pieces)
     size = pieces.seek(0, io.SEEK_END)

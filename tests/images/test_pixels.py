@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -12,7 +14,11 @@ from PIL import Image
 from hrvlm.images import pixels as module
 from hrvlm.images.formats import ImageError
 from hrvlm.images.intake import load_image
-from hrvlm.images.pixels import load_pixels, resize_pixels
+from hrvlm.images.pixels import (
+    load_pixels,
+    resize_pixels,
+    torchvision_survives_damaged_png,
+)
 from hrvlm.images.processor import get_image_processor
 from hrvlm.images.stills import PiecesFile
 from hrvlm.images.transformers_processor import VLMImageProcessor, VLMImageProcessorPil
@@ -69,12 +75,31 @@ def decoded(monkeypatch):
     return counts
 
 
+def by_torchvision(data):
+    """Whether it may decode this."""
+    return data[:4] != b"\x89PNG" or torchvision_survives_damaged_png()
+
+
+def test_torchvision_decodes_png_where_it_survives_a_damaged_one():
+    """Ours to notice: a release that raises again may be used again."""
+    data = bytearray(file_of(noise(29, 37), format="PNG"))
+    data[-20] ^= 1
+    code = (
+        "import sys, torch; from torchvision.io import decode_png\n"
+        "data = torch.frombuffer(bytearray(sys.stdin.buffer.read()), dtype=torch.uint8)\n"
+        "try: decode_png(data)\nexcept RuntimeError: pass"
+    )
+    command = [sys.executable, "-c", code]
+    child = subprocess.run(command, input=bytes(data), capture_output=True)
+    assert (child.returncode == 0) == torchvision_survives_damaged_png()
+
+
 @pytest.mark.parametrize("kind", PLAIN)
 def test_plain_files_are_decoded_by_torchvision_to_the_same_pixels(kind, decoded):
     for i, (height, width) in enumerate([(1, 1), (7, 5), (33, 47), (120, 200)]):
         data = file_of((smooth if i % 2 else noise)(height, width), **PLAIN[kind])
         assert difference(load_pixels(data), by_pillow(data)).max() <= 2
-    assert decoded == [True] * 4
+    assert decoded == [by_torchvision(data)] * 4
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -85,7 +110,7 @@ def test_plain_files_are_turned(orientation, format, decoded):
     data = file_of(smooth(24, 40), format=format, exif=exif)
     got, expected = load_pixels(data), by_pillow(data)
     assert got.shape == expected.shape == ((3, 24, 40) if orientation < 5 else (3, 40, 24))
-    assert difference(got, expected).max() <= 2 and decoded == [True]
+    assert difference(got, expected).max() <= 2 and decoded == [by_torchvision(data)]
     if orientation > 4:  # as strided as it is, it is resized like any other
         small = resize_pixels(got, 20, 12)
         assert difference(small, resize_pixels(expected, 20, 12, exact=True)).max() <= 2
