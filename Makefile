@@ -91,7 +91,7 @@ compiled: $(INSTALLED_DEV)
 	@LC_ALL=C sort -u -o $(COMPILED) $(COMPILED)
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=0 COMPILED=all COMPILED_OUT=benchmarks/results \
 	  $(BIN)/python -m pytest --benchmark-disable $(WORKERS) tests/compiled
-	@for chip in sm_80 sm_90; do OMP_NUM_THREADS=1 KERNELS_ON=$$chip \
+	@for chip in sm_80 sm_90; do OMP_NUM_THREADS=1 KERNELS_ON=$$chip COMPILED_OUT=benchmarks/results \
 	  $(BIN)/python -m pytest --benchmark-disable $(WORKERS) -k "not compile" tests/kernels; done
 	@$(BIN)/python -m benchmarks.compiled.page
 

@@ -75,7 +75,21 @@ What the machine saw and does not count as a finding, with the number of cases:
 """
 
 
-def page(cases: Sequence[dict[str, Any]], faults: Sequence[dict[str, Any]]) -> str:
+TESTS = """\
+## The kernels' own tests
+
+All of `tests/kernels` but those that only compile, run as compiled for a chip instead of in
+Triton's interpreter: unaligned and strided tensors of every op are among them. Skipped is what
+needs a GPU or holds for the interpreter's tiles only, each with its reason in the test.
+
+"""
+
+
+def page(
+    cases: Sequence[dict[str, Any]],
+    faults: Sequence[dict[str, Any]],
+    tests: Sequence[dict[str, Any]] = (),
+) -> str:
     """The text of docs/compiled.md, from the documents of all chips."""
     parts = [ABOUT]
     if ops := sorted({op for document in cases for op in _without_fence(document)}):
@@ -85,6 +99,14 @@ def page(cases: Sequence[dict[str, Any]], faults: Sequence[dict[str, Any]]) -> s
     parts += map(_cases, cases)
     if faults:
         parts += [FAULTS, *map(_faults, faults)]
+    if tests:
+        columns = ("chip", "passed", "failed", "skipped", "commit", "date")
+        rows = [
+            (document["chip"], *(document["tests"].get(outcome, 0) for outcome in columns[1:4]),
+             document["commit"], document["date"][:10])
+            for document in tests
+        ]  # fmt: skip
+        parts.append(TESTS + _table(columns, rows) + "\n")
     return "\n".join(parts)
 
 
@@ -185,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args(arguments)
     documents = [results.read(options.results, kind) for kind in ("case", "fault")]
-    write_text(options.docs / NAME, page(*documents))
+    write_text(options.docs / NAME, page(*documents, results.read_tests(options.results)))
 
 
 if __name__ == "__main__":

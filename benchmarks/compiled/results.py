@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from hrvlm.files import write_text
 
 FOLDER = Path(__file__).parents[1] / "results"
 SCHEMA = 1
+TESTS = "compiled-tests-{}.json"
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
@@ -30,6 +31,11 @@ def read(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths]
 
 
+def read_tests(folder: Path) -> list[dict[str, Any]]:
+    """The documents of :func:`write_tests`, oldest chip first."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(TESTS.format("*")))]
+
+
 def write(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
     """A file for each chip and kind of row that there is: a row has "chip" and "kind"."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -41,14 +47,23 @@ def write(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
         kept.sort(
             key=lambda row, keys=keys: [row[key] for key in keys]
         )  # whatever process was first
-        document = {
-            "schema": SCHEMA,
-            "chip": f"sm_{chip}",
-            "device": None,
-            "versions": {name: metadata.version(name) for name in PACKAGES}
-            | {"python": platform.python_version()},
-            "commit": commit_here(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "rows": kept,
-        }
+        document = _origin(f"sm_{chip}") | {"rows": kept}
         write_text(folder / name.format(chip), json.dumps(document, indent=1) + "\n")
+
+
+def write_tests(folder: Path, chip: str, outcomes: Mapping[str, int]) -> None:
+    """How many of the kernels' own tests passed, failed and were skipped as compiled for a chip."""
+    document = _origin(chip) | {"tests": dict(sorted(outcomes.items()))}
+    write_text(folder / TESTS.format(chip), json.dumps(document, indent=1) + "\n")
+
+
+def _origin(chip: str) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "chip": chip,
+        "device": None,
+        "versions": {name: metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "commit": commit_here(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -26,6 +26,7 @@ ROWS = [
 
 def test_rows_of_each_chip(tmp_path):
     results.write(tmp_path, ROWS)
+    results.write_tests(tmp_path, "sm_80", {"passed": 700, "skipped": 30})
     page.main(["--results", str(tmp_path), "--docs", str(tmp_path)])
     text = (tmp_path / page.NAME).read_text()
     old, new = text.partition("## sm_80")[2].split("## sm_90", 1)
@@ -36,6 +37,7 @@ def test_rows_of_each_chip(tmp_path):
     assert "| swiglu | fp32 | F=8 | failed | none | 2.5 |" in new
     assert f"| sm_90 | {CP_ASYNC_NOTE} | varlen_attention 1 |" in text
     assert "it was seen in `varlen_attention`." in " ".join(text.split())
+    assert "| sm_80 | 700 | 0 | 30 |" in new
     assert "2 faults, 1 noticed, 1 without effect" in new
     assert "| 2 | wrong numbers (1) | nothing is in flight there (1) |" in new
 
@@ -47,9 +49,10 @@ def test_no_note_where_nothing_was_noted(tmp_path):
 
 def test_the_page_is_that_of_the_result_files():
     documents = [results.read(results.FOLDER, kind) for kind in ("case", "fault")]
+    tests = results.read_tests(results.FOLDER)
     if not any(documents):
         pytest.skip("no result of make compiled is kept")
-    assert (page.DOCS / page.NAME).read_text(encoding="utf-8") == page.page(*documents)
+    assert (page.DOCS / page.NAME).read_text(encoding="utf-8") == page.page(*documents, tests)
     for of_kind in documents:
         assert [document["chip"] for document in of_kind] == ["sm_80", "sm_90"]
         for document in of_kind:
