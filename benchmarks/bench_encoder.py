@@ -7,7 +7,7 @@ bfloat16, random weights and pixels. A batch fills the card by its tokens: 64k i
 for the two largest models), 16k in a forward and backward; 64k are 326, 28 or 16 images of 224,
 768 or 1024 px. A forward with mixed sizes is the whole draw. Groups:
 
-    forward, forward + backward          images of one size
+    forward, forward + backward          images of one size, for us as a batch and as a list
     mixed forward, ... + backward        the mixed draw, and its first 16 images
     one image                            the time of a single image, where launches count
     growing                              one image of 224 to 2048 px, forward + backward: memory,
@@ -75,10 +75,15 @@ def cases(settings: Settings) -> Iterator[Case]:
 def _jobs() -> Iterator[Job]:
     uniform, compiling = encoder_peers.UNIFORM, _compiling(encoder_peers.UNIFORM)
     # Beside transformers under torch.compile, which every short run has: hours of compiling in all.
-    others = "transformers, eager", "timm + compile", "hrvlm + compile"
+    others = (
+        "transformers, eager",
+        "transformers, sdpa flash + compile",
+        "timm + compile",
+        "hrvlm + compile",
+    )
     yield _uniform("L", FORWARD, 64, uniform, full_peers=others)
     yield _mixed("L", FORWARD, MIXED_GRIDS)
-    for side in (14, 48):
+    for side in (48, 14):
         yield _uniform("L", FORWARD, side, uniform, full_peers=others)
     yield _mixed("L", TRAINING, MIXED_GRIDS[:TRAINING_IMAGES])
     yield _uniform("L", TRAINING, 48, uniform, full_peers=others)

@@ -144,6 +144,7 @@ class RivalResult:
         ratio: Its time over ours, median over the rounds.
         memory_bytes: Peak beside weights and inputs, outputs and gradients included; None without
             a GPU, and of rivals that are `pooled`.
+        sdpa: The kernel that torch's scaled_dot_product_attention chose, if it ran.
     """
 
     name: str
@@ -162,6 +163,7 @@ class RivalResult:
     share_of_product: float | None = None
     bytes_per_second: float | None = None
     share_of_copy: float | None = None
+    sdpa: str | None = None
 
 
 @dataclass

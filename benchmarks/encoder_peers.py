@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hrvlm
 from benchmarks import attention_peers
@@ -84,14 +85,31 @@ def ours_compiled(models: Models, grids: Grids) -> Encode:
     return Encode(ours, features)
 
 
+def flash_only(models: Models, grids: Grids, *, compiled: bool = False) -> Encode:
+    """The model of transformers with torch's flash kernel, where it would take cuDNN's.
+
+    A module of its own: torch.compile keeps what it made for another one's attention.
+    """
+    encode = one_batch(models.twin("sdpa"), models, grids, compiled=compiled)
+
+    def features() -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return encode.features()
+
+    return Encode(encode.module, features)
+
+
 UNIFORM: dict[str, MakeEncode] = {
     "transformers, sdpa": lambda m, g: one_batch(m.sdpa, m, g),
+    "transformers, sdpa flash": flash_only,
+    "transformers, sdpa flash + compile": lambda m, g: flash_only(m, g, compiled=True),
     "transformers, eager": lambda m, g: one_batch(m.twin("eager"), m, g),
     "transformers, sdpa + compile": lambda m, g: one_batch(m.sdpa, m, g, compiled=True),
     "timm": timm_batch,
     "timm + compile": lambda m, g: timm_batch(m, g, compiled=True),
     "transformers + hrvlm.accelerate": accelerated,
     "hrvlm + compile": ours_compiled,
+    "hrvlm, packed from a list": lambda m, g: pack(m, g),
 }
 
 

@@ -43,6 +43,7 @@ from benchmarks.case import (
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from hrvlm.files import write_text
 from hrvlm.machine import describe_device, synchronize
+from hrvlm.measuring.attention_kernel import sdpa_of
 from hrvlm.measuring.timing import (
     Timing,
     median_ratio,
@@ -207,7 +208,8 @@ class SuiteRun:
         try:
             run = rival.make()
             run()
-            outputs = [a.detach() for a in run()]
+            results, outcome.sdpa = sdpa_of(run)
+            outputs = [a.detach() for a in results]
             synchronize(self.settings.device)
         except Unavailable as error:
             outcome.status, outcome.reason = "unavailable", str(error)

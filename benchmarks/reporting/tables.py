@@ -115,6 +115,8 @@ def cell(case: dict[str, Any], rival: dict[str, Any] | None, shares: bool) -> st
         elif shares and rival["share_of_copy"]:
             rate = quantity(rival["bytes_per_second"], "B/s")
             parts.append(f"{rate}, {rival['share_of_copy']:.0%}")
+    if sdpa := rival.get("sdpa"):  # older results have none
+        parts.append(f"SDPA: {sdpa}")
     return "<br>".join(parts)
 
 

@@ -22,7 +22,7 @@ def show(report: BenchReport) -> None:
             case.name,
             case.images,
             case.tokens,
-            rival.name,
+            rival.name if rival.sdpa is None else f"{rival.name} (SDPA: {rival.sdpa})",
             duration(rival.median_s),
             f"{duration(rival.p20_s)} to {duration(rival.p80_s)}",
             f"{rival.images_per_second:.1f}",
@@ -61,6 +61,9 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Also time torch.compile of transformers' model.")
     ] = False,
+    layers: Annotated[
+        int | None, typer.Option(help="Blocks of the model; default: all of them.")
+    ] = None,
     seconds: Annotated[float, typer.Option(help="For the rounds of each comparison.")] = 3.0,
     device: Device = None,
     dtype: DType = None,
@@ -82,6 +85,7 @@ def bench(
         "sizes": size and tuple(size),
         "tokens": tokens,
         "mixed": mixed,
+        "layers": layers,
     }
     defaults = ON_CPU if where.type == "cpu" else BenchOptions()
     options = replace(

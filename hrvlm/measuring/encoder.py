@@ -20,6 +20,7 @@ from hrvlm_kernels.backends import resolve
 
 from ..encoder.cost import Architecture, forward_cost
 from ..machine import default_dtype, describe_device, torch_dtype
+from .attention_kernel import sdpa_of
 from .timing import Timing, median_ratio, peak_memory, take_turns
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Measurement:
         images_per_second: By the median.
         memory_bytes: Peak beside weights and input; None without a GPU.
         ratio: How many times faster hrvlm is, median over the rounds; None for hrvlm itself.
+        sdpa: The kernel that torch's scaled_dot_product_attention chose, if it ran.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Measurement:
     images_per_second: float
     memory_bytes: int | None
     ratio: float | None
+    sdpa: str | None
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ def bench(
         raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
     config = get_config(options.model)
     if options.layers is not None:
+        if options.layers < 1:
+            raise ValueError(f"layers={options.layers}: expected at least 1")
         config = get_config(options.model, num_hidden_layers=options.layers)
     sets = image_sets(options, patch_size_of(config), 1 + config.num_register_tokens)
     theirs, ours = random_pair(config, device, dtype)
@@ -294,9 +299,10 @@ def _compare(
     images = random_images(grids, ours.patch_size, next(ours.parameters()))
     runs = _rivals(name, images, theirs, ours, options.compiled)
     expected = torch.cat([x.flatten(0, -2) for x in runs[PEER]()])
-    difference = 0.0
+    difference, sdpa = 0.0, {}
     for rival, run in runs.items():
-        got = torch.cat([x.flatten(0, -2) for x in run()])
+        results, sdpa[rival] = sdpa_of(run)
+        got = torch.cat([x.flatten(0, -2) for x in results])
         difference = ((got.float() - expected.float()).norm() / expected.float().norm()).item()
         if not difference <= TOLERANCE[expected.dtype]:
             raise RuntimeError(
@@ -313,7 +319,7 @@ def _compare(
         flops=sum(forward_cost(architecture, hp * wp).total for hp, wp in grids),
         difference=difference,
         rivals=tuple(
-            _measured(rival, timing, timings[OURS], len(grids), memory[rival])
+            _measured(rival, timing, timings[OURS], len(grids), memory[rival], sdpa[rival])
             for rival, timing in timings.items()
         ),
     )
@@ -339,7 +345,7 @@ def _rivals(
 
 
 def _measured(
-    name: str, timing: Timing, ours: Timing, images: int, memory: int | None
+    name: str, timing: Timing, ours: Timing, images: int, memory: int | None, sdpa: str | None
 ) -> Measurement:
     return Measurement(
         name=name,
@@ -349,4 +355,5 @@ def _measured(
         images_per_second=images / timing.median,
         memory_bytes=memory,
         ratio=None if name == OURS else median_ratio(timing, ours),
+        sdpa=sdpa,
     )

@@ -3,8 +3,9 @@
 Machines differ and drift. What does not is the ratio of two rivals that took turns in one process:
 round by round, each starting a round in its turn, and the median over the rounds. On a GPU a
 measurement lies between two events of the device, after a read that pushes all else out of the L2
-cache (what a write leaves there would be written back while the clock runs); on the CPU it is the
-host's clock.
+cache (what a write leaves there would be written back while the clock runs), and after a wait of
+the device for as long as the host takes to queue what is timed: small ops would be timed by the
+host's pace otherwise. On the CPU it is the host's clock.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import torch
 
 from ..machine import synchronize
 
-# More than the last-level cache of any GPU so far, and long enough (0.1 ms and more) for the host
-# to queue what is timed behind it.
-FLUSH_BYTES = 512 * 2**20
+FLUSH_BYTES = 512 * 2**20  # more than the last-level cache of any GPU so far
+QUEUEING = 2.0  # times what the host took to queue a run the first time,
+QUEUEING_S = 100e-6  # and this much, the device waits before it begins
+LONGEST_WAIT_S = 0.25  # a run that takes the host longer waits for the device itself
+_CALIBRATION_CYCLES = 10_000_000
 
 Run = Callable[[], object]
 
@@ -62,8 +65,11 @@ def take_turns(
     """
     watch = _Stopwatch(device)
     start = time.perf_counter()
-    for run in rivals.values():
+    queueing = {}
+    for name, run in rivals.items():
+        begun = time.perf_counter()
         run()
+        queueing[name] = time.perf_counter() - begun
     synchronize(device)
     round_s = max(time.perf_counter() - start, 1e-9)
     rounds = min(max(int(budget_s / round_s), min_rounds), max_rounds)
@@ -71,7 +77,7 @@ def take_turns(
     for i in range(rounds):
         for j in range(len(names)):
             name = names[(i + j) % len(names)]
-            marks.append((name, watch.time(rivals[name])))
+            marks.append((name, watch.time(rivals[name], queueing[name])))
     synchronize(device)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name, mark in marks:
@@ -92,8 +98,18 @@ class _Stopwatch:
         self.flush = None
         if device.type == "cuda":
             self.flush = torch.zeros(FLUSH_BYTES // 4, device=device)
+            self.cycles_per_second = self._calibrate()
 
-    def time(self, run: Run) -> Callable[[], float]:
+    def _calibrate(self) -> float:
+        torch.cuda._sleep(1)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.cuda._sleep(_CALIBRATION_CYCLES)
+        end.record()
+        synchronize(self.device)
+        return _CALIBRATION_CYCLES / (begin.elapsed_time(end) / 1e3)
+
+    def time(self, run: Run, queueing_s: float) -> Callable[[], float]:
         if self.flush is None:
             synchronize(self.device)
             start = time.perf_counter()
@@ -101,7 +117,9 @@ class _Stopwatch:
             synchronize(self.device)
             seconds = time.perf_counter() - start
             return lambda: seconds
+        wait_s = min(QUEUEING * queueing_s + QUEUEING_S, LONGEST_WAIT_S)
         self.flush.sum()
+        torch.cuda._sleep(int(wait_s * self.cycles_per_second))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()

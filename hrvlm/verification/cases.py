@@ -351,12 +351,18 @@ def _contraction(
     )
     baseline = _with_gradients(plain(None), tensors, cotangent)
 
-    def measure(results: dict[str, Tensor], names: Sequence[str]) -> list[Measured]:
+    def measure(backend: str, results: dict[str, Tensor], names: Sequence[str]) -> list[Measured]:
+        factor = rules.factor_of(backend, cotangent.dtype, cotangent.device)
         return [
             Measured(
                 name,
                 rules.contraction(
-                    results[name], exact[name], baseline[name], packed, terms=terms.get(name)
+                    results[name],
+                    exact[name],
+                    baseline[name],
+                    packed,
+                    factor=factor,
+                    terms=terms.get(name),
                 ),
                 rules.relative_error(results[name], exact[name]),
                 rules.relative_error(baseline[name], exact[name]),
@@ -366,11 +372,11 @@ def _contraction(
 
     def forward(backend: str) -> list[Measured]:
         with torch.no_grad():
-            return measure({"out": op(backend)(*tensors.values())}, ["out"])
+            return measure(backend, {"out": op(backend)(*tensors.values())}, ["out"])
 
     def backward(backend: str) -> list[Measured]:
         results = _with_gradients(op(backend), tensors, cotangent)
-        return measure(results, [f"d {name}" for name in tensors])
+        return measure(backend, results, [f"d {name}" for name in tensors])
 
     yield "forward", forward
     yield "backward", backward

@@ -57,6 +57,7 @@ class Record:
     launches: list[Launch] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)  # while `counts_ops`
     kernels: dict[tuple[str, str, str], int] = field(default_factory=dict)  # (module, name, key)
+    waits: list[int] = field(default_factory=list)  # cycles that the device was to wait
     descriptors: int = 0
     counts_ops: bool = False
     capturing: bool = False
@@ -64,7 +65,7 @@ class Record:
 
     def clear(self) -> None:
         """Forget what happened; modes stay."""
-        for seen in (self.syncs, self.uploads, self.launches, self.ops):
+        for seen in (self.syncs, self.uploads, self.launches, self.ops, self.waits):
             seen.clear()
 
     def sync(self, what: str) -> None:

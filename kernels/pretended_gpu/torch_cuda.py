@@ -134,6 +134,7 @@ def _fakes() -> dict[str, Any]:
         "Event": Event,
         "Stream": Stream,
         "_lazy_init": nothing,
+        "_sleep": RECORD.waits.append,
         "current_device": _always(0),
         "current_stream": lambda device=None: Stream(),
         "default_stream": lambda device=None: Stream(),

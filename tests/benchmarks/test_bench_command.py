@@ -32,6 +32,7 @@ def test_rivals_get_the_same_images_and_take_turns(capsys):
     for case in report.cases:
         assert [r.name for r in case.rivals] == [PEER, OURS]
         theirs, ours = case.rivals
+        assert theirs.sdpa == "flash"  # which a CPU has too
         assert theirs.ratio > 0 and ours.ratio is None and case.difference < 1e-5
         assert ours.images_per_second == pytest.approx(case.images / ours.median_s)
     assert report.cases[0].images == round(30 / 9) and report.cases[0].tokens == 27
@@ -71,7 +72,10 @@ def test_sets_of_images_and_what_is_refused():
 
 def test_the_command_prints_one_json_document():
     arguments = ["bench", "--device=cpu", "--size=32", "--tokens=9", "--mixed=2", "--seconds=0"]
+    arguments += ["--layers=2"]
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert [case["name"] for case in found["cases"]] == ["32x32", "mixed"]
     assert found["machine"]["type"] == "cpu" and found["dtype"] == "float32"
+    assert found["model"] == "vits16, 2 layers, random weights"
     assert CliRunner().invoke(app, ["bench", "--device=cpu", "--size=33"]).exit_code == 2
+    assert CliRunner().invoke(app, ["bench", "--device=cpu", "--layers=0"]).exit_code == 2

@@ -4,7 +4,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu_run import SUITES, Step, run_steps, steps_of
+import torch
+
+from benchmarks import bench_encoder
+from benchmarks.case import Settings
+from benchmarks.gpu_run import SUITES, TESTS, Step, run_steps, steps_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,8 +47,10 @@ def test_no_step_is_begun_without_time_for_it():
 
 
 def test_every_suite_of_the_gpu_is_a_step(tmp_path):
-    tests, *suites = steps_of(tmp_path, "abc")
-    assert tests.command[3:6] == ("tests", "-m", "gpu")
+    gate, *steps = steps_of(tmp_path, "abc")
+    assert gate.command[1:4] == ("-m", "hrvlm", "verify") and 570 * gate.share == 30
+    assert [step.name for step in steps[:3]] == ["encoder", "varlen_attention", "tests"]
+    suites = [step for step in steps if step.name != "tests"]
     modules = [Path(suite.command[3]) for suite in suites]
     assert all((ROOT / module).exists() for module in modules)
     there = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")}
@@ -54,7 +60,27 @@ def test_every_suite_of_the_gpu_is_a_step(tmp_path):
     assert [suite.name for suite in suites if suite.budget] == ["encoder"]
 
 
-def test_the_last_suite_is_told_what_time_is_left(tmp_path):
+def test_every_file_with_tests_for_the_gpu_is_named():
+    named = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob("tests/**/test_*.py")
+        if "pytest.mark.gpu" in path.read_text() and path != Path(__file__)
+    }
+    assert set(TESTS) == named and len(TESTS) == len(named)
+
+
+def test_the_headline_comes_first():
+    """1024 px, mixed, 768 and 224 px, each against torch.compile."""
+    first = [case.name for case in bench_encoder.cases(Settings(torch.device("cuda")))][:4]
+    assert first == [
+        "ViT-L forward, 1024 px",
+        "ViT-L mixed forward, mixed",
+        "ViT-L forward, 768 px",
+        "ViT-L forward, 224 px",
+    ]
+
+
+def test_the_headline_is_told_what_time_is_left(tmp_path):
     told = f"import sys; open({str(tmp_path / 'told')!r}, 'w').write(' '.join(sys.argv[1:]))"
     last = Step("last", (sys.executable, "-c", told), budget=True)
     assert run_steps([last], 100.0) == {"last": "done"}

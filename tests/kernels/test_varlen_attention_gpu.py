@@ -79,16 +79,19 @@ def test_the_smaller_tiles(head_dim, monkeypatch):
         check_kernel(gpu_case(head_dim=head_dim), deterministic=deterministic)
 
 
+@pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-def test_unaligned_tensors(head_dim):
-    case = gpu_case(head_dim=head_dim)
+def test_unaligned_tensors(head_dim, rope):
+    case = gpu_case(head_dim=head_dim, rope=rope)
     moved = []
-    for a in case.inputs:
+    for a in (*case.inputs, *(case.rope or ())):
         room = torch.empty(a.numel() + 1, dtype=a.dtype, device=DEVICE)[1:]
         moved.append(room.view(a.shape).copy_(a))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".* does not fit")
-        out = varlen_attention(*moved, case.packed, backend="triton")
+        out = varlen_attention(
+            *moved[:3], case.packed, rope=tuple(moved[3:]) or None, backend="triton"
+        )
     check(case, [out], ["out"])
 
 

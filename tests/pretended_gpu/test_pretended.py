@@ -1,5 +1,7 @@
 """pretended_gpu: what it refuses, what it records, and what it counts of the encoder."""
 
+import time
+
 import pytest
 import torch
 
@@ -184,3 +186,22 @@ def test_an_accelerated_tower_waits_once_for_grids_on_the_device(where):
     assert len(RECORD.syncs) == (where == "cuda"), RECORD.syncs
     assert not RECORD.uploads
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_device_waits_for_as_long_as_the_host_queues():
+    """Between what empties the cache and the first event, so that small ops are not timed late."""
+    from hrvlm.measuring.timing import take_turns
+
+    x = torch.ones(4, device="cuda")
+
+    def slow():
+        time.sleep(0.02)
+        x.add_(1)
+
+    RECORD.waits.clear()
+    rivals = {"fast": lambda: x.add_(1), "slow": slow}
+    timings = take_turns(rivals, torch.device("cuda"), min_rounds=2, max_rounds=2, budget_s=0)
+    _, calibration, *waits = RECORD.waits
+    assert len(waits) == 4 and calibration > 1e6
+    assert min(waits[1], waits[2]) > 20 * max(waits[0], waits[3]) > 0
+    assert all(len(timing.seconds) == 2 for timing in timings.values())

@@ -184,6 +184,19 @@ def test_everything_passes_on_the_gpu(backend):
     assert {check.backend for check in report.checks} == {backend}
 
 
+def test_only_the_float32_attention_of_torch_on_a_gpu_has_limits_of_its_own():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert rules.factor_of("sdpa", torch.float32, gpu) == 8
+    others = [("sdpa", torch.float32, cpu), ("sdpa", torch.bfloat16, gpu)]
+    others += [(name, torch.float32, gpu) for name in BACKENDS if name != "sdpa"]
+    assert {rules.factor_of(*other) for other in others} == {2}
+    # A product in TF32, of 10 bits, is still found.
+    oracle = torch.randn(50, 8, dtype=torch.float64)
+    baseline, tf32 = (oracle + eps * oracle.norm(dim=1, keepdim=True) for eps in (3e-7, 3e-4))
+    found = rules.contraction(tf32.float(), oracle, baseline.float(), factor=8)
+    assert not any(finding.passed for finding in found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [slice(0, 70), slice(3, 20), slice(25, 26)])
 def test_contraction_rule_limits_the_whole_each_segment_and_the_worst_row(dtype, rows, rng):
