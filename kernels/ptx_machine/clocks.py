@@ -30,6 +30,7 @@ class Clocks:
         self.epoch = np.ones(slots * warps, np.int64)
         self.seen = np.zeros((slots * warps, 1 << AGENT_BITS), np.int64)
         self.fenced = np.zeros((slots * warps, WGMMA), np.int64)  # see proxies.py
+        self.met = np.zeros(slots * warps, np.int64)  # newest epoch that all lanes of a warp see
         self._own()
 
     def _own(self) -> None:
@@ -49,7 +50,7 @@ class Clocks:
             known[np.arange(len(met)), local] = self.epoch[met]
             self.seen[met] = known.max(axis=0)
             self.fenced[met] = self.fenced[met].max(axis=0)
-            self.epoch[met] += 1
+            self.warp_barrier(met)
         self._own()
 
     def full_barrier(self, slots: np.ndarray) -> None:
@@ -60,13 +61,24 @@ class Clocks:
         seen[slots, :, WGMMA:] = seen[slots, :, WGMMA:].max(axis=1, keepdims=True)
         fenced = self.fenced.reshape(self.slots, self.warps, -1)
         fenced[slots] = fenced[slots].max(axis=1, keepdims=True)
+        self.met.reshape(self.slots, self.warps)[slots] = epoch[slots]
         epoch[slots] += 1
         self._own()
 
-    def fence(self, warps: np.ndarray) -> None:
-        """A fence.proxy.async by these warps."""
+    def warp_barrier(self, warps: np.ndarray) -> None:
+        """All lanes of these warps met, each with those of its own warp."""
+        self.met[warps] = self.epoch[warps]
+        self.epoch[warps] += 1
+
+    def fence(self, warps: np.ndarray, whole: np.ndarray) -> None:
+        """A fence.proxy.async by these warps.
+
+        If not by the whole warp, it orders what the other lanes did up to a barrier before it.
+        """
         known = self.seen[warps, :WGMMA].copy()
-        known[np.arange(len(warps)), warps % self.warps] = self.epoch[warps]
+        known[np.arange(len(warps)), warps % self.warps] = np.where(
+            whole, self.epoch[warps], self.met[warps]
+        )
         self.fenced[warps] = np.maximum(self.fenced[warps], known)
         self.epoch[warps] += 1
 

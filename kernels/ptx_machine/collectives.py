@@ -1,7 +1,7 @@
-"""What a warp does together on sm_90 and no warp before: stmatrix, elect.sync.
+"""What a warp does together: stmatrix, elect.sync (both from sm_90 on), bar.warp.sync.
 
-Source: PTX ISA, "stmatrix" and "elect.sync". setmaxnreg, which moves registers between warps,
-changes nothing that can be seen here.
+Source: PTX ISA, "stmatrix", "elect.sync" and "bar.warp.sync". setmaxnreg, which moves registers
+between warps, changes nothing that can be seen here.
 """
 
 from __future__ import annotations
@@ -36,12 +36,17 @@ def store_matrix(
     """stmatrix.m8n8.b16: the threads 8 j to 8 j + 7 of a warp give the rows of matrix j."""
     shared = g.machine.shared
     given = np.arange(g.n).reshape(-1, WARP)[:, : 8 * len(registers)].ravel()
-    where = shared.locate(g, instruction, address[given], g.base[given], 16, 16)
+    where = shared.locate(g, instruction, address[given], g.base[given], 16, 16, given)
     rows = np.ascontiguousarray(matrices(registers, transposed)).reshape(-1, 8)
     shared.note_write(g, instruction, where, g.warp[given], 16, rows.view(np.uint32))
     if g.machine.counts is not None:
         g.machine.counts.matrix_access(instruction, g.warp[given], where)
     shared.bytes.reshape(-1, 16)[where >> 4] = rows.view(np.uint8)
+
+
+def warp_barrier(g: Group) -> None:
+    """bar.warp.sync of whole warps: races within a warp are not looked for, but its fences are."""
+    g.machine.clocks.warp_barrier(np.unique(g.warp))
 
 
 def elect(g: Group) -> tuple[np.ndarray, np.ndarray]:

@@ -81,7 +81,10 @@ def copy_async(
     data = np.zeros((len(chosen), size), np.uint8)
     wanted = np.full(len(chosen), size) if read is None else read[chosen].astype(np.int64)
     if (wanted > size).any():
-        raise ExecutionError(f"{g.kernel.name}: {instruction}: reads more bytes than it copies")
+        lane = int(chosen[wanted > size][0])
+        raise ExecutionError(
+            f"{g.kernel.name}: {instruction}: reads more bytes than it copies; {g.who(lane)}"
+        )
     g.count_shared(instruction, where, chosen, size)
     for count in np.unique(wanted[wanted > 0]):
         at = np.flatnonzero(wanted == count)
@@ -96,20 +99,16 @@ def _global_bytes(
 ) -> np.ndarray:
     """[n, count] bytes; the addresses have to be aligned to `size`, also if less is read."""
     memory = g.machine.memory
-    address = source[lanes]
     out = np.empty((len(lanes), count), np.uint8)
-    width = size if count == size else 1
-    for found in memory.locate(g, instruction, address, lanes, width):
+    for found in memory.locate(g, instruction, source[lanes], lanes, count, size):
         region, offset, pick = found
         if memory.check:
-            memory.note_read(g, instruction, found, width, lanes[pick])
+            memory.note_read(g, instruction, found, count, lanes[pick])
         if count == size:
             words = region.views[4][(offset // 4)[:, None] + np.arange(size // 4)]
             out[pick] = words.view(np.uint8)
-    if count < size:
-        first = address.astype(np.int64)
-        region = memory.region_of(int(first.min()), int(first.max()) + count)
-        out[:] = region.data[(first - region.base)[:, None] + np.arange(count)]
+        else:
+            out[pick] = region.data[offset[:, None] + np.arange(count)]
     return out
 
 

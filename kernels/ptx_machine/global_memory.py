@@ -133,19 +133,23 @@ class GlobalMemory:
         address: np.ndarray,
         lanes: np.ndarray | None,
         width: int,
+        align: int = 0,
     ) -> list[Found]:
         """Regions, offsets in them and which of `address` they are, of accesses of `width` bytes.
+
+        They have to be aligned to `align` bytes, to their width if that is 0.
 
         Raises:
             MemcheckError: names the first thread outside of every tensor, or misaligned.
         """
+        align = align or width
         region = self._region(int(address[0]))
         if region is not None and region.high - region.low >= width:
             offset = address - np.uint64(region.base)
             inside = offset.max() <= region.high - width and offset.min() >= region.low
-            if inside and not (address & np.uint64(width - 1)).any():
+            if inside and not (address & np.uint64(align - 1)).any():
                 return [(region, offset.astype(np.int64), slice(None))]
-        return list(self._by_region(group, instruction, address, lanes, width))
+        return list(self._by_region(group, instruction, address, lanes, width, align))
 
     def _by_region(
         self,
@@ -154,9 +158,10 @@ class GlobalMemory:
         address: np.ndarray,
         lanes: np.ndarray | None,
         width: int,
+        align: int,
     ) -> Iterator[Found]:
         for i, a in enumerate(map(int, address)):
-            problem = self._problem(a, width)
+            problem = self._problem(a, width, align)
             if problem:
                 who = group.who(int(i if lanes is None else lanes[i]))
                 raise MemcheckError(f"{group.kernel.name}: {instruction}: {problem}; {who}")
@@ -166,7 +171,7 @@ class GlobalMemory:
             region = self.regions[int(number)]
             yield region, (address[at] - np.uint64(region.base)).astype(np.int64), at
 
-    def _problem(self, address: int, width: int) -> str:
+    def _problem(self, address: int, width: int, align: int) -> str:
         """What is wrong with an access; empty if nothing is."""
         number = (address - _FIRST + _STEP // 2) // _STEP  # the nearest region
         if not 0 <= number < len(self.regions):
@@ -176,7 +181,9 @@ class GlobalMemory:
         place = f"{width} bytes at {region.describe(offset)}"
         if offset < region.low or offset + width > region.high:
             return f"{place}: outside"
-        return f"{place}: not aligned" if address % width else ""
+        if address % align == 0:
+            return ""
+        return f"{place}: not aligned" + (f" to {align}" if align != width else "")
 
     def region_of(self, low: int, high: int) -> Region:
         """The tensor that device addresses [low, high) lie in."""
@@ -302,7 +309,7 @@ def _tags(
     """Granules [n, g] of an access, and the tags [n, 1] of those who make it."""
     region, offset, pick = found
     chosen = pick if lanes is None else lanes
-    at = (offset // region.granule)[:, None] + np.arange(max(1, width // region.granule))
+    at = (offset // region.granule)[:, None] + np.arange(-(-width // region.granule))
     tags = group.machine.clocks.tag(group.warp[chosen])
     return at, ((group.cta[chosen] + 1) << TAG_BITS | tags)[:, None]
 

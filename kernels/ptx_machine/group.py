@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .clocks import WARP
 from .copies import Copies
-from .report import ExecutionError
+from .report import ExecutionError, MemcheckError
 from .values import UNSIGNED
 from .wgmma import InFlight
 
@@ -50,6 +52,16 @@ class Group:
             f"program ({c % x}, {c // x % y}, {c // (x * y)}), warp {thread // WARP}, "
             f"lane {thread % WARP}"
         )
+
+    @contextmanager
+    def blamed(self, instruction: Instruction, lane: int) -> Iterator[None]:
+        """Errors raised inside say of which instruction and thread of the group they are."""
+        try:
+            yield
+        except (ExecutionError, MemcheckError, NotImplementedError, ValueError) as error:
+            kind = ExecutionError if isinstance(error, ValueError) else type(error)
+            text = f"{self.kernel.name}: {instruction}: {error}; {self.who(lane)}"
+            raise kind(text) from None
 
     # Called by translated code
 
@@ -151,7 +163,7 @@ class Group:
         other.regs = {name: self.regs[name][keep] for name in live}
         other.copies = self.copies.of(other.lanes)
         if self.in_flight:
-            other.in_flight = self.in_flight.part(keep)
+            other.in_flight = self.in_flight.part(keep, self)
         return other
 
     def join(self, other: Group) -> Group:

@@ -79,7 +79,7 @@ class Machine:
         self.clocks = Clocks(slots, self.threads // WARP)
         self.shared = SharedMemory(self.shared_size, self.granule, self.clocks, self.options.check)
         self.local = np.full(slots * self.threads * self.kernel.local_size, 0xFF, np.uint8)
-        self.alive = np.full(slots, self.threads)  # threads that have not left, by slot
+        self.alive = np.full(slots * self.threads // WARP, WARP)  # threads not gone, by warp
         self.proxies = Proxies(self.kernel, self.shared, self.clocks)
         self.mbarriers = Mbarriers(self.shared)
         self.bulk = Bulk(self)

@@ -146,7 +146,7 @@ def _places(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(threads of the group that take part, byte position of the mbarrier of each)."""
     lanes = np.arange(g.n) if guard is None else np.flatnonzero(guard)
-    where = g.machine.shared.locate(g, instruction, address[lanes], g.base[lanes], 8, 8)
+    where = g.machine.shared.locate(g, instruction, address[lanes], g.base[lanes], 8, 8, lanes)
     return lanes, where
 
 
@@ -160,8 +160,9 @@ def mbarrier_init(
         return
     g.machine.shared.note_write(g, instruction, where, g.warp[lanes], 8, None)
     for lane, place in zip(lanes, where, strict=True):
-        if g.machine.mbarriers.init(int(place), int(count[lane])):
-            g.report.note("mbarrier.init where an mbarrier is")
+        with g.blamed(instruction, int(lane)):
+            if g.machine.mbarriers.init(int(place), int(count[lane])):
+                g.report.note("mbarrier.init where an mbarrier is")
 
 
 def mbarrier_inval(
@@ -171,8 +172,9 @@ def mbarrier_inval(
     lanes, where = _places(g, instruction, address, guard)
     if len(lanes):
         g.machine.shared.note_write(g, instruction, where, g.warp[lanes], 8, None)
-    for place in where:
-        g.machine.mbarriers.inval(int(place))
+    for lane, place in zip(lanes, where, strict=True):
+        with g.blamed(instruction, int(lane)):
+            g.machine.mbarriers.inval(int(place))
 
 
 def mbarrier_arrive(
@@ -183,14 +185,15 @@ def mbarrier_arrive(
     lanes, where = _places(g, instruction, address, guard)
     if not len(lanes):
         return
-    clocks, warps = g.machine.clocks, g.warp[lanes]
+    clocks, warps, barriers = g.machine.clocks, g.warp[lanes], g.machine.mbarriers
     g.machine.shared.note_read(g, instruction, where, warps, 8)
     for lane, place in zip(lanes, where, strict=True):
-        if tx is not None:
-            g.machine.mbarriers.expect_tx(int(place), int(tx[lane]))
-        if arrives:
-            number = 1 if count is None else int(count[lane])
-            g.machine.mbarriers.arrive(int(place), number, clocks.release(int(g.warp[lane])))
+        with g.blamed(instruction, int(lane)):
+            if tx is not None:
+                barriers.expect_tx(int(place), int(tx[lane]))
+            if arrives:
+                number = 1 if count is None else int(count[lane])
+                barriers.arrive(int(place), number, clocks.release(int(g.warp[lane])))
     if arrives:
         clocks.epoch[np.unique(warps)] += 1
 
@@ -211,11 +214,12 @@ def mbarrier_wait(
     clocks, barriers = g.machine.clocks, g.machine.mbarriers
     key = where * 2 + (parity[lanes].astype(np.int64) & 1)
     for one in np.unique(key):
-        place = int(one) >> 1
-        g.machine.bulk.land(place)
-        if not barriers.is_over(place, int(one) & 1):
+        place, mine = int(one) >> 1, lanes[key == one]
+        with g.blamed(instruction, int(mine[0])):
+            g.machine.bulk.land(place)
+            over = barriers.is_over(place, int(one) & 1)
+        if not over:
             continue
-        mine = lanes[key == one]
         ready[mine] = True
         warps = np.unique(g.warp[mine])
         state = barriers.live[place]

@@ -15,7 +15,8 @@ So a TMA load is an ordinary write by its mbarrier: who touches the bytes withou
 end of the phase is reported, by whatever way he could have seen it. Besides the clocks ``seen``
 there are ``fenced``: ``fenced[w, v]`` is the newest epoch of warp v whose generic accesses are
 ordered, through a fence.proxy.async on the way, before what the async proxy does for warp w. A
-product or a store that reads what is seen but not fenced lacks a fence.
+product or a store that reads what is seen but not fenced lacks a fence. A fence by part of a warp
+orders what its other threads did before their last barrier, bar.warp.sync too, and nothing since.
 
 Not followed: fences between an ordinary access and a later TMA load into the same bytes (compilers,
 NVIDIA's own CUTLASS too, rely on the barrier alone there), and the proxies of global memory.
@@ -251,4 +252,5 @@ class Proxies:
 
 def fence_async(g: Group, guard: np.ndarray | None) -> None:
     """fence.proxy.async of shared memory."""
-    g.machine.clocks.fence(np.unique(g.warp if guard is None else g.warp[guard]))
+    warps, counts = np.unique(g.warp if guard is None else g.warp[guard], return_counts=True)
+    g.machine.clocks.fence(warps, counts == g.machine.alive[warps])

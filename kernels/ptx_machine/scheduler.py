@@ -15,10 +15,14 @@ import numpy as np
 from .clocks import WARP
 from .group import Group
 from .report import ExecutionError
-from .syntax import Imm, Instruction, UnknownInstructionError
+from .syntax import Imm, Instruction
 
 if TYPE_CHECKING:
     from .machine import Machine
+
+
+# Barriers that threads of a warp may come to one by one.
+NOT_ALIGNED = ("barrier.sync", "barrier.cta.sync")
 
 
 class Scheduler:
@@ -128,7 +132,7 @@ class Scheduler:
                 self._add(group.part(~taken, number + 1))
             return
         self.machine.bulk.end(group, taken)
-        np.subtract.at(self.alive, group.slot[taken], 1)
+        self.alive -= np.bincount(group.warp[taken], minlength=len(self.alive))
         if not taken.all():
             self._add(group.part(~taken, number + 1))
         self._release()
@@ -141,9 +145,7 @@ class Scheduler:
 
     def _barrier(self, group: Group, last: Instruction) -> None:
         """``bar.sync id`` waits for all of the CTA, ``bar.sync id, count`` for so many threads."""
-        numbers = [o.value if isinstance(o, Imm) else -1 for o in last.operands]
-        if -1 in numbers or not 1 <= len(numbers) <= 2:
-            raise UnknownInstructionError(f"{self.kernel.name}: numbers in registers: {last}")
+        numbers = [o.value for o in last.operands if isinstance(o, Imm)]
         group.block += 1
         group.barrier = (numbers[0], numbers[1] if len(numbers) == 2 else 0)
         self.waiting.append(group)
@@ -161,14 +163,14 @@ class Scheduler:
     def _counts(self, here: list[Group], number: int) -> tuple[np.ndarray, np.ndarray]:
         """By slot: threads at a barrier, and how many it waits for."""
         if len({g.barrier[1] for g in here}) > 1:
-            raise ExecutionError(f"{self.kernel.name}: barrier {number} with two counts")
+            raise self._error(here[-1], f"barrier {number} with two counts")
         count = here[0].barrier[1]
-        arrived = np.zeros_like(self.alive)
-        for group in here:
-            np.add.at(arrived, group.slot, 1)
-        needed = np.full_like(self.alive, count) if count else self.alive
+        slots = self.machine.slots
+        arrived = sum((np.bincount(g.slot, minlength=slots) for g in here), np.zeros(slots, int))
+        alive = self.alive.reshape(slots, -1).sum(axis=1)
+        needed = np.full_like(alive, count) if count else alive
         if (arrived > needed).any():
-            raise ExecutionError(f"{self.kernel.name}: too many threads at barrier {number}")
+            raise self._error(here[-1], f"too many threads at barrier {number}")
         return arrived, needed
 
     def _meet(self, groups: list[Group], free: np.ndarray) -> None:
@@ -195,18 +197,27 @@ class Scheduler:
 
     def _check_aligned(self, groups: list[Group], free: np.ndarray) -> None:
         """All threads of a warp have to come to the same bar.sync (PTX ISA: .aligned)."""
-        seen: dict[int, int] = {}  # warp -> block
-        for group in groups:
-            last = self._waits_at(group)
-            if len(groups) == 1 or (last.base == "barrier" and "aligned" not in last.parts):
-                continue
-            for warp in np.unique(group.warp[free[group.slot]]):
-                if seen.setdefault(int(warp), group.block) != group.block:
-                    lane = int(np.flatnonzero(group.warp == warp)[0])
-                    raise ExecutionError(
-                        f"{self.kernel.name}: {last}: some threads of a warp are at another "
-                        f"barrier instruction; {group.who(lane)}"
-                    )
+        aligned = [g for g in groups if self._waits_at(g).op not in NOT_ALIGNED]
+        for block in {g.block for g in aligned}:
+            here = [g for g in aligned if g.block == block]
+            counts = sum(
+                (np.bincount(g.warp[free[g.slot]], minlength=len(self.alive)) for g in here),
+                np.zeros_like(self.alive),
+            )
+            part = (counts > 0) & (counts < self.alive)
+            if part.any():
+                warp = int(np.flatnonzero(part)[0])
+                group = next(g for g in here if warp in g.warp)
+                raise self._error(
+                    group,
+                    f"{counts[warp]} threads of a warp are here, the others elsewhere",
+                    int(np.flatnonzero(group.warp == warp)[0]),
+                )
+
+    def _error(self, group: Group, what: str, lane: int = 0) -> ExecutionError:
+        """About a group at a barrier."""
+        at = f"{self.kernel.name}: {self._waits_at(group)}"
+        return ExecutionError(f"{at}: {what}; {group.who(lane)}")
 
     def _waits_at(self, group: Group) -> Instruction:
         return self.kernel.blocks[group.block - 1].instructions[-1]

@@ -136,6 +136,11 @@ class Kernel:
     tables: dict[str, list[str]]  # of brx.idx: name -> labels
     instructions: list[Instruction]
 
+    @property
+    def chip(self) -> int:
+        """The number of the chip it is compiled for: 90 of ``sm_90a``."""
+        return int("".join(filter(str.isdigit, self.target)))
+
     def label_block(self, label: str) -> int:
         """The index of the block that `label` stands before."""
         for block in self.blocks:

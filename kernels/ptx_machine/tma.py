@@ -4,8 +4,9 @@ Sources: PTX ISA, "cp.async.bulk.tensor", "cp.reduce.async.bulk.tensor", "cp.asy
 and "Tensors" (boxes, coordinates, out-of-bound accesses, swizzles).
 
 A load reads global memory at its issue, but the box lands in shared memory only when somebody waits
-for its mbarrier. A store reads shared memory, and writes global memory, only when its thread waits
-for its group, or ends. So a program that does not wait computes with what was there before.
+for its mbarrier. A store reads shared memory only when its thread waits for its group, with .read
+or without, and writes global memory only when it waits without .read, or ends. So a program that
+does not wait computes with what was there before.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class _Store:
     box: Box
     where: np.ndarray
     reduction: str
+    rows: np.ndarray | None = None  # what it has read: [rows of the box, bytes]
 
 
 class Bulk:
@@ -111,7 +113,7 @@ class Bulk:
         self.machine = machine
         self.loads: dict[int, list[_Load]] = defaultdict(list)  # by place of the mbarrier
         self.stores: dict[int, list[_Store]] = defaultdict(list)  # by thread, over all CTAs
-        self.commits = np.zeros(len(machine.alive) * machine.threads, np.int64)
+        self.commits = np.zeros(machine.slots * machine.threads, np.int64)
         self.epochs: dict[int, int] = defaultdict(int)  # stores issued by a warp
         self.maps: dict[bytes, TensorMap] = {}
         self.unfenced: set[tuple[int, int]] = set()  # (CTA, address) of maps just copied there
@@ -129,33 +131,22 @@ class Bulk:
         data = self.machine.generic(address, MAP_BYTES)
         key = data.tobytes()
         if key not in self.maps:
-            try:
-                self.maps[key] = TensorMap.unpack(data)
-            except ValueError as error:
-                raise ExecutionError(
-                    f"{g.kernel.name}: {instruction}: {error}; {g.who(lane)}"
-                ) from None
+            self.maps[key] = TensorMap.unpack(data)
         return self.maps[key]
 
-    def place(
-        self, g: Group, instruction: Instruction, lane: int, tensor_map: TensorMap, start: int
-    ) -> np.ndarray:
+    def place(self, g: Group, lane: int, tensor_map: TensorMap, start: int) -> np.ndarray:
         """Byte positions of the chunks of a box at shared address `start`."""
         if start % ALIGNMENT or start + tensor_map.box_bytes > self.machine.shared.size:
             raise MemcheckError(
-                f"{g.kernel.name}: {instruction}: a box of {tensor_map.box_bytes} bytes, aligned "
-                f"to {ALIGNMENT}, at shared address {start} of {self.machine.shared.size}; "
-                f"{g.who(lane)}"
+                f"a box of {tensor_map.box_bytes} bytes, aligned to {ALIGNMENT}, at shared address "
+                f"{start} of {self.machine.shared.size}"
             )
         return _chunks(tensor_map, start) + int(g.base[lane])
 
-    def region(self, g: Group, instruction: Instruction, lane: int, box: Box) -> Region:
+    def region(self, box: Box) -> Region:
         """The tensor that the rows of a box lie in."""
         low, high = int(box.offsets.min()), int(box.offsets.max()) + box.width
-        try:
-            return self.machine.memory.region_of(low, high)
-        except MemcheckError as error:
-            raise MemcheckError(f"{g.kernel.name}: {instruction}: {error}; {g.who(lane)}") from None
+        return self.machine.memory.region_of(low, high)
 
     # Loads
 
@@ -164,7 +155,7 @@ class Bulk:
         corner: Sequence[int], mbarrier: int,
     ) -> None:  # fmt: skip
         """Issue the load of a box that reports to the mbarrier at that byte position."""
-        where = self.place(g, instruction, lane, tensor_map, start)
+        where = self.place(g, lane, tensor_map, start)
         box = Box.of(tensor_map, corner)
         fill = 0xFF if tensor_map.nan_fill else 0
         shape = (*reversed(tensor_map.box[1:]), tensor_map.box[0] * tensor_map.itemsize)
@@ -172,7 +163,7 @@ class Bulk:
         if self.machine.counts is not None:
             self.machine.counts.tensor_copy(tensor_map.box_bytes, box.offsets, box.width, load=True)
         if len(box.offsets):
-            region = self.region(g, instruction, lane, box)
+            region = self.region(box)
             first = box.offsets - region.base
             self.machine.memory.note_rows(g, instruction, region, first, box.width, lane, None)
             bytes_ = tensor_map.itemsize
@@ -217,7 +208,7 @@ class Bulk:
         corner: Sequence[int], reduction: str,
     ) -> None:  # fmt: skip
         """Issue the store of a box, or a reduction with what global memory holds."""
-        where = self.place(g, instruction, lane, tensor_map, start)
+        where = self.place(g, lane, tensor_map, start)
         box = Box.of(tensor_map, corner)
         warp, thread = int(g.warp[lane]), int(g.lanes[lane])
         self.epochs[warp] += 1
@@ -232,15 +223,19 @@ class Bulk:
             _Store(g, lane, number, epoch, instruction, tensor_map, box, where, reduction)
         )
 
-    def wait(self, threads: np.ndarray, pending: int) -> None:
-        """All but the newest groups of these threads are over."""
+    def wait(self, threads: np.ndarray, pending: int, read: bool) -> None:
+        """All but the newest groups of these threads are over, or have read their bytes."""
         if not self.stores:
             return
         for thread in set(self.stores) & set(threads.tolist()):
             newest = int(self.commits[thread]) - pending
             done = [s for s in self.stores[thread] if s.number <= newest]
             for store in done:
-                self._perform(store)
+                self._read(store)
+                if not read:
+                    self._write(store)
+            if read:
+                continue
             self.stores[thread] = self.stores[thread][len(done) :]
             if not self.stores[thread]:
                 del self.stores[thread]
@@ -251,31 +246,40 @@ class Bulk:
             return
         for thread in set(self.stores) & set(g.lanes[gone].tolist()):
             for store in self.stores.pop(thread):
-                g.report.add(
-                    "bulk store never waited for", g.kernel.name, store.instruction,
-                    "its thread ends, and with the CTA the shared memory that it reads; "
-                    f"{store.group.who(store.lane)}",
-                )  # fmt: skip
-                self._perform(store)
+                if store.rows is None:
+                    g.report.add(
+                        "bulk store never waited for", g.kernel.name, store.instruction,
+                        "its thread ends, and with the CTA the shared memory that it reads; "
+                        f"{store.group.who(store.lane)}",
+                    )  # fmt: skip
+                self._read(store)
+                self._write(store)
 
-    def _perform(self, store: _Store) -> None:
-        g, box, lane = store.group, store.box, store.lane
-        self.machine.proxies.stores_done(int(g.warp[lane]), store.epoch)
-        if not len(box.offsets):
+    def _read(self, store: _Store) -> None:
+        """Take the bytes from shared memory, which is free then."""
+        if store.rows is not None:
             return
-        tensor_map, memory = store.tensor_map, self.machine.memory
+        self.machine.proxies.stores_done(int(store.group.warp[store.lane]), store.epoch)
+        tensor_map, box = store.tensor_map, store.box
         bytes_ = tensor_map.itemsize
         data = self.machine.shared.bytes.reshape(-1, 16)[store.where >> 4]
         shape = (*reversed(tensor_map.box[1:]), tensor_map.box[0] * bytes_)
         columns = slice(box.inside[-1].start * bytes_, box.inside[-1].stop * bytes_)
         rows = np.ascontiguousarray(data.reshape(shape)[(*box.inside[:-1], columns)])
-        rows = rows.reshape(len(box.offsets), box.width)
-        region = self.region(g, store.instruction, lane, box)
+        store.rows = rows.reshape(len(box.offsets), box.width)
+
+    def _write(self, store: _Store) -> None:
+        g, box, lane, rows = store.group, store.box, store.lane, store.rows
+        if rows is None or not len(box.offsets):
+            return
+        tensor_map, memory = store.tensor_map, self.machine.memory
+        with g.blamed(store.instruction, lane):
+            region = self.region(box)
         first = box.offsets - region.base
         at = first[:, None] + np.arange(box.width)
         if store.reduction:
-            old = np.ascontiguousarray(region.data[at])
-            region.data[at] = reduce(old, rows, tensor_map.element, bytes_, store.reduction)
+            old, itemsize = np.ascontiguousarray(region.data[at]), tensor_map.itemsize
+            region.data[at] = reduce(old, rows, tensor_map.element, itemsize, store.reduction)
             return
         same = (region.data[at] == rows).all(axis=1)
         memory.note_rows(g, store.instruction, region, first, box.width, lane, same)
@@ -311,11 +315,12 @@ def bulk_load(
     """cp.async.bulk.tensor from global to shared memory."""
     bulk, shared = g.machine.bulk, g.machine.shared
     for lane in map(int, _active(g, guard)):
-        tensor_map = bulk.tensor_map(g, instruction, lane, int(source[lane]))
         one = np.array([lane])
-        place = shared.locate(g, instruction, mbarrier[one], g.base[one], 8, 8)
-        bulk.load(g, instruction, lane, int(target[lane]), tensor_map,
-                  [int(c[lane]) for c in corner], int(place[0]))  # fmt: skip
+        place = shared.locate(g, instruction, mbarrier[one], g.base[one], 8, 8, one)
+        with g.blamed(instruction, lane):
+            tensor_map = bulk.tensor_map(g, instruction, lane, int(source[lane]))
+            bulk.load(g, instruction, lane, int(target[lane]), tensor_map,
+                      [int(c[lane]) for c in corner], int(place[0]))  # fmt: skip
 
 
 def bulk_store(
@@ -325,9 +330,10 @@ def bulk_store(
     """cp.async.bulk.tensor and cp.reduce.async.bulk.tensor from shared to global memory."""
     bulk = g.machine.bulk
     for lane in map(int, _active(g, guard)):
-        tensor_map = bulk.tensor_map(g, instruction, lane, int(target[lane]))
-        bulk.store(g, instruction, lane, int(source[lane]), tensor_map,
-                   [int(c[lane]) for c in corner], reduction)  # fmt: skip
+        with g.blamed(instruction, lane):
+            tensor_map = bulk.tensor_map(g, instruction, lane, int(target[lane]))
+            bulk.store(g, instruction, lane, int(source[lane]), tensor_map,
+                       [int(c[lane]) for c in corner], reduction)  # fmt: skip
 
 
 def bulk_commit(g: Group, guard: np.ndarray | None) -> None:
@@ -335,9 +341,9 @@ def bulk_commit(g: Group, guard: np.ndarray | None) -> None:
     g.machine.bulk.commits[g.lanes if guard is None else g.lanes[guard]] += 1
 
 
-def bulk_wait(g: Group, pending: int, guard: np.ndarray | None) -> None:
-    """cp.async.bulk.wait_group, with .read too."""
-    g.machine.bulk.wait(g.lanes if guard is None else g.lanes[guard], pending)
+def bulk_wait(g: Group, pending: int, read: bool, guard: np.ndarray | None) -> None:
+    """cp.async.bulk.wait_group, with .read if `read`."""
+    g.machine.bulk.wait(g.lanes if guard is None else g.lanes[guard], pending, read)
 
 
 def replace_in_map(
@@ -348,7 +354,7 @@ def replace_in_map(
     shared = g.machine.shared
     for lane in map(int, _active(g, guard)):
         one = np.array([lane])
-        where = shared.locate(g, instruction, address[one], g.base[one], MAP_BYTES, 64)
+        where = shared.locate(g, instruction, address[one], g.base[one], MAP_BYTES, 64, one)
         shared.note_read(g, instruction, where, g.warp[one], MAP_BYTES)
         shared.note_write(g, instruction, where, g.warp[one], MAP_BYTES, None)
         start = int(where[0])
@@ -367,7 +373,9 @@ def copy_map(
         lane = int(np.flatnonzero(mine)[0])
         alike = active[mine].all() and (target[mine] == target[lane]).all()
         if not alike or (source[mine] != source[lane]).any():
-            raise ExecutionError(f"{g.kernel.name}: {instruction}: the threads of a warp differ")
+            raise ExecutionError(
+                f"{g.kernel.name}: {instruction}: the threads of a warp differ; {g.who(lane)}"
+            )
         _copy_map(g, instruction, lane, int(target[lane]), source)
 
 
@@ -375,9 +383,10 @@ def _copy_map(
     g: Group, instruction: Instruction, lane: int, address: int, source: np.ndarray
 ) -> None:
     shared, memory, one = g.machine.shared, g.machine.memory, np.array([lane])
-    where = shared.locate(g, instruction, source[one], g.base[one], MAP_BYTES, MAP_BYTES)
+    where = shared.locate(g, instruction, source[one], g.base[one], MAP_BYTES, MAP_BYTES, one)
     shared.note_read(g, instruction, where, g.warp[one], MAP_BYTES)
-    region = memory.region_of(address, address + MAP_BYTES)
+    with g.blamed(instruction, lane):
+        region = memory.region_of(address, address + MAP_BYTES)
     start, at = address - region.base, int(where[0])
     memory.note_rows(g, instruction, region, np.array([start]), MAP_BYTES, lane, np.array([False]))
     region.data[start : start + MAP_BYTES] = shared.bytes[at : at + MAP_BYTES]

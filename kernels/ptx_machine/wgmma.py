@@ -83,15 +83,17 @@ class InFlight:
     def __bool__(self) -> bool:
         return bool(self.accumulators or self.operands)
 
-    def part(self, keep: np.ndarray) -> InFlight:
-        """Those of the threads where `keep` holds: whole warps, or nothing may be in flight."""
+    def part(self, keep: np.ndarray, g: Group) -> InFlight:
+        """Those of the threads of `g` where `keep` holds: whole warps, or nothing is in flight."""
         other = InFlight()
         for names, acc in self.accumulators.items():
             if acc.number[keep].any():
                 warps = keep.reshape(-1, WARP)
-                if (warps != warps[:, :1]).any():
+                cut = (warps != warps[:, :1]).ravel()
+                if cut.any():
                     raise ExecutionError(
-                        f"{acc.instruction}: part of a warp goes on before its wait"
+                        f"{g.kernel.name}: {acc.instruction}: part of a warp goes on before its "
+                        f"wait; {g.who(int(np.flatnonzero(cut)[0]))}"
                     )
                 values = acc.by_warp()[warps[:, 0]]
                 other.accumulators[names] = _Accumulator(
@@ -141,7 +143,9 @@ def _unit(g: Group, instruction: Instruction) -> int:
     """Threads of a unit: whole warpgroups if all of the group are, else warps."""
     g.whole_warps(instruction)
     if (g.thread >= g.machine.threads // WARPGROUP * WARPGROUP).any():
-        raise ExecutionError(f"{g.kernel.name}: {instruction}: not by whole warpgroups of the CTA")
+        raise ExecutionError(
+            f"{g.kernel.name}: {instruction}: not by whole warpgroups of the CTA; {g.who(g.n - 1)}"
+        )
     first = g.lanes[::WARPGROUP]
     whole = g.n % WARPGROUP == 0 and not (g.thread[::WARPGROUP] % WARPGROUP).any()
     whole = whole and bool((g.lanes[WARPGROUP - 1 :: WARPGROUP] - first == WARPGROUP - 1).all())
@@ -153,9 +157,11 @@ def _same(
 ) -> np.ndarray:
     """One value per unit."""
     by_unit = np.broadcast_to(values, (g.n,)).reshape(-1, unit)
-    if (by_unit != by_unit[:, :1]).any():
+    other = (by_unit != by_unit[:, :1]).ravel()
+    if other.any():
         raise ExecutionError(
-            f"{g.kernel.name}: {instruction}: {what} differs between the threads of a warpgroup"
+            f"{g.kernel.name}: {instruction}: {what} differs between the threads of a warpgroup; "
+            f"{g.who(int(np.flatnonzero(other)[0]))}"
         )
     return np.ascontiguousarray(by_unit[:, 0])
 
@@ -167,7 +173,7 @@ def _operand(
     """[units, rows, K] float64 of an operand in shared memory; warps read their `own` rows of A."""
     itemsize, shared = ITEMSIZE[kind], g.machine.shared
     first = np.arange(0, g.n, unit)
-    chunks = _chunks(bits, rows, itemsize, mn)
+    chunks = _chunks(g, instruction, bits, unit, rows, itemsize, mn)
     if own and unit == WARP:
         w, each = g.thread[first] // WARP % 4, np.arange(len(first))
         if mn:
@@ -187,15 +193,19 @@ def _operand(
     return decode(operand_matrix(raw, itemsize, mn), kind)
 
 
-def _chunks(bits: np.ndarray, rows: int, itemsize: int, mn: bool) -> np.ndarray:
+def _chunks(
+    g: Group, instruction: Instruction, bits: np.ndarray, unit: int, rows: int, itemsize: int,
+    mn: bool,
+) -> np.ndarray:  # fmt: skip
     """Shared addresses of the chunks of each unit's operand, by their descriptors."""
     forms = bits >> np.uint64(14)  # all fields but the start, and mostly the same
     found: dict[int, np.ndarray] = {}
     for form in np.unique(forms):
         mine = np.flatnonzero(forms == form)
         start = ((bits[mine] & np.uint64(0x3FFF)) << np.uint64(4)).astype(np.int64)
-        descriptor = MatrixDescriptor.decode(int(bits[mine[0]]))
-        chunks = operand_chunks(descriptor, rows, itemsize, mn, start=start)
+        with g.blamed(instruction, int(mine[0]) * unit):
+            descriptor = MatrixDescriptor.decode(int(bits[mine[0]]))
+            chunks = operand_chunks(descriptor, rows, itemsize, mn, start=start)
         found |= zip(mine.tolist(), chunks, strict=True)
     return np.stack([found[i] for i in range(len(bits))])
 
@@ -239,6 +249,7 @@ def mma_async(
     elif product.d == "f16":
         exact = exact.astype(np.float16).astype(np.float64)
     number = g.machine.products[g.warp] + 1
+    _check_overlap(g, instruction, product.d_names)
     g.in_flight.accumulators[product.d_names] = _Accumulator(exact, number, product.d, instruction)
     for name in product.a_names:
         g.in_flight.operands[name] = (number, instruction)
@@ -286,6 +297,20 @@ def _check_fence(
         )  # fmt: skip
     if any(name in used for name in copied):
         g.report.note(COPY_NOTE)
+
+
+def _check_overlap(g: Group, instruction: Instruction, d_names: tuple[str, ...]) -> None:
+    """Products in flight share all registers of D, in order, or none."""
+    for names, flying in g.in_flight.accumulators.items():
+        if names == d_names or set(names).isdisjoint(d_names):
+            continue
+        common = [name for name in d_names if name in names]
+        lane = int(np.flatnonzero(flying.number)[0])
+        g.report.add(
+            "accumulators overlap", g.kernel.name, instruction,
+            f"{', '.join(common[:4])} of {flying.instruction}, not waited for; {g.who(lane)}",
+            int((flying.number > 0).sum()),
+        )  # fmt: skip
 
 
 def commit_group(g: Group, instruction: Instruction) -> None:

@@ -8,7 +8,13 @@ Values are unsigned integers, the bits of registers; "b1" is a predicate. ``%r0`
 ``%rd3``, ``%rd4``, ... are the addresses of the sheet's arrays.
 """
 
+import os
+import re
+import subprocess
+import tempfile
+
 import numpy as np
+from triton import knobs
 
 from ptx_machine import Options, Report
 from ptx_machine.global_memory import GlobalMemory, smallest_store
@@ -20,8 +26,8 @@ THREADS = 64
 _PREFIX = {1: "%p", 16: "%h", 32: "%r", 64: "%rd"}
 
 _TEXT = """
-.version 8.7
-.target sm_90a
+.version {version}
+.target {target}
 .address_size 64
 .extern .shared .align 16 .b8 smem[];
 .visible .entry sheet(
@@ -58,11 +64,23 @@ def execute(text, arrays, *, threads=THREADS, shared=0, grid=(1, 1, 1), params=(
     return report, machine
 
 
+def assemble(text):
+    """Let the ptxas that Triton brings look at it; what it refuses is in the error."""
+    chip = re.search(r"\.target (\w+)", text)[1]
+    tool = knobs.nvidia.ptxas_blackwell if chip == "sm_100a" else knobs.nvidia.ptxas
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(text.lstrip())
+        file.flush()
+        command = [tool.path, "-O0", "--gpu-name", chip, file.name, "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+
+
 class Sheet:
     """See the top of the file."""
 
-    def __init__(self, *arrays, shared=0, local=0):
-        self.arrays, self.shared, self.local = arrays, shared, local
+    def __init__(self, *arrays, shared=0, local=0, target="sm_90a"):
+        self.arrays, self.shared, self.local, self.target = arrays, shared, local, target
         self.lines, self.given = [], []
         self.made = []  # by instruction, by destination: slot and bits
         self.slots = 0
@@ -121,6 +139,8 @@ class Sheet:
         names = ["given", "made", *(f"array{k}" for k in range(len(self.arrays)))]
         arrays = [f"    ld.param.b64 %rd{k + 3}, [array{k}];" for k in range(len(self.arrays))]
         return _TEXT.format(
+            version="8.8" if self.target == "sm_100a" else "8.7",
+            target=self.target,
             threads=THREADS,
             params=",\n".join(f"    .param .u64 {name}" for name in names),
             registers="\n".join(registers),
@@ -128,15 +148,22 @@ class Sheet:
             lines="\n".join(self.lines),
         )
 
-    def run(self, **options):
-        """Results of every instruction: of each destination, values by thread."""
+    def run(self, ops=(), **options):
+        """Results of every instruction: of each destination, values by thread.
+
+        `ops` are forms that the sheet is to try: all of them have to be in it, and NVIDIA's
+        assembler has to know them.
+        """
         given = np.zeros((max(1, len(self.given)), THREADS), np.uint64)
         for row, values in zip(given, self.given, strict=False):
             row[:] = np.array(values, np.uint64)
         made = np.zeros((max(1, self.slots), THREADS), np.uint64)
         arrays = [given, made, *self.arrays]
-        report, _ = execute(self.text(), arrays, shared=self.shared, **options)
+        report, machine = execute(self.text(), arrays, shared=self.shared, **options)
         assert not report, report
+        if ops:
+            assert not set(ops) - {i.op for i in machine.kernel.instructions}, "not in the sheet"
+            assemble(self.text())
         return [
             [[int(x) & ((1 << bits) - 1) for x in made[slot]] for slot, bits in kept]
             for kept in self.made

@@ -4,6 +4,8 @@ What is right and wrong here follows from the PTX ISA's sections on the async pr
 and on the groups of wgmma and of bulk copies.
 """
 
+import re
+
 import numpy as np
 import pytest
 
@@ -93,6 +95,17 @@ def test_products_on_one_accumulator_need_no_wait_between():
     assert (out == 32).all()
 
 
+def test_accumulators_in_flight_share_all_registers_or_none():
+    second = MMA.replace("%f0,%f1,%f2,%f3", "%f2,%f3,%f4,%f5").replace("%p0", "0")
+    report = stored(edit(STORED, MMA, MMA + second))[1]
+    assert kinds(report) == {"accumulators overlap"}
+    assert re.search(r"f2\w*, \w*f3\w* of wgmma.* warp 0, lane 0", str(report), re.S), report
+    turned = second.replace("%f2,%f3,%f4,%f5", "%f3,%f2,%f1,%f0")
+    assert "accumulators overlap" in kinds(stored(edit(STORED, MMA, MMA + turned))[1])
+    apart = f"{MMA} {COMMIT} {WAIT} wgmma.fence.sync.aligned; {second}"
+    assert not stored(edit(STORED, MMA, apart))[1]
+
+
 def test_a_wait_on_one_path_only():
     """The wait is skipped by warps that take the other way: seen where it happens."""
     body = edit(STORED, WAIT, f"setp.eq.u32 %p2, %r1, 3;\n@%p2 bra $skip;\n{WAIT}\n$skip:")
@@ -147,6 +160,27 @@ def test_a_proxy_fence_between_the_stores_and_the_product(old, new, found):
     report = stored(edit(STORED, old, new))[1]
     assert kinds(report) == found, report
     assert not report.notes
+
+
+ONE_LANE = "and.b32 %r5, %r0, 31; setp.eq.u32 %p2, %r5, 0;"
+
+
+@pytest.mark.parametrize(
+    "new, found",
+    [
+        # Only one lane's own stores are fenced, whatever comes after.
+        (f"{ONE_LANE} @%p2 {FENCE} bar.sync 0;", {"no proxy fence"}),
+        (f"{ONE_LANE} @%p2 {FENCE} @!%p2 {FENCE} bar.sync 0;", {"no proxy fence"}),
+        # What was ordered before its fence is.
+        (f"{ONE_LANE} bar.sync 0; @%p2 {FENCE}", set()),
+        (f"{ONE_LANE} bar.warp.sync -1; @%p2 {FENCE} bar.sync 0;", set()),
+        (f"{ONE_LANE} bar.warp.sync -1; st.shared.b32 [%r391], %r392; @%p2 {FENCE} bar.sync 0;",
+         {"no proxy fence"}),
+    ],
+)  # fmt: skip
+def test_a_proxy_fence_by_one_lane(new, found):
+    report = stored(edit(STORED, f"{FENCE}\n    bar.sync 0;", new))[1]
+    assert kinds(report) == found, report
 
 
 def cp_async(nbytes):
@@ -337,6 +371,29 @@ def test_stores_are_not_there_before_they_are_waited_for():
     assert (out[:, 0] == 2).all() and (out[:, 1:] == 16).all()
 
 
+def test_a_wait_for_reading_says_nothing_of_what_is_written():
+    """The target is as before until the wait without .read, or the end."""
+    seen = np.full(128, 7, np.float32)
+    look = """ld.param.b64 %rd8, [arg_2]; mul.wide.u32 %rd9, %r0, 4; add.s64 %rd8, %rd8, %rd9;
+        ld.param.b64 %rd7, [arg_3]; add.s64 %rd7, %rd7, %rd9;
+        setp.lt.u32 %p7, %r0, 32;  @%p7 ld.global.b32 %r20, [%rd8]; @%p7 st.global.b32 [%rd7], %r20;
+        {wait} @%p7 ld.global.b32 %r20, [%rd8]; @%p7 st.global.b32 [%rd7 + 128], %r20;"""
+    source, target = np.ones((8, 16), np.float32), np.zeros((8, 16), np.float32)
+    memory = Global(source, target, seen)
+    for wait, after in ((BULK_WAIT, 0), (BULK_WAIT.replace(".read", ""), 1)):
+        target[:] = 0
+        body = f"""
+            {SETUP} {fill(512)} {FENCE} bar.sync 0;
+            mov.b64 %rd4, arg_1; cvta.param.u64 %rd4, %rd4; mov.u32 %r3, 0; mov.u32 %r6, 0;
+            {STORE} cp.async.bulk.commit_group; {BULK_WAIT} bar.sync 0;
+            st.shared.v4.b32 [%r391], {{%r3, %r3, %r3, %r3}};
+            {look.format(wait=wait)}"""
+        report = run(body, [source, memory.map(target, [8, 16]), target, seen], memory=memory)
+        assert not report, report
+        assert (seen[:32] == 0).all() and (seen[32:64] == after).all()
+        assert (target == 1).all(), "written in the end, of what was read then"
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [
@@ -358,111 +415,3 @@ def test_a_phase_that_ends_before_all_its_bytes_are_there():
     out, report = copied(edit(COPIED, "2304;", "2048;"))
     assert kinds(report) == {"in flight", "bulk load never waited for"}
     assert np.isnan(out).all()
-
-
-# A ring of two stages between a warp that loads and a warpgroup that multiplies
-
-RING = f"""
-    {SETUP}
-    mov.b64 %rd2, arg_0;
-    cvta.param.u64 %rd2, %rd2;
-    mov.u32 %r3, 0;
-    mov.u32 %r9, 0;
-    setp.eq.u32 %p1, %r0, 128;
-    @%p1 mbarrier.init.shared::cta.b64 [8192], 1;
-    @%p1 mbarrier.init.shared::cta.b64 [8200], 1;
-    @%p1 mbarrier.init.shared::cta.b64 [8208], 128;
-    @%p1 mbarrier.init.shared::cta.b64 [8216], 128;
-    bar.sync 0;
-    setp.ge.u32 %p2, %r0, 128;
-    @%p2 bra $produce;
-$consume:
-    and.b32 %r10, %r9, 1;
-    shl.b32 %r11, %r10, 3;
-    bfe.u32 %r12, %r9, 1, 1;
-    add.u32 %r13, %r11, 8192;
-    add.u32 %r14, %r11, 8208;
-    shl.b32 %r15, %r10, 8;
-    cvt.u64.u32 %rd5, %r15;
-    add.s64 %rd6, %rd0, %rd5;
-    add.s64 %rd7, %rd1, %rd5;
-    mbarrier.try_wait.parity.shared.b64 %p3, [%r13], %r12;
-    wgmma.fence.sync.aligned;
-    {MMA.replace("%rd0", "%rd6").replace("%rd1", "%rd7")}
-    {COMMIT}
-    {WAIT}
-    mbarrier.arrive.shared::cta.b64 _, [%r14];
-    add.u32 %r9, %r9, 1;
-    setp.lt.u32 %p4, %r9, 5;
-    @%p4 bra $consume;
-    {registers_out(["%f0", "%f1", "%f2", "%f3"], 1)}
-    bra $end;
-$produce:
-    setp.ne.u32 %p5, %r0, 128;
-    @%p5 bra $end;
-$next:
-    and.b32 %r10, %r9, 1;
-    shl.b32 %r11, %r10, 3;
-    bfe.u32 %r12, %r9, 1, 1;
-    xor.b32 %r12, %r12, 1;
-    add.u32 %r13, %r11, 8192;
-    add.u32 %r14, %r11, 8208;
-    mbarrier.try_wait.parity.shared.b64 %p3, [%r14], %r12;
-    mbarrier.arrive.expect_tx.shared.b64 _, [%r13], 2560;
-    shl.b32 %r15, %r10, 12;
-    mul.lo.u32 %r16, %r9, 80;
-    cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes
-        [%r15], [%rd2, {{%r3, %r16}}], [%r13];
-    add.u32 %r9, %r9, 1;
-    setp.lt.u32 %p4, %r9, 5;
-    @%p4 bra $next;
-$end:"""
-
-
-def ring(body, **options):
-    """(results, report): five tiles, of ones, twos, ..., go through the ring."""
-    values = np.repeat(np.arange(1, 6, dtype=np.float32), 1280).view(np.uint32) >> 16
-    tiles = values.astype(np.uint16).reshape(400, 16)
-    out = np.zeros((128, 4), np.float32)
-    memory = Global(tiles, out)
-    arguments = [memory.map(tiles, [80, 16], mode=1, element=9), out]
-    return out, run(body, arguments, memory=memory, threads=160, shared=8448, **options)
-
-
-@pytest.mark.parametrize("options", [{}, *({"shuffle_warps": True, "seed": s} for s in range(4))])
-def test_a_ring_of_buffers(options):
-    out, report = ring(RING, **options)
-    assert not report and not report.notes, report
-    assert (out == 16 * (1 + 4 + 9 + 16 + 25)).all()
-
-
-FREE = "mbarrier.try_wait.parity.shared.b64 %p3, [%r14], %r12;"
-FULL = "mbarrier.try_wait.parity.shared.b64 %p3, [%r13], %r12;"
-ARRIVE = "mbarrier.arrive.shared::cta.b64 _, [%r14];"
-
-
-@pytest.mark.parametrize(
-    "old, new, found",
-    [
-        # The loader does not wait for the buffer, or is told too early that it is free.
-        (FREE, "", "1 arrive, 0 are pending in a phase that nobody knows to be over"),
-        (f"{WAIT}\n    {ARRIVE}", f"{ARRIVE} {WAIT}", {"in flight"}),
-        (f"{WAIT}\n    {ARRIVE}", f"{WAIT.replace('0', '1')} {ARRIVE} {WAIT}", {"in flight"}),
-        # One thread arrives for all: the other warps may still wait for their products.
-        (ARRIVE, f"@%p6 {ARRIVE}", {"in flight"}),
-        (ARRIVE, f"bar.sync 1, 128; @%p6 {ARRIVE}", set()),
-        (FULL, "", "deadlock|1 arrive, 0 are pending"),
-    ],
-)
-@pytest.mark.parametrize("options", [{}, {"shuffle_warps": True, "seed": 1}], ids=str)
-def test_edits_of_the_ring(old, new, found, options):
-    body = edit(RING, old, new)
-    if "%p6" in new:
-        body = body.replace("8208], 128", "8208], 1").replace("8216], 128", "8216], 1")
-        body = edit(body, SETUP, f"{SETUP} setp.eq.u32 %p6, %r0, 0;")
-    if isinstance(found, str):
-        with pytest.raises(ExecutionError, match=found):
-            ring(body, **options)
-        return
-    report = ring(body, **options)[1]
-    assert kinds(report) == found, report

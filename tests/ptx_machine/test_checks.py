@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ptx_machine import MemcheckError
+from ptx_machine import MemcheckError, UnknownInstructionError
 from tests.ptx_machine.sheet import THREADS, Sheet, execute
 
 TEXT = """
@@ -131,6 +131,42 @@ def test_a_barrier_of_some_warps_orders_only_what_was_before():
 
 COPY = "cp.async.ca.shared.global [%r2], [%rd2], 4;"
 COMMIT, WAIT = "cp.async.commit_group;", "cp.async.wait_group 0;"
+
+
+PART = ["mov.u32 %r6, 8;", "shl.b32 %r5, %r0, 4;", "mul.wide.u32 %rd4, %r5, 1;",
+        "add.s64 %rd4, %rd4, %rd0;", "setp.lt.u32 %p1, %r0, 4;"]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["", ", %r6"], ids=["whole", "part"])
+def test_copies_are_aligned_to_their_size_also_if_less_is_read(part):
+    copy = f"@%p1 cp.async.cg.shared.global [%r5], [%rd4], 16{part};"
+    assert not run(*PART, copy, "cp.async.wait_all;")
+    with pytest.raises(MemcheckError, match=r"byte 2 of a0 \(256 bytes\): not aligned.*lane 0"):
+        run(*PART, "add.s64 %rd4, %rd4, 2;", copy)
+    with pytest.raises(MemcheckError, match=r"byte 256 of a0 \(256 bytes\): .*warp 0, lane 3"):
+        run(*PART, "add.s64 %rd4, %rd4, 208;", copy)
+
+
+@pytest.mark.parametrize("part", ["", ", %r6"], ids=["whole", "part"])
+@pytest.mark.parametrize("byte, races", [(0, True), (4, True), (6, True), (8, None), (16, False)])
+def test_every_byte_that_a_copy_reads_is_followed(byte, races, part):
+    """Program 0 stores 2 bytes; program 1 copies bytes 0 to 15 or 0 to 7, of thread 0's vector."""
+    races = not part if races is None else races
+    lines = [
+        *PART, "setp.eq.u32 %p1, %r0, 0;", "setp.ne.u32 %p2, %r1, 0;", "@%p2 bra $L__C;",
+        f"@%p1 st.global.b16 [%rd0 + {byte}], %h0;", "ret;", "$L__C:",
+        f"@%p1 cp.async.cg.shared.global [%r5], [%rd4], 16{part};", "cp.async.wait_all;",
+    ]  # fmt: skip
+    for ctas in ([0, 1], [1, 0]):
+        report = run(*lines, grid=2, ctas=lambda name, grid, ctas=ctas: ctas)
+        assert bool(report) == races, report
+
+
+@pytest.mark.parametrize("level, size", [("cg", 4), ("cg", 8), ("ca", 12), ("ca", 32), ("cg", 0)])
+def test_copies_of_sizes_that_there_are_not(level, size):
+    line = f"cp.async.{level}.shared.global [%r5], [%rd4], {size};"
+    with pytest.raises(UnknownInstructionError, match="a size that there is not: cp"):
+        run(*PART, line)
 
 
 def test_copies_in_flight():

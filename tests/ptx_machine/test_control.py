@@ -11,33 +11,34 @@ from ptx_machine.translate import FORMS
 from ptx_machine.translate.forms import expand, form
 from tests.ptx_machine.sheet import THREADS, Sheet
 
-BASES = (
-    "bra", "ret", "exit", "brx", "bar", "barrier", "fence", "membar", "nanosleep",
-    "prefetch", "trap",
-)  # fmt: skip
 MODULES = ("arithmetic", "bits", "control", "conversion", "memory", "warps")
 
 
-# Translators of what sm_90 adds: see test_sm90_forms.py.
-SM_90 = ("bulk", "wgmma")
-SM_90_BASES = {"elect", "stmatrix", "setmaxnreg"}
-
-
 def is_common(op):
-    """Whether the form is one of those that sm_80 has too."""
-    home = FORMS[op].__module__.rpartition(".")[2]
-    return home not in SM_90 and op.partition(".")[0] not in SM_90_BASES
+    """Whether the form is in none of the files of what sm_90 adds: see test_sm90_forms.py."""
+    return FORMS[op].__module__.rpartition(".")[2] not in ("bulk", "wgmma")
 
 
 def test_every_form_is_tested():
-    """Tests run all forms of their opcodes, so the opcodes are what can be forgotten."""
+    """`TESTED` are the forms that a file gives to :meth:`Sheet.run`, which looks for them."""
     modules = [importlib.import_module(f"tests.ptx_machine.test_{m}") for m in MODULES]
-    tested = [base for module in modules for base in module.BASES]
-    assert sorted(tested) == sorted({op.partition(".")[0] for op in FORMS if is_common(op)})
+    tested = [op for module in modules for op in module.TESTED]
+    assert set(tested) == {op for op in FORMS if is_common(op)}
 
 
 def forms(base):
     return [op for op in FORMS if op.partition(".")[0] == base and is_common(op)]
+
+
+NO_BARRIERS = [
+    "bar.warp.sync -1;", "nanosleep.u32 20;", "prefetch.global.L1 [%rd0];",
+    "prefetch.global.L2 [%rd0];", *(f"{op};" for op in forms("fence") + forms("membar")),
+]  # fmt: skip
+BARRIERS = [op for op in forms("bar") + forms("barrier") if "warp" not in op]
+TESTED = [
+    *(op for base in ("bra", "ret", "exit", "brx", "trap") for op in forms(base)), *BARRIERS,
+    *(line.partition(" ")[0].rstrip(";") for line in NO_BARRIERS),
+]  # fmt: skip
 
 
 def test_patterns():
@@ -47,13 +48,13 @@ def test_patterns():
         form("add.f32")(lambda w: None)
 
 
-def run(lines, shared=0, **options):
+def run(lines, ops=(), shared=0, **options):
     """What ``%r1`` holds in the end; threads that left before keep 0."""
     sheet = Sheet(shared=shared)
     for line in lines:
         sheet.line(line)
     sheet.keep(("%r1", 32))
-    return sheet.run(**options)[0][0]
+    return sheet.run(ops, **options)[0][0]
 
 
 ORDERS = [{}, {"shuffle_warps": True, "seed": 1}, {"shuffle_warps": True, "seed": 2}]
@@ -75,6 +76,7 @@ def test_loops_of_each_thread(op, options):
             "shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;",
             "add.u32 %r1, %r1, %r2;",
         ],
+        [op],
         **options,
     )
     assert got == [2 * t + (1 if t % 2 == 0 else -1) for t in range(THREADS)]
@@ -82,7 +84,7 @@ def test_loops_of_each_thread(op, options):
 
 @pytest.mark.parametrize("op", forms("ret") + forms("exit"))
 def test_threads_leave(op):
-    got = run(["mov.u32 %r1, 7;", "setp.lt.u32 %p1, %r0, 40;", f"@!%p1 {op};"])
+    got = run(["mov.u32 %r1, 7;", "setp.lt.u32 %p1, %r0, 40;", f"@!%p1 {op};"], [op])
     assert got == [7] * 40 + [0] * 24
 
 
@@ -97,7 +99,7 @@ def test_jumps_by_index(op):
     lines.append(f"{op} %r2, $L_table;")
     for k in range(3):
         lines += [f"$L_{k}:", f"mov.u32 %r1, {10 + k};", "bra $L_end;"]
-    got = run([*lines, "$L_end:"])
+    got = run([*lines, "$L_end:"], [op])
     assert got == [10 + (0, 1, 2, 1)[t % 4] for t in range(THREADS)]
 
 
@@ -113,20 +115,18 @@ def exchange(barrier):
 
 
 @pytest.mark.parametrize("options", ORDERS, ids=["in order", "seed 1", "seed 2"])
-@pytest.mark.parametrize("op", [op for op in forms("bar") + forms("barrier") if "warp" not in op])
+@pytest.mark.parametrize("op", BARRIERS)
 def test_barriers(op, options):
     for arguments in ("0", "3", "0, 64"):
-        got = run(exchange(f"{op} {arguments};"), shared=4 * THREADS, **options)
+        got = run(exchange(f"{op} {arguments};"), [op], shared=4 * THREADS, **options)
         assert got == [t ^ 32 for t in range(THREADS)]
 
 
-@pytest.mark.parametrize(
-    "line", ["bar.warp.sync -1;", "nanosleep.u32 20;", "prefetch.global.L1 [%rd0];"]
-    + ["prefetch.global.L2 [%rd0];"] + [f"{op};" for op in forms("fence") + forms("membar")]
-)  # fmt: skip
+@pytest.mark.parametrize("line", NO_BARRIERS)
 def test_what_is_no_barrier(line):
     """These order nothing between warps, and change no register."""
-    assert run(["mov.u32 %r1, 5;", line]) == [5] * THREADS
+    op = line.partition(" ")[0].rstrip(";")
+    assert run(["mov.u32 %r1, 5;", line], [op]) == [5] * THREADS
     with pytest.raises(AssertionError, match="race"):
         run(exchange(line), shared=4 * THREADS)
 
@@ -158,25 +158,54 @@ def test_part_of_a_warp_at_a_barrier():
     """Both halves of a warp wait at the same barrier, but not at the same instruction."""
     lines = ["setp.lt.u32 %p1, %r0, 16;", "@%p1 bra $L__A;", "{}.sync{} 0;", "bra $L__B;", "$L__A:"]
     lines += ["{}.sync{} 0;", "$L__B:", "mov.u32 %r1, 3;"]
-    with pytest.raises(ExecutionError, match="some threads of a warp are at another barrier"):
-        run([line.format("bar", "") for line in lines])
-    with pytest.raises(ExecutionError, match="some threads of a warp are at another barrier"):
-        run([line.format("barrier", ".aligned") for line in lines])
+    for barrier in (("bar", ""), ("barrier", ".aligned")):
+        with pytest.raises(ExecutionError, match=r"16 threads of a warp are here.*lane (0|16)$"):
+            run([line.format(*barrier) for line in lines])
     assert run([line.format("barrier", "") for line in lines]) == [3] * THREADS
+
+
+def test_half_of_each_warp_at_a_barrier_for_one():
+    """Half of each of two warps make 32 threads, but no warp; those that left are not missed."""
+    lines = ["and.b32 %r2, %r0, 16;", "setp.eq.u32 %p1, %r2, 0;", "@%p1 bra $L__A;", "{}", "ret;"]
+    lines += ["$L__A:", "{} 1, 32;", "mov.u32 %r1, 3;"]
+    with pytest.raises(ExecutionError, match=r"16 threads of a warp are here.*warp 0, lane 0"):
+        run([line.format("bar.sync") for line in [*lines[:3], "bra $L__B;", *lines[5:], "$L__B:"]])
+    left = [*lines[:3], "ret;", *lines[5:]]
+    assert run([line.format("bar.sync") for line in left])[:17] == [3] * 16 + [0]
+    assert run([line.format("barrier.sync") for line in left])[:17] == [3] * 16 + [0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["bar.sync 16;", "barrier.sync -1;", "bar.sync 1, 40;", "barrier.sync.aligned 1, 48;",
+     "bar.sync 1, 0;", "bar.sync 1, 32, 32;"],
+)  # fmt: skip
+def test_barriers_that_there_are_not(line):
+    with pytest.raises(UnknownInstructionError, match=r"that (there )?is not"):
+        run([line])
+
+
+def test_part_of_a_warp_at_bar_warp_sync():
+    lines = ["setp.lt.u32 %p1, %r0, 40;", "@%p1 bra $L__IN;", "ret;", "$L__IN:"]
+    with pytest.raises(ExecutionError, match=r"8 threads of a warp are here.*warp 1, lane 0"):
+        run([*lines, "bar.warp.sync -1;"])
+    with pytest.raises(UnknownInstructionError, match=r"by part of a warp: bar\.warp\.sync 1"):
+        run(["bar.warp.sync 1;"])
 
 
 def test_a_barrier_with_two_counts_or_too_many_threads():
     lines = ["setp.lt.u32 %p1, %r0, 32;", "@%p1 bra $L__A;", "bar.sync 1, 96;", "$L__A:"]
-    with pytest.raises(ExecutionError, match="barrier 1 with two counts"):
+    with pytest.raises(ExecutionError, match=r"bar.sync 1, .*barrier 1 with two counts; program"):
         run([*lines, "bar.sync 1, 64;"])
-    with pytest.raises(ExecutionError, match="too many threads at barrier 1"):
+    with pytest.raises(ExecutionError, match=r"bar.sync 1, 32.*too many threads at barrier 1; pro"):
         run(["bar.sync 1, 32;"])
 
 
 def test_trap_and_endless_loops():
     with pytest.raises(ExecutionError, match=r"trap.*warp 1, lane 8"):
         run(["setp.eq.u32 %p1, %r0, 40;", "@%p1 trap;"])
-    assert run(["setp.eq.u32 %p1, %r0, 99;", "@%p1 trap;", "mov.u32 %r1, 1;"]) == [1] * THREADS
+    lines = ["setp.eq.u32 %p1, %r0, 99;", "@%p1 trap;", "mov.u32 %r1, 1;"]
+    assert run(lines, forms("trap")) == [1] * THREADS
     with pytest.raises(ExecutionError, match="without an end"):
         run(["$L__HERE:", "bra $L__HERE;"], max_steps=1000)
 

@@ -136,11 +136,47 @@ def test_what_tma_must_not_touch():
         run(edit(copy(2, (0, 0), 128), "%r1, 1024", "%r1, 64"), [good, good], memory=memory)
     with pytest.raises(MemcheckError, match="at shared address 4096 of 4096"):
         run(edit(copy(2, (0, 0), 128), "%r1, 1024", "%r1, 4096"), [good, good], memory=memory)
-    with pytest.raises(ExecutionError, match="3 coordinates of a tensor of rank 2"):
+    with pytest.raises(ExecutionError, match="3 coordinates of a tensor of rank 2; program"):
         run(copy(3, (0, 0, 0), 128), [good, good], memory=memory)
     with pytest.raises(ExecutionError, match="no tensor map is there"):
         body = edit(copy(2, (0, 0), 128), "bar.sync 0;", "ld.param.b64 %rd0, [arg_2]; bar.sync 0;")
         run(body, [good, good, source], memory=memory)
+
+
+def threads_of(error):
+    return str(error.value).rpartition("; ")[2]
+
+
+@pytest.mark.parametrize(
+    "line, what",
+    [
+        ("mbarrier.init.shared::cta.b64 [2052], 1;", "8 bytes at byte 2052 .* not aligned"),
+        ("mbarrier.init.shared::cta.b64 [2048], %r31;", "mbarrier at 0x800: made for 0 arrivals"),
+        ("mbarrier.inval.shared::cta.b64 [2048];", "mbarrier at 0x800: there is none"),
+        ("mbarrier.arrive.shared::cta.b64 _, [2048];", "mbarrier at 0x800: there is none"),
+        ("mbarrier.expect_tx.shared::cta.b64 [0], 1048576;", "tx-count 1048576 is out of range"),
+        ("mbarrier.try_wait.parity.shared::cta.b64 %p6, [2048], 0;", "at 0x800: there is none"),
+        ("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+         "[%r1], [%rd0, {%r20, %r21}], [4];", "8 bytes at byte 4 of .* not aligned"),
+        ("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+         "[%r1], [%rd0, {%r20, %r21}], [2048];", "mbarrier at 0x800: there is none"),
+        ("cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes "
+         "[%r1], [%rd0, {%r20}], [0];", "1 coordinates of a tensor of rank 2"),
+        ("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd9, {%r20, %r21}], [%r1];",
+         "address 0x5, near no tensor"),
+        ("tensormap.replace.tile.rank.shared::cta.b1024.b32 [32], 1;", "128 bytes at byte 32"),
+    ],
+)  # fmt: skip
+def test_errors_name_instruction_and_thread(line, what):
+    source, target = np.ones((2, 16, 8), np.float32)
+    memory = Global(source, target)
+    maps = [memory.map(a, [4, 8]) for a in (source, target)]
+    before = "setp.eq.u32 %p5, %r0, 37; mov.u32 %r31, 0; mov.b64 %rd9, 5; @%p5"
+    body = edit(copy(2, (0, 0), 128), "bar.sync 0;", f"bar.sync 0; {before} {line}")
+    with pytest.raises((MemcheckError, ExecutionError), match=what) as error:
+        run(body, maps, memory=memory)
+    assert f"handmade: @%p5 {line.partition(' ')[0]}" in str(error.value)
+    assert threads_of(error) == "program (0, 0, 0), warp 1, lane 5"
 
 
 def test_boxes_of_two_ctas_that_overlap_are_a_race():

@@ -5,18 +5,21 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from ptx_machine import ExecutionError, UnknownInstructionError
+from ptx_machine import ExecutionError, MemcheckError, UnknownInstructionError
 from ptx_machine.translate import FORMS
 from tests.ptx_machine.exact import number, rounded, signed, wrap
 from tests.ptx_machine.samples import RNG, integers
 from tests.ptx_machine.sheet import THREADS, Sheet
 
-BASES = ("shfl", "vote", "redux", "mma", "ldmatrix")
+BASES = ("shfl", "vote", "redux", "mma", "ldmatrix", "stmatrix", "elect", "setmaxnreg")
 WARPS = [range(w, w + 32) for w in range(0, THREADS, 32)]
 
 
 def forms(base):
     return [op for op in FORMS if op.partition(".")[0] == base]
+
+
+TESTED = [op for base in BASES for op in forms(base)]
 
 
 def partner(mode, lane, b, c):
@@ -45,7 +48,7 @@ def test_shfl(op):
         sheet.keep((d, 32), (p, 1))
         sheet.add(op, [names[0], names[1], str(clamp), "0xffffffff"], ["b32"])
         cases += [(a, b, clamp), (a, b, clamp)]
-    for (a, b, clamp), results in zip(cases, sheet.run(), strict=True):
+    for (a, b, clamp), results in zip(cases, sheet.run([op]), strict=True):
         for warp in WARPS:
             for t in warp:
                 source, valid = partner(mode, t % 32, b[t], clamp)
@@ -61,7 +64,7 @@ def test_vote():
             bits = 32 if op.endswith("b32") else 1
             sheet.add(op, [("b1", votes), "-1"], [f"b{bits}"])
             cases.append((op, votes))
-    for (op, votes), (results,) in zip(cases, sheet.run(), strict=True):
+    for (op, votes), (results,) in zip(cases, sheet.run(forms("vote")), strict=True):
         for warp in WARPS:
             mine = [votes[t] for t in warp]
             want = {
@@ -77,7 +80,7 @@ def test_redux():
         values = integers(32)
         sheet.add(op, [("b32", values), "-1"], ["b32"])
         cases.append((op, values))
-    for (op, values), (results,) in zip(cases, sheet.run(), strict=True):
+    for (op, values), (results,) in zip(cases, sheet.run(forms("redux")), strict=True):
         name, kind = op.split(".")[2:]
         for warp in WARPS:
             mine = [values[t] for t in warp]
@@ -149,7 +152,7 @@ def test_mma(op):
     operands = [d, names["a"], names["b"], held]
     sheet.line(f"{op} " + ", ".join(f"{{{', '.join(x)}}}" for x in operands) + ";")
     sheet.keep(*((r, 32) for r in d))
-    (results,) = sheet.run()
+    (results,) = sheet.run([op])
     for warp in WARPS:
         left, right = {}, {}
         for t in warp:
@@ -182,10 +185,9 @@ def test_ldmatrix(op):
     places = [RNG.randrange(THREADS) for _ in range(THREADS)]
     address = sheet.load(32, [16 * p for p in places])
     d = [sheet.register(32) for _ in range(count)]
-    into = d[0] if count == 1 else f"{{{', '.join(d)}}}"
-    sheet.line(f"{op} {into}, [{address}];")
+    sheet.line(f"{op} {{{', '.join(d)}}}, [{address}];")
     sheet.keep(*((r, 32) for r in d))
-    (results,) = sheet.run()
+    (results,) = sheet.run([op])
     for warp in WARPS:
         for j in range(count):
             matrix = [memory[places[warp[8 * j + i]]] for i in range(8)]
@@ -198,13 +200,71 @@ def test_ldmatrix(op):
                 assert results[j][warp[t]] == int(pair[0]) | int(pair[1]) << 16
 
 
+@pytest.mark.parametrize("op", forms("stmatrix"))
+def test_stmatrix(op):
+    """The opposite: what thread t holds of matrix j goes to rows that threads 8 j + i name."""
+    count, transposed = int(op.split(".")[4][1:]), ".trans." in op
+    sheet = Sheet(shared=THREADS * 16)
+    held = [integers(32) for _ in range(count)]
+    places = RNG.sample(range(THREADS), THREADS)
+    registers = ", ".join(sheet.load(32, v) for v in held)
+    own = sheet.load(32, [16 * t for t in range(THREADS)])
+    words = [sheet.register(32) for _ in range(4)]
+    sheet.line(f"st.shared.v4.b32 [{own}], {{0, 0, 0, 0}};")
+    sheet.line("bar.sync 0;")
+    sheet.line(f"{op} [{sheet.load(32, [16 * p for p in places])}], {{{registers}}};")
+    sheet.line("bar.sync 0;")
+    sheet.line(f"ld.shared.v4.b32 {{{', '.join(words)}}}, [{own}];")
+    sheet.keep(*((w, 32) for w in words))
+    (results,) = sheet.run([op])
+    want = [[0] * 8 for _ in range(THREADS)]
+    for warp in WARPS:
+        for j in range(count):
+            for t in range(32):
+                row, column, word = t // 4, 2 * (t % 4), held[j][warp[t]]
+                for k, half in enumerate((word & 0xFFFF, word >> 16)):
+                    at = (column + k, row) if transposed else (row, column + k)
+                    want[places[warp[8 * j + at[0]]]][at[1]] = half
+    for t in range(THREADS):
+        halves = [half for w in results for half in (w[t] & 0xFFFF, w[t] >> 16)]
+        assert halves == want[t], (op, t)
+
+
+def test_elect_and_setmaxnreg():
+    """One thread of each warp is chosen; numbers of registers change nothing."""
+    sheet = Sheet()
+    leader, chosen = sheet.register(32), sheet.register(1)
+    for op in forms("setmaxnreg"):
+        sheet.line(f"{op} 40;")
+    sheet.line(f"elect.sync {leader}|{chosen}, -1;")
+    sheet.keep((leader, 32), (chosen, 1))
+    ((leaders, flags),) = sheet.run(forms("elect") + forms("setmaxnreg"))
+    for warp in WARPS:
+        (one,) = {leaders[t] for t in warp}
+        assert [flags[t] for t in warp] == [int(lane == one) for lane in range(32)]
+
+
+def test_the_thread_that_gives_a_wrong_row_is_named():
+    for instruction in ("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r1], {%r0};",
+                        "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];"):  # fmt: skip
+        sheet = Sheet(shared=16)
+        for text in ("mov.u32 %r1, 0;", "setp.eq.u32 %p1, %r0, 39;", "@%p1 mov.u32 %r1, 4;"):
+            sheet.line(text)
+        sheet.line(instruction)
+        with pytest.raises(MemcheckError, match=r"16 bytes at byte 4 .*warp 1, lane 7$"):
+            sheet.run()
+
+
 COLLECTIVES = {
     "shfl": "shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;",
     "vote": "vote.sync.ballot.b32 %r2, %p1, -1;",
     "redux": "redux.sync.add.s32 %r2, %r1, -1;",
     "mma": "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%r2, %r3, %r4, %r5}, {%r1, %r1}, "
     "{%r1}, {%r1, %r1, %r1, %r1};",
-    "ldmatrix": "ldmatrix.sync.aligned.m8n8.x1.shared.b16 %r2, [0];",
+    "ldmatrix": "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [0];",
+    "stmatrix": "stmatrix.sync.aligned.m8n8.x1.shared.b16 [0], {%r2};",
+    "elect": "elect.sync %r2|%p2, -1;",
+    "setmaxnreg": "setmaxnreg.dec.sync.aligned.u32 40;",
 }
 
 

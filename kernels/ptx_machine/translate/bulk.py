@@ -12,8 +12,8 @@ from .forms import form
 from .text import Text
 
 _REDUCTIONS = ("add", "min", "max", "and", "or", "xor")
-_ORDER = "[.{release,relaxed}][.{cta,cluster}]"
-_WAIT_ORDER = "[.{acquire,relaxed}][.{cta,cluster}]"
+_LONG_FIELDS = ("global_address", "global_stride")
+_FIELDS = ",".join(name for name in FIELDS if name not in _LONG_FIELDS)
 
 
 def _tensor(w: Text, operand: Operand) -> tuple[str, str]:
@@ -53,10 +53,13 @@ def _commit(w: Text) -> None:
 
 @form("cp.async.bulk.wait_group[.read]")
 def _wait(w: Text) -> None:
-    w.line(f"bulk_wait(g, {w.number(w.i.operands[0])}, {w.guard()})")
+    w.line(f"bulk_wait(g, {w.number(w.i.operands[0])}, {'read' in w.parts}, {w.guard()})")
 
 
-@form(f"tensormap.replace.tile.{{{','.join(FIELDS)}}}.shared::cta.b1024.{{b32,b64}}")
+@form(
+    f"tensormap.replace.tile.{{{_FIELDS}}}.shared::cta.b1024.b32",
+    f"tensormap.replace.tile.{{{','.join(_LONG_FIELDS)}}}.shared::cta.b1024.b64",
+)
 def _replace(w: Text) -> None:
     address, *ordinal, value = w.i.operands
     number = w.number(ordinal[0]) if ordinal else 0
@@ -110,8 +113,10 @@ def _inval(w: Text) -> None:
 
 
 @form(
-    f"mbarrier.arrive[.expect_tx]{_ORDER}.shared[::cta].b64",
-    f"mbarrier.expect_tx{_ORDER}.shared[::cta].b64",
+    "mbarrier.arrive[.expect_tx].shared[::cta].b64",
+    "mbarrier.arrive[.expect_tx].{release,relaxed}.{cta,cluster}.shared[::cta].b64",
+    "mbarrier.expect_tx.shared[::cta].b64",
+    "mbarrier.expect_tx.relaxed.{cta,cluster}.shared[::cta].b64",
 )
 def _arrive(w: Text) -> None:
     operands = list(w.i.operands)
@@ -125,7 +130,10 @@ def _arrive(w: Text) -> None:
     w.call("mbarrier_arrive", w.address(operands[0], 32), count, bytes_, arrives, w.guard())
 
 
-@form(f"mbarrier.{{try_wait,test_wait}}.parity{_WAIT_ORDER}.shared[::cta].b64")
+@form(
+    "mbarrier.{try_wait,test_wait}.parity.shared[::cta].b64",
+    "mbarrier.{try_wait,test_wait}.parity.{acquire,relaxed}.{cta,cluster}.shared[::cta].b64",
+)
 def _try_wait(w: Text) -> None:
     done, address, parity = w.i.operands[:3]
     where = w.address(address, 32)

@@ -13,7 +13,7 @@ _COMPARE |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 _JOIN = {"and": "&", "or": "|", "xor": "^"}
 
 
-@form("mov.{b,u,s,f}{16,32,64}", "mov.pred")
+@form("mov.{b,u,s}{16,32,64}", "mov.f{32,64}", "mov.pred")
 def _mov(w: Text) -> None:
     d, a = w.i.operands
     if isinstance(d, Vec):
@@ -64,7 +64,7 @@ def _cvta(w: Text) -> None:
         w.set(d, w.value(a, "u64"), "u64")
 
 
-@form("selp.{b,u,s,f}{16,32,64}")
+@form("selp.{b,u,s}{16,32,64}", "selp.f{32,64}")
 def _selp(w: Text) -> None:
     d, a, b, p = w.i.operands
     x, y = w.values((a, b), w.kind)
@@ -81,6 +81,8 @@ def _selp(w: Text) -> None:
 def _setp(w: Text) -> None:
     """``p|q`` is the comparison and its opposite, each joined with the third operand."""
     d, a, b, *rest = w.i.operands
+    if isinstance(d, Pair) and w.kind in ("f16", "bf16"):
+        raise w.unknown("two results")
     if w.kind == "bf16":
         x, y = (f"from_bf16({w.array(o, 'b16')})" for o in (a, b))
     else:
@@ -121,7 +123,7 @@ def _cvt_integer(w: Text) -> None:
     w.set(w.i.operands[0], f"{w.value(w.i.operands[1], source)}.astype({TYPES[to]})", to)
 
 
-@form("cvt.rn.{f16,f32,f64}.{u,s}{8,16,32,64}", "cvt.rn.bf16.{u,s}{8,16,32}")
+@form("cvt.rn.{f16,f32,f64}.{u,s}{8,16,32,64}", "cvt.rn.bf16.{u,s}{16,32}")
 def _cvt_from_integer(w: Text) -> None:
     to, source = w.parts[2:]
     x = w.array(w.i.operands[1], source)
@@ -133,7 +135,8 @@ def _cvt_from_integer(w: Text) -> None:
 
 @form(
     "cvt.{rni,rzi,rmi,rpi}[.ftz].{u,s}{8,16,32,64}.f32",
-    "cvt.{rni,rzi,rmi,rpi}.{u,s}{8,16,32,64}.{f16,bf16,f64}",
+    "cvt.{rni,rzi,rmi,rpi}.{u,s}{8,16,32,64}.{f16,f64}",
+    "cvt.{rni,rzi,rmi,rpi}.{u,s}{16,32,64}.bf16",
 )
 def _cvt_to_integer(w: Text) -> None:
     to, source = w.parts[-2:]

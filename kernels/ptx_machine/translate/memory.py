@@ -8,9 +8,13 @@ from ..syntax import Mem, Operand, Reg, Sym, Vec
 from .forms import form
 from .text import TYPES, Text
 
-_TYPE = ".{b8,b16,b32,b64,u8,u16,u32,u64,s8,s16,s32,s64,f16,f32,f64}"
-_VECTOR = "[.{v2,v4}]"
-_CACHE = "[.L1::{evict_first,evict_last,no_allocate}][.L2::cache_hint][.{v2,v4,v8}].b{8,16,32,64}"
+_TYPE = ".{b8,b16,b32,b64,u8,u16,u32,u64,s8,s16,s32,s64,f32,f64}"
+# Up to 128 bits.
+_ANY = "[.{v2,v4}].{b8,b16,b32,u8,u16,u32,s8,s16,s32,f32}", "[.v2].{b64,u64,s64,f64}"
+_BITS = "[.{v2,v4}].b{8,16,32}", "[.v2].b64"
+_WIDE = ".v8.b32", ".v4.b64"  # 256 bits of global memory: sm_100
+_L1 = ".L1::{evict_first,evict_last,no_allocate}"
+_HINT = "[.L2::cache_hint]"
 _ORDER = ".{cta,gpu,sys}.global.{b,u,s,f}{32,64}"
 
 
@@ -34,14 +38,21 @@ def _space(w: Text) -> tuple[str, int]:
     return space.removesuffix("::cta"), names[space]
 
 
+def _check_width(w: Text, items: int) -> None:
+    if items * int(w.kind[1:]) > 128 and w.kernel.chip < 100:
+        raise w.unknown("256 bits before sm_100")
+
+
 @form(
-    f"ld[.volatile].{{global,shared,shared::cta,local}}{_VECTOR}{_TYPE}",
-    f"ld.global.nc{_VECTOR}{_TYPE}",
-    f"ld.global[.{{ca,cg}}]{_CACHE}",
+    *(f"ld[.volatile].{{global,shared,shared::cta}}{items}" for items in _ANY),
+    *(f"ld.{{local,global.nc}}{items}" for items in _ANY),
+    *(f"ld.global[.{{ca,cg}}]{_HINT}{items}" for items in (*_BITS, *_WIDE)),
+    *(f"ld.global{_L1}{_HINT}{items}" for items in (*_BITS, *_WIDE)),
     f"ld.{{relaxed,acquire}}{_ORDER}",
 )
 def _ld(w: Text) -> None:
     targets = _vector(w, w.i.operands[0])
+    _check_width(w, len(targets))
     space, bits = _space(w)
     address = w.address(w.i.operands[1], bits)
     width, numpy = int(w.kind[1:]) // 8, TYPES[w.kind]
@@ -69,36 +80,42 @@ def _ld_param(w: Text) -> None:
 
 
 @form(
-    f"st[.volatile].{{global,shared,shared::cta,local}}{_VECTOR}{_TYPE}",
-    f"st.global[.{{wb,cg,cs,wt}}]{_CACHE}",
+    *(f"st[.volatile].{{global,shared,shared::cta}}{items}" for items in _ANY),
+    *(f"st.local{items}" for items in _ANY),
+    *(f"st.global[.{{wb,cg,cs,wt}}]{_HINT}{items}" for items in (*_BITS, *_WIDE)),
+    *(f"st.global{_L1}{_HINT}{items}" for items in (*_BITS, *_WIDE)),
     f"st.{{relaxed,release}}{_ORDER}",
 )
 def _st(w: Text) -> None:
     memory, source = w.i.operands[:2]
     sources = tuple(_vector(w, source))
+    _check_width(w, len(sources))
     space, bits = _space(w)
     data = w.arrays(sources, f"b{w.kind[1:]}")
     address, width = w.address(memory, bits), int(w.kind[1:]) // 8
     w.line(f"store_{space}(g, I[{w.i.index}], {address}, {width}, [{data}], {w.guard()})")
 
 
-_SCOPED = "[.{relaxed,acquire,release,acq_rel}][.{cta,gpu,sys}].global"
-_TRITON = ".global[.{cta,gpu,sys}][.{relaxed,acquire,release,acq_rel}]"
-_ATOMICS = [
-    f"{place}{what}"
-    for place in (_SCOPED, _TRITON)  # the ISA's order, and what Triton writes
-    for what in (
-        ".add.{u32,s32,u64,f32,f64}",
-        ".add.{v2,v4}.f32",
-        ".add.noftz.{f16,bf16,f16x2,bf16x2}",
-        ".add.noftz.{v2,v4}.{f16x2,bf16x2}",
-        ".{min,max}.{u,s}{32,64}",
-        ".{and,or,xor,exch}.b{32,64}",
-    )
-]
+# A form of red or atom begins in the ISA's order, or as Triton writes it.
+_PLACES = {
+    base: (f"{base}[.{{{orders}}}][.{{cta,gpu,sys}}].global",
+           f"{base}.global[.{{cta,gpu,sys}}][.{{{orders}}}]")
+    for base, orders in (("red", "relaxed,release"), ("atom", "relaxed,acquire,release,acq_rel"))
+}  # fmt: skip
+_ATOMICS = (
+    ".add.{u32,s32,u64,f32,f64}",
+    ".add.{v2,v4}.f32",
+    ".add.noftz.{f16,bf16,f16x2,bf16x2}",
+    ".add.noftz.{v2,v4}.{f16x2,bf16x2}",
+    ".{min,max}.{u,s}{32,64}",
+    ".{and,or,xor}.b{32,64}",
+)
 
 
-@form(*(f"{{atom,red}}{op}" for op in _ATOMICS))
+@form(
+    *(f"{place}{what}" for base in _PLACES for place in _PLACES[base] for what in _ATOMICS),
+    *(f"{place}.exch.b{{32,64}}" for place in _PLACES["atom"]),
+)
 def _atomic(w: Text) -> None:
     operands = list(w.i.operands)
     targets = _vector(w, operands.pop(0)) if w.i.base == "atom" else []
@@ -116,7 +133,7 @@ def _atomic(w: Text) -> None:
     _keep(w, targets, call, bits)
 
 
-@form(f"atom{_SCOPED}.cas.b{{32,64}}", f"atom{_TRITON}.cas.b{{32,64}}")
+@form(*(f"{place}.cas.b{{32,64}}" for place in _PLACES["atom"]))
 def _cas(w: Text) -> None:
     d, memory, compare, new = w.i.operands[:4]
     call = (
@@ -143,6 +160,8 @@ def _createpolicy(w: Text) -> None:
 def _copy(w: Text) -> None:
     """``[to], [from], size{, bytes to read: the rest is zero}{, cache policy}``."""
     target, source, size, *rest = w.i.operands
+    if w.number(size) not in ((16,) if "cg" in w.parts else (4, 8, 16)):
+        raise w.unknown("a size that there is not")
     if rest and "L2::cache_hint" in w.parts:
         rest.pop()
     read = w.array(rest[0], "u32") if rest else "None"

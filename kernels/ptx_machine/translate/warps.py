@@ -13,7 +13,7 @@ from .text import Text
 _ALL = (-1, 0xFFFFFFFF)
 
 
-def _collective(w: Text, members: Operand | None = None) -> None:
+def collective(w: Text, members: Operand | None = None) -> None:
     """Whole warps only; `members` is the operand that names the threads."""
     w.refuse_guard()
     if members is not None and not (isinstance(members, Imm) and members.value in _ALL):
@@ -24,7 +24,7 @@ def _collective(w: Text, members: Operand | None = None) -> None:
 @form("shfl.sync.{up,down,bfly,idx}.b32")
 def _shfl(w: Text) -> None:
     d, a, b, c, members = w.i.operands
-    _collective(w, members)
+    collective(w, members)
     read = w.arrays((a, b, c), "b32")
     w.line(f"T0, T1 = shuffle({w.parts[2]!r}, {read})")
     w.varies = True
@@ -38,14 +38,14 @@ def _shfl(w: Text) -> None:
 @form("vote.sync.{all,any,uni}.pred", "vote.sync.ballot.b32")
 def _vote(w: Text) -> None:
     d, a, members = w.i.operands
-    _collective(w, members)
+    collective(w, members)
     w.set(d, f"vote({w.parts[2]!r}, {w.array(a, 'pred')})", w.kind)
 
 
 @form("redux.sync.{add,min,max}.{u32,s32}", "redux.sync.{and,or,xor}.b32")
 def _redux(w: Text) -> None:
     d, a, members = w.i.operands
-    _collective(w, members)
+    collective(w, members)
     w.set(d, f"reduce_warp({w.parts[2]!r}, {w.array(a, w.kind)})", w.kind)
 
 
@@ -63,7 +63,7 @@ def _mma(w: Text) -> None:
     d, a, b, c = (_items(w, operand) for operand in w.i.operands)
     shape, kind = w.parts[3], w.parts[-2]
     depth = int(shape.rpartition("k")[2])
-    _collective(w)
+    collective(w)
     read = f"[{w.arrays(a, 'b32')}], [{w.arrays(b, 'b32')}], [{w.arrays(c, 'f32')}]"
     w.set_many(list(d), f"mma({read}, {kind!r}, {depth})", "f32")
 
@@ -71,8 +71,10 @@ def _mma(w: Text) -> None:
 @form("ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16")
 def _ldmatrix(w: Text) -> None:
     d, memory = w.i.operands
-    _collective(w)
+    collective(w)
     targets: list[Operand] = list(d.items) if isinstance(d, Vec) else [d]
+    if f"x{len(targets)}" not in w.parts:
+        raise w.unknown()
     arguments = f"{w.address(memory, 32)}, {len(targets)}, {'trans' in w.parts}"
     w.set_many(targets, f"load_matrix(g, I[{w.i.index}], {arguments})", "b32")
 
@@ -80,7 +82,7 @@ def _ldmatrix(w: Text) -> None:
 @form("stmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16")
 def _stmatrix(w: Text) -> None:
     memory, source = w.i.operands
-    _collective(w)
+    collective(w)
     sources = source.items if isinstance(source, Vec) else (source,)
     if f"x{len(sources)}" not in w.parts:
         raise w.unknown()
@@ -93,7 +95,7 @@ def _elect(w: Text) -> None:
     pair, members = w.i.operands
     if not isinstance(pair, Pair):
         raise w.unknown()
-    _collective(w, members)
+    collective(w, members)
     w.varies = True
     w.line("T0, T1 = elect(g)")
     w.set(pair.first, "T0", "b32")
@@ -103,6 +105,7 @@ def _elect(w: Text) -> None:
 @form("setmaxnreg.{inc,dec}.sync.aligned.u32")
 def _setmaxnreg(w: Text) -> None:
     """Registers move between warps: nothing that can be seen here."""
+    collective(w)
     count = w.number(w.i.operands[0])
     if count % 8 or not 24 <= count <= 256:
         raise w.unknown("a number of registers that there is not")
