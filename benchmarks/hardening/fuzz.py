@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.hardening.parts import made_by
 from benchmarks.hardening.targets import TARGETS, Target, TooSlow, attempt
 
 MILLION = sum(target.cases for target in TARGETS.values())
@@ -166,14 +167,16 @@ def main() -> None:
     if options.atheris:
         guided(names[0], options.atheris, Path(".hypothesis", "atheris", names[0]))
     targets: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     if options.out and options.out.exists():
         before = json.loads(options.out.read_text())
         if before["seed"] != options.seed:
             parser.error(f"{options.out} is of --seed {before['seed']}")
-        targets = before["targets"]
+        targets, told = before["targets"], before.get("made_by", {})
     for name in names:
         count = round(TARGETS[name].cases * options.cases / MILLION)
         targets[name] = run_cases(name, options.seed, range(count), options.seconds)
+        told[name] = made_by()
         print(
             f"{name}: {json.dumps(targets[name] | {'finds': len(targets[name]['finds'])})}",
             flush=True,
@@ -185,6 +188,7 @@ def main() -> None:
         "cases": sum(t["cases"] for t in targets.values()),
         "found": sum(t["outcomes"].get("FOUND", 0) for t in targets.values()),
         "cpu_seconds": round(sum(t["cpu_seconds"] for t in targets.values())),
+        "made_by": told,
         "targets": targets,
     }
     print(

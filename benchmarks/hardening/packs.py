@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import linear
 from transformers import DINOv3ViTConfig
 
-from benchmarks.hardening.parts import add_part_options, new_result, show_and_add
+from benchmarks.hardening.parts import add_part_options, show_and_add
 from hrvlm import DINOv3Encoder
 from hrvlm.images.patches import patchify
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--packs", type=int, default=10_000, help="in all")
     add_part_options(parser, PARTS)
     options = parser.parse_args()
-    result = new_result()
+    result: dict[str, Any] = {}
     if "packs" in options.parts:
         result["runs"] = [
             compare(round(options.packs * share), dtype, threads) for dtype, threads, share in KINDS

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from hrvlm.machine import device_name
+from benchmarks.suite import commit_here, now
+from hrvlm.machine import describe_device
 
 
 def add_part_options(parser: argparse.ArgumentParser, parts: Sequence[str]) -> None:
@@ -19,15 +20,18 @@ def add_part_options(parser: argparse.ArgumentParser, parts: Sequence[str]) -> N
     parser.add_argument("--out", type=Path, help="write the result as JSON, or add the parts")
 
 
-def new_result() -> dict[str, Any]:
-    """A result without parts: where it was made."""
-    return {"cpu": device_name(torch.device("cpu")), "torch": torch.__version__}
+def made_by() -> dict[str, Any]:
+    """What a part of a result comes from: commit, date, versions."""
+    machine = describe_device(torch.device("cpu"))
+    names = ("device", "python", "torch", "transformers", "pillow")
+    return {"commit": commit_here(), "date": now()} | {name: machine[name] for name in names}
 
 
-def show_and_add(result: dict[str, Any], out: Path | None) -> None:
-    """Print the result, with the parts that `out` has besides, and write it there."""
-    if out and out.exists():
-        result = json.loads(out.read_text()) | result
+def show_and_add(parts: dict[str, Any], out: Path | None) -> None:
+    """Print the parts, with those that `out` has besides, and write them there."""
+    before = json.loads(out.read_text()) if out and out.exists() else {}
+    told = before.pop("made_by", {}) | {name: made_by() for name in parts}
+    result = {"made_by": told, **before, **parts}
     print(json.dumps(result, indent=1))
     if out:
         out.write_text(json.dumps(result, indent=1) + "\n")
