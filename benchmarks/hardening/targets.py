@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.hardening import embed_inputs
 from benchmarks.hardening.draws import changed, changed_bytes, changed_text, odd_value
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -549,9 +550,9 @@ def _bytes(value: str) -> bytes:
 
 USUAL = (ValueError, TypeError)
 TARGETS: dict[str, Target] = {
-    "geometry": Target(_mutated("geometry"), _geometry, USUAL, 270_000, _seeds("geometry")),
+    "geometry": Target(_mutated("geometry"), _geometry, USUAL, 255_000, _seeds("geometry")),
     "placeholders": Target(
-        _draw_placeholders, _placeholders, (ValueError,), 250_000, _seeds("placeholders")
+        _draw_placeholders, _placeholders, (ValueError,), 245_000, _seeds("placeholders")
     ),
     "packed": Target(_draw_packed, _packed, USUAL, 60_000, _seeds("packed")),
     "yaml": Target(_draw_yaml, _yaml, (ValueError,), 50_000, _seeds("yaml")),
@@ -566,6 +567,14 @@ TARGETS: dict[str, Target] = {
     "intake": Target(
         _draw_intake, _intake, (*USUAL, OSError), 25_000,
         _seeds("intake", lambda value: (_bytes(value), {})),
+    ),
+    "inputs": Target(
+        embed_inputs.draw_input, embed_inputs.try_input, (ValueError,), 12_000,
+        lambda: [*embed_inputs.inputs().items()],
+    ),
+    "folders": Target(
+        embed_inputs.draw_folder, embed_inputs.try_folder, (ValueError,), 8_000,
+        lambda: [dict(embed_inputs.folder())],
     ),
     # A template may take all it likes: it comes with a model.
     "templates": Target(

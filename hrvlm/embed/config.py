@@ -218,6 +218,8 @@ class Manifest:
                 raise TypeError(f"digest is {digest!r:.80}, expected a string")
             for name in ("hidden_size", "factor", "patch_size"):
                 positive_int(name, getattr(facts, name))
+            if facts.hidden_size >= 2**31:  # Arrow counts the numbers of a vector by 32 bits
+                raise ValueError(f"hidden_size is {facts.hidden_size}, which no table holds")
             images, rows = (
                 positive_int(name, stored[name]) for name in ("images", "rows_per_part")
             )

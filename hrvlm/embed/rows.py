@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 RUN = b"hrvlm"  # in the metadata of a file: what it says of itself
 SIZES = ("height", "width", "grid_height", "grid_width")
 POOLED = ("cls", "mean")
+_LISTED = pa.schema(
+    [("id", pa.string()), ("file", pa.binary()), ("place", pa.int64()), ("size", pa.int64())]
+)
 _QUOTED = re.compile(r"\(?'[^']*'\)?")  # a path
 
 
@@ -153,14 +156,13 @@ def parquet_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:
 
 def listing_bytes(entries: Sequence[Entry], manifest: Manifest) -> bytes:
     """The listing as a file with a row group for each part."""
-    table = pa.table(
-        {
-            "id": [entry.id for entry in entries],
-            "file": pa.array([os.fsencode(entry.file) for entry in entries], pa.binary()),
-            "place": pa.array([entry.place for entry in entries], pa.int64()),
-            "size": pa.array([entry.size for entry in entries], pa.int64()),
-        }
-    )
+    columns = {
+        "id": [entry.id for entry in entries],
+        "file": [os.fsencode(entry.file) for entry in entries],
+        "place": [entry.place for entry in entries],
+        "size": [entry.size for entry in entries],
+    }
+    table = pa.table(columns, schema=_LISTED)
     own = {RUN: json.dumps({"run": manifest.fingerprint})}
     return parquet_bytes(table.replace_schema_metadata(own), manifest.rows_per_part)
 
@@ -183,6 +185,9 @@ def listed(address: str, part: int, manifest: Manifest) -> list[Entry]:
     """
     with parquet_named(LISTING):
         table = _listing(address, manifest.fingerprint).read_row_group(part)
+        table.validate(full=True)  # text that is none
+    if not table.schema.equals(_LISTED) or len(table) != manifest.rows_of(part):
+        raise ValueError(f"damaged parquet file {LISTING!r}: other columns or rows than it had")
     return [
         Entry(row["id"], os.fsdecode(row["file"]), row["place"], row["size"])
         for row in table.to_pylist()

@@ -1,24 +1,30 @@
 """What takes something from outside, on inputs that nobody would write: see benchmarks/hardening.
 
-FUZZ_SECONDS are the CPU seconds of each target (12 of them); `make fuzz` does a million cases.
+FUZZ_SECONDS are the CPU seconds of each target (14 of them); `make fuzz` does a million cases.
 """
 
+import io
+import json
 import os
 import random
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.hardening import fuzz
+from benchmarks.hardening import embed_inputs, fuzz
 from benchmarks.hardening.fuzz import case, run_cases
 from benchmarks.hardening.targets import TARGETS, Target, attempt
 from hrvlm.checkpoints.convert import from_transformers, infer_config, to_transformers
 from hrvlm.data.config import data_config
 from hrvlm.data.rows import plain_row
 from hrvlm.data.sources import JsonLines
+from hrvlm.embed.rows import parquet_bytes
+from hrvlm.embed.store import LISTING, MANIFEST
 from hrvlm.training.config import TrainingConfig
 from hrvlm.vlm.placeholders import as_grids, count_tokens
 from hrvlm_kernels import PackedGrids
@@ -80,6 +86,23 @@ CHAT = [{"role": "user", "content": "Hi"}]
 STATE = TARGETS["keys"].seeds()[0]
 META = from_transformers(STATE, "meta", infer_config(STATE, num_attention_heads=1))
 
+
+def _folder(change):
+    """A folder of results, read after a change of its manifest or, an Arrow table, its listing."""
+    files = dict(embed_inputs.folder())
+    manifest = json.loads(files[MANIFEST])
+    listing = pq.read_table(io.BytesIO(files[LISTING]))
+    manifest, changed = change(manifest, listing)
+    kept = changed.replace_schema_metadata(listing.schema.metadata)
+    embed_inputs.try_folder(
+        files | {MANIFEST: json.dumps(manifest).encode(), LISTING: parquet_bytes(kept)}
+    )
+
+
+def _no_text(names):
+    return pa.array([b"\xff"] * len(names), pa.binary()).view(pa.string())
+
+
 # What was found, made small: the call, and what it says now.
 FINDS = {
     "no periods": (
@@ -134,6 +157,22 @@ FINDS = {
             "embeddings.register_tokens": torch.tensor(1.0)
         }),
         "register_tokens",
+    ),
+    "vectors that no table holds": (
+        lambda: _folder(lambda m, t: (m | {"facts": m["facts"] | {"hidden_size": 2**31}}, t)),
+        "_manifest.json: no manifest of hrvlm embed: hidden_size is 2147483648",
+    ),
+    "a listing of other columns": (
+        lambda: _folder(lambda m, t: (m, t.rename_columns(["ie", "file", "place", "size"]))),
+        "damaged parquet file '_listing.parquet': other columns",
+    ),
+    "a listing of other rows": (
+        lambda: _folder(lambda m, t: (m, t.slice(1))),
+        "damaged parquet file '_listing.parquet': other columns or rows",
+    ),
+    "ids that are no text": (
+        lambda: _folder(lambda m, t: (m, t.set_column(0, "id", _no_text(t["id"])))),
+        "damaged parquet file '_listing.parquet': ",
     ),
 }  # fmt: skip
 
