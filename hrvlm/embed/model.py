@@ -60,7 +60,7 @@ class FeatureModel:
         if "tokens" in config.keep and self._vlm is None:
             raise ValueError(
                 "keep='tokens': an encoder without projector has no projector tokens; "
-                "a VisionLanguageModel has"
+                "a VisionLanguageModel with an encoder of this project has"
             )
 
     def keeping(self, config: EmbedConfig) -> FeatureModel:
@@ -108,7 +108,22 @@ class FeatureModel:
         return list(columns)
 
     def _with_tokens(self, images: Sequence[Tensor]) -> tuple[Tensor, PackedGrids, list[Tensor]]:
-        """The layer's tokens, their layout, and the projector's tokens ``[gh*gw, D]`` by image."""
+        """The layer's tokens, their layout, and the projector's tokens ``[gh*gw, D]`` by image.
+
+        A product's bits may depend on how many rows it has, and the projector's are no exception:
+        where no other image may matter, each goes through alone.
+        """
+        if not self._config.batch_invariant or len(images) == 1:
+            return self._projected(images)
+        hidden, layouts, tokens = zip(*(self._projected([i]) for i in images), strict=True)
+        packed = PackedGrids.from_grids(
+            [grid for layout in layouts for grid in layout.grids or ()],
+            num_prefix_tokens=layouts[0].num_prefix_tokens,
+            device=self.device,
+        )
+        return torch.cat(hidden), packed, [one for (one,) in tokens]
+
+    def _projected(self, images: Sequence[Tensor]) -> tuple[Tensor, PackedGrids, list[Tensor]]:
         assert self._vlm is not None and not isinstance(self._encoder, Tower)
         layer, encoder = self._config.layer, self._encoder
         patches, grids = pack_images(images, encoder.patch_size)
@@ -172,21 +187,22 @@ def _is_vlm(model: str) -> bool:
     return stored.get("model_type") == VLMConfig.model_type
 
 
-def _load_vlm(config: EmbedConfig, dtype: str | None) -> tuple[VisionLanguageModel, LoadedEncoder]:
+def _load_vlm(
+    config: EmbedConfig, dtype: str | None
+) -> tuple[VisionLanguageModel | None, LoadedEncoder | LoadedTower]:
+    """The model with its encoder; of one whose encoder is a tower of transformers, that alone."""
     from ..inference.chat import load_vlm
 
     model, where = str(config.model), pick_device(config.device)
     name = dtype or default_dtype(where)
     check_backend_runs(config.backend, where, getattr(torch, name))
     processor, vlm = load_vlm(model, device=config.device, dtype=name)
-    encoder = vlm.vision_encoder
+    encoder, images = vlm.vision_encoder, processor.image_processor
+    normalization = check_normalization(images.image_mean, images.image_std)
     if not isinstance(encoder, PackedEncoder):
-        raise ValueError(
-            f"model {model!r}: its encoder, {vlm.config.vit_architecture}, is a vision tower of "
-            "transformers, which hrvlm embed takes from a model of transformers only"
-        )
+        encoder.requires_grad_(False)
+        tower = Tower(encoder, config.backend, config.batch_invariant)
+        return None, LoadedTower(tower, model, normalization)
     encoder.backend, encoder.batch_invariant = config.backend, config.batch_invariant
     encoder.freeze()
-    images = processor.image_processor
-    normalization = check_normalization(images.image_mean, images.image_std)
     return vlm, LoadedEncoder(encoder, model, False, normalization)

@@ -294,25 +294,33 @@ def _data_context() -> Iterator[None]:
 def _ray(resources: Resources) -> Iterator[None]:
     """Ray, started or joined unless this process has it already."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report home
+    own = of_one_machine(resources) if resources.address is None else {}
     import ray
 
     if ray.is_initialized():
         yield
         return
-    own: dict[str, Any] = {}
-    if resources.address is None:
-        own = {"num_cpus": resources.cpus, "include_dashboard": False}
-        own["object_store_memory"] = resources.object_store_bytes
+    address = resources.address or "local"
     try:
-        ray.init(
-            resources.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own
-        )
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except ConnectionError as error:
         raise ValueError(f"--address {resources.address}: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def of_one_machine(resources: Resources) -> dict[str, Any]:
+    """What ``ray.init("local")`` takes; to be called before Ray is imported.
+
+    Whoever reaches a process of Ray can have it run anything. This switch of Ray's, which it reads
+    as it is imported, has all of them listen to this machine alone, as on other systems.
+    """
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    own: dict[str, Any] = {"num_cpus": resources.cpus, "include_dashboard": False}
+    own["object_store_memory"] = resources.object_store_bytes
+    return own
 
 
 def _remote_probe(

@@ -96,6 +96,15 @@ def test_batch_invariant_rows_have_the_same_bits_in_any_pack(config):
     assert one == many
 
 
+def test_batch_invariant_tokens_have_the_same_bits_in_any_pack(config, vlm):
+    options = {"model": str(vlm), "keep": ("patches", "tokens"), "rows_per_part": COUNT}
+    options |= {"max_img_size": 96, "allow_upscale": True, "stored": "float16", "layer": -1}
+    for out, tokens in (("one", 1), ("all", 4096)):
+        run_here(config(out, batch_invariant=True, max_tokens_per_pass=tokens, **options))
+    one, many = (rows_of(config(out).out, "mean", "patches", "tokens") for out in ("one", "all"))
+    assert one == many and sum(row["tokens"] is not None for row in one) > COUNT // 2
+
+
 def test_layers_and_patch_maps(config, encoder):
     run_here(config(layer=1, keep=("patches",), stored="float16"))
     store = Store(config().out)

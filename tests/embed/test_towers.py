@@ -9,6 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     Mistral3Config,
     Mistral3Model,
     MistralModel,
@@ -18,10 +20,12 @@ from transformers import (
     Siglip2Model,
 )
 
+from hrvlm import VisionLanguageModel, VLMProcessor
 from hrvlm.embed.config import EmbedConfig
 from hrvlm.embed.store import Store, part_name
 from hrvlm.images.processor import get_image_processor
 from hrvlm.inference.towers import load_tower
+from hrvlm.vlm.tokenizer import get_tokenizer
 from tests.commands.helpers import error_of, run
 from tests.embed.here import rows_of, run_here
 from tests.embed.pictures import MEAN, STD, write_pictures
@@ -102,6 +106,29 @@ def test_rows_are_the_tower_s_own(folder, tmp_path, name):
         torch.testing.assert_close(torch.tensor(row["mean"]), mean, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="layer=3: expected -2 to 2"):
         run_here(config_of(folder, tmp_path / "other", name, layer=3))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "siglip2"])
+def test_of_a_vision_language_model_with_such_a_tower_it_is_the_tower_s_rows(
+    folder, tmp_path, vlm, name
+):
+    language = LlamaForCausalLM(LlamaConfig(**TEXT | {"vocab_size": 300}))
+    tokenizer = get_tokenizer(str(vlm))
+    options = {"mp_pixel_shuffle_factor": 1, "max_img_size": 64}
+    model = VisionLanguageModel.from_backbones(str(folder / name), language, tokenizer, **options)
+    model.save_pretrained(tmp_path / "vlm")
+    VLMProcessor.from_config(model.config, tokenizer).save_pretrained(tmp_path / "vlm")
+    stored = tmp_path / "vlm" / "processor_config.json"
+    written = json.loads(stored.read_text())
+    written["image_processor"] |= {"image_mean": MEAN, "image_std": STD}
+    stored.write_text(json.dumps(written))
+    for out, of in (("own", name), ("out", str(tmp_path / "vlm"))):
+        run_here(config_of(folder, tmp_path / out, of, batch_invariant=True))
+    facts = Store(str(tmp_path / "out")).read_manifest().facts
+    assert (facts.factor, facts.token_size, facts.image_mean) == (MODELS[name][1], 0, MEAN)
+    assert rows_of(tmp_path / "out") == rows_of(tmp_path / "own")
+    with pytest.raises(ValueError, match="without projector has no projector tokens"):
+        run_here(config_of(folder, tmp_path / "more", str(tmp_path / "vlm"), keep=("tokens",)))
 
 
 def test_encode_writes_their_patches_and_pictures_without_attention(folder, tmp_path):

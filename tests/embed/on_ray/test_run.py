@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -119,6 +120,19 @@ def killed(cluster, folder):
         thread.join()
     assert set(victims) == set(kinds)
     return SimpleNamespace(plan=plans[0], told=told, arrived=arrived, report=report, before=before)
+
+
+def test_ray_listens_to_this_machine_alone(cluster):
+    connections = getattr(psutil.Process, "net_connections", None) or psutil.Process.connections
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = {
+        connection.laddr.ip
+        for process in processes
+        for connection in connections(process, kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening and listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert len(processes) > 3 and cluster.startswith("127.0.0.1:")
 
 
 def test_parts_are_written_and_told_while_others_are_still_encoded(killed):
