@@ -373,3 +373,20 @@ def test_a_view_is_no_result_to_replay():
     flattened = replay.replayed(lambda *a: attention(*a).flatten(1))
     compare(flattened, lambda: attention_inputs("short"), replays=None)
     assert flattened(*attention_inputs("short")).ndim == 2
+
+
+def test_torch_compile_sees_one_op_for_all_sizes():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(gated, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (8, 12, 40):
+        gate, up = rows(tokens, 64), rows(tokens, 64)
+        assert replays_of(lambda gate=gate, up=up: compiled(gate, up))[0] == 0
+    assert len(graphs) == 1
+    assert [str(n.target) for n in graphs[0].graph.nodes if "swiglu" in n.name] == [
+        "hrvlm_kernels.swiglu"
+    ]

@@ -32,32 +32,36 @@ class _Ops:
     """
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        op, direct = getattr(getattr(torch.ops, NAMESPACE), name), _direct.get(name)
-        if direct is None:
-            return op
-        run, with_gradient = direct
-
-        @replayed
-        def call(*args: Any) -> Any:
-            route = _route(args)
-            if route == "torch":
-                return op(*args)
-            return run(*args) if route == "kernels" else with_gradient(*args)
-
-        self.__dict__[name] = call
-        return call
+        return getattr(getattr(torch.ops, NAMESPACE), name)
 
 
-# Of each op, its kernels, and the same with a gradient.
-_direct: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 ops: Any = _Ops()
+
+
+def _call_directly(
+    name: str, run: Callable[..., Any], with_gradient: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """The op `name`: `run`, or the same with a gradient, where torch has nothing else to do."""
+    op = getattr(getattr(torch.ops, NAMESPACE), name)
+
+    def call(*args: Any) -> Any:
+        route = _route(args)
+        if route == "kernels":
+            return run(*args)
+        if route == "gradient" and with_gradient is not None:
+            return with_gradient(*args)
+        return op(*args)
+
+    return call
 
 
 def _route(args: tuple[Any, ...]) -> str:
     """Who takes a call: "kernels", "gradient" for the kernels with their gradient, or "torch"."""
-    if watched() is not None:  # whoever watches has asked all this
+    if torch.compiler.is_compiling():
+        return "torch"
+    if watched() is not None:  # whoever watches has asked the rest
         return "kernels"
-    if torch.compiler.is_compiling() or needs_torch():
+    if needs_torch():
         return "torch"
     records, route = torch.is_grad_enabled(), "kernels"
     for a in args:
@@ -88,8 +92,7 @@ def _differentiable(
 
 def run_directly(name: str, run: Callable[..., Any]) -> None:
     """Call `run`, instead of the op `name`, where torch's dispatcher has nothing to do."""
-    op = getattr(getattr(torch.ops, NAMESPACE), name)
-    vars(ops)[name] = lambda *args: run(*args) if _route(args) == "kernels" else op(*args)
+    vars(ops)[name] = _call_directly(name, run)
 
 
 def add_op_namespace_prefix(name: str) -> str:
@@ -141,13 +144,14 @@ def register(
         )
         return outputs
 
-    _direct[name] = run, _differentiable(name, setup_context, backward)
     _lib.define(name + schema)
     for device in ("CPU", "CUDA"):
         _lib.impl(name, run, device)
     full_name = add_op_namespace_prefix(name)
     torch.library.register_fake(full_name, fake, lib=_lib)
     torch.library.register_autograd(full_name, backward, setup_context=setup_context, lib=_lib)
+    with_gradient = _differentiable(name, setup_context, backward)
+    vars(ops)[name] = replayed(_call_directly(name, run, with_gradient))
 
 
 def register_backward(
