@@ -93,7 +93,7 @@ compiled: $(INSTALLED_DEV)
 	  $(BIN)/python -m pytest --benchmark-disable $(WORKERS) tests/compiled
 	@for chip in sm_80 sm_90; do OMP_NUM_THREADS=1 KERNELS_ON=$$chip COMPILED_OUT=benchmarks/results \
 	  $(BIN)/python -m pytest --benchmark-disable $(WORKERS) -k "not compile" tests/kernels; done
-	@$(BIN)/python -m benchmarks.compiled.page
+	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m benchmarks.compiled.page
 
 exports: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=1 HRVLM_EXPORTS=1 $(BIN)/python -m pytest --benchmark-disable $(WORKERS) \

@@ -1,6 +1,6 @@
 """Make docs/compiled.md from the result files: what was executed without a GPU, and what it showed.
 
-python -m benchmarks.compiled.page [--results FOLDER] [--docs FOLDER]
+PYTHONPATH=kernels:. python -m benchmarks.compiled.page [--results FOLDER] [--docs FOLDER]
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from typing import Any
 
 from benchmarks.compiled import results
 from hrvlm.files import write_text
+from ptx_machine import NOT_SEEN
+from ptx_machine.global_memory import SAME_GLOBAL_VALUE
+from ptx_machine.proxies import CP_ASYNC_NOTE
+from ptx_machine.shared_memory import SAME_VALUE
+from ptx_machine.wgmma import COPY_NOTE, READ_NOTE
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAME = "compiled.md"
@@ -20,18 +25,20 @@ NAME = "compiled.md"
 ABOUT = """\
 # Kernels as compiled, executed on a CPU
 
-Made by `make compiled` (`python -m benchmarks.compiled.page`) from the result files
-`benchmarks/results/compiled-*.json`; don't edit.
+Made by `make compiled` (`PYTHONPATH=kernels:. python -m benchmarks.compiled.page`) from the result
+files `benchmarks/results/compiled-*.json`; don't edit.
 
 No GPU has run any of this. Triton's NVIDIA backend compiled each kernel for the chip, and the PTX
 that came out was executed with numpy, instruction by instruction, on ordinary CPU tensors
 (`kernels/ptx_machine`). That sees what Triton's interpreter does not: bfloat16, layouts, vector
-widths, software pipelining, tensor-core fragments, TMA, shared memory, barriers. It does not see
-what ptxas makes of the PTX, nor registers, occupancy or time, and it is not a chip.
+widths, software pipelining, tensor-core fragments, TMA, shared memory, barriers. It is not a chip,
+and knows nothing of registers or occupancy.
 
-Every access is checked: bounds and alignment, reads of shared memory that nobody wrote, races in
+Checked are bounds and alignment of every access, reads of shared memory that nobody wrote, races in
 shared and global memory, asynchronous copies and products touched before their wait, the order of
-the async proxy, deadlock. A finding fails a case.
+the async proxy, collectives by part of a warp, deadlock. A finding fails a case. Not seen are:
+
+{not_seen}
 
 *Share of the allowed error* is the largest of error / limit over outputs and gradients, over the
 whole tensor, every segment and the worst row (the rules of `hrvlm/verification/rules.py`, as in all
@@ -39,10 +46,11 @@ tests); above 1 fails. For elementwise rules a share near 1 is half a rounding: 
 *Equal bits* stands where a check compares bits and measures no error.
 *Instructions* are those executed by all threads of all launches of the case.
 
-One pattern is no finding: where `rope_2d` writes in place, warps that hold copies of elements of
-others read what those may have overwritten, and drop it. The cases *in place, warps in random
-order* show that no bit depends on it.
-"""
+One pattern is no finding: where `rope_2d` writes in place, into the tensor that it was given to
+read, warps that hold copies of elements of others read what those may have overwritten, and drop
+it. The cases *in place, warps in random order* show that no bit depends on it. Of tensors of its
+own the same is a finding, as in any other kernel.
+""".format(not_seen="\n".join(f"- {what};" for what in NOT_SEEN[:-1]) + f"\n- {NOT_SEEN[-1]}.")
 NOTE = """\
 **Triton 3.6 puts no `fence.proxy.async` between `cp.async` and wgmma** (fixed upstream in 3.7). The
 loops that load by pointers have this pattern on sm_90, where the PTX memory model asks for the
@@ -73,6 +81,28 @@ NOTES = """\
 What the machine saw and does not count as a finding, with the number of cases:
 
 """
+COPIES = "rope_2d in place: a warp reads what another may have overwritten, and drops it"
+EXPLAINED = {
+    SAME_VALUE: (
+        "warps that hold copies of one element store it to one place of shared memory. Whichever "
+        "comes last, the same bits are there; different bits are a race"
+    ),
+    SAME_GLOBAL_VALUE: "likewise in global memory, by warps or programs",
+    COPIES: "see above",
+    CP_ASYNC_NOTE: "see above",
+    COPY_NOTE: (
+        "`wgmma.fence` has to lie between a write of registers and the product that reads them. "
+        "Triton sets it after the writes, and its compiler then copies some of these values to "
+        "other registers, behind the fence. By the letter of the ISA such a copy is a write too; "
+        "but the value was there before the fence, and which copies are left is ptxas' choice, "
+        "which gives out the real registers. A value *computed* behind the fence is a finding"
+    ),
+    READ_NOTE: (
+        "a product in flight owns the registers of its operand A, and the ISA leaves every access "
+        "to them undefined. Reading them changes nothing that the product reads. Writing them "
+        "before the wait is a finding, and so is reading the registers of its result"
+    ),
+}
 
 
 TESTS = """\
@@ -96,6 +126,7 @@ def page(
         parts.append(NOTE.format(ops=", ".join(f"`{op}`" for op in ops)))
     if notes := _notes(cases):
         parts.append(NOTES + _table(("chip", "note", "seen in"), notes) + "\n")
+        parts.append(_explained(dict.fromkeys(note for _, note, _ in notes)))
     parts += map(_cases, cases)
     if faults:
         parts += [FAULTS, *map(_faults, faults)]
@@ -110,11 +141,14 @@ def page(
     return "\n".join(parts)
 
 
+def _explained(notes: Iterable[str]) -> str:
+    """Why these notes are none of the findings."""
+    return "".join(f"- *{note}*: {EXPLAINED[note]}.\n" for note in notes)
+
+
 def _without_fence(document: dict[str, Any]) -> set[str]:
     """The ops in which the machine noted the pattern."""
-    start = "no fence.proxy.async between cp.async"
-    rows = document["rows"]
-    return {row["op"] for row in rows if any(note.startswith(start) for note in row["notes"])}
+    return {row["op"] for row in document["rows"] if CP_ASYNC_NOTE in row["notes"]}
 
 
 def _notes(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:

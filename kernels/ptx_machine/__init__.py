@@ -21,16 +21,14 @@ compiled or interpreted. So this needs a process in which ``TRITON_INTERPRET`` w
 ``tests/conftest.py``. Each test file of such a folder runs in a process of its own, as one item of
 the whole run; ``TRITON_INTERPRET=0 pytest tests/ptx_machine/compiled -k matmul`` runs single tests.
 
-It executes PTX, not the machine code that ptxas makes of it, and measures no time. What else it
-does not see: races between threads of one warp; fused multiply-adds are rounded twice (one in 2**29
-differs); what the hardware approximates (ex2, lg2, sin, rcp, rsqrt, div.full) is exact to its type;
-of the programs that read a byte of global memory, two are remembered, and races in a tensor of more
-than 256 MiB are not looked for.
+It executes PTX, not the machine code that ptxas makes of it, and measures no time. :data:`NOT_SEEN`
+has all that it does not see.
 """
 
 from __future__ import annotations
 
 from .driver import MAX_SHARED, MULTIPROCESSORS, ProtocolError, PtxDriver, edited, install
+from .not_seen import NOT_SEEN
 from .options import Options
 from .report import ExecutionError, Finding, MemcheckError, Report
 from .syntax import PtxSyntaxError, UnknownInstructionError
@@ -38,6 +36,7 @@ from .syntax import PtxSyntaxError, UnknownInstructionError
 __all__ = [
     "MAX_SHARED",
     "MULTIPROCESSORS",
+    "NOT_SEEN",
     "ExecutionError",
     "Finding",
     "MemcheckError",

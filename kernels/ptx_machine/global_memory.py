@@ -30,6 +30,9 @@ PARAM_BASE = 0x7D00_0000_0000
 PARAM_STEP = 256
 
 CONSTANTS = 0x7EF0_0000_0000  # of the kernel's own tables, one step before the tensors
+SAME_GLOBAL_VALUE = "same global value written twice"
+AFTER_READ = "global write after read"
+IN_PLACE = f"{AFTER_READ}, in place"  # by a kernel that was given the tensor twice
 _TRACKED = 1 << 28  # bytes of a region up to which it is checked for races
 _FIRST = 0x7F00_0000_0000
 _STEP = 1 << 36
@@ -77,6 +80,11 @@ class Region:
         self.writer = np.zeros(granules, np.int64)
         self.reader = np.zeros(granules, np.int64)
         self.other = np.zeros(granules, np.int64)
+
+    def passed_twice(self, offset: int) -> bool:
+        """Whether a byte is in a tensor that the kernel was given as two arguments."""
+        starts = [piece.low for piece in self.pieces if piece.low <= offset < piece.high]
+        return len(starts) > len(set(starts))
 
     def describe(self, offset: int) -> str:
         """The tensor that holds a byte, or the nearest one, and the byte in it."""
@@ -286,18 +294,21 @@ class GlobalMemory:
         bad = (tags != 0) & (foreign | group.machine.clocks.unordered(warp, inner))
         if same is not None and (bad & same[:, None]).any():
             twice = int((bad.any(axis=1) & same).sum())
-            group.report.note("same global value written twice", twice)
+            group.report.note(SAME_GLOBAL_VALUE, twice)
             bad &= ~same[:, None]
         if not bad.any():
             return
         i, g = (int(k[0]) for k in np.nonzero(bad))
         who = "another program" if foreign[i, g] else f"warp {int(inner[i, g]) & AGENT}"
-        kind = "global write after read" if deed == "read" else "global race"
-        done = f"writes what {who} read" if deed == "read" else f"{deed} what {who} wrote"
+        byte = int(offset[i]) + g * region.granule
+        kind, done = "global race", f"{deed} what {who} wrote"
+        if deed == "read":
+            kind = IN_PLACE if region.passed_twice(byte) else AFTER_READ
+            done = f"writes what {who} read"
         lane = int(np.arange(group.n)[chosen][i])
         group.report.add(
             kind, group.kernel.name, instruction,
-            f"{done} in this launch: {region.describe(int(offset[i]) + g * region.granule)}; "
+            f"{done} in this launch: {region.describe(byte)}; "
             f"{group.who(lane)}",
             int(bad.any(axis=1).sum()),
         )  # fmt: skip

@@ -3,7 +3,10 @@
 import pytest
 
 from benchmarks.compiled import page, results
+from ptx_machine import NOT_SEEN, Report
+from ptx_machine.global_memory import AFTER_READ, IN_PLACE
 from ptx_machine.proxies import CP_ASYNC_NOTE
+from tests.compiled.judge import findings_of, notes_of
 
 CASE = {
     "kind": "case", "op": "swiglu", "dtype": "bf16", "configuration": "F=8", "used": 0.25,
@@ -37,9 +40,19 @@ def test_rows_of_each_chip(tmp_path):
     assert "| swiglu | fp32 | F=8 | failed | none | 2.5 |" in new
     assert f"| sm_90 | {CP_ASYNC_NOTE} | varlen_attention 1 |" in text
     assert "it was seen in `varlen_attention`." in " ".join(text.split())
+    assert f"- *{CP_ASYNC_NOTE}*: {page.EXPLAINED[CP_ASYNC_NOTE]}." in text
+    assert all(f"- {what}" in text for what in NOT_SEEN)
     assert "| sm_80 | 700 | 0 | 30 |" in new
     assert "2 faults, 1 noticed, 1 without effect" in new
     assert "| 2 | wrong numbers (1) | nothing is in flight there (1) |" in new
+
+
+def test_only_what_rope_2d_overwrites_in_place_is_a_note():
+    report = Report()
+    for kernel, kind in (("rope_2d", AFTER_READ), ("rope_2d", IN_PLACE), ("swiglu", IN_PLACE)):
+        report.add(kind, kernel, "st.global.b32", "writes what warp 1 read")
+    assert findings_of(report) == {AFTER_READ: 1, IN_PLACE: 1}
+    assert notes_of(report) == {page.COPIES: 1}
 
 
 def test_no_note_where_nothing_was_noted(tmp_path):

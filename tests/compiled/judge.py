@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from benchmarks.compiled.page import COPIES
 from ptx_machine import ExecutionError, Finding, MemcheckError, PtxDriver, Report
+from ptx_machine.global_memory import IN_PLACE
 from tests import numerics
-
-COPIES = "rope_2d in place: a warp reads what another may have overwritten, and drops it"
 
 
 def findings_of(report: Report) -> dict[str, int]:
@@ -26,15 +26,14 @@ def notes_of(report: Report) -> dict[str, int]:
 
     Where rope_2d writes in place, its warps that hold copies of elements of others read what those
     may have overwritten, and drop it: the cases "in place, warps in random order" show that they
-    do. Into tensors of its own it writes no byte that it reads, and the same cases show that the
-    machine then finds nothing.
+    do. Into tensors of its own it writes no byte that it reads: there it would be a finding.
     """
     copies = sum(count for finding, count in report.findings.items() if _is_copy(finding))
     return report.notes | ({COPIES: copies} if copies else {})
 
 
 def _is_copy(finding: Finding) -> bool:
-    return (finding.kernel, finding.kind) == ("rope_2d", "global write after read")
+    return (finding.kernel, finding.kind) == ("rope_2d", IN_PLACE)
 
 
 @dataclass(frozen=True)

@@ -54,10 +54,12 @@ def execute(text, arrays, *, threads=THREADS, shared=0, grid=(1, 1, 1), params=(
     program = Program(parse(text))
     check, report = options.get("check_global", True), Report()
     memory = GlobalMemory(check, smallest_store(program.kernel))
-    values = []
+    pieces = {}  # an array may be given twice
     for k, array in enumerate(arrays):
-        shift = memory.add([(f"a{k}", array.ctypes.data, array.nbytes)])
-        values.append((array.ctypes.data + shift).to_bytes(8, "little"))
+        pieces.setdefault(array.ctypes.data, []).append((f"a{k}", array.ctypes.data, array.nbytes))
+    shift = {start: memory.add(inside) for start, inside in pieces.items()}
+    starts = [array.ctypes.data for array in arrays]
+    values = [(start + shift[start]).to_bytes(8, "little") for start in starts]
     values += params
     machine = Machine(program, grid, threads, shared, values, memory, report, Options(**options))
     machine.run()

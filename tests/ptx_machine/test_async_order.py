@@ -152,6 +152,8 @@ def test_registers_written_without_a_fence_of_wgmma():
         (FENCE, f"setp.eq.u32 %p2, %r1, 1;\n@%p2 {FENCE}", {"no proxy fence"}),
         (fill(2560), FENCE + fill(2560), set()),
         (fill(2560) + f"\n    {FENCE}", FENCE + fill(2560), {"no proxy fence"}),
+        (FENCE, "fence.proxy.async;", set()),
+        (FENCE, "fence.proxy.async.shared::cluster;", set()),
         (FENCE, "fence.proxy.async.global;", {"no proxy fence"}),
         (FENCE, "fence.acq_rel.cta;", {"no proxy fence"}),
     ],

@@ -231,6 +231,17 @@ def test_races_between_programs():
     assert not report and report.notes == {"same global value written twice": 64}
 
 
+def test_a_write_after_a_read_in_place_is_called_so():
+    """Of a tensor that is passed twice; not of one beside it."""
+    lines = ["ld.global.b32 %r4, [{}];", "setp.eq.u32 %p1, %r1, 1;"]
+    lines += ["@%p1 st.global.b32 [%rd3], %r1;"]
+    for x, read, kind in ((True, "%rd2", "global write after read, in place"),
+                          (False, "%rd3", "global write after read")):  # fmt: skip
+        y = np.zeros(2 * THREADS, np.uint32)
+        report = run(*(line.format(read) for line in lines), grid=2, x=y if x else None, y=y)
+        assert only_finding(report)[0] == kind
+
+
 def test_races_between_warps_of_a_program():
     lines = ["mad.wide.u32 %rd4, %r3, 1, %rd1;", "st.global.b32 [%rd3], %r0;", "{}",
              "ld.global.b32 %r4, [%rd4];"]  # fmt: skip

@@ -1,0 +1,20 @@
+"""What the machine does not see: for people, here and in docs/compiled.md."""
+
+NOT_SEEN = (
+    "the machine code that ptxas makes of the PTX, and time",
+    "races between the threads of one warp. What one of them orders for itself, by an mbarrier or "
+    "a wait, counts for its warp; a proxy fence by some of them orders what the others did before "
+    "their last barrier",
+    "atomics in races: `atom`, `red` and bulk reductions are exempt, also against plain accesses "
+    "of other programs; fences and flags between programs order nothing",
+    "accesses to the gaps between tensors of one storage, and between rows of a strided one: from "
+    "the first to the last element that a kernel was given, a storage is one piece",
+    "the third program that reads a byte (two readers are remembered), and races in tensors of "
+    "more than 256 MiB. Bytes are followed in pieces as small as the smallest store of the kernel "
+    "(global memory: one byte or two) or access (shared memory: up to four)",
+    "the proxies of global memory, and fences between an ordinary access and a later TMA load "
+    "into the same shared memory, where compilers rely on the barrier alone",
+    "last bits: what the hardware approximates (`ex2`, `lg2`, `sin`, `rcp`, `rsqrt`, `div.full`) "
+    "is exact to its type, a fused multiply-add is rounded twice (one in 2**29 differs), and sums "
+    "in tensor cores are exact before they are cut",
+)
