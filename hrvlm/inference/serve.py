@@ -12,10 +12,44 @@ import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hrvlm_kernels.packed_tables import is_int
+
 if TYPE_CHECKING:
     from ..vlm.processors import VLMProcessor
 
 _IMAGE_TYPES = ("image_url", "input_image")
+
+
+def _is_number(least: float, most: float) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and least <= v <= most
+
+
+def _is_count(least: int) -> Callable[[Any], bool]:
+    return lambda v: is_int(v, least)
+
+
+def _is_stop(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+    )
+
+
+_TOKENS = (_is_count(1), "a whole number of at least 1")
+_PENALTY = (_is_number(-2, 2), "a number from -2 to 2")
+# What the fields of a request are to be: the server hands them on to Python and to transformers.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), _TOKENS),
+    "temperature": (_is_number(0, 100), "a number from 0 on"),
+    "top_p": (_is_number(1e-9, 1), "a number above 0, and up to 1"),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), _PENALTY),
+    "seed": (_is_count(0), "a whole number from 0 on"),
+    "n": (lambda v: v == 1, "1: one answer to a request"),
+    "stream": (lambda v: isinstance(v, bool), "true or false"),
+    "stop": (_is_stop, "a text or a list of texts"),
+    "logit_bias": (lambda v: isinstance(v, dict), "an object"),
+    "tools": (lambda v: isinstance(v, list), "a list"),
+    "generation_config": (lambda v: isinstance(v, str) and v[:1] == "{", "an object as text"),
+}
 
 
 def register_for_serving(*, fetch: bool = False) -> None:
@@ -61,6 +95,7 @@ def _naming_bad_requests(
         from fastapi import HTTPException
 
         try:
+            _check_fields(body)
             if "input" not in body:
                 _check_messages(body.get("messages"))
             _, _, processor = handler._resolve_model(body)
@@ -78,6 +113,12 @@ def _naming_bad_requests(
     return handle_request
 
 
+def _check_fields(body: dict[str, Any]) -> None:
+    for name, (fits, expected) in _FIELDS.items():
+        if (value := body.get(name)) is not None and not fits(value):
+            raise ValueError(f"{name}={value!r:.60}: expected {expected}")
+
+
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages: expected a list of messages, got {messages!r:.60}")
@@ -90,6 +131,13 @@ def _check_messages(messages: Any) -> None:
         for part in content if isinstance(content, list) else ():
             if not isinstance(part, dict) or not isinstance(part.get("type"), str):
                 raise ValueError(f"message {m}: expected parts with a type, got {part!r:.60}")
+            if part["type"] == "image":  # which the server would leave out
+                raise ValueError(
+                    f'message {m}: expected an image as {{"type": "image_url", "image_url": '
+                    f'{{"url": ...}}}}, got {part!r:.60}'
+                )
+        if not isinstance(message.get("tool_calls"), list | None):
+            raise ValueError(f"message {m}: tool_calls: expected a list")
 
 
 def _image_parts(messages: Any) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ class PackedGenerationMixin(GenerationMixin):
     def generate(  # type: ignore[override]
         self, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers; a cache may have either of its names.
+        """As in transformers; a cache may have either of its names, and a processor its tokenizer.
 
         Raises:
             TypeError: an input is no tensor.
@@ -36,6 +36,8 @@ class PackedGenerationMixin(GenerationMixin):
                 check_is_tensor(name, kwargs[name])
         if isinstance(ids := kwargs.get("input_ids"), Tensor) and ids.ndim != 2:
             raise ValueError(f"input_ids: expected integers [B, L], got {tuple(ids.shape)}")
+        if (tokenizer := kwargs.get("tokenizer")) is not None:  # the server gives a processor
+            kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
         for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"):
             if kwargs.get(name) is not None:
                 kwargs[name] = positive_int(name, kwargs[name])

@@ -173,15 +173,22 @@ def check_inputs(
         raise ValueError(f"input_ids: {tuple(tokens.shape)}, samples without a token")
     if isinstance(attention_mask, str | int | float | list | tuple | np.ndarray):
         raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
-    mask = attention_mask if isinstance(attention_mask, Tensor) else None
-    if mask is not None and mask.ndim not in (2, 4):
+    check_mask(attention_mask, tokens, begins)
+
+
+def check_mask(attention_mask: Any, tokens: Tensor, begins: bool) -> None:
+    """Raise ValueError unless a mask is one for each token, where nothing is before these."""
+    if not isinstance(attention_mask, Tensor):
+        return
+    if attention_mask.ndim not in (2, 4):
         raise ValueError(
-            f"attention_mask: expected [B, L] or [B, heads, L, L], got {tuple(mask.shape)}"
+            "attention_mask: expected [B, L] or [B, heads, L, L], got "
+            f"{tuple(attention_mask.shape)}"
         )
-    if mask is not None and begins and mask.ndim == 2 and mask.shape != tokens.shape[:2]:
+    if begins and attention_mask.ndim == 2 and attention_mask.shape != tokens.shape[:2]:
         raise ValueError(
-            f"attention_mask: {tuple(mask.shape)}, expected {tuple(tokens.shape[:2])}, one for "
-            "each token"
+            f"attention_mask: {tuple(attention_mask.shape)}, expected {tuple(tokens.shape[:2])}, "
+            "one for each token"
         )
 
 

@@ -39,6 +39,7 @@ from .image_embedding import (
     check_attentions,
     check_is_tensor,
     check_labels,
+    check_mask,
     check_positions,
     is_beginning,
 )
@@ -374,6 +375,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
         """
         named = name_cache({"cache": cache, "past_key_values": past_key_values})
         flags = self._requested(output_attentions, output_hidden_states)
+        begins = is_beginning(named.get(CACHE_NAME), input_ids)
         embeds, features, plan = self.embed(
             input_ids,
             attention_mask,
@@ -381,9 +383,12 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             pixel_values,
             image_grid_hw,
             labels=checked_labels,
-            begins=is_beginning(named.get(CACHE_NAME), input_ids),
+            begins=begins,
             output_hidden_states=flags["output_hidden_states"],
         )
+        # Once more, so that a graph of the language model knows that the two are equally long: else
+        # Inductor writes a check of bounds that its C++ does not compile (torch 2.11).
+        check_mask(attention_mask, embeds, begins)
         outputs = decoder(
             attention_mask=attention_mask,
             inputs_embeds=embeds,

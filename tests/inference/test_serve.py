@@ -164,6 +164,10 @@ GARBAGE = {
     "no role": ([{"content": "hi"}], "message 0: expected an object with a role"),
     "no part": ([{"role": "user", "content": ["hi"]}], "message 0: expected parts with a type"),
     "no text": ([{"role": "user", "content": [{"type": "text"}]}], "lacks 'text'"),
+    "a part to be left out": (
+        [{"role": "user", "content": [{"type": "image", "image": "/etc/hostname"}]}],
+        "message 0: expected an image as .*image_url",
+    ),
     "an image token": (question(IMAGE_TOKEN), "the text contains the image token"),
 }
 
@@ -175,6 +179,35 @@ def test_a_wrong_request_is_400_with_the_reason(server, case):
     messages, message = GARBAGE[case]
     code, text = refusal(server, messages)
     assert code == 400 and re.search(message, text), (code, text)
+
+
+WRONG_FIELDS = {
+    "max_tokens": "x",
+    "temperature": -1,
+    "top_p": 7,
+    "seed": "x",
+    "n": 2,
+    "stream": "x",
+    "stop": 3,
+    "logit_bias": "x",
+    "generation_config": "x",
+}
+
+
+@pytest.mark.slow
+@needs_server
+def test_a_wrong_field_is_named_and_a_stop_ends_the_answer(server):
+    for name, value in WRONG_FIELDS.items():
+        with pytest.raises(urllib.error.HTTPError) as error:
+            ask(server, question("?"), **{name: value})
+        text = json.loads(error.value.read())["detail"]
+        assert error.value.code == 400 and text.startswith(f"{name}={value!r}: expected"), text
+    (whole,) = json.loads(ask(server, question("?"), max_tokens=60))["choices"]
+    text = whole["message"]["content"]
+    letter = next(c for c in text[1:] if c.isascii() and c.isprintable())
+    (stopped,) = json.loads(ask(server, question("?"), max_tokens=60, stop=[letter]))["choices"]
+    assert stopped["finish_reason"] == "stop"
+    assert text.startswith(stopped["message"]["content"]) and stopped["message"]["content"] != text
 
 
 @pytest.mark.slow
