@@ -9,6 +9,7 @@
 # make compiled  all kernels as compiled for sm_80 and sm_90, executed on the CPU: results and docs/compiled.md
 # make conformance  transformers' own common tests, fetched with its source distribution, on our classes
 # make conformance-newest  the same under the newest releases, where make test-newest has put them
+# make exports  exported files, compiled models and towers, by exporters and Inductor (minutes): tests/tried/exports.json
 # make sanitize  the kernels on small shapes under compute-sanitizer, on a GPU
 # make test-scale  hrvlm embed under twenty kills, a dying actor, a full disk (minutes): benchmarks/results/scale_kills.json
 # make fuzz    a million odd inputs for all that takes something from outside (minutes)
@@ -96,7 +97,7 @@ compiled: $(INSTALLED_DEV)
 	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m benchmarks.compiled.page
 
 exports: $(INSTALLED_DEV)
-	@OMP_NUM_THREADS=1 HRVLM_EXPORTS=1 $(BIN)/python -m pytest --benchmark-disable $(WORKERS) \
+	@OMP_NUM_THREADS=1 HRVLM_EXPORTS=1 $(BIN)/python tests/releases.py part exports $(WORKERS) -- \
 	  tests/export tests/vlm/test_compiled.py tests/towers/test_compiled.py
 
 test-scale: $(INSTALLED_DEV)

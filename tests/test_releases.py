@@ -100,6 +100,16 @@ def test_the_readme_says_what_was_tried_last():
     assert releases.with_table(readme) == readme
 
 
+def test_exports_were_tried_as_a_whole():
+    path = releases.ROOT / releases.RESULTS / "exports.json"
+    if not path.exists():
+        pytest.skip("no run of `make exports` is kept")
+    kept = json.loads(path.read_text())
+    plan = (releases.ROOT / "Makefile").read_text().partition("\nexports:")[2].partition("\n\n")[0]
+    assert all(file in plan for file in kept["part"]) and kept["part"][0] == "tests/export"
+    assert kept["failures"] == [] and kept["skipped"] == 0 and kept["passed"] > 50
+
+
 def test_every_lower_bound_was_tried():
     tried, with_extras = {}, False
     for path in (releases.ROOT / releases.RESULTS).glob("oldest*.json"):
