@@ -6,6 +6,7 @@ import contextlib
 import io
 import random
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -97,8 +98,10 @@ def seeds() -> dict[str, bytes]:
     found["JPEG2000 stream"] = found["JPEG2000"][found["JPEG2000"].index(b"\xff\x4f\xff\x51") :]
     with contextlib.suppress(ImportError):
         found |= _heif_files(rgb, rgba, exif)
-    for name in _UNREAD:
-        add(name, grey if name in ("SPIDER", "IM") else rgb)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # IM goes from Pillow: less to refuse
+        for name in _UNREAD:
+            add(name, grey if name in ("SPIDER", "IM") else rgb)
     return found
 
 

@@ -196,6 +196,8 @@ def test_parts_that_are_quantised_are_joined_as_they_are(tmp_path):
         VisionLanguageModel.from_backbones(stock, language, tokenizer_of())
 
 
+# torch's own dynamic int8, which moved to torchao: people have it, and it is to go on working.
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 def test_dynamic_int8_of_all_linear_layers():
     model = wide_model()
     inputs = wide_inputs(model)
