@@ -73,7 +73,7 @@ class Clocks:
     def fence(self, warps: np.ndarray, whole: np.ndarray) -> None:
         """A fence.proxy.async by these warps.
 
-        If not by the whole warp, it orders what the other lanes did up to a barrier before it.
+        If not by the whole warp, it orders of its own warp what was before the last barrier.
         """
         known = self.seen[warps, :WGMMA].copy()
         known[np.arange(len(warps)), warps % self.warps] = np.where(

@@ -3,8 +3,8 @@
 NOT_SEEN = (
     "the machine code that ptxas makes of the PTX, and time",
     "races between the threads of one warp. What one of them orders for itself, by an mbarrier or "
-    "a wait, counts for its warp; a proxy fence by some of them orders what the others did before "
-    "their last barrier",
+    "a wait, counts for its warp; a proxy fence by some of them orders what the warp did before "
+    "its last barrier",
     "atomics in races: `atom`, `red` and bulk reductions are exempt, also against plain accesses "
     "of other programs; fences and flags between programs order nothing",
     "accesses to the gaps between tensors of one storage, and between rows of a strided one: from "

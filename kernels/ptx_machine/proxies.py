@@ -16,7 +16,8 @@ end of the phase is reported, by whatever way he could have seen it. Besides the
 there are ``fenced``: ``fenced[w, v]`` is the newest epoch of warp v whose generic accesses are
 ordered, through a fence.proxy.async on the way, before what the async proxy does for warp w. A
 product or a store that reads what is seen but not fenced lacks a fence. A fence by part of a warp
-orders what its other threads did before their last barrier, bar.warp.sync too, and nothing since.
+orders of that warp what was before its last barrier, bar.warp.sync too, and nothing since: whether
+the fencing threads themselves wrote it is not known.
 
 Not followed: fences between an ordinary access and a later TMA load into the same bytes (compilers,
 NVIDIA's own CUTLASS too, rely on the barrier alone there), and the proxies of global memory.
