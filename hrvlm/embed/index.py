@@ -24,7 +24,7 @@ from .store import Store, index_names
 
 EXACT_ROWS = 100_000
 GOAL = 0.95  # recall
-_SAMPLE, _NEIGHBOURS = 100, 10  # rows that recall is measured with, and neighbours of each
+_SAMPLE, _NEIGHBOURS = 400, 10  # rows that recall is measured with, and neighbours of each
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Index:
 def entry_of(store: Store, manifest: Manifest, row: int) -> Entry:
     """Where the image of a row is."""
     part, place = divmod(row, manifest.rows_per_part)
-    return listed(store.address, part, manifest)[place]
+    (entry,) = listed(store.address, part, manifest, place)
+    return entry
 
 
 def open_index(
@@ -181,12 +182,12 @@ def _made(store: Store, manifest: Manifest, by: str, state: str) -> Index:
     index.nprobe, recall = 1, 0.0  # faiss's own name: lists looked into
     while (recall := _recall(index, queries, own, true)) < GOAL and index.nprobe < lists:
         index.nprobe = min(2 * index.nprobe, lists)
-    content, told = faiss.serialize_index(index).tobytes(), index_names(by)
-    own = {"state": state, "digest": _digest(content), "rows": count, "recall": recall}
-    own["lists"] = [index.nprobe, lists]
-    store.write(told[0], content)
-    store.write(told[1], (json.dumps(own) + "\n").encode())
-    store.remove_leftovers(told)
+    content, names = faiss.serialize_index(index).tobytes(), index_names(by)
+    told = {"state": state, "digest": _digest(content), "rows": count, "recall": recall}
+    told["lists"] = [index.nprobe, lists]
+    store.write(names[0], content)
+    store.write(names[1], (json.dumps(told) + "\n").encode())
+    store.remove_leftovers(names)
     return Index(count, False, recall, (index.nprobe, lists), index, None, store, manifest)
 
 

@@ -11,6 +11,7 @@ import posixpath
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import Any
@@ -252,10 +253,9 @@ def _members(file: Any, name: str) -> tuple[list[tarfile.TarInfo], int | None]:
         archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  # the file is the caller's
     except tarfile.TarError as error:
         raise ValueError(f"{name}: no uncompressed tar file: {error}") from error
-    try:
-        members = archive.getmembers()
-    except tarfile.TarError:
-        members = list(archive.members)  # what it has found before
+    members: list[tarfile.TarInfo] = []
+    with suppress(tarfile.TarError):
+        members.extend(archive)  # one by one: those before an error stay
     end = archive.offset
     file.seek(end)
     return members, None if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE) else end

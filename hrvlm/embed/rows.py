@@ -176,8 +176,8 @@ def _listing(address: str, fingerprint: str) -> pq.ParquetFile:
     return table
 
 
-def listed(address: str, part: int, manifest: Manifest) -> list[Entry]:
-    """The entries of a part.
+def listed(address: str, part: int, manifest: Manifest, place: int | None = None) -> list[Entry]:
+    """The entries of a part, or the one at that place in it.
 
     Raises:
         ValueError: the listing is damaged, or of another run.
@@ -188,6 +188,7 @@ def listed(address: str, part: int, manifest: Manifest) -> list[Entry]:
         table.validate(full=True)  # text that is none
     if not table.schema.equals(_LISTED) or len(table) != manifest.rows_of(part):
         raise ValueError(f"damaged parquet file {LISTING!r}: other columns or rows than it had")
+    table = table if place is None else table.slice(place, 1)
     return [
         Entry(row["id"], os.fsdecode(row["file"]), row["place"], row["size"])
         for row in table.to_pylist()
