@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.candidates import varlen_attention_gluon as gluon
 from benchmarks.case import MIXED_LENGTHS
-from benchmarks.counted.case import Case, Grid, Part, Sample, spread
+from benchmarks.counted.case import Case, Grid, Later, Part, Sample, spread
 from hrvlm_kernels import PackedGrids, reference
 from hrvlm_kernels.attention_problem import Problem
 from hrvlm_kernels.packed_tables import SHORT_SEQLEN
@@ -31,6 +31,7 @@ HEADS = 16
 LENGTHS = (201, 577, 2309, 4101)
 HEAD_DIMS = (64, 128)
 MIXED_TILES = 6
+GLUON = "gluon 128x128"
 BF16 = torch.bfloat16
 
 Packs = dict[str, tuple[int, ...]]
@@ -191,7 +192,7 @@ def gluon_case(size: str, head_dim: int) -> Case:
     return Case(
         op="attention forward",
         size=f"{size} D={head_dim}",
-        variant="gluon 128x128",
+        variant=GLUON,
         start=start,
         samples={"gluon": tiles_of(lengths)},
         role="candidate",
@@ -222,23 +223,33 @@ def check_forward(out: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool = F
     assert error < 0.02, f"off by {error:.3f}"
 
 
-def forwards(chip: int) -> Iterator[Callable[[], Case]]:
+def _later(
+    make: Callable[..., Case], size: str, head_dim: int, rotate: bool = False, **options: Any
+) -> Later:
+    op = "attention backward" if make is backward_case else "attention forward"
+    variant = GLUON if make is gluon_case else options.get("variant", "shipped")
+    if make is not gluon_case:
+        options["rotate"] = rotate
+    name = op + " with RoPE" * rotate, f"{size} D={head_dim}", variant
+    return Later(name, partial(make, size, head_dim, **options))
+
+
+def forwards(chip: int) -> Iterator[Later]:
     """Of every pack, with and without RoPE, and the candidate."""
     for head_dim in HEAD_DIMS:
         for size in PACKS:
             for rotate in (False, True):
-                yield partial(forward_case, size, head_dim, rotate)
+                yield _later(forward_case, size, head_dim, rotate)
             if chip == 90:
-                yield partial(gluon_case, size, head_dim)
+                yield _later(gluon_case, size, head_dim)
 
 
-def backwards() -> Iterator[Callable[[], Case]]:
+def backwards() -> Iterator[Later]:
     """Likewise; and with atomics."""
+    atomic = {"variant": "atomic", "deterministic": False}
     for head_dim in HEAD_DIMS:
         for size in PACKS:
             for rotate in (False, True):
-                yield partial(backward_case, size, head_dim, rotate)
+                yield _later(backward_case, size, head_dim, rotate)
             if head_dim == 64:
-                yield partial(
-                    backward_case, size, head_dim, False, variant="atomic", deterministic=False
-                )
+                yield _later(backward_case, size, head_dim, **atomic)

@@ -84,6 +84,18 @@ class Case:
         return self.op, self.size, self.variant
 
 
+@dataclass(frozen=True)
+class Later:
+    """A case that is made when it is called for: its name is known without its tensors."""
+
+    name: tuple[str, str, str]
+    make: Callable[[], Case]
+
+    def __call__(self) -> Case:
+        """The case."""
+        return self.make()
+
+
 @dataclass
 class Launch:
     """One launch of a case: its sampled programs, weighted to stand for all."""

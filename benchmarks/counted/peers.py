@@ -31,7 +31,7 @@ from benchmarks.counted.attention import (
     forward_case,
     inputs,
 )
-from benchmarks.counted.case import Case, Grid, Part, first, spread
+from benchmarks.counted.case import Case, Grid, Later, Part, first, spread
 from hrvlm_kernels.triton_kernels.tilings import Tiling
 
 NAMES = {
@@ -44,6 +44,7 @@ TEXTBOOK = {
     80: (Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 3)),
     90: (Tiling(128, 64, 4, 3), Tiling(128, 128, 8, 2)),
 }
+FLEX, FLA = "FlexAttention", "fla parallel_attn (causal)"
 SIZES = {64: ("n=201", "n=577", "n=2309", "n=4101"), 128: ("n=577", "n=2309")}
 
 
@@ -101,12 +102,16 @@ def _dense(size: str, head_dim: int) -> tuple[Case, list[Tensor], Tensor, Tensor
     return case, [q, k, v], torch.zeros_like(q), torch.zeros(HEADS, n)
 
 
+def _textbook(tiling: Tiling) -> str:
+    return f"textbook FA2 {tiling.rows}x{tiling.step}, {tiling.num_warps} warps"
+
+
 def textbook_case(tiling: Tiling, size: str, head_dim: int) -> Case:
     """FlashAttention-2 as the paper has it."""
     case, tensors, out, lse = _dense(size, head_dim)
     return replace(
         case,
-        variant=f"textbook FA2 {tiling.rows}x{tiling.step}, {tiling.num_warps} warps",
+        variant=_textbook(tiling),
         role="peer",
         start=partial(textbook.start_flash_attention_2, *tensors, out, lse, tiling),
         samples={"flash_attention_2": heads_last},
@@ -119,7 +124,7 @@ def flex_case(chip: int, size: str, head_dim: int) -> Case:
     case, tensors, out, lse = _dense(size, head_dim)
     return replace(
         case,
-        variant="FlexAttention",
+        variant=FLEX,
         role="peer",
         start=partial(flex.start, chip, *tensors, out, lse),
         samples={"flex_attention": heads_last},
@@ -143,7 +148,7 @@ def fla_case(folder: Path | None, chip: int, size: str, head_dim: int) -> Case:
 
     return replace(
         case,
-        variant="fla parallel_attn (causal)",
+        variant=FLA,
         role="peer",
         start=start,
         units=scores,
@@ -170,7 +175,7 @@ def fla_backward_case(folder: Path | None, chip: int, size: str) -> Case:
 
     return replace(
         ours,
-        variant="fla parallel_attn (causal)",
+        variant=FLA,
         role="peer",
         start=start,
         units=scores,
@@ -258,14 +263,17 @@ def attention(chip: int, folder: Path | None) -> Iterator[Callable[[], Case]]:
     """All of them, made one by one; one that is missing raises MissingError when it is made."""
     for head_dim, sizes in SIZES.items():
         for size in sizes:
+            name = "attention forward", f"{size} D={head_dim}"
             for tiling in TEXTBOOK[chip]:
-                yield partial(textbook_case, tiling, size, head_dim)
-            yield partial(flex_case, chip, size, head_dim)
+                make: Callable[[], Case] = partial(textbook_case, tiling, size, head_dim)
+                yield Later((*name, _textbook(tiling)), make)
+            yield Later((*name, FLEX), partial(flex_case, chip, size, head_dim))
             if head_dim == 64:
-                yield partial(fla_case, folder, chip, size, head_dim)
+                yield Later((*name, FLA), partial(fla_case, folder, chip, size, head_dim))
 
 
 def backwards(chip: int, folder: Path | None) -> Iterator[Callable[[], Case]]:
     """Likewise of the backward."""
     for size in SIZES[64][:3]:
-        yield partial(fla_backward_case, folder, chip, size)
+        name = "attention backward", f"{size} D=64", FLA
+        yield Later(name, partial(fla_backward_case, folder, chip, size))
