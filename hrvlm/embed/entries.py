@@ -80,7 +80,7 @@ def parquet_named(name: str) -> Iterator[None]:
 
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of names and texts
         raise ValueError(f"damaged parquet file {name!r}: {error}") from error
     except OSError as error:
         if error.errno is not None:  # of the system

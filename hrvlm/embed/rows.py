@@ -186,8 +186,9 @@ def listed(address: str, part: int, manifest: Manifest, place: int | None = None
     with parquet_named(LISTING):
         table = _listing(address, manifest.fingerprint).read_row_group(part)
         table.validate(full=True)  # text that is none
-    if not table.schema.equals(_LISTED) or len(table) != manifest.rows_of(part):
-        raise ValueError(f"damaged parquet file {LISTING!r}: other columns or rows than it had")
+    whole = table.schema.equals(_LISTED) and len(table) == manifest.rows_of(part)
+    if not whole or any(column.null_count for column in table.columns):
+        raise ValueError(f"damaged parquet file {LISTING!r}: not the columns and rows of the run")
     table = table if place is None else table.slice(place, 1)
     return [
         Entry(row["id"], os.fsdecode(row["file"]), row["place"], row["size"])

@@ -54,6 +54,20 @@ def test_random_cases_find_nothing(name):
     assert result["cases"] > 5
 
 
+def test_a_recorded_run_says_what_it_is_of_and_takes_more_targets(tmp_path, monkeypatch):
+    out = tmp_path / "fuzz.json"
+    for target in ("geometry", "rows"):
+        words = ["fuzz", "--cases", "400", "--target", target, "--out", str(out)]
+        monkeypatch.setattr("sys.argv", words)
+        with pytest.raises(SystemExit, match="0"):
+            fuzz.main()
+    run = json.loads(out.read_text())
+    assert run["cases"] == sum(target["cases"] for target in run["targets"].values()) > 100
+    assert run["made_by"].keys() == run["targets"].keys() == {"geometry", "rows"}
+    for told in run["made_by"].values():
+        assert told["torch"] == torch.__version__.split("+")[0] and told["commit"] and told["date"]
+
+
 def test_a_find_is_told_and_can_be_made_again():
     assert repr(case("rows", 3, 5)) == repr(case("rows", 3, 5)) != repr(case("rows", 3, 6))
     broken = {"height": 640, "width": 960, "max_img_size": 960, "allow_upscale": None}
@@ -164,11 +178,21 @@ FINDS = {
     ),
     "a listing of other columns": (
         lambda: _folder(lambda m, t: (m, t.rename_columns(["ie", "file", "place", "size"]))),
-        "damaged parquet file '_listing.parquet': other columns",
+        "damaged parquet file '_listing.parquet': not the columns",
     ),
     "a listing of other rows": (
         lambda: _folder(lambda m, t: (m, t.slice(1))),
-        "damaged parquet file '_listing.parquet': other columns or rows",
+        "damaged parquet file '_listing.parquet': not the columns and rows",
+    ),
+    "a listing with a gap": (
+        lambda: _folder(lambda m, t: (m, t.set_column(1, "file", pa.array([b"a", None, b"c"])))),
+        "damaged parquet file '_listing.parquet': not the columns and rows",
+    ),
+    "a column whose name is no text": (
+        lambda: embed_inputs.try_input(
+            (".parquet", embed_inputs.inputs()[".parquet"].replace(b"image", b"ima\xffe"))
+        ),
+        "damaged parquet file 'input.parquet': 'utf-8'",
     ),
     "ids that are no text": (
         lambda: _folder(lambda m, t: (m, t.set_column(0, "id", _no_text(t["id"])))),
