@@ -27,7 +27,7 @@ from hrvlm.embed.run import embed
 from hrvlm.files import write_text
 
 ROOT = Path(__file__).parents[2]
-PLOT = ROOT / "docs" / "plots" / "embed_memory.svg"
+PLOT = ROOT / "docs" / "embed_memory.svg"
 MIB = 1 << 20
 STORE = 80 * MIB
 GROUPS = ("driver", "encoder", "decoding and writing", "Ray", "object store")

@@ -169,7 +169,7 @@ def _checked(name: str, value: Any, said: str) -> Any:
     if name in _NUMBERS:
         if not (known and isinstance(value, numbers.Real) and 0 <= value < math.inf):
             raise ValueError(f"{said}={value!r}: expected a number of at least 0")
-        return float(value)
+        return value if isinstance(value, int) else float(value)
     return value
 
 

@@ -185,7 +185,7 @@ class VLMProcessor(ProcessorMixin):
 
     def _check_groups(self, options: Mapping[str, Any]) -> None:
         """Raise TypeError for a group of options that is no mapping, and for films and sounds."""
-        for name in ("common_kwargs", *self.valid_processor_kwargs.__annotations__):
+        for name in ("common_kwargs", *self._option_groups()):
             if not isinstance(group := options.get(name), Mapping | None):
                 raise TypeError(
                     f"{name}: expected a mapping of options, got {type(group).__name__}"
@@ -194,13 +194,18 @@ class VLMProcessor(ProcessorMixin):
             if options.get(name) is not None:
                 raise TypeError(f"{name}: this processor takes images and text")
 
+    def _option_groups(self) -> dict[str, Any]:
+        """Of transformers' options those that hold options; some releases have plain ones too."""
+        options = self.valid_processor_kwargs.__annotations__
+        return {name: kind for name, kind in options.items() if hasattr(kind, "__annotations__")}
+
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Transformers logs an unknown option and leaves it out."""
-        groups = dict(self.valid_processor_kwargs.__annotations__)
-        known = {"images", "text", "videos", "audio", *groups}
+        groups = self._option_groups()
+        known = {"images", "text", "videos", "audio", *self.valid_processor_kwargs.__annotations__}
         known.update(self.image_processor.valid_kwargs.__annotations__)
         for group in groups.values():
-            known.update(getattr(group, "__annotations__", ()))
+            known.update(group.__annotations__)
         nested = (v for k, v in options.items() if k in groups and isinstance(v, Mapping))
         for name in (name for names in (options, *nested) for name in names):
             if name not in known:
