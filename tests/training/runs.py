@@ -67,8 +67,23 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_until_killed(config: TrainingConfig, step: int) -> int:
-    """Train in a process that is killed after a step; returns its exit code."""
+def start_method() -> str:
+    """How to start a process that trains: a fork, where a fork of this process can.
+
+    It is a second's work, spawning ten. In a process whose autograd has started threads (which
+    tests before do that under torch 2.14) it can't.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+        except RuntimeError:
+            os._exit(1)
+        os._exit(0)
+    return "fork" if os.waitpid(child, 0)[1] == 0 else "spawn"
+
+
+def _train_and_die(config: TrainingConfig, step: int) -> None:
     make = train_module.make_trainer
 
     def make_and_kill(*args):
@@ -76,12 +91,15 @@ def train_until_killed(config: TrainingConfig, step: int) -> int:
         trainer.add_callback(KillAt(step))
         return trainer
 
-    def run():
-        torch.set_num_threads(1)
-        train_module.make_trainer = make_and_kill
-        train_module.train(config)
+    torch.set_num_threads(1)
+    train_module.make_trainer = make_and_kill
+    train_module.train(config)
 
-    process = torch.multiprocessing.get_context("fork").Process(target=run)
+
+def train_until_killed(config: TrainingConfig, step: int) -> int:
+    """Train in a process that is killed after a step; returns its exit code."""
+    context = torch.multiprocessing.get_context(start_method())
+    process = context.Process(target=_train_and_die, args=(config, step))
     process.start()
     process.join()
     return process.exitcode

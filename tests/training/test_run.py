@@ -235,7 +235,7 @@ def test_two_processes_of_which_one_has_text_only(
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         torch.multiprocessing.start_processes(
-            runs.train_as, (2, port, config, resume), nprocs=2, start_method="fork"
+            runs.train_as, (2, port, config, resume), nprocs=2, start_method=runs.start_method()
         )
     assert (two / "checkpoint-2" / "pytorch_model_fsdp.bin").exists() == sharded
     before, expected, got = (load_file(d / "model.safetensors") for d in (model, one, two))
