@@ -163,11 +163,11 @@ def _checked(name: str, value: Any, said: str) -> Any:
         return None
     known = not isinstance(value, bool)
     if (least := _COUNTS.get(name)) is not None:
-        if not (known and isinstance(value, numbers.Integral) and value >= least):
+        if not (known and isinstance(value, numbers.Integral) and int(value) >= least):
             raise ValueError(f"{said}={value!r}: expected a whole number of at least {least}")
         return int(value)
     if name in _NUMBERS:
-        if not (known and isinstance(value, numbers.Real) and 0 <= value < math.inf):
+        if not (known and isinstance(value, numbers.Real) and 0 <= float(value) < math.inf):
             raise ValueError(f"{said}={value!r}: expected a number of at least 0")
         return value if isinstance(value, int) else float(value)
     return value
