@@ -141,7 +141,7 @@ def run(images: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Run, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--images", type=int, default=160)
     parser.add_argument("--out", type=Path, default=RESULTS / "embedding_speed.json")
     options = parser.parse_args(arguments)
     write_text(options.out, json.dumps(run(options.images), indent=2) + "\n")
