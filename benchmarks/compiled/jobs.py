@@ -260,8 +260,11 @@ def linear_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
     """linear_gelu and linear_swiglu with every tile of their tables, else of GEMM."""
     for op in ("linear_gelu", "linear_swiglu"):
         for dtype in dtypes:
-            for config in linear_gelu.configs_of(op.upper(), target, dtype):
-                yield linear_job(op, dtype, config)
+            table = op.upper()
+            configs = linear_gelu.configs_of(table, target, dtype)
+            yield from of_row(
+                partial(linear_job, op, dtype), configs, table, target, dtype.itemsize
+            )
 
 
 def linear_job(op, dtype, config):

@@ -58,7 +58,7 @@ _COMMENTS = {
     "PATCHIFY": "normalize_patchify: bytes of an element of its result.",
 }
 
-_SPILLS = "SPILLS: dict[tuple[int, int], Rows[Tiling]]"
+_SPILLS = "SPILLS: dict[tuple[int, int], Rows[Tiling | GemmConfig]]"
 
 
 def tables() -> dict[str, Table]:

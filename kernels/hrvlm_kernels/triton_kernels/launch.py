@@ -58,7 +58,11 @@ def tile_choices(table: str, *row: str | int) -> tuple[Any, ...]:
     Those that this Triton compiles to code that spills are left out, by `tile_tables.SPILLS`. A
     release that is not in there counts as the newest one before it that is.
     """
-    configs: tuple[Any, ...] = getattr(tile_tables, table).get(row, ())
+    return without_spilling(getattr(tile_tables, table).get(row, ()), table, *row)
+
+
+def without_spilling(configs: tuple[Any, ...], table: str, *row: str | int) -> tuple[Any, ...]:
+    """Those of the tile sizes that this Triton compiles well for a row of a table."""
     tried = max((r for r in tile_tables.SPILLS if r <= triton_release()), default=None)
     spilling = () if tried is None else tile_tables.SPILLS[tried].get((table, *row), ())
     return tuple(config for config in configs if config not in spilling) if spilling else configs

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .bias_gelu import SQRT_HALF
 from .bound import bound
-from .launch import architecture, cdiv, device_guard, launch, tile_choices
+from .launch import architecture, cdiv, device_guard, launch, tile_choices, without_spilling
 from .pixel_shuffle_linear import dot_precision, locate_tile, select_configs, tile_arguments
 from .tilings import GemmConfig
 
@@ -94,7 +94,8 @@ def linear_gelu_forward(
 
 def configs_of(table: str, arch: str, dtype: torch.dtype) -> tuple[GemmConfig, ...]:
     """Tile sizes for a chip and a dtype; where none were measured, those of other products."""
-    return tile_choices(table, arch, dtype.itemsize) or select_configs(arch, dtype)
+    row = table, arch, dtype.itemsize
+    return tile_choices(*row) or without_spilling(select_configs(arch, dtype), *row)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -19,12 +19,13 @@ CHOSEN_BY = {
 }
 
 # Triton's release, then (table, *row).
-SPILLS: dict[tuple[int, int], Rows[Tiling]] = {
+SPILLS: dict[tuple[int, int], Rows[Tiling | GemmConfig]] = {
     (3, 6): {},
     (3, 8): {
         ("FORWARD", "sm_80", 64, 2): (Tiling(128, 64, 4, 3),),
         ("FORWARD", "sm_80", 128, 2): (Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2)),
         ("FORWARD", "sm_90", 128, 2): (Tiling(128, 64, 8, 2),),
+        ("LINEAR_GELU", "sm_80", 4): (GemmConfig(64, 64, 16, 4, 4),),
     },
 }
 
