@@ -169,9 +169,9 @@ def _provenance(document: dict[str, Any]) -> str:
     again: dict[str, Counter[str]] = {}  # rows that were run again, by commit
     for row in document["rows"]:
         if "commit" in row:
-            again.setdefault(row["commit"], Counter())[row["op"]] += 1
+            again.setdefault(row["commit"], Counter())[row.get("op") or row["kernel"]] += 1
     later = "".join(
-        f"; run again at {commit}: " + ", ".join(f"{op} {n}" for op, n in sorted(ops.items()))
+        f"; run at {commit}: " + ", ".join(f"{op} {n}" for op, n in sorted(ops.items()))
         for commit, ops in again.items()
     )
     return f"Device: none. {versions}; commit {document['commit']}{later}, {document['date'][:10]}."
