@@ -87,7 +87,7 @@ def _kind_of(error: BaseException | str, text: str, label: str) -> str:
 def schema_of(manifest: Manifest) -> pa.Schema:
     """Of the parts."""
     facts, keep = manifest.facts, manifest.asked["keep"]
-    vector = pa.list_(pa.float32(), facts.hidden_size)
+    vector = pa.list_(pa.float32())  # of fixed size, pyarrow before 26 reads none beside a null
     fields = [("id", pa.string()), ("row", pa.int64()), ("error", pa.string())]
     fields += [(name, pa.int32()) for name in SIZES]
     fields += [(name, vector) for name in POOLED if name != "cls" or facts.num_prefix_tokens]
@@ -122,14 +122,12 @@ def table_of(rows: Sequence[Row], part: int, manifest: Manifest) -> pa.Table:
 
 
 def _vectors(values: Sequence[Any], kind: Any) -> pa.Array:
-    missing = np.array([value is None for value in values])
-    flat = np.zeros((len(values), kind.list_size), dtype=np.float32)
-    for i, value in enumerate(values):
-        if value is not None:
-            flat[i] = value
-    return pa.FixedSizeListArray.from_arrays(
-        pa.array(flat.ravel()), type=kind, mask=pa.array(missing)
-    )
+    missing = np.array([value is None for value in values] + [False])
+    present = [np.asarray(value, dtype=np.float32) for value in values if value is not None]
+    lengths = [0 if value is None else len(value) for value in values]
+    ends = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    flat = np.concatenate(present) if present else np.empty(0, dtype=np.float32)
+    return pa.ListArray.from_arrays(pa.array(ends, mask=missing), pa.array(flat), type=kind)
 
 
 def count_errors(rows: Sequence[Row]) -> dict[str, list[Any]]:

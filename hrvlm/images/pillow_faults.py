@@ -109,7 +109,7 @@ def _choose_tiff_decoder(image: Any, tags: Any) -> None:
             image.tile = [tile._replace(args=(_NATIVE[rawmode], *tile[3][1:]))]
         return
     planes = tags.get(_PLANAR) == 2 and image.mode in ("RGB", "RGBA", "CMYK")
-    if tags.get(_PHOTOMETRIC) == _YCBCR and image.mode == "YCbCr":
+    if tags.get(_PHOTOMETRIC) == _YCBCR and image.mode in ("YCbCr", "RGB"):
         image._mode, rawmode = "RGB", "RGBX"
     elif planes:
         rawmode = image.mode + (";16N" if max(tags[_BITS]) == 16 else "")
@@ -119,9 +119,22 @@ def _choose_tiff_decoder(image: Any, tags: Any) -> None:
     whole = (0, 0, *image._tile_size)
     image.tile = [
         tile._replace(
-            codec_name="libtiff", extents=whole, offset=0, args=(rawmode, False, tags.offset)
+            codec_name="libtiff", extents=whole, offset=0, args=_libtiff(rawmode, tags.offset)
         )
     ]
+
+
+def _libtiff(rawmode: str, offset: int) -> tuple[Any, ...]:
+    """What Pillow's decoder by libtiff is told; until some release the compression, too."""
+    return (rawmode, *(("raw",) if _libtiff_is_told_the_compression() else ()), False, offset)
+
+
+@cache
+def _libtiff_is_told_the_compression() -> bool:
+    stream = io.BytesIO()
+    Image.new("L", (1, 1)).save(stream, "TIFF", compression="tiff_lzw")
+    with Image.open(stream, formats=["TIFF"]) as image:
+        return len(image.tile[0][3]) == 4
 
 
 def _widen_colour_key(image: Image.Image) -> None:

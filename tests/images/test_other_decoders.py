@@ -52,7 +52,10 @@ def pillow_reads(data):
 def tiff(array, **options):
     """A file by tifffile, and what it reads of it, channels last."""
     stream = io.BytesIO()
-    tifffile.imwrite(stream, array, metadata=None, **options)
+    try:
+        tifffile.imwrite(stream, array, metadata=None, **options)
+    except NotImplementedError as error:  # the last imagecodecs for Python 3.10
+        pytest.skip(f"this imagecodecs does not write it: {error}")
     read = tifffile.imread(io.BytesIO(stream.getvalue()))
     return stream.getvalue(), read
 

@@ -8,6 +8,8 @@ from tests.tiny import config_of, model_of, picture, processor_of
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
+if int(trl.__version__.partition(".")[0]) < 1:
+    pytest.skip("TRL asks processors for what tokenizers have, before 1.0", allow_module_level=True)
 
 QUESTION, ANSWER = "What is it?", "a square"
 FORMS = {

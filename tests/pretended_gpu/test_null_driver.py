@@ -89,5 +89,5 @@ def test_a_launch_costs_the_host_a_quarter():
     """Of Triton's way, over all ops; `python -m pretended_gpu.host_time` has the figures."""
     with torch.no_grad():
         times = {name: host_time.measure(run, rounds=9, calls=20) for name, run in OPS.items()}
-    assert max(t.ratio for t in times.values()) < 0.4, times
+    assert max(t.ratio for t in times.values()) < 0.5, times
     assert sum(t.now for t in times.values()) < 0.25 * sum(t.before for t in times.values()), times
