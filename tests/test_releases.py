@@ -106,7 +106,7 @@ def test_exports_were_tried_as_a_whole():
         pytest.skip("no run of `make exports` is kept")
     kept = json.loads(path.read_text())
     plan = (releases.ROOT / "Makefile").read_text().partition("\nexports:")[2].partition("\n\n")[0]
-    assert all(file in plan for file in kept["part"]) and kept["part"][0] == "tests/export"
+    assert all(file in plan for file in kept["part"]) and len(kept["part"]) == 3
     assert kept["failures"] == [] and kept["skipped"] == 0 and kept["passed"] > 50
 
 
