@@ -134,7 +134,8 @@ def _libtiff_is_told_the_compression() -> bool:
     stream = io.BytesIO()
     Image.new("L", (1, 1)).save(stream, "TIFF", compression="tiff_lzw")
     with Image.open(stream, formats=["TIFF"]) as image:
-        return len(image.tile[0][3]) == 4
+        told = image.tile[0][3]
+    return isinstance(told, tuple) and len(told) == 4
 
 
 def _widen_colour_key(image: Image.Image) -> None:
