@@ -306,11 +306,6 @@ class _Replay:
         return tensors[self.returned[0]]
 
 
-def _as_arguments(a: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Of ``torch.empty_strided``."""
-    return (a.shape, a.stride()), {"dtype": a.dtype, "device": a.device}
-
-
 def _is_whole(a: Tensor, b: Tensor) -> bool:
     """Whether `a`, a view of `b` at least, is all of it; torch detaches what it allocates."""
     return a.data_ptr() == b.data_ptr() and _layout(a) == _layout(b)
