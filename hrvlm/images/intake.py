@@ -288,16 +288,21 @@ def _to_rgb(
     grey = grey_of(image)
     with _failures_named(label, f"of mode {image.mode} cannot be converted to RGB"):
         rgb = Image.new("RGB", image.size)
-        rows = max(1, _STRIPE_PIXELS // image.width)
-        for top in range(0, image.height, rows):
-            box = (0, top, image.width, min(top + rows, image.height))
-            whole = rows >= image.height
-            stripe = _stripe_to_rgb(image if whole else image.crop(box), label, background, grey)
+        for box, piece in stripes(image):
+            stripe = _stripe_to_rgb(piece, label, background, grey)
             stripe = stripe.point(invert) if invert else stripe
-            if whole:
+            if piece is image:
                 return stripe
             rgb.paste(stripe, box)
         return rgb
+
+
+def stripes(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
+    """Boxes over the whole width with what is in them; of a small image one, and itself."""
+    rows = max(1, _STRIPE_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        yield box, image if rows >= image.height else image.crop(box)
 
 
 def _stripe_to_rgb(

@@ -34,11 +34,11 @@ from .intake import (
     opened,
     rgb_color,
     rgb_of_file,
+    stripes,
     upright_rgb,
 )
 from .stills import PiecesFile, Still
 
-_STRIPE = 1 << 20  # pixels that are copied at a time
 _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 _UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {  # EXIF orientation: what brings [3, H, W] back
     2: lambda x: x.flip(2),
@@ -124,10 +124,8 @@ def _interpolated(batch: Tensor, size: tuple[int, int], method: Image.Resampling
 def _bytes_of(image: Image.Image) -> Tensor:
     """Copied in stripes: Pillow hands out an image's bytes twice over, and these are a copy too."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(1, _STRIPE // image.width)
-    for top in range(0, image.height, rows):
-        box = (0, top, image.width, min(top + rows, image.height))
-        pixels[top : box[3]] = np.asarray(image if rows >= image.height else image.crop(box))
+    for (_, top, _, bottom), piece in stripes(image):
+        pixels[top:bottom] = np.asarray(piece)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

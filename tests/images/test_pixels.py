@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hrvlm.images import intake
 from hrvlm.images import pixels as module
 from hrvlm.images.formats import ImageError
 from hrvlm.images.intake import load_image
@@ -259,7 +260,7 @@ def test_pixels_that_pillow_decodes_are_held_once_beside_its_image():
     finally:
         tracemalloc.stop()
     assert torch.equal(pixels, by_pillow(data))
-    assert peak < 3 * 2000 * 1500 + 2 * 3 * module._STRIPE + 10**6
+    assert peak < 3 * 2000 * 1500 + 2 * 3 * intake._STRIPE_PIXELS + 10**6
 
 
 def test_a_cut_png_is_refused_alike_where_its_pixels_are_all_there():
