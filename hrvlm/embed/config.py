@@ -9,13 +9,13 @@ anything runs, and no retry, kill or shard can change it.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from ..files import hexdigest
 from ..images.geometry import positive_int
 from ..machine import check_dtype
 
@@ -199,7 +199,7 @@ class Manifest:
         """Of all that decides about rows; each part, and the listing, bear it."""
         decides = {name: value for name, value in self.to_json().items() if name != "input"}
         text = json.dumps(decides, sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return hexdigest(text.encode())
 
     @classmethod
     def from_json(cls, stored: Any, where: str) -> Manifest:

@@ -7,7 +7,6 @@ found. It is made once and kept beside the parts; what was measured is kept with
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import hexdigest
 from .config import Manifest
 from .entries import Entry
 from .parts import done_parts, read_parts
@@ -135,11 +135,7 @@ def _state_of(store: Store, manifest: Manifest) -> str:
     """What the index is of: changes with the run and with any part."""
     parts = done_parts(store, manifest, range(manifest.parts))
     told = [(part, own.size, sorted(own.bad.items())) for part, own in parts.items()]
-    return _digest(repr((manifest.fingerprint, told)).encode())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return hexdigest(repr((manifest.fingerprint, told)).encode())
 
 
 def _kept(store: Store, manifest: Manifest, by: str, state: str) -> Index | None:
@@ -152,7 +148,7 @@ def _kept(store: Store, manifest: Manifest, by: str, state: str) -> Index | None
             own = json.load(file)
         with store.open(content_name) as file:
             content = file.read()
-        if (own["state"], own["digest"]) != (state, _digest(content)):
+        if (own["state"], own["digest"]) != (state, hexdigest(content)):
             return None
         rows, recall, (looked_into, lists) = own["rows"], own["recall"], own["lists"]
     except (FileNotFoundError, KeyError, TypeError, ValueError, RecursionError):
@@ -183,7 +179,7 @@ def _made(store: Store, manifest: Manifest, by: str, state: str) -> Index:
     while (recall := _recall(index, queries, own, true)) < GOAL and index.nprobe < lists:
         index.nprobe = min(2 * index.nprobe, lists)
     content, names = faiss.serialize_index(index).tobytes(), index_names(by)
-    told = {"state": state, "digest": _digest(content), "rows": count, "recall": recall}
+    told = {"state": state, "digest": hexdigest(content), "rows": count, "recall": recall}
     told["lists"] = [index.nprobe, lists]
     store.write(names[0], content)
     store.write(names[1], (json.dumps(told) + "\n").encode())

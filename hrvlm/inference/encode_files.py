@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .. import __version__
-from ..files import write_bytes, write_picture
+from ..files import hexdigest, write_bytes, write_picture
 from ..images.fetch import is_url
 from .encode_formats import (
     Stored,
@@ -358,7 +358,7 @@ def _readable(name: str) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return hexdigest(text.encode("utf-8", "surrogateescape"))
 
 
 def _png_info(told: Mapping[str, str]) -> PngInfo:

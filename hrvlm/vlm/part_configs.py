@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hrvlm_kernels.backends import check_backend
+from hrvlm_kernels.packed_tables import is_int
 
 from ..images.geometry import positive_number, true_or_false
 from .tower_classes import architecture_name, config_class_of, tower_class
@@ -161,13 +162,13 @@ def checked(names: Mapping[str, Any], said: Mapping[str, str]) -> dict[str, Any]
 def _checked(name: str, value: Any, said: str) -> Any:
     if value is None and name in _MAY_BE_NONE:
         return None
-    known = not isinstance(value, bool)
     if (least := _COUNTS.get(name)) is not None:
-        if not (known and isinstance(value, numbers.Integral) and int(value) >= least):
+        if not is_int(value, least):
             raise ValueError(f"{said}={value!r}: expected a whole number of at least {least}")
         return int(value)
     if name in _NUMBERS:
-        if not (known and isinstance(value, numbers.Real) and 0 <= float(value) < math.inf):
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (real and 0 <= float(value) < math.inf):
             raise ValueError(f"{said}={value!r}: expected a number of at least 0")
         return value if isinstance(value, int) else float(value)
     return value
