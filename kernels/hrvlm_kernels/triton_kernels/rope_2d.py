@@ -157,7 +157,8 @@ def select_config(arch: str, head_dim: int, dtype: torch.dtype) -> RopeConfig:
     """Tile sizes for a chip, a head_dim and a dtype."""
     if arch == "interpreter":
         return _INTERPRETER
-    return tile_choices("ROPE", arch, table_head_dim(head_dim), dtype.itemsize)[0]
+    width = table_head_dim(next_power_of_2(head_dim))
+    return tile_choices("ROPE", arch, width, dtype.itemsize)[0]
 
 
 def rotate_heads(

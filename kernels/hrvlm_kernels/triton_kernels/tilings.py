@@ -70,8 +70,8 @@ def by_chip(rows: Rows[Config]) -> Rows[Config]:
 
 
 def table_head_dim(head_dim: int) -> int:
-    """The rows of the tables that serve `head_dim`: it is rounded up to 32, 64 or 128."""
-    return min((width for width in (32, 64, 128) if width >= head_dim), default=128)
+    """The rows of the tables that serve `head_dim`: it is rounded up to one of these widths."""
+    return min((width for width in (32, 64, 80, 96, 128) if width >= head_dim), default=128)
 
 
 def table_width(width: int) -> int:
