@@ -6,27 +6,46 @@ What counts most comes first: half a minute of `hrvlm verify`, the whole encoder
 768 and 224 px against torch.compile, and attention. Then the tests marked gpu, by file, on several
 processes where pytest-xdist is there, since most of their time is compiling kernels; then the other
 suites of benchmarks. Each step is a process of its own: a kernel that breaks the GPU's context
-costs one step, and a hang ends with its step's time. A suite writes its results case by case: those
-of a step that is ended are kept.
+costs one step, and a hang ends with its step's time. :data:`SECONDS` has the time of each.
+
+All is stored as it is made: a suite writes its results case by case, what a step prints goes into a
+file beside them line by line (a line for each test), and how each ended into ``gpu_run.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 from benchmarks.case import RESULTS
+from benchmarks.suite import commit_here, now
+from hrvlm.files import write_text
 
-HEADLINE = "encoder"
-SUITES = (HEADLINE, "varlen_attention", "fused_ops", "rope_2d", "pixel_shuffle_linear", "training")
+# The steps in their order, and the seconds of each: nine and a half minutes together. What a step
+# leaves of its time goes to those behind it. About 20 s of a suite's go to imports, to what the
+# device reaches at best and to the gates of its ops, and a compiled peer takes up to a minute.
+SECONDS = {
+    "gate": 30,
+    "encoder": 215,
+    "varlen_attention": 80,
+    "tests": 120,
+    "fused_ops": 40,
+    "rope_2d": 25,
+    "pixel_shuffle_linear": 25,
+    "training": 35,
+}
+SUITES = tuple(name for name in SECONDS if name not in ("gate", "tests"))
 # All that have tests marked gpu.
 TESTS = (
     "tests/encoder/test_vision_transformer_gpu.py",
@@ -46,102 +65,136 @@ TESTS = (
     "tests/images/test_processor.py",
     "tests/benchmarks/test_tune.py",
 )
-# Of the time, at most.
-SHARES = {"gate": 30 / 570, HEADLINE: 0.4, "varlen_attention": 0.15, "tests": 0.5}
-TEST_TIMEOUT_S = 150
-OVERRUN_S = 45.0  # of a suite's time goes to what its budget does not count
-LEAST_S = 20.0  # with less left, a step is not begun
+TEST_TIMEOUT_S = 100
+OVERRUN_S = 45.0  # what a suite begins within its budget may take after it
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the share of the whole time that it may take at most."""
+    """A command, and the seconds that it may take where those before it took all of theirs."""
 
     name: str
     command: tuple[str, ...]
-    share: float = 1.0
-    budget: bool = False  # takes --budget, the seconds that are left
+    seconds: float
+    budget: bool = False  # takes --budget, the seconds after which it begins nothing
+
+
+class Ends:
+    """How steps ended, in a file.
+
+    Args:
+        path: Of the file. What it has of other steps at the same commit is kept.
+        commit: Of what ran.
+    """
+
+    def __init__(self, path: Path, commit: str):
+        self.path, self.document = path, {"commit": commit, "steps": {}}
+        before = json.loads(path.read_text()) if path.exists() else {}
+        if before.get("commit") == commit:
+            self.document = before
+
+    def add(self, step: str, end: str, *, limit_s: float, took_s: float) -> None:
+        """Write the file with one more: "done", "failed (exit status N)" or "ended after N s"."""
+        self.document["steps"][step] = {
+            "end": end,
+            "date": now(),
+            "limit_s": round(limit_s, 1),
+            "took_s": round(took_s, 1),
+        }
+        write_text(self.path, json.dumps(self.document, indent=1) + "\n")
 
 
 def main() -> None:
     """Run the tests and the suites; exit with 1 unless all of them did well."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=9.5, help="For all steps together.")
-    parser.add_argument(
-        "--only", nargs="+", choices=("gate", "tests", *SUITES), help="Of the steps."
-    )
+    minutes = sum(SECONDS.values()) / 60
+    parser.add_argument("--minutes", type=float, default=minutes, help="For all steps together.")
+    parser.add_argument("--only", nargs="+", choices=tuple(SECONDS), help="Of the steps.")
+    parser.add_argument("--small", action="store_true", help="Tiny inputs, to see that they run.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Directory of JSON files.")
     parser.add_argument("--commit", help="Commit to name in them, where there is no git.")
     args = parser.parse_args()
-    steps = [step for step in steps_of(args.results, args.commit) if _wanted(step, args.only)]
-    ends = run_steps(steps, 60 * args.minutes)
+    steps = steps_of(args.results, args.commit, small=args.small)
+    wanted = [step for step in steps if args.only is None or step.name in args.only]
+    kept = Ends(args.results / "gpu_run.json", args.commit or commit_here())
+    ends = run_steps(wanted, 60 * args.minutes, kept)
     width = max(map(len, ends))
     print("\n" + "\n".join(f"{name:{width}}  {end}" for name, end in ends.items()))
     sys.exit(any(end != "done" for end in ends.values()))
 
 
-def steps_of(results: Path, commit: str | None) -> list[Step]:
-    """The gate, the encoder, attention, the tests, then the other suites."""
+def steps_of(results: Path, commit: str | None, *, small: bool = False) -> list[Step]:
+    """All steps, in the order of :data:`SECONDS`."""
     pytest = (sys.executable, "-m", "pytest")
     options = []
     if find_spec("xdist"):
         options += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
     if find_spec("pytest_timeout"):  # its signals do not reach a thread that waits for the device
         options += ["--timeout", str(TEST_TIMEOUT_S), "--timeout-method", "thread"]
-    tests = Step("tests", (*pytest, *TESTS, "-m", "gpu", *options), SHARES["tests"])
     gate = (sys.executable, "-m", "hrvlm", "verify", "--device=cuda", "--dtype=bfloat16")
     ops = ("--backend=triton", "--op=varlen_attention", "--op=encoder")
+    commands = {"gate": (*gate, *ops), "tests": (*pytest, "-v", *TESTS, "-m", "gpu", *options)}
     # With "=", or pytest takes a folder that exists for one of tests, and its settings from above.
     given = [f"--results={results}", *([f"--commit={commit}"] if commit else [])]
-    suites = [
-        Step(
-            suite,
-            (*pytest, f"benchmarks/bench_{suite}.py", *given),
-            SHARES.get(suite, 1.0),
-            budget=suite == HEADLINE,
-        )
-        for suite in SUITES
+    given += ["--small", "--seconds=0.01"] if small else []
+    for suite in SUITES:
+        commands[suite] = (*pytest, f"benchmarks/bench_{suite}.py", *given)
+    return [
+        Step(name, commands[name], seconds, budget=name in SUITES)
+        for name, seconds in SECONDS.items()
     ]
-    return [Step("gate", (*gate, *ops), SHARES["gate"]), *suites[:2], tests, *suites[2:]]
 
 
-def run_steps(steps: Sequence[Step], seconds: float) -> dict[str, str]:
+def run_steps(steps: Sequence[Step], seconds: float, kept: Ends) -> dict[str, str]:
     """Run commands one after the other.
 
     Args:
         steps: What to run. One that fails or takes too long does not keep back the others.
-        seconds: For all of them.
+        seconds: For all of them, each in the proportion of its own.
+        kept: Gets how they ended; what they print goes into files beside it.
 
     Returns:
-        How each ended: "done", "failed (exit status N)", "ended after N s" or "no time left".
+        How each ended, as in the file.
     """
-    deadline, ends = time.monotonic() + seconds, {}
+    folder, ends = kept.path.parent, {}
+    folder.mkdir(parents=True, exist_ok=True)
+    scale, deadline = seconds / sum(step.seconds for step in steps), time.monotonic()
     for step in steps:
-        left = deadline - time.monotonic()
-        limit = min(left, step.share * seconds)
-        if left < min(LEAST_S, seconds / 10):
-            ends[step.name] = "no time left"
-            continue
+        begun = time.monotonic()
+        deadline += scale * step.seconds
+        limit = deadline - begun
         print(f"--- {step.name}, at most {limit:.0f} s", flush=True)
-        # What is begun within its budget is finished after it: imports, ceilings, a last case.
-        given = (f"--budget={max(limit - OVERRUN_S, 0):.0f}",) if step.budget else ()
-        ends[step.name] = _run((*step.command, *given), limit)
+        given = (f"--budget={limit - min(OVERRUN_S, limit / 2):.0f}",) if step.budget else ()
+        log = folder / f"{kept.path.stem}-{step.name}.log"
+        ends[step.name] = end = _run((*step.command, *given), limit, log)
+        kept.add(step.name, end, limit_s=limit, took_s=time.monotonic() - begun)
     return ends
 
 
-def _run(command: Sequence[str], seconds: float) -> str:
-    process = subprocess.Popen(command, start_new_session=True)
+def _run(command: Sequence[str], seconds: float, log: Path) -> str:
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    printing = threading.Thread(target=_print_and_keep, args=(process.stdout, log), daemon=True)
+    printing.start()
     try:
-        status = process.wait(seconds)
+        status = process.wait(max(seconds, 0))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its workers too
-        process.wait()
         return f"ended after {seconds:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too
+            process.wait()
+        printing.join(5)  # a process that left the group may hold the pipe for ever
     return "done" if status == 0 else f"failed (exit status {status})"
 
 
-def _wanted(step: Step, only: Sequence[str] | None) -> bool:
-    return only is None or step.name in only
+def _print_and_keep(output: BinaryIO, log: Path) -> None:
+    with log.open("wb", buffering=0) as kept:
+        while chunk := output.read1():
+            kept.write(chunk)
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

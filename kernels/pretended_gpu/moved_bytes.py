@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import pretended_gpu
 
-from .record import RECORD, Op, Operand
+from .record import RECORD, Launch, Op, Operand
 from .torch_tensors import inner
 
 # Nothing runs on the device for these.
@@ -86,28 +86,42 @@ def moved_by(run: Callable[[], object], *, tokens: int) -> Moved:
     with RECORD.counting(), saved_tensors_hooks(note, lambda a: a):
         run()
     moved = Moved(kept=Counter(bytes=sum(memories.values())))
+    moved.launches.update(launched(RECORD.ops, RECORD.launches))
     for op in RECORD.ops:
-        if op.is_view or op.name in _FREE or not op.name.startswith("aten::"):
+        if not _starts_something(op):
             continue
-        moved.launches[op.name] += 1
         if op.name in _WITH_SUMMAND:
             _count_summand(op, tokens, moved)
         elif op.name not in _PRODUCTS:
             moved.passes[op.name] += _of_tokens((*op.reads, *op.writes), tokens)
     for launch in RECORD.launches:
-        moved.launches[launch.kernel] += 1
         if launch.kernel not in _PRODUCTS:
             into = moved.attention if launch.kernel.startswith(_ATTENTION) else moved.passes
             into[launch.kernel] += _of_tokens((*launch.reads, *launch.writes), tokens)
     return Moved(*(+counted for counted in vars(moved).values()))
 
 
+def launched(ops: Iterable[Op], launches: Iterable[Launch]) -> list[str]:
+    """Names of what the device starts: aten ops, with what torch adds, and Triton kernels."""
+    names = []
+    for op in filter(_starts_something, ops):
+        names += [_COPY, op.name] if _copies_summand(op) else [op.name]
+    return names + [launch.kernel for launch in launches]
+
+
+def _starts_something(op: Op) -> bool:
+    return op.name.startswith("aten::") and not op.is_view and op.name not in _FREE
+
+
+def _copies_summand(op: Op) -> bool:
+    return op.name == "aten::addmm" and len(op.reads[0].shape) == 2
+
+
 def _count_summand(op: Op, tokens: int, moved: Moved) -> None:
     """Read by the product; and copied first, where the result is a tensor of its own."""
     summand = op.reads[:1]
     moved.passes[op.name] += _of_tokens(summand, tokens)
-    if op.name == "aten::addmm" and len(summand[0].shape) == 2:
-        moved.launches[_COPY] += 1
+    if _copies_summand(op):
         moved.passes[_COPY] += 2 * _of_tokens(summand, tokens)
 
 

@@ -87,11 +87,11 @@ def pytest_runtest_call(item: Any) -> Any:
     """Leave no mode of one test to the next."""
     record = pretended_gpu.RECORD
     record.clear()
-    record.sync_mode, record.capturing = "default", False
+    record.sync_mode, record.captured = "default", None
     try:
         return (yield)
     finally:
-        record.sync_mode, record.capturing = "default", False
+        record.sync_mode, record.captured = "default", None
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:

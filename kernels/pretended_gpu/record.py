@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +60,7 @@ class Record:
     waits: list[int] = field(default_factory=list)  # cycles that the device was to wait
     descriptors: int = 0
     counts_ops: bool = False
-    capturing: bool = False
+    captured: list[Callable[[], object]] | None = None  # of the graph that is being captured
     sync_mode: str = "default"  # of torch.cuda.set_sync_debug_mode
 
     def clear(self) -> None:
@@ -78,8 +78,13 @@ class Record:
         self.syncs.append((what, place))
         if self.sync_mode == "error":
             raise SyncError(f"called a synchronizing CUDA operation ({what}) at {place}")
-        if self.capturing:
+        if self.captured is not None:
             raise SyncError(f"operation not permitted when stream is capturing ({what}) at {place}")
+
+    def capture(self, again: Callable[[], object]) -> None:
+        """Note how what was just done is done again, where a graph is being captured."""
+        if self.captured is not None:
+            self.captured.append(again)
 
     @contextmanager
     def counting(self, counts: bool = True) -> Iterator[None]:

@@ -24,7 +24,7 @@ from .record import RECORD, Op
 from .torch_tensors import IMPLEMENTATIONS, MODE, inner, operands
 
 _LOG2_E = 1.4426950408889634
-# The dispatch mode is of a thread: in another one tensors are what they are.
+# What torch has set aside inside an op is of a thread: another one has gradients.
 _elsewhere = ThreadPoolExecutor(1)
 
 
@@ -52,7 +52,7 @@ def install(*, numbers: bool) -> None:
 
 
 def _keep(qualified: str, run: Callable[..., Any], numbers: bool) -> None:
-    reference = REFERENCES.get(qualified.partition("::")[2]) if numbers else None
+    reference = REFERENCES[qualified.partition("::")[2]] if numbers else None
 
     def pretended(*args: Any, **kwargs: Any) -> Any:
         with MODE:
@@ -60,9 +60,14 @@ def _keep(qualified: str, run: Callable[..., Any], numbers: bool) -> None:
         if RECORD.counts_ops:
             RECORD.ops.append(Op(qualified, False, operands((args, kwargs)), operands(out)))
         if reference is not None:
-            with RECORD.counting(False):
-                inner_args, inner_kwargs = tree_map(inner, (args, kwargs))
-                _fill(out, _elsewhere.submit(reference, *inner_args, **inner_kwargs).result())
+            inner_args, inner_kwargs = tree_map(inner, (args, kwargs))
+
+            def fill() -> None:
+                with RECORD.counting(False):
+                    _fill(out, _elsewhere.submit(reference, *inner_args, **inner_kwargs).result())
+
+            fill()
+            RECORD.capture(fill)
         return out
 
     IMPLEMENTATIONS[qualified] = pretended
@@ -167,8 +172,7 @@ def _varlen_attention_backward(
 def _pixel_shuffle_linear(
     x: Tensor, index: Tensor, cu_seqlens: Tensor, weight: Tensor, bias: Tensor | None, prefix: int
 ) -> Tensor:
-    rows = x[index.long()].flatten(1).float()
-    return F.linear(rows, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return _linear(x[index.long()].flatten(1), weight, bias).to(x.dtype)
 
 
 def _pixel_shuffle_linear_dx(
@@ -270,6 +274,20 @@ def _bias_gelu_backward(g: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, ...
     return grads[0].to(x.dtype), grads[1].to(bias.dtype)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.gelu(_linear(x, weight, bias)).to(x.dtype)
+
+
+def _linear_swiglu(
+    x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None
+) -> Tensor:
+    return _swiglu(_linear(x, gate, gate_bias), _linear(x, up, up_bias)).to(x.dtype)
+
+
 def _qkv_attention_backward(
     g: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, tiles_64: Tensor,
     tiles_128: Tensor, short_segments: Tensor, coords: Tensor | None, inv_freq: Tensor | None,
@@ -309,7 +327,9 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "biased_residual_layer_norm_backward": _biased_residual_layer_norm_backward,
     "layer_norm_pixel_shuffle": _layer_norm_pixel_shuffle,
     "layer_norm_pixel_shuffle_backward": _layer_norm_pixel_shuffle_backward,
+    "linear_gelu": _linear_gelu,
     "linear_residual_gradients": _linear_residual_gradients,
+    "linear_swiglu": _linear_swiglu,
     "normalize_patchify": _normalize_patchify,
     "pixel_shuffle_linear": _pixel_shuffle_linear,
     "pixel_shuffle_linear_dweight": _pixel_shuffle_linear_dweight,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .moved_bytes import launched
 from .record import RECORD, Launch
 from .torch_tensors import DEVICE, MODE, PretendedTensor, is_cuda
 from .triton_driver import CAPABILITY, MAX_SHARED, MULTIPROCESSORS
@@ -93,25 +94,31 @@ class Stream:
 
 
 class CUDAGraph:
-    """Remembers that it was captured; a replay is a launch and computes nothing."""
+    """Remembers what was done while it was captured; a replay is one launch and does it again."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.captured: list[Callable[[], object]] = []
 
     def pool(self) -> tuple[int, int]:
         """An id of its memory pool."""
         return (0, 1)
 
     def replay(self) -> None:
-        """Record a launch."""
+        """Write the same tensors anew."""
         RECORD.launches.append(Launch("graph replay", (1, 1, 1)))
+        with torch.no_grad():
+            for again in self.captured:
+                again()
 
 
 @contextlib.contextmanager
 def graph(cuda_graph: CUDAGraph, *args: Any, **kwargs: Any) -> Iterator[None]:
     """Capture: whatever makes the host wait raises."""
-    RECORD.capturing = True
+    RECORD.captured = cuda_graph.captured
     try:
         yield
     finally:
-        RECORD.capturing = False
+        RECORD.captured = None
 
 
 class _DeviceGuard(contextlib.nullcontext[None]):
@@ -151,7 +158,7 @@ def _fakes() -> dict[str, Any]:
         "ipc_collect": nothing,
         "is_available": _always(True),
         "is_bf16_supported": _always(True),
-        "is_current_stream_capturing": lambda: RECORD.capturing,
+        "is_current_stream_capturing": lambda: RECORD.captured is not None,
         "is_initialized": _always(True),
         "manual_seed": nothing,
         "manual_seed_all": nothing,
@@ -179,10 +186,43 @@ def install() -> None:
         importlib.import_module(module)
     for name, fake in _fakes().items():
         setattr(torch.cuda, name, fake)
+    _replace_profiler()
     _replace_generator()
     _replace_constructors()
     _replace_autocast()
     _replace_moves()
+
+
+class Profile(contextlib.AbstractContextManager["Profile"]):
+    """Tells what was started on the device, each as an event with a name and no time."""
+
+    def __enter__(self) -> Profile:
+        self._begun = len(RECORD.ops), len(RECORD.launches)
+        self._counting = RECORD.counting()
+        self._counting.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._counting.__exit__(*error)
+        ops, launches = self._begun
+        self._names = launched(RECORD.ops[ops:], RECORD.launches[launches:])
+
+    def events(self) -> list[SimpleNamespace]:
+        """In the order of their kinds: aten ops, then Triton kernels."""
+        kind = torch.autograd.DeviceType.CUDA
+        return [SimpleNamespace(name=name, device_type=kind) for name in self._names]
+
+
+def _replace_profiler() -> None:
+    """Where it is asked for the device alone; the host's profile is torch's own."""
+    real = torch.profiler.profile
+
+    def profile(*, activities: Any = None, **options: Any) -> Any:
+        if activities and set(activities) == {torch.profiler.ProfilerActivity.CUDA}:
+            return Profile()
+        return real(activities=activities, **options)
+
+    torch.profiler.profile = profile  # type: ignore[assignment,misc]
 
 
 def _replace_generator() -> None:
@@ -256,12 +296,12 @@ def _replace_moves() -> None:
         device, dtype = _target(args, kwargs)
         if device is not None and device.type == "cpu":
             RECORD.sync("to(cpu)")
-            MODE.to_cpu = True
+            MODE.moving.to_cpu = True
             try:
                 options = {} if dtype is None else {"dtype": dtype}
                 return torch.ops.aten._to_copy(self, device=device, **options)
             finally:
-                MODE.to_cpu = False
+                MODE.moving.to_cpu = False
         if device is None:
             return real_to(self, *args, **kwargs)
         if dtype is not None and dtype != self.dtype:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -145,7 +147,10 @@ class PretendedTensor(torch.Tensor, metaclass=_LooksOrdinary):
 class PretendedMode(TorchDispatchMode):
     """Runs each op on the CPU data after it was judged as a GPU would."""
 
-    to_cpu = False  # inside a `.to("cpu")` of the caller's, which the op itself doesn't tell
+    def __init__(self) -> None:
+        super().__init__()
+        # Whether this thread is inside a `.to("cpu")`, which the op itself doesn't tell.
+        self.moving = threading.local()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -171,14 +176,17 @@ class PretendedMode(TorchDispatchMode):
         if inner_kwargs.get("device") is not None:
             inner_kwargs["device"] = torch.device("cpu")
         out = func(*inner_args, **inner_kwargs)
+        RECORD.capture(lambda: _write(out, func(*inner_args, **inner_kwargs)))
         if RECORD.counts_ops:
             RECORD.ops.append(_described(func, name, (inner_args, inner_kwargs), out))
-        if name == "aten::_to_copy" and self.to_cpu:
+        if name == "aten::_to_copy" and getattr(self.moving, "to_cpu", False):
             return out
-        wrapped = tree_map(outer, out)
         if name == "aten::_to_copy" or not here:
-            return wrapped
-        return return_and_correct_aliasing(func, args, kwargs, wrapped)
+            return tree_map(outer, out)
+        # A view of an ordinary tensor is one too, under inference mode as well.
+        ordinary = _is_view(func) and not all(a.is_inference() for a in here)
+        with torch.inference_mode(False) if ordinary else nullcontext():
+            return return_and_correct_aliasing(func, args, kwargs, tree_map(outer, out))
 
     def _note_waits(
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], here: bool
@@ -228,6 +236,13 @@ def inner(a: Any) -> Any:
     return a.data_on_cpu if isinstance(a, PretendedTensor) else a
 
 
+def _write(outs: Any, anew: Any) -> None:
+    """Into the results of an op those of the same op; what it wrote in place is there already."""
+    for out, new in zip(tree_flatten(outs)[0], tree_flatten(anew)[0], strict=True):
+        if isinstance(out, Tensor) and out.data_ptr() != new.data_ptr():
+            out.copy_(new)
+
+
 def outer(a: Any) -> Any:
     """A tensor as one on the pretended GPU; anything else as it is."""
     plain = isinstance(a, Tensor) and not isinstance(a, PretendedTensor)
@@ -259,14 +274,24 @@ def _refuse_host_tensors(name: str, tensors: list[Tensor], *, scalars: bool) -> 
 
 
 def _described(func: Any, name: str, inputs: Any, out: Any) -> Op:
+    return Op(name, _is_view(func), operands(inputs), operands(out))
+
+
+def _is_view(func: Any) -> bool:
     returns = func._schema.returns
-    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    return Op(name, is_view, operands(inputs), operands(out))
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 MODE = PretendedMode()
 
 
 def install() -> None:
-    """Judge every op from here on."""
+    """Judge every op from here on, in this thread and in those that are started."""
     MODE.__enter__()
+    run = threading.Thread.run
+
+    def run_judged(self: threading.Thread) -> None:
+        with MODE:
+            run(self)
+
+    threading.Thread.run = run_judged  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """pretended_gpu: what it refuses, what it records, and what it counts of the encoder."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ SIZES = [(64, 96), (320, 320), (16, 16)]
 def fresh_record():
     RECORD.clear()
     yield
-    RECORD.sync_mode, RECORD.capturing = "default", False
+    RECORD.sync_mode, RECORD.captured = "default", None
 
 
 def small_encoder(**options):
@@ -165,6 +166,52 @@ def test_tensor_maps(change, message):
     check_tensor_map(**good)
     with pytest.raises(ValueError, match=message):
         check_tensor_map(**good | change)
+
+
+@torch.no_grad()
+def test_a_replay_does_again_what_was_captured():
+    """Ops of torch and of hrvlm_kernels, in place and out of it, through views; at once, unasked."""
+    x, rows = torch.randn(4, 6, device="cuda"), torch.zeros(4, 6, device="cuda")
+
+    def run():
+        gated = swiglu(x[:, :3].contiguous(), x[:, 3:].contiguous())
+        rows[:, 3:].add_(1)
+        return gated.sum(1) + rows[0, 3]
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    x.mul_(2)
+    RECORD.clear()
+    graph.replay()
+    assert [launch.kernel for launch in RECORD.launches] == ["graph replay"]
+    assert rows[2, 3].item() == 3 and torch.equal(out + 1, run())
+
+
+def test_a_profile_of_the_device_names_what_it_starts():
+    x, weight, bias = (torch.randn(*shape, device="cuda") for shape in ((4, 8), (8, 8), (8,)))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        swiglu(torch.nn.functional.linear(x[:2], weight, bias), x[2:])
+    names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+    assert names == ["aten::addmm", "swiglu_forward"]
+
+
+def test_inference_mode_is_of_results_and_not_of_views():
+    weight = torch.nn.Parameter(torch.randn(4, 4, device="cuda"))
+    with torch.inference_mode():
+        view, result = weight[1:].T, weight + 1
+        of_result = result[1:]
+    assert not view.is_inference() and result.is_inference() and of_result.is_inference()
+    (view * weight[1:].T).sum().backward()
+    assert torch.equal(weight.grad[1:], weight.detach()[1:])  # none through the view
+
+
+def test_a_thread_has_the_gpu_too():
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda n: torch.ones(n, device="cuda").add_(1), (2, 3)))
+    assert [a.tolist() for a in made] == [[2, 2], [2, 2, 2]]
+    assert all(a.is_cuda for a in made)
 
 
 def test_it_comes_before_the_kernels_package():
