@@ -126,6 +126,9 @@ pretended: $(INSTALLED_DEV)
 	results=$$(mktemp -d) && $(PRETENDED) benchmarks --small --seconds 0.01 --eager-compile --results $$results \
 	  --not-carried tests/pretended_gpu/not_carried.json \
 	  --report benchmarks/results/pretended_gpu-suites.json && rm -r $$results
+	results=$$(mktemp -d) && PYTHONPATH=kernels/pretended_gpu/everywhere:kernels:. OMP_NUM_THREADS=1 $(BIN)/python \
+	  -m benchmarks.gpu_run --small --minutes 30 --without tests --results $$results --commit $(COMMIT) \
+	  && cp $$results/gpu_run.json benchmarks/results/pretended_gpu-run.json && rm -r $$results
 
 sanitize:
 	@command -v compute-sanitizer >/dev/null \

@@ -110,12 +110,14 @@ def main() -> None:
     minutes = sum(SECONDS.values()) / 60
     parser.add_argument("--minutes", type=float, default=minutes, help="For all steps together.")
     parser.add_argument("--only", nargs="+", choices=tuple(SECONDS), help="Of the steps.")
+    parser.add_argument("--without", nargs="+", choices=tuple(SECONDS), help="Of the steps.")
     parser.add_argument("--small", action="store_true", help="Tiny inputs, to see that they run.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Directory of JSON files.")
     parser.add_argument("--commit", help="Commit to name in them, where there is no git.")
     args = parser.parse_args()
     steps = steps_of(args.results, args.commit, small=args.small)
-    wanted = [step for step in steps if args.only is None or step.name in args.only]
+    names = set(args.only or SECONDS) - set(args.without or ())
+    wanted = [step for step in steps if step.name in names]
     kept = Ends(args.results / "gpu_run.json", args.commit or commit_here())
     ends = run_steps(wanted, 60 * args.minutes, kept)
     width = max(map(len, ends))

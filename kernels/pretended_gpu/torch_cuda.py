@@ -209,7 +209,7 @@ class Profile(contextlib.AbstractContextManager["Profile"]):
 
     def events(self) -> list[SimpleNamespace]:
         """In the order of their kinds: aten ops, then Triton kernels."""
-        kind = torch.autograd.DeviceType.CUDA
+        kind = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
         return [SimpleNamespace(name=name, device_type=kind) for name in self._names]
 
 

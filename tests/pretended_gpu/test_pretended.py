@@ -170,7 +170,7 @@ def test_tensor_maps(change, message):
 
 @torch.no_grad()
 def test_a_replay_does_again_what_was_captured():
-    """Ops of torch and of hrvlm_kernels, in place and out of it, through views; at once, unasked."""
+    """Ops of torch and of hrvlm_kernels, in place and out of it, through views."""
     x, rows = torch.randn(4, 6, device="cuda"), torch.zeros(4, 6, device="cuda")
 
     def run():
