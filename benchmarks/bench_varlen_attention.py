@@ -6,8 +6,8 @@ About 16k tokens of 16 heads of 64 or 8 heads of 128, in segments of 201, 2309 a
 (images of 224, 768 and 1024 px with 5 prefix tokens), and the mixed draw (64k tokens). Useful FLOPs
 are 4 H D sum n_i^2 forward and 10 H D sum n_i^2 backward (5 products for 2).
 
-"backward" runs the backward alone, over the graph of one forward; ours is deterministic by default,
-its peers where their name says so. "... with RoPE" lets ours rotate q and k inside the attention;
+"backward" runs the backward alone, over the graph of one forward; ours is deterministic, its peers
+where their name says so. "... with RoPE" lets ours rotate q and k inside the attention;
 its peers rotate them in a pass of ours first.
 """
 
@@ -120,9 +120,6 @@ def _prepare(
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return varlen_attention(q, k, v, packed, rope=rope, backend=backend)
 
-    def atomic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return varlen_attention(q, k, v, packed, rope=rope, deterministic=False, backend=backend)
-
     def peer(make: Callable[[PackedGrids], attention_peers.Attention]) -> Callable[[], Run]:
         def build() -> Run:
             attend = make(packed)
@@ -151,9 +148,6 @@ def _prepare(
     if not direction.startswith("backward"):
         peers = peers | {"Gluon candidate": attention_peers.gluon_candidate}
     else:
-        rivals.append(
-            Rival("hrvlm, deterministic=False", lambda: runner(atomic, (q, k, v), g, direction))
-        )
         peers = peers | attention_peers.DETERMINISTIC
     rivals += [
         Rival(name, peer(make), compiles=name.startswith(COMPILED) and device.type == "cuda")

@@ -32,14 +32,14 @@ def distinct_jobs(target, head_dim):
     """Those of :func:`attention_jobs` that no other one stands for.
 
     A kernel with RoPE does all that it does without, and more. Narrower float32 heads run
-    in the tiles of 128. The table has a single DELTA_ONLY kernel.
+    in the tiles of 128.
     """
     wide = head_dim == 128
     dtypes = (torch.bfloat16, torch.float32) if wide else (torch.bfloat16,)
     every = list(attention_jobs(target, head_dims=[head_dim], dtypes=dtypes))
     rotated = {job.name.replace(" rope", "") for job in every if " rope " in job.name}
     for job in every:
-        if job.name not in rotated and (head_dim == 64 or " delta " not in job.name):
+        if job.name not in rotated:
             yield job
 
 
@@ -63,9 +63,6 @@ def _backward_jobs(target, head_dim, dtype, rope):
     dkdv = partial(dkdv_job, head_dim, dtype, rope=rope)
     yield from of_row(dq, tilings.dq, "DQ", *row)
     yield from of_row(dkdv, tilings.dkdv, "DKDV", *row)
-    yield from of_row(partial(dkdv, atomic=True), tilings.atomic, "ATOMIC", *row)
-    if tilings.atomic:
-        yield from of_row(partial(dq, delta_only=True), tilings.dq[:1], "DQ", *row)
 
 
 def _row(target, head_dim, dtype):
@@ -118,32 +115,26 @@ def short_job(head_dim, dtype, tiling, *, group=1):
     return _job("forward short", kernel, signature, constants, head_dim, dtype, tiling, True)
 
 
-def dq_job(head_dim, dtype, tiling, rope=False, *, group=1, delta_only=False):
-    """dq, or with `delta_only` the row sums alone, which go before atomics."""
+def dq_job(head_dim, dtype, tiling, rope=False, *, group=1):
+    """Dq and delta."""
     names = ["q", "k", "v", "o", "g", "dq"]
     signature, constants = _common(names, head_dim, dtype, tiling, rope, group)
-    constants |= {"BM": tiling.rows, "BN": tiling.step, "DELTA_ONLY": delta_only}
+    constants |= {"BM": tiling.rows, "BN": tiling.step}
     signature["delta"] = "*fp32:16"
-    name = "delta" if delta_only else "dq"
     kernel = backward.varlen_attention_dq
-    return _job(name, kernel, signature, constants, head_dim, dtype, tiling, rope)
+    return _job("dq", kernel, signature, constants, head_dim, dtype, tiling, rope)
 
 
-def dkdv_job(head_dim, dtype, tiling, rope=False, *, group=1, atomic=False):
-    """Dk and dv; `atomic` adds dq to memory too."""
-    names = ["q", "k", "v", "g", "dq", "dk", "dv"]
+def dkdv_job(head_dim, dtype, tiling, rope=False, *, group=1):
+    """Dk and dv."""
+    names = ["q", "k", "v", "g", "dk", "dv"]
     signature, constants = _common(names, head_dim, dtype, tiling, rope, group)
-    constants |= {"BM": tiling.step, "BN": tiling.rows, "ATOMIC": atomic}
-    signature |= {"delta": "*fp32:16", "dq": "*fp32:16"}
-    if not atomic:
-        del signature["dq"]
-        constants |= {"dq": None, "stride_dqt": 0, "stride_dqh": 0}
-        del signature["stride_dqt"], signature["stride_dqh"]
+    constants |= {"BM": tiling.step, "BN": tiling.rows}
+    signature["delta"] = "*fp32:16"
     if group > 1:
         signature |= {"dk": "*fp32:16", "dv": "*fp32:16"}
-    name = "dk, dv, dq" if atomic else "dk, dv"
     kernel = backward.varlen_attention_dkdv
-    return _job(name, kernel, signature, constants, head_dim, dtype, tiling, rope)
+    return _job("dk, dv", kernel, signature, constants, head_dim, dtype, tiling, rope)
 
 
 def _common(names, head_dim, dtype, tiling, rope, group):
@@ -166,5 +157,5 @@ def _job(name, kernel, signature, constants, head_dim, dtype, tiling, rope):
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     tile = f"{tiling.rows}x{tiling.step} {tiling.num_warps} warps {tiling.num_stages} stages"
     full = f"varlen_attention {name} D={head_dim} {NAMES[dtype]}{' rope' if rope else ''} {tile}"
-    tensor_core = dtype != torch.float32 and name != "delta"
+    tensor_core = dtype != torch.float32
     return Job(full, kernel, signature, constants, options, tensor_core)

@@ -104,9 +104,8 @@ def _work(
 
 
 _FORWARD: Moved = {name: (4, 1.0) for name in ("attention", "flash", "parallel_attn")}
-# dq reads q, k, v, g and out; dk and dv too, but for out. Atomics add dq in float32.
+# dq reads q, k, v, g and out; dk and dv too, but for out.
 _BACKWARD: Moved = {name: (6, 1.0) for name in ("_dq", "_dkdv", "_dkv")}
-_ATOMIC: Moved = {"_dq": (2, 1.0), "_dkdv": (8, 1.0)}
 
 
 def _short_and_long(lengths: Sequence[int]) -> Moved:
@@ -118,7 +117,7 @@ def _short_and_long(lengths: Sequence[int]) -> Moved:
 def problem(lengths: Sequence[int], head_dim: int, rotate: bool) -> Problem:
     """As the launchers take it."""
     packed, (q, k, v), rope = inputs(lengths, head_dim)
-    return Problem(q, k, v, packed.segments, rope if rotate else None, None, head_dim**-0.5, True)
+    return Problem(q, k, v, packed.segments, rope if rotate else None, None, head_dim**-0.5)
 
 
 def forward_case(
@@ -155,15 +154,12 @@ def backward_case(
     *,
     variant: str = "shipped",
     tilings: backward.BackwardTilings | None = None,
-    deterministic: bool = True,
     role: str = "ours",
 ) -> Case:
     """The backward; useful are five products."""
     lengths = PACKS[size]
     packed, (q, k, v), rope = inputs(lengths, head_dim)
-    x = Problem(
-        q, k, v, packed.segments, rope if rotate else None, None, head_dim**-0.5, deterministic
-    )  # fmt: skip
+    x = Problem(q, k, v, packed.segments, rope if rotate else None, None, head_dim**-0.5)
     rng = torch.Generator().manual_seed(1)
     g, out = (torch.randn(q.shape, generator=rng).to(BF16) for _ in range(2))
     lse = torch.randn(HEADS, q.shape[0], generator=rng) + 10
@@ -175,7 +171,7 @@ def backward_case(
         start=partial(backward.backward, x, g, out, lse, *grads, tilings),
         samples=_samples(lengths),
         role=role,
-        **_work(lengths, head_dim, 5, 8, _BACKWARD if deterministic else _ATOMIC),
+        **_work(lengths, head_dim, 5, 8, _BACKWARD),
     )
 
 
@@ -245,11 +241,8 @@ def forwards(chip: int) -> Iterator[Later]:
 
 
 def backwards() -> Iterator[Later]:
-    """Likewise; and with atomics."""
-    atomic = {"variant": "atomic", "deterministic": False}
+    """Likewise."""
     for head_dim in HEAD_DIMS:
         for size in PACKS:
             for rotate in (False, True):
                 yield _later(backward_case, size, head_dim, rotate)
-            if head_dim == 64:
-                yield _later(backward_case, size, head_dim, **atomic)

@@ -33,7 +33,7 @@ often a loop runs, SASS how many instructions a turn has (where a loop can't be 
 counted: marked with *). *PTX* has them as PTX does, which overstates addresses and moves, and has
 once chosen wrongly; *loop* is the machine code of one turn of the main loop, static.
 *FLOPs* are executed for each useful one: above 1 is padding (in the backward, five products are
-useful and seven are executed without atomics). *Sectors* are bytes of sectors for each byte asked
+useful and seven are executed). *Sectors* are bytes of sectors for each byte asked
 for. *Conflicts* are wavefronts of shared memory for each one without conflicts.
 
 Some programs of a launch stand for all: of attention a full tile and the last one of a head, six

@@ -57,10 +57,10 @@ def _backward_candidates(key: Key) -> list[Tiling]:
     return [Tiling(*tile, w, s) for tile, w, s in product(tiles, (4, 8), (2, 3))]
 
 
-def _attention_gate(rope: bool, deterministic: bool) -> Callable[[Key, str], None]:
+def _attention_gate(rope: bool) -> Callable[[Key, str], None]:
     def gate(key: Key, device: str) -> None:
         lengths = [min(n, SHORT_SEQLEN) for n in GATE_LENGTHS] if rope else GATE_LENGTHS
-        options = {"lengths": lengths, "rope": rope, "deterministic": deterministic}
+        options = {"lengths": lengths, "rope": rope}
         verified("varlen_attention", dtype_of(key), device, head_dim=key[1], **options)
 
     return gate
@@ -84,11 +84,11 @@ def _forward_calls(key: Key, device: str, *, rope: bool = False) -> list[Call]:
     return [call(n) for n in SIZES if not rope or n <= SHORT_SEQLEN]
 
 
-def _backward_calls(key: Key, device: str, *, deterministic: bool = True) -> list[Call]:
+def _backward_calls(key: Key, device: str) -> list[Call]:
     def call(n: int) -> Call:
         packed, qkv = _packed_qkv(key, n, device)
         leaves = [a.requires_grad_() for a in qkv.unbind(1)]
-        out = varlen_attention(*leaves, packed, deterministic=deterministic, backend="triton")
+        out = varlen_attention(*leaves, packed, backend="triton")
         g = torch.randn_like(out)
 
         def run() -> object:
@@ -116,25 +116,20 @@ def _packed_qkv(key: Key, n: int, device: str) -> tuple[PackedGrids, torch.Tenso
 
 ATTENTION_OPS = {
     "forward": TunedOp(
-        "FORWARD", attention_keys, _forward_candidates, _attention_gate(False, True),
+        "FORWARD", attention_keys, _forward_candidates, _attention_gate(False),
         _forward_calls, attention_job(attention_jobs.forward_job),
     ),
     "short": TunedOp(
-        "SHORT", _16_bit_keys((32, 64, 128)), _short_candidates, _attention_gate(True, True),
+        "SHORT", _16_bit_keys((32, 64, 128)), _short_candidates, _attention_gate(True),
         lambda key, device: _forward_calls(key, device, rope=True),
         attention_job(attention_jobs.short_job),
     ),
     "dq": TunedOp(
-        "DQ", attention_keys, _backward_candidates, _attention_gate(False, True),
+        "DQ", attention_keys, _backward_candidates, _attention_gate(False),
         _backward_calls, attention_job(attention_jobs.dq_job),
     ),
     "dkdv": TunedOp(
-        "DKDV", attention_keys, _backward_candidates, _attention_gate(False, True),
+        "DKDV", attention_keys, _backward_candidates, _attention_gate(False),
         _backward_calls, attention_job(attention_jobs.dkdv_job),
-    ),
-    "atomic": TunedOp(
-        "ATOMIC", _16_bit_keys((32, 64)), _backward_candidates, _attention_gate(False, False),
-        lambda key, device: _backward_calls(key, device, deterministic=False),
-        attention_job(attention_jobs.dkdv_job, atomic=True),
     ),
 }  # fmt: skip

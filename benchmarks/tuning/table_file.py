@@ -39,7 +39,6 @@ _COMMENTS = {
     ),
     "DQ": "Its backward: a tile of dq has queries, one of dkdv keys.",
     "DKDV": None,
-    "ATOMIC": "varlen_attention_dkdv with ATOMIC; heads without a row always take the two kernels.",
     "GEMM": "pixel_shuffle_linear, forward, dx and dweight: bytes of an element.",
     "GEMM_PARTS": (
         "For parts of a sum, where the float32 store makes ptxas hold up\n"

@@ -166,7 +166,6 @@ def _attention_case(
     lengths: Sequence[int] = _LENGTHS,
     head_dim: int = 64,
     rope: bool = False,
-    deterministic: bool = True,
 ) -> Iterator[Direction]:
     packed = PackedGrids.from_lengths(lengths, device=random.device)
     shape = packed.total_tokens, 2, head_dim
@@ -183,9 +182,7 @@ def _attention_case(
         return run
 
     def op(backend: str) -> Callable[..., Tensor]:
-        return lambda q, k, v: varlen_attention(
-            q, k, v, packed, rope=positions, deterministic=deterministic, backend=backend
-        )
+        return lambda q, k, v: varlen_attention(q, k, v, packed, rope=positions, backend=backend)
 
     def isolation(backend: str) -> list[Measured]:
         """Other segments' contents must not change a segment by a single bit."""

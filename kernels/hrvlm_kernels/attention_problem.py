@@ -32,7 +32,6 @@ class Problem:
             rotated; the kernels then get what is left for them to do.
         table: Cos and sin of `rope`, ``[T, D]`` float32, if they are there already.
         scale: Factor of the scores.
-        deterministic: Whether the backward gives the same bits for the same inputs.
     """
 
     q: Tensor
@@ -42,7 +41,6 @@ class Problem:
     rope: tuple[Tensor, Tensor] | None
     table: Tensor | None
     scale: float
-    deterministic: bool
 
     @staticmethod
     def from_arguments(
@@ -57,9 +55,8 @@ class Problem:
         inv_freq: Tensor | None,
         table: Tensor | None,
         scale: float,
-        deterministic: bool,
     ) -> Problem:
         """What the torch ops get: tensors and numbers alone."""
         segments = Segments(cu_seqlens, tiles_64, tiles_128, short_segments)
         rope = None if coords is None or inv_freq is None else (coords, inv_freq)
-        return Problem(q, k, v, segments, rope, table, scale, deterministic)
+        return Problem(q, k, v, segments, rope, table, scale)

@@ -60,7 +60,8 @@ def flash_attn_varlen_func(
             windows do not.
         softcap: 0.
         alibi_slopes: None.
-        deterministic: As in :func:`hrvlm_kernels.varlen_attention`.
+        deterministic: Either: the backward gives the same bits for the same inputs in any case.
+            flash-attn has the argument.
         return_attn_probs: False.
         block_table: None.
 

@@ -33,7 +33,7 @@ register_backward(
     "qkv_attention_backward",
     "(Tensor g, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, Tensor tiles_64, "
     "Tensor tiles_128, Tensor short_segments, Tensor? coords, Tensor? inv_freq, Tensor? table, "
-    "float scale, bool deterministic) -> Tensor",
+    "float scale) -> Tensor",
     "varlen_attention_backward:backward_of_rotated",
     fake=_empty_grad,
     arguments=_arguments,
@@ -54,16 +54,14 @@ class _QKVAttention(torch.autograd.Function):
         if rope is not None:
             ops.rope_2d_(q, k, *rope[:2])
         ctx.scale, segments = q.shape[-1] ** -0.5, packed.segments
-        out, lse = ops.varlen_attention(q, k, v, *segments, None, None, None, ctx.scale, True)
+        out, lse = ops.varlen_attention(q, k, v, *segments, None, None, None, ctx.scale)
         ctx.save_for_backward(x, weight, qkv, out, lse, *segments, *positions)
         return out.flatten(1)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, qkv, out, lse, *layout = ctx.saved_tensors
-        grad = ops.qkv_attention_backward(
-            g.view(out.shape), qkv, out, lse, *layout, ctx.scale, True
-        )
+        grad = ops.qkv_attention_backward(g.view(out.shape), qkv, out, lse, *layout, ctx.scale)
         grad = grad.flatten(1)
         needs = ctx.needs_input_grad
         dx = grad @ weight if needs[0] else None

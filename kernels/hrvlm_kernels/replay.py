@@ -26,7 +26,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor, are_deterministic_algorithms_enabled, empty_strided, is_grad_enabled
+from torch import Tensor, empty_strided, is_grad_enabled
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _is_any_autocast_enabled
 from torch._C._autograd import _profiler_enabled
 from torch.compiler import is_compiling
@@ -100,7 +100,7 @@ def replayed(function: Function) -> Function:
         if here is None or needs_torch() or _is_any_autocast_enabled():
             return function(*args, **kwargs)
         driver, device, stream = here
-        key: list[Any] = [driver, device, are_deterministic_algorithms_enabled(), *kwargs]
+        key: list[Any] = [driver, device, *kwargs]
         tensors: list[Tensor] = []
         addresses: list[Any] = []
         records = is_grad_enabled()

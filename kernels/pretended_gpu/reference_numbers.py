@@ -152,7 +152,7 @@ def _attend(
 def _varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, tiles_64: Tensor, tiles_128: Tensor,
     short_segments: Tensor, coords: Tensor | None, inv_freq: Tensor | None, table: Tensor | None,
-    scale: float, deterministic: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = _attend(q, k, v, cu_seqlens, (coords, inv_freq), scale)
     return out.to(q.dtype), lse * _LOG2_E
@@ -161,7 +161,7 @@ def _varlen_attention(
 def _varlen_attention_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
     tiles_64: Tensor, tiles_128: Tensor, short_segments: Tensor, coords: Tensor | None,
-    inv_freq: Tensor | None, table: Tensor | None, scale: float, deterministic: bool,
+    inv_freq: Tensor | None, table: Tensor | None, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     leaves = _leaves(q, k, v)
     q_leaf, k_leaf, v_leaf = leaves
@@ -291,7 +291,7 @@ def _linear_swiglu(
 def _qkv_attention_backward(
     g: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, tiles_64: Tensor,
     tiles_128: Tensor, short_segments: Tensor, coords: Tensor | None, inv_freq: Tensor | None,
-    table: Tensor | None, scale: float, deterministic: bool,
+    table: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     leaves = _leaves(*qkv.unbind(1))
     q, k, v = leaves

@@ -189,13 +189,9 @@ class Attention:
     head_dim: int
     rope: bool = False
     tiles: str = "first"
-    deterministic: bool = True
 
     def __str__(self) -> str:
-        return "".join((
-            f"D={self.head_dim}", ", RoPE" if self.rope else "", f", {self.tiles} tiles",
-            "" if self.deterministic else ", atomic sums",
-        ))  # fmt: skip
+        return f"D={self.head_dim}{', RoPE' if self.rope else ''}, {self.tiles} tiles"
 
     def case(self, lengths, dtype, **options) -> attention.Case:
         options = {"heads": 2, "head_dim": self.head_dim, "rope": self.rope} | options
@@ -203,10 +199,10 @@ class Attention:
 
     def check(self, case: attention.Case) -> None:
         with attention_tiles(self.tiles):
-            attention.check_kernel(case, deterministic=self.deterministic)
+            attention.check_kernel(case)
 
     def results(self, case: attention.Case) -> list[torch.Tensor]:
-        return attention.kernel_results(case, deterministic=self.deterministic)
+        return attention.kernel_results(case)
 
     def check_ends(self, dtype, run=None, **options) -> None:
         """Every end, where a key past it would win, and a segment of one NaN token behind each.
@@ -241,12 +237,10 @@ WAYS = {
     BF16: [
         *(Attention(d, r, t) for d in HEAD_DIMS for r in (False, True) for t in TILES),
         *(Attention(d, r, "second") for d in (96, 128) for r in (False, True)),  # of three
-        *(Attention(d, r, t, False) for d in (32, 64) for r in (False, True) for t in TILES),
     ],
     FP16: [
         *(Attention(d, r) for d in HEAD_DIMS for r in (False, True)),
         *(Attention(d, r, "fallback") for d in (32, 64, 128) for r in (False, True)),
-        *(Attention(d, True, "first", False) for d in (32, 64)),
     ],
     FP32: [Attention(d, r) for d in HEAD_DIMS for r in (False, True)],
 }
@@ -262,7 +256,6 @@ CORE = {
     Attention(64, False, "fallback"): (90,),
     Attention(80): (80,),
     Attention(128, True): (90,),
-    Attention(64, True, "first", False): (80,),
 }
 CORE_MASKED = {Attention(64): BOTH}
 
@@ -279,13 +272,12 @@ def _attention(label: str, dtype: torch.dtype) -> Iterator[Case]:
             lambda way=way: way.check_ends(dtype),
             CORE_MASKED.get(way, ()),
         )
-    for deterministic in (True, False) if dtype != FP32 else (True,):
-        way = Attention(64, True, "first", deterministic)
-        yield case(
-            f"{way}, 4 heads of q on 2 of k",
-            lambda way=way: way.check(way.case((65, 3, 300), dtype, heads=4, kv_heads=2)),
-            (90,) if deterministic else (),
-        )
+    grouped = Attention(64, True)
+    yield case(
+        f"{grouped}, 4 heads of q on 2 of k",
+        lambda: grouped.check(grouped.case((65, 3, 300), dtype, heads=4, kv_heads=2)),
+        (90,),
+    )
     negative = Attention(64)
     yield case(
         f"{negative}, negative scale",
@@ -348,7 +340,7 @@ def attention_tiles(which: str) -> Iterator[None]:
 
     def backward_tiles(*args):
         chosen = of_backward(*args)
-        return backward.BackwardTilings(chosen.dq[-1:], chosen.dkdv[-1:], chosen.atomic[-1:])
+        return backward.BackwardTilings(chosen.dq[-1:], chosen.dkdv[-1:])
 
     with ExitStack() as stack:
         patch = mock.patch.object

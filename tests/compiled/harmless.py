@@ -56,7 +56,6 @@ SILENT: Mapping[tuple[str, str], Places] = {
     ("sm_80", "attention forward"): AFTER_THE_LOOP,
     ("sm_80", "attention dq"): AFTER_THE_LOOP,
     ("sm_80", "attention dk, dv"): AFTER_THE_LOOP,
-    ("sm_80", "attention dk, dv, dq by atomics"): AFTER_THE_LOOP,
     ("sm_80", "pixel_shuffle_linear forward"): (
         ("barrier dropped", 0, "b_x, b_w = tl.load(p_x), tl.load(p_w)"),
         ("wait a group short", 1, "for step in range(begin,"),
@@ -84,12 +83,6 @@ SILENT: Mapping[tuple[str, str], Places] = {
         ("wait a group short", 8, LOOP),
         ("fence dropped", 2, "dv = tl.dot(p.to(b_g"),
         ("fence dropped", 4, "qk = tl.dot(b_k, b_q.T,"),
-    ),
-    ("sm_90", "attention dk, dv, dq by atomics"): (
-        ("wait dropped", 10, LOOP),
-        ("wait a group short", 10, LOOP),
-        ("fence dropped", 2, "dv = tl.dot(p.to(b_g"),
-        ("fence dropped", 5, "qk = tl.dot(b_k, b_q.T,"),
     ),
     ("sm_90", "pixel_shuffle_linear forward"): (
         ("barrier dropped", 0, "b_x, b_w = tl.load(p_x), tl.load(p_w)"),

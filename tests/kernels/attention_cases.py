@@ -39,7 +39,7 @@ class Case:
     def problem(self):
         """As the launchers take it."""
         scale = self.scale or self.q.shape[-1] ** -0.5
-        return Problem(*self.inputs, self.packed.segments, self.rope, None, scale, True)
+        return Problem(*self.inputs, self.packed.segments, self.rope, None, scale)
 
 
 def make_case(

@@ -27,13 +27,11 @@ def _heads(x):
     return x.unflatten(1, (HEADS, -1))
 
 
-def _attention(rope, deterministic=True):
+def _attention(rope):
     def run(weights, packed, q, k, v):
         with_rope = (packed.coords, frequencies(WIDTH // HEADS)) if rope else None
         q, k, v = map(_heads, (q, k, v))
-        return varlen_attention(
-            q, k, v, packed, rope=with_rope, deterministic=deterministic, backend="triton"
-        )
+        return varlen_attention(q, k, v, packed, rope=with_rope, backend="triton")
 
     return 3, run
 

@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.compiled.compiler import TARGETS
 from hrvlm_kernels import PackedGrids, backends
 from hrvlm_kernels.ops.rope_2d import rope_2d
 from hrvlm_kernels.ops.varlen_attention import _flash_attn_installed, varlen_attention
 from hrvlm_kernels.triton_kernels import varlen_attention_backward as kernels
-from hrvlm_kernels.triton_kernels.tile_tables import ATOMIC, DKDV, DQ
+from hrvlm_kernels.triton_kernels.tile_tables import DKDV, DQ
 from hrvlm_kernels.triton_kernels.tilings import Tiling
 from hrvlm_kernels.triton_kernels.varlen_attention_backward import BackwardTilings
 from tests.kernels.attention_cases import (
@@ -63,22 +62,19 @@ def test_long_segments():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_shape_of_tile(shape, monkeypatch):
     tilings = (Tiling(*shape, 4, 1),)
-    force_tilings(monkeypatch, BackwardTilings(tilings, tilings, tilings))
+    force_tilings(monkeypatch, BackwardTilings(tilings, tilings))
     case = make_case((1, 64, 65, 0, 129), head_dim=16, rope=shape[0] == 64)
     check_kernel(case)
-    check_kernel(case, deterministic=False)
 
 
 def test_every_shape_of_tile_is_listed():
-    rows = [kernels._INTERPRETER, *DQ.values(), *DKDV.values(), *ATOMIC.values()]
+    rows = [kernels._INTERPRETER, *DQ.values(), *DKDV.values()]
     assert {(t.rows, t.step) for row in rows for t in row} == set(SHAPES)
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
-def test_shared_heads_of_k_and_v(heads, deterministic):
-    case = make_case((70, 3, 129), heads=heads[0], kv_heads=heads[1], head_dim=32)
-    check_kernel(case, deterministic=deterministic)
+def test_shared_heads_of_k_and_v(heads):
+    check_kernel(make_case((70, 3, 129), heads=heads[0], kv_heads=heads[1], head_dim=32))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0, -0.3])
@@ -104,60 +100,13 @@ def test_rope_folded_in(head_dim, dtype):
     assert equal_if_interpreted(results[3][5:], gradients(apart, case.inputs, case.g)[3][5:])
 
 
-# Atomics
-
-
-@pytest.mark.parametrize("head_dim", [32, 64, 80])
-@pytest.mark.parametrize("rope", [False, True])
-def test_atomic_sums(head_dim, rope):
-    case = make_case((1, 65, 0, 130), heads=2, head_dim=head_dim, rope=rope)
-    check_kernel(case, deterministic=False)
-
-
-@pytest.fixture
-def kernels_started(monkeypatch):
-    started = []
-    launch = kernels.launch
-    monkeypatch.setattr(
-        kernels, "launch", lambda name, *args: (started.append(args), launch(name, *args))
-    )
-    return lambda: [start.args[1] is not None for _, start in started[-1:]]
-
-
-def test_atomics_only_on_request(kernels_started):
-    case = make_case((70,), head_dim=32)
-    kernel_results(case)
-    assert kernels_started() == [False]
-    kernel_results(case, deterministic=False)
-    assert kernels_started() == [True]
-    try:
-        torch.use_deterministic_algorithms(True)
-        kernel_results(case, deterministic=False)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert kernels_started() == [False]
-
-
-def test_atomics_are_for_narrow_16_bit_heads():
-    for arch in TARGETS:
-        for head_dim, dtype, atomic in (
-            (64, torch.bfloat16, True),
-            (32, torch.float16, True),
-            (80, torch.bfloat16, False),
-            (64, torch.float32, False),
-        ):
-            assert bool(kernels.select_tilings(arch, head_dim, dtype).atomic) == atomic
-
-
 # Segments and memory
 
 
-@pytest.mark.parametrize(
-    ("bad", "deterministic"), [(float("nan"), True), (float("inf"), True), (float("nan"), False)]
-)
-def test_nothing_leaks_from_a_neighbour(bad, deterministic):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nothing_leaks_from_a_neighbour(bad):
     case = make_case((70, 5, 65), head_dim=32)
-    clean = kernel_results(case, deterministic=deterministic)
+    clean = kernel_results(case)
     check(case, clean)
     for segment in (slice(0, 70), slice(70, 75), slice(75, 140)):
         poisoned = with_layout(case, torch.clone)
@@ -165,34 +114,31 @@ def test_nothing_leaks_from_a_neighbour(bad, deterministic):
             kept = a[segment].clone()
             a.fill_(bad)
             a[segment] = kept
-        results = kernel_results(poisoned, deterministic=deterministic)
+        results = kernel_results(poisoned)
         assert same([a[segment] for a in results], [a[segment] for a in clean])
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_scores_far_below_zero(deterministic):
+def test_scores_far_below_zero():
     """2^(0 - lse) overflows for keys past the end; it must not get into dq."""
     case = make_case((70, 100), head_dim=32)
     case.q[:] = 20 * case.q.abs()
     case.k[:] = -20 * case.k.abs()
-    results = kernel_results(case, deterministic=deterministic)
+    results = kernel_results(case)
     assert all(torch.isfinite(a).all() for a in results)
 
 
-@pytest.mark.parametrize("options", [{}, {"rope": True}, {"deterministic": False}], ids=str)
-def test_no_key_past_any_end(options):
-    rope = options.pop("rope", False)
-    check_kernel(below_zero(make_case(ENDS, head_dim=16, rope=rope)), **options)
+@pytest.mark.parametrize("rope", [False, True])
+def test_no_key_past_any_end(rope):
+    check_kernel(below_zero(make_case(ENDS, head_dim=16, rope=rope)))
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 1), (1, 1, 1)])
 def test_no_tokens_and_single_tokens(lengths):
     case = make_case(lengths, heads=2, head_dim=32, dtype=torch.float32)
-    for deterministic in (True, False):
-        results = kernel_results(case, deterministic=deterministic)
-        assert torch.equal(results[3], case.g)
-        if lengths:
-            check(case, results)
+    results = kernel_results(case)
+    assert torch.equal(results[3], case.g)
+    if lengths:
+        check(case, results)
 
 
 def heads_first(a):
@@ -232,11 +178,9 @@ def test_offsets_beyond_int32(tmp_path):
         packed = far.packed
         tables = packed.cu_seqlens, packed.tiles(64), packed.tiles(128), packed.short_segments
         layout = (*tables, None, None, None, 32**-0.5)
-        out, lse = varlen.varlen_attention(*far.inputs, *layout, True)
-        args = (far.g, *far.inputs, out, lse, *layout)
-        for deterministic in (True, False):
-            grads = varlen.varlen_attention_backward(*args, deterministic)
-            check(case, [out, *grads])
+        out, lse = varlen.varlen_attention(*far.inputs, *layout)
+        grads = varlen.varlen_attention_backward(far.g, *far.inputs, out, lse, *layout)
+        check(case, [out, *grads])
 
 
 def test_an_input_without_gradient():
@@ -257,13 +201,11 @@ def test_an_input_without_gradient():
     head_dim=st.sampled_from([16, 24, 32]),
     dtype=st.sampled_from(DTYPES),
     rope=st.booleans(),
-    deterministic=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_random_packs(lengths, group, head_dim, dtype, rope, deterministic, seed):
+def test_random_packs(lengths, group, head_dim, dtype, rope, seed):
     options = {"head_dim": head_dim, "dtype": dtype, "rope": rope, "seed": seed}
-    case = make_case(lengths, heads=group, kv_heads=1, **options)
-    check_kernel(case, deterministic=deterministic)
+    check_kernel(make_case(lengths, heads=group, kv_heads=1, **options))
 
 
 # As a torch citizen
@@ -273,7 +215,7 @@ def op_arguments(case):
     packed, rope = case.packed, case.rope or (None, None)
     scale = case.q.shape[-1] ** -0.5
     tables = packed.cu_seqlens, packed.tiles(64), packed.tiles(128), packed.short_segments
-    return *tables, *rope, None, scale, True
+    return *tables, *rope, None, scale
 
 
 @pytest.mark.parametrize("rope", [False, True])

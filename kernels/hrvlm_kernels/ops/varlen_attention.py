@@ -31,7 +31,7 @@ MAX_HEAD_DIM = 128
 
 _LAYOUT = (
     "Tensor cu_seqlens, Tensor tiles_64, Tensor tiles_128, Tensor short_segments, Tensor? coords, "
-    "Tensor? inv_freq, Tensor? table, float scale, bool deterministic"
+    "Tensor? inv_freq, Tensor? table, float scale"
 )
 
 
@@ -42,15 +42,15 @@ def _empty_outputs(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.deterministic = inputs
+    *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _attention_grad(ctx: Any, g: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    grads = ops.varlen_attention_backward(g, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
-    return *grads, *[None] * 9
+    grads = ops.varlen_attention_backward(g, *ctx.saved_tensors, ctx.scale)
+    return *grads, *[None] * 8
 
 
 def _backward_arguments(
@@ -114,10 +114,9 @@ def varlen_attention(
             tokens on chips where that pays, in registers too. A third tensor is the table of
             :func:`hrvlm_kernels.ops.rope_2d.rope_table`, for callers with many layers: without it
             every call of the kernels writes one.
-        deterministic: Whether the backward gives the same bits for the same inputs. False lets
-            the kernels add up dq by atomics where that may be faster (16-bit, D up to 64), unless
-            ``torch.use_deterministic_algorithms`` is on; "flash_attn" gets it from here, the
-            other backends from that setting alone.
+        deterministic: Of backend "flash_attn" alone, with flash-attn's meaning: whether its
+            backward gives the same bits for the same inputs. That of the kernels always does;
+            "sdpa" and "eager" follow ``torch.use_deterministic_algorithms``.
         backend: One of :data:`hrvlm_kernels.backends.BACKENDS`. "flash_attn" is the package of
             that name or, where only torch has the kernel, ``torch.nn.attention.varlen``.
 
@@ -141,9 +140,7 @@ def varlen_attention(
         check_constant(coords, inv_freq)
         if scale <= 0:  # the kernels take the largest q.k for the largest score
             q, scale = (-q, -scale) if scale else (q * 0, 1.0)
-        out, _ = ops.varlen_attention(
-            q, k, v, *packed.segments, coords, inv_freq, table, scale, deterministic
-        )
+        out, _ = ops.varlen_attention(q, k, v, *packed.segments, coords, inv_freq, table, scale)
         return out
     if coords is not None and inv_freq is not None:
         q, k = rope_2d(q, k, coords, inv_freq, backend=backend)

@@ -151,18 +151,6 @@ DKDV: Rows[Tiling] = by_chip(
     }
 )
 
-# varlen_attention_dkdv with ATOMIC; heads without a row always take the two kernels.
-ATOMIC: Rows[Tiling] = by_chip(
-    {
-        (32, 2): (Tiling(128, 32, 8, 2), Tiling(64, 32, 4, 2)),
-        ("sm_90", 32, 2): (Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2)),
-        ("gfx942", 32, 2): (Tiling(64, 32, 4, 2), Tiling(64, 16, 4, 2)),
-        (64, 2): (Tiling(128, 32, 8, 2), Tiling(64, 32, 4, 2)),
-        ("sm_90", 64, 2): (Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2)),
-        ("gfx942", 64, 2): (Tiling(64, 32, 4, 2), Tiling(64, 16, 4, 2)),
-    }
-)
-
 # pixel_shuffle_linear, forward, dx and dweight: bytes of an element.
 GEMM: Rows[GemmConfig] = by_chip(
     {

@@ -8,8 +8,8 @@ With p = softmax(scale q k^T), recomputed as 2^(s - lse) in base 2, and g the gr
 
 The kernel of dq owns a tile of queries and walks over keys; it also writes delta. That of dk and
 dv, which runs after it, owns a tile of keys and walks over queries. Every output is added up by one
-program in a fixed order: equal inputs give equal bits. With ATOMIC the second computes dq as well,
-by float32 atomics: five products instead of seven, in an order that the hardware chooses.
+program in a fixed order: equal inputs give equal bits. That takes seven products for the five of
+one kernel that adds up dq by atomics, which gains nothing (docs/tuning.md).
 
 As in the forward, the block with masked rows comes before the loop (with the block last, ptxas
 serializes all wgmma), and rows of the next segment are never loaded. Where several heads of q share
@@ -73,7 +73,7 @@ def varlen_attention_dq(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_gt, stride_gh, stride_dqt, stride_dqh,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, DELTA_ONLY: tl.constexpr, ROPE: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """A tile of delta [H, T] and dq [T, H, D]; with ROPE, dq of q before its rotation."""
     i_h, first, n, i_m = locate(cu_seqlens, tiles, H, BM, PARTS)
@@ -83,9 +83,6 @@ def varlen_attention_dq(
     b_o = load_rows(out + first * stride_ot + i_h * stride_oh, i_m, n, stride_ot, D, BD, True)
     b_delta = tl.sum(b_o.to(tl.float32) * b_g.to(tl.float32), 1)
     tl.store(delta + p_row, b_delta, mask=i_m < n)
-    if DELTA_ONLY:
-        return
-
     b_q = load_rows(q + first * stride_qt + i_h * stride_qh, i_m, n, stride_qt, D, BD, True)
     b_lse = tl.load(lse + p_row, mask=i_m < n, other=0.0)
     p_k = k + first * stride_kt + i_hk * stride_kh
@@ -110,9 +107,8 @@ def varlen_attention_dq(
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, b_k, b_v, m_n, p_q, p_g, p_lse, p_delta, p_dq, i_m, n,
-    stride_qt, stride_gt, stride_dqt, qk_scale,
-    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, ATOMIC: tl.constexpr,
+    dk, dv, b_k, b_v, p_q, p_g, p_lse, p_delta, i_m, n, stride_qt, stride_gt, qk_scale,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     b_q = load_rows(p_q, i_m, n, stride_qt, D, BD, MASKED)
     b_g = load_rows(p_g, i_m, n, stride_gt, D, BD, MASKED)
@@ -123,59 +119,43 @@ def _dkdv_step(
         lse, delta = tl.load(p_lse + i_m), tl.load(p_delta + i_m)
     qk = tl.dot(b_k, b_q.T, input_precision=PRECISION)  # [BN, BM]
     p = tl.exp2(qk * qk_scale - lse[None, :])
-    if ATOMIC:  # keys past the end have no row of dk and dv, but would be summands of dq
-        p = tl.where(m_n[:, None], p, 0.0)
     dp = tl.dot(b_v, b_g.T, input_precision=PRECISION)
     dv = tl.dot(p.to(b_g.dtype), b_g, dv, input_precision=PRECISION)
     ds = (p * (dp - delta[None, :])).to(b_q.dtype)
     dk = tl.dot(ds, b_q, dk, input_precision=PRECISION)
-    if ATOMIC:
-        i_d = tl.arange(0, BD)
-        p_rows = p_dq + i_m.to(tl.int64)[:, None] * stride_dqt + i_d[None, :]
-        mask = (i_m < n)[:, None] & (i_d < D)[None, :]
-        b_dq = tl.dot(ds.T, b_k, input_precision=PRECISION)
-        tl.atomic_add(p_rows, b_dq, mask=mask, sem="relaxed")
     return dk, dv
 
 
 @bound
 @triton.jit(do_not_specialize=["T"])
 def varlen_attention_dkdv(
-    q, k, v, g, dq, dk, dv, lse, delta, cu_seqlens, tiles, table, T, scale,
+    q, k, v, g, dk, dv, lse, delta, cu_seqlens, tiles, table, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    stride_dqt, stride_dqh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
+    stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, ATOMIC: tl.constexpr, ROPE: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dk and dv, as far as head i_h of q goes: [T, H, D].
-
-    With ROPE, dk of k before its rotation. With ATOMIC, dq / scale of q after its rotation is added
-    to dq [T, H, D] float32.
-    """
+    """A tile of dk and dv [T, H, D], as far as head i_h of q goes; with ROPE, dk as of dq."""
     i_h, first, n, i_n = locate(cu_seqlens, tiles, H, BN, PARTS)
     i_hk = i_h // GROUP
     b_k = load_rows(k + first * stride_kt + i_hk * stride_kh, i_n, n, stride_kt, D, BD, True)
     b_v = load_rows(v + first * stride_vt + i_hk * stride_vh, i_n, n, stride_vt, D, BD, True)
     p_q = q + first * stride_qt + i_h * stride_qh
     p_g = g + first * stride_gt + i_h * stride_gh
-    p_dq = dq
-    if ATOMIC:
-        p_dq += first * stride_dqt + i_h * stride_dqh
     p_lse = lse + i_h * T + first
     p_delta = delta + i_h * T + first
-    m_n = i_n < n
     i_m = tl.arange(0, BM)
     last = ((n - 1) // BM) * BM
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
     b_dk, b_dv = _dkdv_step(
-        b_dk, b_dv, b_k, b_v, m_n, p_q, p_g, p_lse, p_delta, p_dq, last + i_m, n,
-        stride_qt, stride_gt, stride_dqt, scale * LOG2_E, D, BD, True, ATOMIC,
+        b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, last + i_m, n,
+        stride_qt, stride_gt, scale * LOG2_E, D, BD, True,
     )  # fmt: skip
     for s in range(0, last, BM):
         b_dk, b_dv = _dkdv_step(
-            b_dk, b_dv, b_k, b_v, m_n, p_q, p_g, p_lse, p_delta, p_dq, s + i_m, n,
-            stride_qt, stride_gt, stride_dqt, scale * LOG2_E, D, BD, False, ATOMIC,
+            b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, s + i_m, n,
+            stride_qt, stride_gt, scale * LOG2_E, D, BD, False,
         )  # fmt: skip
     store_rows(dv + first * stride_dvt + i_h * stride_dvh, i_n, n, stride_dvt, b_dv, D, BD)
     b_dk *= scale
@@ -193,15 +173,14 @@ class BackwardTilings:
 
     dq: tuple[Tiling, ...]
     dkdv: tuple[Tiling, ...]
-    atomic: tuple[Tiling, ...]  # with ATOMIC; empty where that is never used
 
 
 def select_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> BackwardTilings:
     """Tile sizes for a chip, a head_dim and a dtype."""
     if arch == "interpreter":
-        return BackwardTilings(_INTERPRETER, _INTERPRETER, _INTERPRETER)
+        return BackwardTilings(_INTERPRETER, _INTERPRETER)
     row = arch, table_head_dim(head_dim), dtype.itemsize
-    return BackwardTilings(*(tile_choices(table, *row) for table in ("DQ", "DKDV", "ATOMIC")))
+    return BackwardTilings(*(tile_choices(table, *row) for table in ("DQ", "DKDV")))
 
 
 @dataclass(frozen=True)
@@ -214,24 +193,23 @@ class _Inputs(Problem):
     delta: Tensor
 
 
-def _start_dq(x: _Inputs, dq: Tensor, delta_only: bool, tiling: Tiling) -> None:
+def _start_dq(x: _Inputs, dq: Tensor, tiling: Tiling) -> None:
     tiles, parts = tile_list(x.segments, tiling)
     varlen_attention_dq[(tiles.shape[0] * parts * x.q.shape[1],)](
         x.q, x.k, x.v, x.out, x.g, dq, x.lse, x.delta, x.segments.cu_seqlens, tiles,
         x.table, x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, x.out, x.g, dq),
         BD=padded_head_dim(x.q.shape[2]), BM=tiling.rows, BN=tiling.step, PARTS=parts,
-        DELTA_ONLY=delta_only, ROPE=x.rope is not None, **constants(x, tiling),
+        ROPE=x.rope is not None, **constants(x, tiling),
     )  # fmt: skip
 
 
-def _start_dkdv(x: _Inputs, dq_sum: Tensor | None, dk: Tensor, dv: Tensor, tiling: Tiling) -> None:
+def _start_dkdv(x: _Inputs, dk: Tensor, dv: Tensor, tiling: Tiling) -> None:
     tiles, parts = tile_list(x.segments, tiling)
     varlen_attention_dkdv[(tiles.shape[0] * parts * x.q.shape[1],)](
-        x.q, x.k, x.v, x.g, dq_sum, dk, dv, x.lse, x.delta, x.segments.cu_seqlens, tiles,
-        x.table, x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, x.g),
-        *((0, 0) if dq_sum is None else strides(dq_sum)), *strides(dk, dv),
+        x.q, x.k, x.v, x.g, dk, dv, x.lse, x.delta, x.segments.cu_seqlens, tiles,
+        x.table, x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, x.g, dk, dv),
         BD=padded_head_dim(x.q.shape[2]), BM=tiling.step, BN=tiling.rows, PARTS=parts,
-        ATOMIC=dq_sum is not None, ROPE=x.rope is not None, **constants(x, tiling),
+        ROPE=x.rope is not None, **constants(x, tiling),
     )  # fmt: skip
 
 
@@ -255,8 +233,6 @@ def backward(
         return
     if tilings is None:
         tilings = select_tilings(architecture(x.q.device), x.q.shape[2], x.q.dtype)
-    deterministic = x.deterministic or torch.are_deterministic_algorithms_enabled()
-    atomic = bool(tilings.atomic) and not deterministic
     with device_guard(x.q):
         x = with_table(as_kernels_read_it(x))
         rope, folded = x.rope, folds_rope(x.q.dtype, x.q.shape[2])
@@ -265,21 +241,14 @@ def backward(
             x = replace(x, q=q, k=k, rope=rope if folded else None)
         g, out = unit_stride(g), unit_stride(out)
         inputs = _Inputs(**vars(x), g=g, out=out, lse=lse, delta=torch.empty_like(lse))
-        dq_sum = _float32_like(x.q).zero_() if atomic else None
         grouped = x.k.shape[1] < x.q.shape[1]
         parts = (_float32_like(x.q), _float32_like(x.q)) if grouped else (dk, dv)
 
-        launch("varlen_attention dq", tilings.dq, partial(_start_dq, inputs, dq, atomic))
-        launch(
-            "varlen_attention dk, dv",
-            tilings.atomic if atomic else tilings.dkdv,
-            partial(_start_dkdv, inputs, dq_sum, *parts),
-        )
+        launch("varlen_attention dq", tilings.dq, partial(_start_dq, inputs, dq))
+        launch("varlen_attention dk, dv", tilings.dkdv, partial(_start_dkdv, inputs, *parts))
         if grouped:
             for total, part in zip((dk, dv), parts, strict=True):
                 total.copy_(part.unflatten(1, (x.k.shape[1], -1)).sum(2))
-        if dq_sum is not None:
-            _finish_dq(dq_sum, dq, x.rope, x.scale)
         if rope is not None and not folded:
             rotate_heads(dq, dk, *rope, True, dq, dk)
 
@@ -292,14 +261,3 @@ def backward_of_rotated(x: Problem, g: Tensor, out: Tensor, lse: Tensor, dqkv: T
 
 def _float32_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=torch.float32, device=x.device)
-
-
-def _finish_dq(
-    dq_sum: Tensor, dq: Tensor, rope: tuple[Tensor, Tensor] | None, scale: float
-) -> None:
-    """Scale what the atomics added up, rotate it where the kernel would have, and round it."""
-    dq_sum.mul_(scale)
-    if rope is not None:
-        none = dq_sum[:, :0]
-        rotate_heads(dq_sum, none, *rope, True, dq_sum, none)
-    dq.copy_(dq_sum)
