@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from PIL import ExifTags, Image
 
-from . import headers, headers_boxes, headers_heif, headers_tiff
+from . import headers, headers_boxes, headers_heif, headers_jpeg2000, headers_tiff
 from .pillow_faults import UnreadablePixels, mend_after_decoding, mend_before_decoding
 from .stills import LimitError, PiecesFile, Reader, Still
 
@@ -70,7 +70,7 @@ FORMATS = (
     _Format(
         "JPEG 2000",
         _begins(b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n"),
-        headers_boxes.jpeg2000,
+        headers_jpeg2000.jpeg2000,
     ),
     _Format("PNG", _begins(b"\x89PNG\r\n\x1a\n"), headers.png),
     _Format("PPM", _begins(*(b"P" + kind for kind in b"1 2 3 4 5 6 f".split())), headers.ppm),

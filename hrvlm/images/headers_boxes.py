@@ -1,15 +1,11 @@
-"""The headers of AVIF and JPEG 2000, which are made of boxes as HEIF is; see `stills.py`."""
+"""The headers of AVIF, and the boxes that HEIF and JPEG 2000 are made of, too; see `stills.py`."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from math import ceil
 
 from .stills import MAX_METADATA, MAX_SEGMENTS, LimitError, Piece, Pieces, Reader, Still
-
-_JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
-_CODESTREAM = b"\xff\x4f\xff\x51"
 
 
 def avif(file: Reader) -> Still:
@@ -257,91 +253,3 @@ def edited(file: Reader, edits: dict[int, bytes]) -> list[Piece]:
         pieces += [(position, start), data]
         position = start + len(data)
     return [*pieces, (position, file.size)]
-
-
-def jpeg2000(file: Reader) -> Still:
-    """The whole file: the codestream's size, components, tiles and code-blocks bound the cost."""
-    start = 0
-    if file.at(0, 4) != _CODESTREAM:
-        start = next((s for name, s, _ in boxes(file, 0, file.size) if name == b"jp2c"), 0)
-        if not start or file.at(start, 4) != _CODESTREAM:
-            raise ValueError("no codestream in it")
-    right, bottom, left, top, tile_w, tile_h, tile_x, tile_y, count = file.unpack(
-        ">IIIIIIIIH", start + 8
-    )
-    if not 1 <= count <= 4 or not tile_w or not tile_h:
-        raise ValueError(f"{count} components in tiles of {tile_h} x {tile_w}")
-    width, height = right - left, bottom - top
-    tiles = ceil((right - tile_x) / tile_w) * ceil((bottom - tile_y) / tile_h)
-    if tiles > MAX_SEGMENTS:
-        raise LimitError(f"{tiles} tiles")
-    passes = 3 * min(_bit_planes(file, start + 2), 31) - 2  # the decoder's own limit
-    pixels, part = width * height, min(tile_w, width) * min(tile_h, height)
-    memory = 4 * pixels + 6 * count * part + file.size
-    nanoseconds = max(16, 0.55 * passes) * count * pixels + 280 * file.size
-    bits = max((s & 127) + 1 for s in file.at(start + 42, 3 * count)[::3])
-    still = Still("JPEG2000", width, height, [(0, file.size)], memory, nanoseconds)
-    return still._replace(bits=bits)
-
-
-def _bit_planes(file: Reader, position: int) -> int:
-    """The most that a code-block may have; checks the coding styles, those of the tiles too."""
-    planes = shift = 0
-    for _ in range(2 * MAX_SEGMENTS):
-        head = file.upto(position, 14)
-        if len(head) < 4 or head[:2] == b"\xff\xd9":
-            return planes + shift
-        marker, length = struct.unpack(">HH", head[:4])
-        if marker == 0xFF90:  # the header of a part of a tile: the next one is `size` bytes on
-            size = int.from_bytes(head[6:10], "big")
-            end = position + size if size else file.size
-            found = _in_tile(file, position + 12, end)
-            planes, shift = max(planes, found[0]), max(shift, found[1])
-            if size < 14:
-                return planes + shift
-            position += size
-            continue
-        found = _checked(marker, file.upto(position + 4, min(max(length - 2, 0), 256)))
-        planes, shift = max(planes, found[0]), max(shift, found[1])
-        position += 2 + length
-    raise LimitError(f"more than {2 * MAX_SEGMENTS} segments")
-
-
-def _in_tile(file: Reader, position: int, end: int) -> tuple[int, int]:
-    planes = shift = 0
-    for _ in range(MAX_SEGMENTS):
-        head = file.upto(position, 4)
-        if len(head) < 4 or position >= end or head[:2] == b"\xff\x93":
-            return planes, shift
-        marker, length = struct.unpack(">HH", head)
-        found = _checked(marker, file.upto(position + 4, min(max(length - 2, 0), 256)))
-        planes, shift = max(planes, found[0]), max(shift, found[1])
-        position += 2 + length
-    raise LimitError(f"more than {MAX_SEGMENTS} segments in a tile")
-
-
-def _checked(marker: int, body: bytes) -> tuple[int, int]:
-    """Bit planes that a quantisation leaves (Annex A.6.4 and E.1), and those a region adds.
-
-    Code-blocks and precincts of a few pixels, and layers by the thousand, cost without end.
-    """
-    if marker in (0xFF5C, 0xFF5D) and len(body) >= 3:  # QCD, QCC
-        body = body[marker == 0xFF5D :]
-        exponents = [b >> 3 for b in (body[1::2] if body[0] & 31 else body[1:])]
-        return (body[0] >> 5) + max(exponents, default=0) - 1, 0
-    if marker == 0xFF5E and len(body) >= 3:  # RGN
-        return 0, body[2]
-    if marker == 0xFF52 and len(body) >= 10:  # COD
-        style, layers, blocks = body[0], int.from_bytes(body[2:4], "big"), body[6:8]
-        precincts = body[10:64] if style & 1 else b""
-    elif marker == 0xFF53 and len(body) >= 7:  # COC, of up to 256 components
-        style, layers, blocks = body[1], 1, body[3:5]
-        precincts = body[7:64] if style & 1 else b""
-    elif marker in (0xFF5F, 0xFF60, 0xFF61):
-        raise ValueError(f"a segment {marker:#x}, which is not read")
-    else:
-        return 0, 0
-    sides = [2 + (b & 15) for b in blocks] + [6 for _ in precincts]
-    if layers > 64 or min(sides) < 4 or any(min(p & 15, p >> 4) < 4 for p in precincts[1:]):
-        raise LimitError(f"{layers} layers, code-blocks or precincts of 8 pixels or less")
-    return 0, 0

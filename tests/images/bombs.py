@@ -138,6 +138,18 @@ def tiff_of_one_tag(count, values):
     return head + data + struct.pack("<Q", count) + entry * count + bytes(8)
 
 
+def jpeg2000_of_precincts(side, levels, first, others, layers=1):
+    """A picture of a single colour in precincts of 2^first at the lowest level, 2^others above."""
+    image = Image.new("RGB", (64, 64))
+    options = {"num_resolutions": levels + 1, "precinct_size": (64, 64)}
+    data = bytearray(encode(image, "JPEG2000", no_jp2=True, **options))
+    style = data.index(b"\xff\x52") + 4
+    data[8:16] = data[24:32] = struct.pack(">II", side, side)
+    data[style + 2 : style + 4] = struct.pack(">H", layers)
+    data[style + 10 : style + 11 + levels] = bytes([first * 17, *[others * 17] * levels])
+    return bytes(data)
+
+
 def jpeg_of_fill_bytes(segments):
     data = encode(SMALL, "JPEG")
     return data[:2] + (b"\xff" * 60_000 + b"\xfe\0\2") * segments + data[2:]
@@ -248,6 +260,18 @@ REFUSED = {
     "AVIF, a picture of a hundred frames": (
         avif_whose_picture_is_a_film(512, 100),
         "AVIF file: coded pictures of [0-9]+ pixels for one of 512 x 512",
+    ),
+    "JPEG 2000, precincts of a pixel": (
+        jpeg2000_of_precincts(1500, 0, 0, 0),
+        "JPEG 2000 file: .* takes about [0-9]{4} MB",
+    ),
+    "JPEG 2000, precincts of a pixel in the quarter": (
+        jpeg2000_of_precincts(1500, 1, 0, 6),
+        "JPEG 2000 file: .* takes about [0-9]{4} MB",
+    ),
+    "JPEG 2000, small precincts in layers": (
+        jpeg2000_of_precincts(2200, 5, 4, 4, layers=64),
+        "JPEG 2000 file: .* takes about [0-9]+ MB",
     ),
     "one row": (
         b"\x89PNG\r\n\x1a\n"
