@@ -13,7 +13,7 @@ from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Rows, Tili
 
 CHOSEN_BY = {
     "sm_80": "compiled, Triton 3.6.0",
-    "sm_90": "NORM_FORWARD up to C = 1024 counted; others compiled, Triton 3.6.0",
+    "sm_90": "NORM_FORWARD up to C = 1024, NORM_BACKWARD up to 512 counted; others compiled, Triton 3.6.0",
     "sm_100": "compiled, Triton 3.6.0",
     "gfx942": "compiled, Triton 3.6.0",
 }
@@ -206,6 +206,7 @@ NORM_FORWARD: Rows[NormConfig] = by_chip(
 NORM_BACKWARD: Rows[NormConfig] = by_chip(
     {
         (512,): (NormConfig(4, 4),),
+        ("sm_90", 512): (NormConfig(2, 2),),
         (1024,): (NormConfig(2, 4),),
         (2048,): (NormConfig(1, 4),),
         (4096,): (NormConfig(1, 8),),
