@@ -13,7 +13,7 @@ from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Rows, Tili
 
 CHOSEN_BY = {
     "sm_80": "compiled, Triton 3.6.0",
-    "sm_90": "NORM_FORWARD up to C = 1024, NORM_BACKWARD up to 512 counted; others compiled, Triton 3.6.0",
+    "sm_90": "norms to C = 1024 (backward: 512) counted; others compiled, Triton 3.6.0",
     "sm_100": "compiled, Triton 3.6.0",
     "gfx942": "compiled, Triton 3.6.0",
 }
