@@ -8,11 +8,14 @@
 
 A test listed there has to fail: one that passes fails the run, as does a pattern that no test of
 the run's files has. Where the explanation begins with "not run" it is not run.
+
+Processes that a test starts with this one's environment have a pretended GPU too.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
@@ -40,7 +43,10 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    """Take torch.compile away where that was asked for."""
+    """Pretend in processes to come, and take torch.compile away where that was asked for."""
+    here = Path(__file__).parent
+    paths = [str(here / "everywhere"), str(here.parent), *os.environ.get("PYTHONPATH", "").split(":")]
+    os.environ["PYTHONPATH"] = ":".join(filter(None, paths))
     if config.getoption("--eager-compile"):
         import torch
 

@@ -141,9 +141,13 @@ def launches_of(call):
     return len([name for name in kernels if "splitk" not in name.lower()])
 
 
-@pytest.mark.parametrize(("training", "most"), [(False, 8), (True, 28)])
-def test_launches_per_layer(training, most):
-    grids = [(48, 48), (30, 40)]
+SHORT, LONG = [(14, 14), (3, 5)], [(48, 48), (30, 40)]  # a kernel of its own rotates k of LONG
+
+
+@pytest.mark.parametrize(
+    ("training", "grids", "most"), [(False, SHORT, 8), (False, LONG, 9), (True, LONG, 28)]
+)
+def test_launches_per_layer(training, grids, most):
     packed, patches = layout_of(grids), patches_of(grids, torch.bfloat16)
     cotangent = torch.randn(packed.total_tokens, 384, device=DEVICE).bfloat16()
     counts = []
