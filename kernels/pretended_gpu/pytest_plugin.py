@@ -45,7 +45,11 @@ def pytest_addoption(parser: Any) -> None:
 def pytest_configure(config: Any) -> None:
     """Pretend in processes to come, and take torch.compile away where that was asked for."""
     here = Path(__file__).parent
-    paths = [str(here / "everywhere"), str(here.parent), *os.environ.get("PYTHONPATH", "").split(":")]
+    paths = [
+        str(here / "everywhere"),
+        str(here.parent),
+        *os.environ.get("PYTHONPATH", "").split(":"),
+    ]
     os.environ["PYTHONPATH"] = ":".join(filter(None, paths))
     if config.getoption("--eager-compile"):
         import torch
