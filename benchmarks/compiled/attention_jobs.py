@@ -10,6 +10,7 @@ from hrvlm_kernels.packed_tables import SHORT_SEQLEN
 from hrvlm_kernels.triton_kernels import varlen_attention as forward
 from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
 from hrvlm_kernels.triton_kernels import varlen_attention_short as short
+from hrvlm_kernels.triton_kernels.attention_tiles import column_blocks, padded_head_dim
 from hrvlm_kernels.triton_kernels.tilings import Tiling, table_head_dim
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -74,7 +75,7 @@ def forward_job(head_dim, dtype, tiling, rope=False, *, group=1, skip=0):
     signature, constants = _common("qkvo", head_dim, dtype, tiling, rope, group)
     ahead = tiling.order == "ahead"
     constants |= {"BM": tiling.rows, "BN": tiling.step, "AHEAD": ahead}
-    constants["SKIP"] = skip
+    constants |= {"SKIP": skip, **column_blocks(head_dim)}
     if ahead:
         block = f"tensordesc<{NAMES[dtype]}[{tiling.step}, 1, {constants['BD']}]>"
         signature |= {"k_blocks": block, "v_blocks": block}
@@ -145,7 +146,7 @@ def _common(names, head_dim, dtype, tiling, rope, group):
     signature |= {"T": "i32", "scale": "fp32"}
     signature |= {f"stride_{name}{axis}": "i32:16" for name in names for axis in "th"}
     constants = {"H": _HEADS, "GROUP": group, "D": head_dim, "ROPE": rope}
-    constants |= {"BD": forward.padded_head_dim(head_dim), "PARTS": max(1, 64 // tiling.rows)}
+    constants |= {"BD": padded_head_dim(head_dim), "PARTS": max(1, 64 // tiling.rows)}
     if rope:
         signature["table"] = "*fp32:16"
     else:

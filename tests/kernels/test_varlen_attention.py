@@ -90,13 +90,37 @@ def test_ragged_packs(head_dim, dtype):
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 def test_every_shape_of_tile(tiling):
     check_forward(make_case(), [tiling])
-    check_forward(make_case((130, 64, 1), head_dim=80, rope=True), [tiling])
+    head_dim = 80 if tiling.order == "plain" else 112
+    check_forward(make_case((130, 64, 1), head_dim=head_dim, rope=True), [tiling])
 
 
-@pytest.mark.parametrize("tiling", [t for t in TILINGS if t.rows == 128], ids=str)
-def test_no_key_past_any_end(tiling):
+@pytest.mark.parametrize(
+    ("tiling", "head_dim"),
+    [*((t, 16) for t in TILINGS if t.rows == 128), (TILINGS[3], 72)],
+    ids=str,
+)
+def test_no_key_past_any_end(tiling, head_dim):
     """The tiles that the interpreter does not use by itself; the others are in the backward's."""
-    check_forward(below_zero(make_case(ENDS, head_dim=16)), [tiling])
+    check_forward(below_zero(make_case(ENDS, head_dim=head_dim)), [tiling])
+
+
+@pytest.mark.parametrize("head_dim", [65, 72, 80, 96, 100])
+def test_no_column_past_the_head(head_dim):
+    """What lies behind a head, the next one or the next token, is neither read nor written."""
+    case = make_case((70, 5), head_dim=head_dim)
+    clean, _ = run_forward(case)
+    room = torch.full((4, 75, 1, 128), float("nan"), dtype=case.q.dtype)
+    q, k, v, out = room[..., :head_dim]
+    for wide, a in zip((q, k, v), case.inputs, strict=True):
+        wide.copy_(a)
+    kernels.forward(replace(case, q=q, k=k, v=v).problem, out, torch.empty(1, 75))
+    assert torch.equal(out, clean)
+    assert room[..., head_dim:].isnan().all()
+
+
+def test_the_ahead_order_does_not_take_heads_in_two_blocks_of_columns():
+    with pytest.raises(Exception, match="ptxas serializes all wgmma"):
+        run_forward(make_case((5,), head_dim=72), [TILINGS[0]])
 
 
 def test_every_shape_of_tile_is_listed():
@@ -296,17 +320,18 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
-    ("tiling", "bad"),
+    ("tiling", "bad", "head_dim"),
     [
-        *((tiling, NAN) for tiling in (None, *TILINGS[:4], TILINGS[-1])),
-        *((None, INF), (None, 6e4), (TILINGS[0], INF), (TILINGS[-1], 6e4)),
+        *((tiling, NAN, 32) for tiling in (None, *TILINGS[:4], TILINGS[-1])),
+        *((None, INF, 32), (None, 6e4, 32), (TILINGS[0], INF, 32), (TILINGS[-1], 6e4, 32)),
+        *((None, NAN, 72), (TILINGS[3], INF, 72)),
     ],
     ids=str,
 )
-def test_nothing_leaks_from_a_neighbour(tiling, bad):
+def test_nothing_leaks_from_a_neighbour(tiling, bad, head_dim):
     """A segment is the same alone, packed, and between segments full of NaN."""
     tilings = None if tiling is None else [tiling]
-    case = make_case((70, 65, 130), head_dim=32)
+    case = make_case((70, 65, 130), head_dim=head_dim)
     clean, clean_lse = run_forward(case, tilings)
     for i, segment in enumerate((slice(0, 70), slice(70, 135), slice(135, 265))):
         poisoned = with_layout(case, torch.clone)
@@ -317,7 +342,7 @@ def test_nothing_leaks_from_a_neighbour(tiling, bad):
         out, lse = run_forward(poisoned, tilings)
         assert torch.equal(out[segment], clean[segment])
         assert torch.equal(lse[:, segment], clean_lse[:, segment])
-        alone = make_case((case.packed.lengths[i],), head_dim=32)
+        alone = make_case((case.packed.lengths[i],), head_dim=head_dim)
         for name in "qkv":
             getattr(alone, name).copy_(getattr(case, name)[segment])
         assert torch.equal(run_forward(alone, tilings)[0], clean[segment])

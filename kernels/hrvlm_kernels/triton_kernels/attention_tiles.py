@@ -90,12 +90,12 @@ def rotate(a, table, first, rows, n, INVERSE: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(qk, peak, total, acc, qk_scale):
-    """One block of the online softmax: p, and peak, total and acc after it."""
+def softmax_step(qk, peak, total, qk_scale):
+    """One block of the online softmax: p, peak and total after it, and what acc fades by."""
     peak_new = tl.maximum(peak, tl.max(qk, 1) * qk_scale)
     p = tl.exp2(qk * qk_scale - peak_new[:, None])
     fade = tl.exp2(peak - peak_new)
-    return p, peak_new, total * fade + tl.sum(p, 1), acc * fade[:, None]
+    return p, peak_new, total * fade + tl.sum(p, 1), fade
 
 
 def padded_head_dim(head_dim: int) -> int:

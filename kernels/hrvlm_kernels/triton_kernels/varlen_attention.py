@@ -43,10 +43,10 @@ from .attention_tiles import (
     LOG2_E,
     PRECISION,
     as_kernels_read_it,
+    column_blocks,
     constants,
     load_rows,
     locate,
-    padded_head_dim,
     rotate,
     rotated,
     softmax_step,
@@ -61,18 +61,44 @@ from .tilings import Tiling, table_head_dim
 from .varlen_attention_short import forward_short, select_short_tilings
 
 
+@triton.jit
+def _scores(
+    b_q, b_q_tail, p_k, i_n, n, stride_kt,
+    D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """q.k [BM, BN] of a block of keys."""
+    b_k = load_rows(p_k, i_n, n, stride_kt, D, BD, MASKED)
+    qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+    if TAIL:
+        b_k_tail = load_rows(p_k, i_n, n, stride_kt, D, TAIL, MASKED, BD)
+        qk = tl.dot(b_q_tail, b_k_tail.T, qk, input_precision=PRECISION)
+    return qk
+
+
+@triton.jit
+def _add_values(
+    acc, fade, p, p_v, i_n, n, stride_vt,
+    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, FIRST: tl.constexpr = 0,
+):  # fmt: skip
+    """Acc, faded, plus the columns from FIRST on of p v."""
+    acc *= fade[:, None]
+    b_v = load_rows(p_v, i_n, n, stride_vt, D, BD, MASKED, FIRST)
+    return tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
+
+
 @bound
 @triton.jit(do_not_specialize=["T"])
 def varlen_attention_forward(
     q, k, v, k_blocks, v_blocks, out, lse, cu_seqlens, tiles, table, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, ROPE: tl.constexpr,
-    SKIP: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr,
+    ROPE: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """A tile of out [T, H, D] and lse [H, T]; AHEAD takes k and v as descriptors too.
 
-    Segments of up to SKIP tokens are left to varlen_attention_short.py.
+    Heads have BD columns, and TAIL more if that is not 0, which have products of their own: in the
+    plain order only. Segments of up to SKIP tokens are left to varlen_attention_short.py.
     """
     i_h, first, n, i_m = locate(cu_seqlens, tiles, H, BM, PARTS)
     if SKIP:  # noqa: SIM102  (decided when compiling, the inner one when running)
@@ -82,7 +108,11 @@ def varlen_attention_forward(
     i_n = tl.arange(0, BN)
     p_k = k + first * stride_kt + i_hk * stride_kh
     p_v = v + first * stride_vt + i_hk * stride_vh
-    b_q = load_rows(q + first * stride_qt + i_h * stride_qh, i_m, n, stride_qt, D, BD, True)
+    p_q = q + first * stride_qt + i_h * stride_qh
+    b_q = load_rows(p_q, i_m, n, stride_qt, D, BD, True)
+    b_q_tail = None
+    if TAIL:
+        b_q_tail = load_rows(p_q, i_m, n, stride_qt, D, TAIL, True, BD)
     if ROPE:
         b_q = rotate(b_q, table, first, i_m, n, False).to(b_q.dtype)
 
@@ -90,38 +120,48 @@ def varlen_attention_forward(
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
+    if TAIL:
+        acc_tail = tl.zeros([BM, TAIL], tl.float32)
     last = ((n - 1) // BN) * BN
     i_last = last + i_n
     if AHEAD:
+        tl.static_assert(TAIL == 0, "ptxas serializes all wgmma")
         row, head = first.to(tl.int32), i_hk.to(tl.int32)
         b_k = k_blocks.load([row, head, 0]).reshape(BN, BD)
         qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
         for s in range(0, last, BN):
             b_k = k_blocks.load([row + s + BN, head, 0]).reshape(BN, BD)
             qk_next = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [BM, BN]
-            p, peak, total, acc = softmax_step(qk, peak, total, acc, qk_scale)
+            p, peak, total, fade = softmax_step(qk, peak, total, qk_scale)
+            acc *= fade[:, None]
             b_v = v_blocks.load([row + s, head, 0]).reshape(BN, BD)
             acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
             qk = qk_next
     else:
-        b_k = load_rows(p_k, i_last, n, stride_kt, D, BD, True)
-        qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+        qk = _scores(b_q, b_q_tail, p_k, i_last, n, stride_kt, D, BD, TAIL, True)
 
-    # In AHEAD, b_k may hold rows of the next segment: their columns go here.
+    # In AHEAD, the keys may be rows of the next segment: their columns go here.
     qk = tl.where((i_last < n)[None, :], qk, float("-inf"))
-    p, peak, total, acc = softmax_step(qk, peak, total, acc, qk_scale)
-    b_v = load_rows(p_v, i_last, n, stride_vt, D, BD, True)
-    acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
+    p, peak, total, fade = softmax_step(qk, peak, total, qk_scale)
+    acc = _add_values(acc, fade, p, p_v, i_last, n, stride_vt, D, BD, True)
+    if TAIL:
+        acc_tail = _add_values(acc_tail, fade, p, p_v, i_last, n, stride_vt, D, TAIL, True, BD)
     if not AHEAD:
         for s in range(0, last, BN):
-            b_k = load_rows(p_k, s + i_n, n, stride_kt, D, BD, False)
-            qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [BM, BN]
-            p, peak, total, acc = softmax_step(qk, peak, total, acc, qk_scale)
-            b_v = load_rows(p_v, s + i_n, n, stride_vt, D, BD, False)
-            acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
+            qk = _scores(b_q, b_q_tail, p_k, s + i_n, n, stride_kt, D, BD, TAIL, False)
+            p, peak, total, fade = softmax_step(qk, peak, total, qk_scale)
+            acc = _add_values(acc, fade, p, p_v, s + i_n, n, stride_vt, D, BD, False)
+            if TAIL:
+                acc_tail = _add_values(
+                    acc_tail, fade, p, p_v, s + i_n, n, stride_vt, D, TAIL, False, BD
+                )
 
     acc *= (1.0 / total)[:, None]
-    store_rows(out + first * stride_ot + i_h * stride_oh, i_m, n, stride_ot, acc, D, BD)
+    p_out = out + first * stride_ot + i_h * stride_oh
+    store_rows(p_out, i_m, n, stride_ot, acc, D, BD)
+    if TAIL:
+        acc_tail *= (1.0 / total)[:, None]
+        store_rows(p_out, i_m, n, stride_ot, acc_tail, D, TAIL, BD)
     tl.store(lse + i_h * T + first + i_m, peak + tl.log2(total), mask=i_m < n)
 
 
@@ -184,14 +224,14 @@ def forward(
 
 def _start(x: Problem, out: Tensor, lse: Tensor, skip: int, tiling: Tiling) -> None:
     tiles, parts = tile_list(x.segments, tiling)
-    width = padded_head_dim(x.q.shape[2])
+    columns = column_blocks(x.q.shape[2])
     k_blocks = v_blocks = None
     if tiling.order == "ahead":
-        block = [tiling.step, 1, width]
+        block = [tiling.step, 1, columns["BD"]]
         k_blocks, v_blocks = (TensorDescriptor.from_tensor(a, block) for a in (x.k, x.v))
     varlen_attention_forward[(tiles.shape[0] * parts * x.q.shape[1],)](
         x.q, x.k, x.v, k_blocks, v_blocks, out, lse, x.segments.cu_seqlens, tiles,
         x.table, x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, out),
-        BD=width, BM=tiling.rows, BN=tiling.step, PARTS=parts, AHEAD=tiling.order == "ahead",
-        ROPE=x.rope is not None, SKIP=skip, **constants(x, tiling),
+        BM=tiling.rows, BN=tiling.step, PARTS=parts, AHEAD=tiling.order == "ahead",
+        ROPE=x.rope is not None, SKIP=skip, **columns, **constants(x, tiling),
     )  # fmt: skip
