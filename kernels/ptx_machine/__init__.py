@@ -12,8 +12,9 @@ pipelining, tensor-core fragments, shared memory, alignment and races are those 
         kernel[grid](x, y, n, BLOCK=128)        # with other PTX
 
 ``install(80)`` and ``install(90)`` may take turns in one process: a kernel is compiled for the chip
-that was installed last. This is a development tool, never installed with the package: tests and
-benchmarks import it (``PYTHONPATH=kernels:.``), it imports neither them nor hrvlm.
+that was installed last. (Triton's own exception: of casts to 8-bit floats it keeps those of the
+first chip.) This is a development tool, never installed with the package: tests and benchmarks
+import it (``PYTHONPATH=kernels:.``), it imports neither them nor hrvlm.
 
 Triton decides when it is imported, and again where a kernel's module is, whether kernels are
 compiled or interpreted. So this needs a process in which ``TRITON_INTERPRET`` was not 1 by then;

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from triton.runtime.jit import TensorWrapper
 
 from .global_memory import GlobalMemory
 from .tensor_map import TensorMap
@@ -107,7 +108,7 @@ def _flat(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
         for k, (item, inner) in enumerate(zip(kind, value, strict=True)):
             yield from _flat(f"{name}[{k}]", item, inner)
     elif isinstance(kind, str):
-        yield name, kind, value
+        yield name, kind, value.base if isinstance(value, TensorWrapper) else value
     else:
         raise NotImplementedError(f"argument {name} of type {kind}")
 

@@ -171,6 +171,10 @@ class PtxDriver(DriverBase):
     ) -> None:
         """Run one launch; `args` are those of the Python function, constants too."""
         metadata = launcher.metadata
+        if metadata.num_ctas != 1:
+            raise NotImplementedError(
+                f"{metadata.name}: num_ctas={metadata.num_ctas}: clusters are not understood"
+            )
         begin = time.perf_counter()
         program = self.program(metadata)
         memory = GlobalMemory(self.options.check_global, smallest_store(program.kernel))

@@ -16,6 +16,7 @@ ITEMSIZE = {
     "bf16": 2,
     "tf32": 4,
     "f32": 4,
+    "f64": 8,
     "s32": 4,
     "e4m3": 1,
     "e5m2": 1,
@@ -47,6 +48,31 @@ def _fp8_table(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
 _FP8 = {"e4m3": _fp8_table(4, 3), "e5m2": _fp8_table(5, 2)}
 
 
+def to_fp8(x: np.ndarray, kind: str) -> np.ndarray:
+    """Floats to 8 bits, to nearest even; too large becomes the largest number, NaN 0x7f."""
+    numbers = _FP8[kind][: 0x7F if kind == "e4m3" else 0x7C]  # of their codes, ascending
+    size = np.minimum(np.abs(x.astype(np.float64)), numbers[-1])
+    above = np.searchsorted(numbers, size).clip(max=len(numbers) - 1)
+    below = np.maximum(above - 1, 0)
+    down, up = size - numbers[below], numbers[above] - size
+    code = np.where((down < up) | ((down == up) & (below % 2 == 0)), below, above)
+    code = code | np.where(np.signbit(x), 0x80, 0)
+    return np.where(np.isnan(x), 0x7F, code).astype(np.uint8)
+
+
+def fp8_pair(low: np.ndarray, high: np.ndarray, kind: str) -> np.ndarray:
+    """Two floats in 16 bits."""
+    return to_fp8(low, kind).astype(np.uint16) | to_fp8(high, kind).astype(np.uint16) << 8
+
+
+def halves_of_fp8(pair: np.ndarray, kind: str, relu: bool) -> np.ndarray:
+    """Two floats of 8 bits as f16x2; NaN is 0x7fff."""
+    numbers = decode(np.ascontiguousarray(pair).view(np.uint8), kind)
+    if relu:
+        numbers = np.where(numbers <= 0, 0.0, numbers)
+    return np.where(np.isnan(numbers), np.uint16(0x7FFF), to_f16(numbers)).view(np.uint32)
+
+
 def decode(raw: np.ndarray, kind: str) -> np.ndarray:
     """float64 of elements; tf32 drops the 13 low bits of a float32."""
     if kind == "bf16":
@@ -58,6 +84,8 @@ def decode(raw: np.ndarray, kind: str) -> np.ndarray:
         return (raw & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
     if kind == "f32":
         return raw.view(np.float32).astype(np.float64)
+    if kind == "f64":
+        return raw.view(np.float64)
     if kind == "s32":
         return raw.view(np.int32).astype(np.float64)
     if kind in _FP8:
@@ -73,6 +101,8 @@ def encode(values: np.ndarray, kind: str) -> np.ndarray:
     """The unsigned integers of elements; int32 wraps around."""
     if kind == "s32":
         return values.astype(np.int64).astype(np.uint32)
+    if kind == "f64":
+        return values.view(np.uint64)
     with np.errstate(over="ignore", invalid="ignore"):
         if kind == "f16":
             return to_f16(values)

@@ -11,6 +11,7 @@ import numpy as np
 from .clocks import WARP
 from .copies import Copies
 from .report import ExecutionError, MemcheckError
+from .syntax import UnknownInstructionError
 from .values import UNSIGNED
 from .wgmma import InFlight
 
@@ -121,6 +122,14 @@ class Group:
             raise ExecutionError(
                 f"{self.kernel.name}: {instruction}: {counts[counts < WARP][0]} threads of a warp "
                 f"are here, the others are elsewhere; the first: {self.who(lane)}"
+            )
+
+    def all_members(self, instruction: Instruction, members: np.ndarray) -> None:
+        """Raise unless a collective names all threads of its warps, in a register."""
+        some = np.flatnonzero(members.view(np.uint32) != 0xFFFF_FFFF)
+        if len(some):
+            raise UnknownInstructionError(
+                f"{self.kernel.name}: by part of a warp: {instruction}; {self.who(int(some[0]))}"
             )
 
     def trap(self, instruction: Instruction, guard: np.ndarray | None) -> None:

@@ -36,6 +36,8 @@ _ENDS_BLOCK = ("bra", "brx", "ret", "exit", "bar", "barrier", "mbarrier", "trap"
 # Line tables point at these labels, no jump does.
 _DEBUG_LABELS = ("$L__tmp", "$L__func", "$L__info", "$L__debug", "$L__lineinfo")
 
+_CALL = "a call, of a function with noinline, device_print or device_assert: not understood"
+
 _COMMENT = re.compile(r"//(.*)$")
 _LABEL = re.compile(r"([$\w]+):(?!:)")
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
@@ -210,7 +212,8 @@ class _Body:
             self.local[name] = -(-self.local_size // align) * align
             self.local_size = self.local[name] + size
         elif text.startswith(".") and not text.startswith(".pragma"):
-            raise PtxSyntaxError(f"PTX line {piece.line}: {text}")
+            why = _CALL if text.startswith(".param") else "not understood"
+            raise PtxSyntaxError(f"{text}   [{piece.where}, PTX line {piece.line}]: {why}")
         elif not text.startswith("."):
             self._instruction(piece)
 
@@ -262,7 +265,7 @@ class _Body:
             if text in scope:
                 return scope[text]
         if text.startswith("%") or re.fullmatch(r"[A-Za-z_$][\w$]*", text):
-            numbered = re.fullmatch(r"(%?[A-Za-z_]+)(\d+)", text)
+            numbered = re.fullmatch(r"(%?[\w$]*[A-Za-z_$])(\d+)", text)
             if numbered and numbered.group(1) in self.prefixes:
                 return Reg(text.lstrip("%") + "_", self.prefixes[numbered.group(1)])
             return Special(text) if text.startswith("%") else Sym(text)

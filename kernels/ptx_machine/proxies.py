@@ -188,10 +188,13 @@ class Proxies:
         if late.any():
             kind, deed = self.writer(int(tags[late][0]))
             self._report(g, instruction, kind, at, late, lanes, f"{verb} {deed}")
-        early = shared.readers[at] > known[: shared.readers.shape[1]]
-        if early.any():
-            detail = f"{verb} warp {int(np.nonzero(early)[2][0])} read, no barrier between"
-            self._report(g, instruction, "race", at, early.any(axis=2), lanes, detail)
+        for others, deed in ((shared.readers, "read"), (shared.changers, "changed")):
+            if others is None:
+                continue
+            early = others[at] > known[: others.shape[1]]
+            if early.any():
+                detail = f"{verb} warp {int(np.nonzero(early)[2][0])} {deed}, no barrier between"
+                self._report(g, instruction, "race", at, early.any(axis=2), lanes, detail)
         if self.watches:
             busy = self.taken[at] > self.limits()[int(g.warp[lane])]
             if busy.any():

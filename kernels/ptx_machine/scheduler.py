@@ -1,7 +1,8 @@
 """Which threads run next: divergence, barriers, mbarriers, deadlock.
 
 Where threads part, their group is cut in two; groups that meet at a block are joined again. The
-group at the lowest block runs first, so that those behind catch up. With ``shuffle_warps`` each
+group at the lowest block runs first, so that those behind catch up; now and then it is the one that
+waits longest, as other warps may spin until it has done something. With ``shuffle_warps`` each
 warp is a group of its own, and a random one runs up to its next jump or wait.
 """
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .machine import Machine
 
 
+_PATIENCE = 16  # every so many steps the longest wait counts
+
 # Barriers that threads of a warp may come to one by one.
 NOT_ALIGNED = ("barrier.sync", "barrier.cta.sync")
 
@@ -35,6 +38,7 @@ class Scheduler:
         self.ready: list[Group] = []
         self.waiting: list[Group] = []  # at a barrier, which lies at the end of the block before
         self.stalled: list[tuple[Group, int]] = []  # behind an mbarrier; state when they tried
+        self.steps = 0
 
     def run(self, group: Group) -> None:
         """Run all threads, which start in one group."""
@@ -70,11 +74,20 @@ class Scheduler:
 
     def _next(self) -> Group:
         chosen = range(len(self.ready))
+        self.steps += 1
         if self.shuffle:
             warp = self.ready[self.rng.randrange(len(self.ready))].warp[0]
             mine = [i for i in chosen if self.ready[i].warp[0] == warp]
             return self.ready.pop(min(mine, key=lambda i: self.ready[i].block))
+        if self.steps % _PATIENCE == 0:
+            return self.ready.pop(next(filter(self._is_first, chosen)))
         return self.ready.pop(min(chosen, key=lambda i: self.ready[i].block))
+
+    def _is_first(self, i: int) -> bool:
+        """Whether no other threads of the group's warps are further behind: those come first."""
+        group = self.ready[i]
+        behind = (g for g in self.ready if g.block < group.block)
+        return not any(np.isin(g.warp, group.warp).any() for g in behind)
 
     def _step(self, group: Group) -> None:
         """Run one block and see where its threads go."""

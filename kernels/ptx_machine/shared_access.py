@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .atomics import in_turn
 from .clocks import WARP
 from .values import UNSIGNED, u32
 
@@ -66,6 +67,32 @@ def store_shared(
     view, first = shared.views[width], where // width
     for k, values in enumerate(data):
         view[first + k] = values
+
+
+def atomic_shared(
+    g: Group,
+    instruction: Instruction,
+    name: str,
+    address: np.ndarray,
+    kind: str,
+    data: list[np.ndarray],
+    compare: np.ndarray | None,
+    guard: np.ndarray | None,
+    result: bool,
+) -> list[np.ndarray]:
+    """Change one element for each thread, thread after thread; returns what was there before."""
+    out = [np.zeros_like(d) for d in data]
+    lanes = np.arange(g.n) if guard is None else np.flatnonzero(guard)
+    if not len(lanes):
+        return out
+    shared, width = g.machine.shared, data[0].itemsize
+    where = shared.locate(g, instruction, address[lanes], g.base[lanes], width, width, lanes)
+    shared.note_atomic(g, instruction, where, g.warp[lanes], width)
+    g.count_shared(instruction, where, lanes, width)
+    view = shared.bytes.view(data[0].dtype)
+    compared = None if compare is None else compare[lanes]
+    out[0][lanes] = in_turn(view, where // width, name, kind, data[0][lanes], compared)
+    return out
 
 
 def load_matrix(

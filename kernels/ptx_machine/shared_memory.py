@@ -55,6 +55,7 @@ class SharedMemory:
             granules = slots * self.stride // granule
             self.writer = np.zeros(granules, np.int64)  # tags
             self.readers = np.zeros((granules, warps), np.int64)  # epochs, by warp
+        self.changers: np.ndarray | None = None  # the same of atomics, once there was one
 
     def locate(
         self,
@@ -102,6 +103,40 @@ class SharedMemory:
         """Check a read, and remember it."""
         if not self.check:
             return
+        at = self._after_writes(group, instruction, where, warp, width, "reads what")
+        self._after_others(group, instruction, where, warp, at, self.changers, "reads", "changed")
+        local = warp % self.clocks.warps
+        self.readers[at, local[:, None]] = self.clocks.epoch[warp][:, None]
+
+    def note_atomic(
+        self,
+        group: Group,
+        instruction: Instruction,
+        where: np.ndarray,
+        warp: np.ndarray,
+        width: int,
+    ) -> None:
+        """Check an atomic change, and remember it: only others may come in any order."""
+        if not self.check:
+            return
+        at = self._after_writes(group, instruction, where, warp, width, "changes what")
+        self._after_others(group, instruction, where, warp, at, self.readers, "changes", "read")
+        self.proxies.before_write(group, instruction, at, where, warp)
+        if self.changers is None:
+            self.changers = np.zeros_like(self.readers)
+        local = warp % self.clocks.warps
+        self.changers[at, local[:, None]] = self.clocks.epoch[warp][:, None]
+
+    def _after_writes(
+        self,
+        group: Group,
+        instruction: Instruction,
+        where: np.ndarray,
+        warp: np.ndarray,
+        width: int,
+        verb: str,
+    ) -> np.ndarray:
+        """The granules of an access that takes what is there, which has to be there."""
         at = self.granules(where, width)
         tags = self.writer[at]
         if not tags.all():
@@ -115,9 +150,8 @@ class SharedMemory:
             )  # fmt: skip
         late = self.clocks.unordered(warp, tags)
         if late.any():
-            self._race(group, instruction, where, warp, tags, late, "reads what", "wrote")
-        local = warp % self.clocks.warps
-        self.readers[at, local[:, None]] = self.clocks.epoch[warp][:, None]
+            self._race(group, instruction, where, warp, tags, late, verb, "wrote")
+        return at
 
     def note_write(
         self,
@@ -143,7 +177,8 @@ class SharedMemory:
             if (late & ~same).any():
                 bad = late & ~same
                 self._race(group, instruction, where, warp, tags, bad, "overwrites what", "wrote")
-        self._after_reads(group, instruction, where, warp, at)
+        for others, deed in ((self.readers, "read"), (self.changers, "changed")):
+            self._after_others(group, instruction, where, warp, at, others, "overwrites", deed)
         self.proxies.before_write(group, instruction, at, where, warp)
         mine = self.clocks.tag(warp)[:, None]
         if in_flight:
@@ -156,21 +191,27 @@ class SharedMemory:
             tags = self.writer[at]
             self._race(group, instruction, where, warp, tags, lost, "writes what", "writes too")
 
-    def _after_reads(
+    def _after_others(
         self,
         group: Group,
         instruction: Instruction,
         where: np.ndarray,
         warp: np.ndarray,
         at: np.ndarray,
+        others: np.ndarray | None,
+        verb: str,
+        deed: str,
     ) -> None:
-        readers = self.readers[at]
-        early = readers > self.clocks.seen[warp][:, None, : readers.shape[-1]]
+        """Report other warps' deeds, by the epochs of `others`, that no barrier orders before."""
+        if others is None:
+            return
+        epochs = others[at]
+        early = epochs > self.clocks.seen[warp][:, None, : epochs.shape[-1]]
         if early.any():
             i, g, other = (int(k[0]) for k in np.nonzero(early))
             group.report.add(
                 "race", group.kernel.name, instruction,
-                f"overwrites what warp {other} read, no barrier between: shared byte "
+                f"{verb} what warp {other} {deed}, no barrier between: shared byte "
                 f"{int(where[i]) % self.stride + g * self.granule}; {self._who(group, warp[i])}",
                 int(early.any(axis=(1, 2)).sum()),
             )  # fmt: skip

@@ -50,6 +50,41 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return (np.asarray(a).astype(f64) * b + c).astype(f32)
 
 
+def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """``a * b + c`` in float64, rounded once.
+
+    Boldo and Melquiond, "Emulation of FMA and Correctly Rounded Sums": the low parts are summed to
+    an odd number. Where a part is too large or too small for that, product and sum are rounded.
+    """
+    a, b, c = np.broadcast_arrays(a, b, c)
+    product = a * b
+    below = _product_error(a, b, product)
+    high, low = _two_sum(c, below)
+    top, rest = _two_sum(product, high)
+    exact = top + _add_to_odd(rest, low)
+    small = np.abs(product) < 2.0**-960
+    return np.where(np.isfinite(below) & np.isfinite(top) & ~small, exact, product + c)
+
+
+def _product_error(a: np.ndarray, b: np.ndarray, product: np.ndarray) -> np.ndarray:
+    """``a * b - product``, exact (Dekker)."""
+    (a1, a0), (b1, b0) = _split(a), _split(b)
+    return ((a1 * b1 - product) + a1 * b0 + a0 * b1) + a0 * b0
+
+
+def _split(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    large = x * f64(2.0**27 + 1)
+    high = large - (large - x)
+    return high, x - high
+
+
+def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The sum, rounded, and its error."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
 def relu(x: np.ndarray) -> np.ndarray:
     """Zero for what is not above it; NaN stays."""
     return np.where(x <= 0, x.dtype.type(0), x)
@@ -127,9 +162,7 @@ def pack(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def _add_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The sum in float64, odd where it is inexact: a shorter float then is rounded once."""
-    total = a + b
-    part = total - a
-    error = (a - (total - part)) + (b - part)
+    total, error = _two_sum(a, b)
     even = (total.view(u64) & u64(1)) == 0
     nudged = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
     return np.where(np.isfinite(error) & (error != 0) & even, nudged, total)
@@ -234,6 +267,19 @@ def insert(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.ndarra
     n = np.asarray(length).astype(u64) & u64(0xFF)
     mask = ((u64(1) << n) - u64(1)) << p
     return ((b.astype(u64) & ~mask) | ((a.astype(u64) << p) & mask)).astype(u32)
+
+
+def filled(x: np.ndarray) -> np.ndarray:
+    """The bits from the highest one that is set on, down to the lowest, all set."""
+    for step in (1, 2, 4, 8, 16, 32)[: 4 + x.itemsize // 4]:
+        x = x | x >> x.dtype.type(step)
+    return x
+
+
+def reversed_bits(x: np.ndarray) -> np.ndarray:
+    """The lowest bit first."""
+    bits = np.unpackbits(np.ascontiguousarray(x)[:, None].view(u8), axis=1, bitorder="little")
+    return np.packbits(bits, axis=1).view(x.dtype.newbyteorder(">")).ravel().astype(x.dtype)
 
 
 def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:

@@ -8,7 +8,10 @@ import math
 from fractions import Fraction
 from functools import cache
 
-FORMATS = {"f16": (5, 10), "bf16": (8, 7), "tf32": (8, 10), "f32": (8, 23), "f64": (11, 52)}
+FORMATS = {
+    "f16": (5, 10), "bf16": (8, 7), "tf32": (8, 10), "f32": (8, 23), "f64": (11, 52),
+    "e4m3": (4, 3), "e5m2": (5, 2),  # e4m3 has no infinities: below 256 it is as here
+}  # fmt: skip
 
 
 def bits_of(kind):

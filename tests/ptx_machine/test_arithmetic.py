@@ -21,7 +21,7 @@ from tests.ptx_machine.sheet import Sheet
 
 BASES = (
     "addc", "madc", "add", "sub", "mul", "mad", "fma", "div", "rem", "min", "max", "neg", "abs",
-    "ex2", "lg2", "sin", "cos", "tanh", "sqrt", "rsqrt", "rcp",
+    "ex2", "lg2", "sin", "cos", "tanh", "sqrt", "rsqrt", "rcp", "copysign",
 )  # fmt: skip
 OPERANDS = {
     "fma": 3,
@@ -33,6 +33,7 @@ OPERANDS = {
     "rem": 2,
     "min": 2,
     "max": 2,
+    "copysign": 2,
 }
 FUNCTIONS = {
     "ex2": lambda x: 2.0**x,
@@ -78,6 +79,8 @@ def float_result(op, *bits):
     x = [number(b, kind) for b in bits]
     if base in ("min", "max"):
         result = smallest(base, "NaN" in parts, x)
+    elif base == "copysign":
+        result = math.copysign(x[1], x[0])
     elif base in ("neg", "abs"):
         result = -x[0] if base == "neg" else abs(x[0])
     elif base in FUNCTIONS:

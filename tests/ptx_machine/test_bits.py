@@ -7,7 +7,8 @@ from tests.ptx_machine.exact import signed, wrap
 from tests.ptx_machine.samples import RNG, integers
 from tests.ptx_machine.sheet import THREADS, Sheet
 
-BASES = ("and", "or", "xor", "not", "shl", "shr", "bfe", "bfi", "lop3", "prmt", "shf", "popc")
+BASES = ("and", "or", "xor", "not", "shl", "shr", "bfe", "bfi", "lop3", "prmt", "shf", "popc",
+         "clz", "brev")  # fmt: skip
 
 
 def forms(base):
@@ -145,9 +146,13 @@ def test_funnel_shifts():
         assert got == wrap(want, 32), (op, a, b, c)
 
 
-def test_popc():
+@pytest.mark.parametrize("base", ["popc", "clz", "brev"])
+def test_bits_of_one_number(base):
     def sources(op):
-        return [(f"b{width(op)}", integers(width(op)))], "b32"
+        bits = width(op)
+        return [(f"b{bits}", integers(bits))], f"b{bits if base == 'brev' else 32}"
 
-    for _, (a,), got in run_each("popc", sources):
-        assert got == bin(a).count("1")
+    for op, (a,), got in run_each(base, sources):
+        text = f"{a:0{width(op)}b}"
+        zeros = len(text) - len(text.lstrip("0"))
+        assert got == {"popc": text.count("1"), "clz": zeros, "brev": int(text[::-1], 2)}[base]

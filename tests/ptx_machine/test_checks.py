@@ -1,5 +1,7 @@
 """Each check, provoked by a few lines of PTX: what is reported, and that right code is not."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -97,6 +99,30 @@ def test_same_value_twice_is_a_note():
     assert not report and report.notes == {"same value written twice by two warps": 32}
     kind, text = only_finding(run("st.shared.b32 [8], %r0;"))
     assert kind == "race" and "writes what warp" in text
+
+
+CHANGE = "red.shared.add.u32 [8], %r0;"
+
+
+@pytest.mark.parametrize(
+    "lines, found",
+    [
+        ([OWN, BARRIER, CHANGE, BARRIER, "ld.shared.b32 %r4, [8];"], None),
+        ([OWN, BARRIER, CHANGE, CHANGE], None),
+        ([OWN, BARRIER, CHANGE, "ld.shared.b32 %r4, [8];"], "reads what warp . changed, no barr"),
+        ([OWN, BARRIER, CHANGE, OWN], "overwrites what warp 1 changed, no barrier between"),
+        ([OWN, BARRIER, "ld.shared.b32 %r4, [8];", CHANGE], "changes what warp . read, no barrier"),
+        ([OWN, CHANGE], "changes what warp 0 wrote, no barrier between"),
+        ([CHANGE], "shared byte 8 never written"),
+    ],
+)
+def test_atomics_of_shared_memory_need_barriers_to_plain_accesses_only(lines, found):
+    report = run(*lines)
+    if found is None:
+        assert not report, report
+    else:
+        _, text = only_finding(report)
+        assert re.search(found, text) and "kernel.py:7:5" in text and "program (0, 0, 0)" in text
 
 
 def test_a_barrier_of_some_warps_orders_these_only():

@@ -210,6 +210,19 @@ def test_trap_and_endless_loops():
         run(["$L__HERE:", "bra $L__HERE;"], max_steps=1000)
 
 
+@pytest.mark.parametrize("options", ORDERS)
+def test_warps_that_spin_let_others_run(options):
+    """One spins, before the place where the other lets it go."""
+    lines = [
+        "mov.u32 %r1, 0;", "st.shared.u32 [0], %r1;", "bar.sync 0;",
+        "setp.ge.u32 %p1, %r0, 32;", "@%p1 bra $L__GO;",
+        "$L__SPIN:", "atom.shared.add.u32 %r2, [0], 0;", "setp.eq.u32 %p2, %r2, 0;",
+        "@%p2 bra $L__SPIN;", "bra $L__END;",
+        "$L__GO:", "atom.shared.add.u32 %r3, [0], 1;", "$L__END:", "mov.u32 %r1, 7;",
+    ]  # fmt: skip
+    assert run(lines, shared=16, max_steps=1000, **options) == [7] * THREADS
+
+
 @pytest.mark.parametrize(
     "line",
     ["frobnicate.b32 %r1, %r0;", "add.sat.s32 %r1, %r0, %r0;", "mov.u32 %r1, %clock;",
@@ -225,7 +238,8 @@ def test_what_the_parser_does_not_know():
     text = Sheet().text()
     for old, new, message in (
         (".entry sheet(", ".func sheet(", "no .entry"),
-        ("    ret;", "    .callprototype x;", "callprototype"),
+        ("    ret;", "    .callprototype x;", r"callprototype x.*PTX line \d+\]: not understood"),
+        ("    ret;", "    .param .b64 p;", r"\.param .*PTX line \d+\]: a call, .*not understood"),
         (".extern .shared .align 16 .b8 smem[]", ".shared .b8 smem[16]", "static shared memory"),
         ("    ret;", "    mov.u32 %r1, 0x;", "not understood"),
         ("    ret;\n}", "    ret;", "does not end"),

@@ -5,6 +5,7 @@ import math
 from fractions import Fraction
 
 import pytest
+import torch
 
 from ptx_machine import UnknownInstructionError
 from ptx_machine.translate import FORMS
@@ -18,7 +19,7 @@ from tests.ptx_machine.exact import (
     signed,
     wrap,
 )
-from tests.ptx_machine.samples import floats, integers
+from tests.ptx_machine.samples import floats, integers, pairs
 from tests.ptx_machine.sheet import THREADS, Sheet
 
 
@@ -127,6 +128,8 @@ def test_setp(pair):
         if not pair and op.count(".") > 2:
             continue  # the form with both results runs them all
         kind = op.rpartition(".")[2]
+        if kind.endswith("x2"):
+            continue
         bits = bits_of(kind)
         a, b, c = values_of(kind), values_of(kind), flags()
         b[::4] = a[::4]
@@ -138,7 +141,7 @@ def test_setp(pair):
         sheet.line(f"{op} {p}|{q}, {read};" if both else f"{op} {p}, {read};")
         sheet.keep((p, 1), *([(q, 1)] if both else []))
         cases.append((op, kind, a, b, c, joined))
-    found = sheet.run(forms("setp") if pair else ())
+    found = sheet.run([op for op in forms("setp") if not op.endswith("x2")] if pair else ())
     for (op, kind, a, b, c, joined), results in zip(cases, found, strict=True):
         name, ftz = op.split(".")[1], ".ftz" in op
         for k, (x, y, z) in enumerate(zip(a, b, c, strict=True)):
@@ -149,9 +152,38 @@ def test_setp(pair):
                 assert got[k] == want, (op, x, y, z)
 
 
+def test_setp_of_pairs():
+    """The first result is that of the lower halves, the second that of the upper ones."""
+    sheet, cases = Sheet(), []
+    ops = [op for op in forms("setp") if op.endswith("x2")]
+    for op in ops:
+        a, b, c = pairs(kind := op.rpartition(".")[2][:-2]), pairs(kind), flags()
+        b[::4] = a[::4]
+        joined = next((j for j in ("and", "or", "xor") if f".{j}." in op), None)
+        inputs = [("b32", a), ("b32", b)] + ([("b1", c)] if joined else [])
+        read = ", ".join(sheet.load(int(k[1:]), v) for k, v in inputs)
+        p, q = sheet.register(1), sheet.register(1)
+        sheet.line(f"{op} {p}|{q}, {read};")
+        sheet.keep((p, 1), (q, 1))
+        cases.append((op, kind, a, b, c, joined))
+    for (op, kind, a, b, c, joined), results in zip(cases, sheet.run(ops), strict=True):
+        name, ftz = op.split(".")[1], ".ftz" in op
+        for k, (x, y, z) in enumerate(zip(a, b, c, strict=True)):
+            for shift, got in zip((0, 16), results, strict=True):
+                want = compared(name, kind, x >> shift & 0xFFFF, y >> shift & 0xFFFF, ftz)
+                if joined:
+                    want = {"and": want and z, "or": want or z, "xor": want != z}[joined]
+                assert got[k] == want, (op, x, y, z)
+    single = Sheet()
+    single.line("setp.eq.f16x2 %p1, %r1, %r1;")
+    with pytest.raises(UnknownInstructionError, match="one result: setp"):
+        single.run()
+
+
 # Conversions
 
 INTEGERS = [f"{sign}{bits}" for sign in "us" for bits in (8, 16, 32, 64)]
+EIGHT = {"e4m3x2": torch.float8_e4m3fn, "e5m2x2": torch.float8_e5m2}
 WHOLE = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
 
 
@@ -193,13 +225,18 @@ def ops_between(to, source):
     chosen = []
     for op in forms("cvt"):
         *_, t, s = op.split(".")
-        if not t.endswith("x2") and (is_integer(t), is_integer(s)) == (to, source):
+        if (
+            not t.endswith("x2")
+            and not s.endswith("x2")
+            and (is_integer(t), is_integer(s)) == (to, source)
+        ):
             chosen.append(op)
     return chosen
 
 
-PAIRS = [op for op in forms("cvt") if op.split(".")[-2].endswith("x2")]
-TESTED = [op for base in ("mov", "cvta", "selp", "setp") for op in forms(base)] + PAIRS
+FP8 = [op for op in forms("cvt") if "e4m3x2" in op or "e5m2x2" in op]
+PAIRS = [op for op in forms("cvt") if op.split(".")[-2].endswith("x2") and op not in FP8]
+TESTED = [op for base in ("mov", "cvta", "selp", "setp") for op in forms(base)] + PAIRS + FP8
 for ways in itertools.product((True, False), repeat=2):
     TESTED += ops_between(*ways)
 
@@ -291,3 +328,38 @@ def test_cvt_to_pairs():
                 if "relu" in mods and x <= 0:
                     x = 0.0
                 check_float(op, to, rounded(x, to, mods[0]), value, half)
+
+
+def test_cvt_of_8_bits():
+    """Against torch, which does not saturate; NaN has the bits that the ISA gives it."""
+    sheet, cases = Sheet(), []
+    for op in FP8:
+        source = op.rpartition(".")[2]
+        if source == "f32":
+            given = [floats("f32"), floats("f32", near=16)]
+        elif source == "f16x2":
+            given = [pairs("f16")]
+        else:
+            given = [integers(16)]
+        bits = 16 if source.startswith("e") else 32
+        sheet.add(op, [(f"b{bits}", v) for v in given], [f"b{48 - bits}"])
+        cases.append((op, given))
+    for (op, given), (results,) in zip(cases, sheet.run(FP8), strict=True):
+        *mods, to, source = op.split(".")[1:]
+        if source == "f32":
+            numbers = torch.tensor(list(zip(*given[::-1], strict=True))).to(torch.uint32)
+            numbers = numbers.view(torch.float32)
+        else:
+            width = torch.uint32 if source == "f16x2" else torch.uint16
+            numbers = torch.tensor(given).to(width).view(EIGHT.get(source, torch.float16))
+        numbers = numbers.double().reshape(THREADS, 2)
+        if "relu" in mods:
+            numbers = torch.where(numbers <= 0, 0.0, numbers)
+        kind = EIGHT.get(to, torch.float16)
+        if to in EIGHT:
+            limit = torch.finfo(kind).max
+            numbers = numbers.clamp(-limit, limit)
+        want = numbers.float().to(kind).view(torch.uint8 if to in EIGHT else torch.uint16).long()
+        want[numbers.isnan()] = 0x7F if to in EIGHT else 0x7FFF
+        step = 8 if to in EIGHT else 16
+        assert results == [low | high << step for low, high in want.tolist()], op

@@ -247,15 +247,35 @@ def numbers(kind, count):
     return integers(bits_of(kind), count)
 
 
+def copy(sheet, size, source, to):
+    """Copy so many bytes of the first array to shared memory, or back, between two barriers."""
+    address, words = sheet.register(32), vector([sheet.register(32) for _ in range(4)])
+    wide = sheet.register(64)
+    places = {"global": wide, "shared": address}
+    sheet.line(f"shl.b32 {address}, %r0, 4;")
+    sheet.line(f"mad.wide.u32 {wide}, %r0, 16, %rd3;")
+    sheet.line("bar.sync 0;")
+    assert size % (16 * THREADS) == 0
+    for k in range(0, size, 16 * THREADS):
+        sheet.line(f"ld.{source}.v4.b32 {words}, [{places[source]} + {k}];")
+        sheet.line(f"st.{to}.v4.b32 [{places[to]} + {k}], {words};")
+    sheet.line("bar.sync 0;")
+
+
+@pytest.mark.parametrize("space", ["global", "shared"])
 @pytest.mark.parametrize("base", ["atom", "red"])
-def test_atomics(base):
+def test_atomics(base, space):
     """Threads that meet at an element take turns, in the order of their numbers."""
-    ops = forms(base)
-    target = aligned(len(ops) * CELLS * ROW).reshape(len(ops), -1)
-    sheet = Sheet(target)
+    ops = forms(base, space)
+    target = aligned(-(-len(ops) // 4) * 4 * CELLS * ROW).reshape(-1, CELLS * ROW)
+    sheet = Sheet(target, shared=target.size)
     address = sheet.register(64)
     cell = [RNG.randrange(CELLS) for _ in range(THREADS)]
     sheet.line(f"mad.wide.u32 {address}, {sheet.load(32, cell)}, {ROW}, %rd3;")
+    if space == "shared":
+        copy(sheet, target.size, "global", "shared")
+        address = sheet.register(32)
+        sheet.line(f"mul.lo.u32 {address}, {sheet.load(32, cell)}, {ROW};")
     known, cases = {}, []
     for k, op in enumerate(ops):
         kind = op.rpartition(".")[2]
@@ -285,6 +305,8 @@ def test_atomics(base):
         if results:
             sheet.keep(*((r, bits) for r in results))
         cases.append((op, name, kind, size, before, values, compare))
+    if space == "shared":
+        copy(sheet, target.size, "shared", "global")
     found = sheet.run(ops)
     for k, (op, name, kind, size, cells, values, compare) in enumerate(cases):
         for thread, c in enumerate(cell):

@@ -97,11 +97,19 @@ def test_redux():
 # Tensor cores: which element a register holds, as the ISA lists it ("Matrix Fragments for mma").
 
 
+EACH = dict.fromkeys(("tf32", "f32", "f64", "s32"), 1) | {"f16": 2, "bf16": 2}  # in a register
+EACH |= dict.fromkeys(("e4m3", "e5m2", "s8", "u8"), 4)
+
+
 def a_place(kind, depth, lane, i):
     """(row, column) of element a_i."""
     group, tid = lane // 4, lane % 4
-    if kind == "tf32":
+    if kind in ("tf32", "f64"):
         return group + 8 * (i % 2), tid + 4 * (i // 2)
+    if EACH[kind] == 4:
+        return group + (8 if 4 <= i < 8 or i >= 12 else 0), tid * 4 + (i & 3) + (
+            16 if i >= 8 else 0
+        )
     row = group + (8 if i % 4 >= 2 else 0)
     return row, tid * 2 + (i & 1) + (8 if i >= 4 else 0)
 
@@ -109,8 +117,10 @@ def a_place(kind, depth, lane, i):
 def b_place(kind, depth, lane, i):
     """(row, column) of element b_i."""
     group, tid = lane // 4, lane % 4
-    if kind == "tf32":
+    if kind in ("tf32", "f64"):
         return tid + 4 * i, group
+    if EACH[kind] == 4:
+        return tid * 4 + (i & 3) + (16 if i >= 4 else 0), group
     return tid * 2 + (i & 1) + (8 if i >= 2 else 0), group
 
 
@@ -119,54 +129,76 @@ def c_place(lane, i):
 
 
 def short_numbers(kind):
-    """Numbers whose products and sums are exact in 53 bits."""
+    """Numbers whose products and sums are exact in 53 bits, and in float16 whole."""
+    if kind in ("s8", "u8"):
+        return RNG.getrandbits(8)
+    if EACH[kind] == 4:
+        return rounded(Fraction(RNG.randint(-7, 7), 2 ** RNG.randint(0, 3)), kind)
     return rounded(Fraction(RNG.randint(-255, 255), 2 ** RNG.randint(0, 6)), kind)
+
+
+def large_numbers(kind):
+    """Of C: bits fall off in float32, sums pass the ends of s32."""
+    if kind == "s32":
+        return RNG.choice([0x7FFFFFF0, 0x80000010, RNG.getrandbits(32)])
+    if kind == "f16":
+        return rounded(Fraction(RNG.randint(-(2**10), 2**10)), kind)
+    return rounded(Fraction(RNG.randint(-(2**20), 2**20)) * 2 ** RNG.randint(0, 12), kind)
+
+
+def words_of(columns, kind):
+    """Registers of a fragment, by thread, given its elements in order."""
+    each, bits = EACH[kind], 32 // EACH[kind]
+    made = []
+    for r in range(0, len(columns), each):
+        held = zip(*columns[r : r + each], strict=True)
+        made.append([sum(v << bits * k for k, v in enumerate(values)) for values in held])
+    if kind == "tf32":  # the low bits are ignored
+        made = [[v << 13 | RNG.getrandbits(13) for v in words] for words in made]
+    return made
+
+
+def sum_of(exact, kind, saturates):
+    """The bits of a result: cut to float32, rounded to float16 and float64, or of 32 bits."""
+    if kind != "s32":
+        return rounded(exact, kind, "rz" if kind == "f32" else "rn")
+    return wrap(int(min(max(exact, -(2**31)), 2**31 - 1) if saturates else exact), 32)
 
 
 @pytest.mark.parametrize("op", forms("mma"))
 def test_mma(op):
-    """The exact sum, cut to float32: with a large C, bits fall off."""
-    parts = op.split(".")
-    kind, depth = parts[-2], int(parts[3].rpartition("k")[2])
-    each = 1 if kind == "tf32" else 2  # elements in a register
-    counts = {"a": 16 * depth // 32 // each, "b": 8 * depth // 32 // each}
-    sheet = Sheet()
-    elements = {}
-    names = {}
-    for side, count in counts.items():
-        elements[side] = [
-            [short_numbers(kind) for _ in range(THREADS)] for _ in range(count * each)
-        ]
-        names[side] = []
-        for r in range(count):
-            held = elements[side][r * each : (r + 1) * each]
-            if each == 2:
-                words = [low | high << 16 for low, high in zip(*held, strict=True)]
-            else:  # the low bits are ignored
-                words = [v << 13 | RNG.getrandbits(13) for v in held[0]]
-            names[side].append(sheet.load(32, words))
-    c = [[rounded(Fraction(RNG.randint(-(2**20), 2**20)) * 2 ** RNG.randint(0, 12), "f32")
-          for _ in range(THREADS)] for _ in range(4)]  # fmt: skip
-    held = [sheet.load(32, v) for v in c]
-    d = [sheet.register(32) for _ in range(4)]
-    operands = [d, names["a"], names["b"], held]
+    """The exact sum: with a large C, bits fall off."""
+    shape, (to, *kinds, _) = op.split(".")[3], op.split(".")[-4:]
+    rows, depth = int(shape[1:].partition("n")[0]), int(shape.rpartition("k")[2])
+    sheet, size = Sheet(), 64 if to == "f64" else 32
+    counts = {"a": (rows * depth, kinds[0]), "b": (8 * depth, kinds[1]), "c": (rows * 8, to)}
+    elements, names = {}, {}
+    for side, (count, kind) in counts.items():
+        pick = large_numbers if side == "c" else short_numbers
+        elements[side] = [[pick(kind) for _ in range(THREADS)] for _ in range(count // 32)]
+        names[side] = [sheet.load(size, words) for words in words_of(elements[side], kind)]
+    d = [sheet.register(size) for _ in names["c"]]
+    operands = [d, *names.values()]
     sheet.line(f"{op} " + ", ".join(f"{{{', '.join(x)}}}" for x in operands) + ";")
-    sheet.keep(*((r, 32) for r in d))
+    sheet.keep(*((r, size) for r in d))
     (results,) = sheet.run([op])
     for warp in WARPS:
         left, right = {}, {}
         for t in warp:
-            for i, column in enumerate(elements["a"]):
-                left[a_place(kind, depth, t % 32, i)] = Fraction(number(column[t], kind))
-            for i, column in enumerate(elements["b"]):
-                right[b_place(kind, depth, t % 32, i)] = Fraction(number(column[t], kind))
-        assert (len(left), len(right)) == (16 * depth, 8 * depth)
+            for place, held, side, kind in (
+                (a_place, left, "a", kinds[0]), (b_place, right, "b", kinds[1]),
+            ):  # fmt: skip
+                for i, column in enumerate(elements[side]):
+                    held[place(kind, depth, t % 32, i)] = Fraction(number(column[t], kind))
+        assert (len(left), len(right)) == (rows * depth, 8 * depth)
         for t in warp:
-            for i in range(4):
-                row, column = c_place(t % 32, i)
-                exact = Fraction(number(c[i][t], "f32"))
-                exact += sum(left[row, k] * right[k, column] for k in range(depth))
-                assert results[i][t] == rounded(exact, "f32", "rz")
+            for i, column in enumerate(elements["c"]):
+                row, j = c_place(t % 32, i)
+                exact = Fraction(number(column[t], to))
+                exact += sum(left[row, k] * right[k, j] for k in range(depth))
+                each = 2 if to == "f16" else 1
+                got = results[i // each][t] >> 16 * (i % each) & (1 << size // each) - 1
+                assert got == sum_of(exact, to, ".satfinite" in op)
 
 
 @pytest.mark.parametrize("op", forms("ldmatrix"))
@@ -289,4 +321,18 @@ def test_members_other_than_all_are_not_known():
     sheet = Sheet()
     sheet.line("shfl.sync.bfly.b32 %r2, %r0, 1, 31, 65535;")
     with pytest.raises(UnknownInstructionError, match="part of a warp: shfl"):
+        sheet.run()
+
+
+def test_members_in_a_register():
+    """Compilers put the mask of all into one before a loop; other masks are seen as they come."""
+    sheet = Sheet()
+    everybody, some = (
+        sheet.load(32, [2**32 - 1] * THREADS),
+        sheet.load(32, [2**32 - 1] * 39 + [7] * 25),
+    )
+    sheet.add("redux.sync.add.s32", ["%r0", everybody], ["b32"])
+    assert sheet.run() == [[[496] * 32 + [1520] * 32]]
+    sheet.line(f"redux.sync.add.s32 %r2, %r0, {some};")
+    with pytest.raises(UnknownInstructionError, match=r"part of a warp: redux.*warp 1, lane 7$"):
         sheet.run()

@@ -107,12 +107,12 @@ def _carry(w: Text) -> None:
     w.set(d, "T.astype(u32)", "u32")
 
 
-@form("fma.rn[.ftz].{f32,f16,f16x2}", "fma.rn.{bf16,bf16x2}")
+@form("fma.rn[.ftz].{f32,f16,f16x2}", "fma.rn.{f64,bf16,bf16x2}")
 def _fma(w: Text) -> None:
     if w.kind in _HALVES:
         _half(w, "fma")
     else:
-        _float(w, "fma({0}, {1}, {2})")
+        _float(w, f"fma{64 if w.kind == 'f64' else ''}({{0}}, {{1}}, {{2}})")
 
 
 @form("div.{full,approx,rn}[.ftz].f32", "div.rn.f64")
@@ -161,6 +161,13 @@ def _abs(w: Text) -> None:
         _half(w, "abs")
     else:
         _float(w, "np.abs({0})")
+
+
+@form("copysign.f{32,64}")
+def _copysign(w: Text) -> None:
+    """The sign of the first, the size of the second."""
+    sign, size = w.i.operands[1:]
+    w.set(w.i.operands[0], f"np.copysign({w.arrays((size, sign), w.kind)})", w.kind)
 
 
 # Functions that the hardware approximates are exact to their type here.

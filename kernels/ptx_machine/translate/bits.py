@@ -65,6 +65,18 @@ def _funnel(w: Text) -> None:
     w.set(w.i.operands[0], f"funnel({read}, {side == 'l'}, {mode == 'wrap'})", "b32")
 
 
+@form("clz.b{32,64}")
+def _clz(w: Text) -> None:
+    """Leading zeros: all bits below the first are filled, and counted."""
+    a = w.array(w.i.operands[1], w.kind)
+    w.set(w.i.operands[0], f"({w.kind[1:]} - np.bitwise_count(filled({a}))).astype(u32)", "u32")
+
+
+@form("brev.b{32,64}")
+def _brev(w: Text) -> None:
+    w.set(w.i.operands[0], f"reversed_bits({w.array(w.i.operands[1], w.kind)})", w.kind)
+
+
 @form("popc.b{32,64}")
 def _popc(w: Text) -> None:
     w.set(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..syntax import Imm, Operand, Pair, Special, Sym, Vec
 from .forms import form
 from .text import TYPES, Text
@@ -77,22 +79,25 @@ def _selp(w: Text) -> None:
     "setp.{eq,ne,lt,le,gt,ge,lo,ls,hi,hs}[.{and,or,xor}].u{16,32,64}",
     "setp.{eq,ne,lt,le,gt,ge,equ,neu,ltu,leu,gtu,geu,num,nan}[.{and,or,xor}][.ftz].{f16,f32}",
     "setp.{eq,ne,lt,le,gt,ge,equ,neu,ltu,leu,gtu,geu,num,nan}[.{and,or,xor}].{bf16,f64}",
+    "setp.{eq,ne,lt,le,gt,ge,equ,neu,ltu,leu,gtu,geu,num,nan}[.{and,or,xor}][.ftz].f16x2",
+    "setp.{eq,ne,lt,le,gt,ge,equ,neu,ltu,leu,gtu,geu,num,nan}[.{and,or,xor}].bf16x2",
 )
 def _setp(w: Text) -> None:
-    """``p|q`` is the comparison and its opposite, each joined with the third operand."""
+    """``p|q`` is the comparison and its opposite, each joined with the third operand.
+
+    Of pairs of halves p is the comparison of the lower ones, q of the upper ones.
+    """
     d, a, b, *rest = w.i.operands
     if isinstance(d, Pair) and w.kind in ("f16", "bf16"):
         raise w.unknown("two results")
-    if w.kind == "bf16":
-        x, y = (f"from_bf16({w.array(o, 'b16')})" for o in (a, b))
-    else:
-        x, y = w.array(a, w.kind), w.value(b, w.kind)
-    if "ftz" in w.parts:
-        x, y = f"flush({x})", f"flush({y})"
-    result = _comparison(w.parts[1], x, y, "f" in w.kind)
-    targets = (
-        [(d, result)] if not isinstance(d, Pair) else [(d.first, result), (d.second, f"~{result}")]
-    )
+    results = [_comparison(w.parts[1], x, y, "f" in w.kind) for x, y in _compared(w, a, b)]
+    targets = [(d, results[0])]
+    if isinstance(d, Pair):
+        targets = [(d.first, results[0]), (d.second, (results * 2)[1])]
+        if len(results) == 1:
+            targets[1] = d.second, f"~{results[0]}"
+    elif len(results) == 2:
+        raise w.unknown("one result")
     join = next((_JOIN[m] for m in w.parts[2:-1] if m in _JOIN), None)
     if (join is None) == bool(rest):
         raise w.unknown()
@@ -101,6 +106,28 @@ def _setp(w: Text) -> None:
         w.line(f"T{k} = {joined}")
     for k, (target, _) in enumerate(targets):
         w.set(target, f"T{k}", "pred")
+
+
+def _compared(w: Text, a: Operand, b: Operand) -> list[tuple[str, str]]:
+    """What is compared: of pairs the lower halves, then the upper ones."""
+    if w.kind.startswith("bf16"):
+        reads = [f"from_bf16({h})" for o in (a, b) for h in _halves(w, o)]
+    elif w.kind == "f16x2":
+        reads = [f"{h}.view(f16)" for o in (a, b) for h in _halves(w, o)]
+    else:
+        reads = [w.array(a, w.kind), w.value(b, w.kind)]
+    if "ftz" in w.parts:
+        reads = [f"flush({read})" for read in reads]
+    half = len(reads) // 2
+    return list(zip(reads[:half], reads[half:], strict=True))
+
+
+def _halves(w: Text, operand: Operand) -> list[str]:
+    """The bits of a half, or of both of a pair."""
+    if not w.kind.endswith("x2"):
+        return [w.array(operand, "b16")]
+    both = w.array(operand, "b32")
+    return [f"{both}.astype(u16)", f"({both} >> {w.constant(np.uint32(16))}).astype(u16)"]
 
 
 def _comparison(name: str, x: str, y: str, is_float: bool) -> str:
@@ -154,15 +181,18 @@ def _float(w: Text, source: str) -> str:
 @form(
     "cvt[.ftz].f32.{f16,bf16}",
     "cvt[.ftz].f64.f32",
-    "cvt.f64.f16",
+    "cvt.f64.{f16,bf16}",
     "cvt.rn[.ftz].f32.f64",
-    "cvt.rn.f16.f64",
+    "cvt.rn.{f16,bf16}.f64",
     "cvt.{rni,rzi,rmi,rpi}[.ftz].f32.f32",
     "cvt.{rni,rzi,rmi,rpi}.{f16.f16,f64.f64}",
 )
 def _cvt_float(w: Text) -> None:
     to, source = w.parts[-2:]
     x = _float(w, source)
+    if to == "bf16":
+        w.set(w.i.operands[0], f"wide_to_bf16({x})", "b16")
+        return
     if to == source:
         x = f"{_WHOLE[w.parts[1]]}({x})"
     elif "ftz" in w.parts and to == "f32":
@@ -190,6 +220,30 @@ def _rounded(w: Text, to: str, source: Operand) -> str:
     if "relu" in w.parts:
         x = f"relu({x})"
     return f"to_{to}{'_rz' if 'rz' in w.parts else ''}({x})"
+
+
+@form("cvt.rn.satfinite[.relu].{e4m3x2,e5m2x2}.{f32,f16x2}")
+def _cvt_fp8(w: Text) -> None:
+    """Two floats, of which the first is the upper one, or a pair."""
+    d, *sources = w.i.operands
+    if w.kind == "f32":
+        high, low = (w.array(source, "f32") for source in sources)
+    else:
+        (source,) = sources
+        both = w.array(source, "b32")
+        low = f"{both}.astype(u16).view(f16)"
+        high = f"({both} >> {w.constant(np.uint32(16))}).astype(u16).view(f16)"
+    if "relu" in w.parts:
+        low, high = f"relu({low})", f"relu({high})"
+    kind = w.parts[-2].removesuffix("x2")
+    w.set(d, f"fp8_pair({low}, {high}, {kind!r})", "b16")
+
+
+@form("cvt.rn[.relu].f16x2.{e4m3x2,e5m2x2}")
+def _cvt_from_fp8(w: Text) -> None:
+    kind = w.kind.removesuffix("x2")
+    expression = f"halves_of_fp8({w.array(w.i.operands[1], 'b16')}, {kind!r}, {'relu' in w.parts})"
+    w.set(w.i.operands[0], expression, "b32")
 
 
 @form("cvt.{rn,rna,rz}.tf32.f32")

@@ -102,6 +102,8 @@ _PLACES = {
            f"{base}.global[.{{cta,gpu,sys}}][.{{{orders}}}]")
     for base, orders in (("red", "relaxed,release"), ("atom", "relaxed,acquire,release,acq_rel"))
 }  # fmt: skip
+_TRITON_CAS = "atom.global.{relaxed,acquire,release,acq_rel}.{cta,gpu,sys}"
+_SHARED = "{base}[.relaxed.{{cta,gpu,sys}}].shared[::cta]"
 _ATOMICS = (
     ".add.{u32,s32,u64,f32,f64}",
     ".add.{v2,v4}.f32",
@@ -112,9 +114,27 @@ _ATOMICS = (
 )
 
 
+_SHARED_ATOMICS = (
+    ".add.{u32,s32,u64,f32,f64}",
+    ".{min,max}.{u,s}{32,64}",
+    ".{and,or,xor}.b{32,64}",
+)
+
+
+def _atomic_call(w: Text, name: str, memory: Operand, data: str, compare: str, result: bool) -> str:
+    shared = "shared" in w.i.op
+    address = w.address(memory, 32 if shared else 64)
+    return (
+        f"{'atomic_shared' if shared else 'atomic'}(g, I[{w.i.index}], {name!r}, {address}, "
+        f"{w.kind!r}, [{data}], {compare}, {w.guard()}, {result})"
+    )
+
+
 @form(
     *(f"{place}{what}" for base in _PLACES for place in _PLACES[base] for what in _ATOMICS),
     *(f"{place}.exch.b{{32,64}}" for place in _PLACES["atom"]),
+    *(_SHARED.format(base=base) + what for base in _PLACES for what in _SHARED_ATOMICS),
+    _SHARED.format(base="atom") + ".exch.b{32,64}",
 )
 def _atomic(w: Text) -> None:
     operands = list(w.i.operands)
@@ -126,21 +146,17 @@ def _atomic(w: Text) -> None:
     bits = {"f16": "b16", "bf16": "b16", "f16x2": "b32", "bf16x2": "b32"}.get(kind, kind)
     data = w.arrays(tuple(_vector(w, source)), bits)
     name = next(p for p in w.parts if p in ("add", "min", "max", "and", "or", "xor", "exch"))
-    call = (
-        f"atomic(g, I[{w.i.index}], {name!r}, {w.address(memory, 64)}, {kind!r}, [{data}], None, "
-        f"{w.guard()}, {bool(targets)})"
-    )
-    _keep(w, targets, call, bits)
+    _keep(w, targets, _atomic_call(w, name, memory, data, "None", bool(targets)), bits)
 
 
-@form(*(f"{place}.cas.b{{32,64}}" for place in _PLACES["atom"]))
+@form(
+    *(f"{place}.cas.b{{16,32,64}}" for place in (*_PLACES["atom"], _TRITON_CAS)),
+    _SHARED.format(base="atom") + ".cas.b{32,64}",
+)
 def _cas(w: Text) -> None:
     d, memory, compare, new = w.i.operands[:4]
-    call = (
-        f"atomic(g, I[{w.i.index}], 'cas', {w.address(memory, 64)}, {w.kind!r}, "
-        f"[{w.array(new, w.kind)}], {w.array(compare, w.kind)}, {w.guard()}, True)"
-    )
-    _keep(w, [d], call, w.kind)
+    data, old = w.array(new, w.kind), w.array(compare, w.kind)
+    _keep(w, [d], _atomic_call(w, "cas", memory, data, old, True), w.kind)
 
 
 def _keep(w: Text, targets: list[Operand], call: str, kind: str) -> None:

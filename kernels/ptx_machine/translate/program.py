@@ -10,6 +10,7 @@ import numpy as np
 from .. import (
     collectives,
     copies,
+    formats,
     global_access,
     local_memory,
     mbarrier,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 # Translated code calls the functions of these modules by name.
 _CALLED = (
-    values, shuffles, tensor_cores, global_access, shared_access, local_memory, copies,
+    values, formats, shuffles, tensor_cores, global_access, shared_access, local_memory, copies,
     wgmma, tma, mbarrier, proxies, collectives,
 )  # fmt: skip
 

@@ -16,9 +16,11 @@ _ALL = (-1, 0xFFFFFFFF)
 def collective(w: Text, members: Operand | None = None) -> None:
     """Whole warps only; `members` is the operand that names the threads."""
     w.refuse_guard()
-    if members is not None and not (isinstance(members, Imm) and members.value in _ALL):
+    if isinstance(members, Imm) and members.value not in _ALL:
         raise w.unknown("by part of a warp")
     w.line(f"g.whole_warps(I[{w.i.index}])")
+    if members is not None and not isinstance(members, Imm):
+        w.line(f"g.all_members(I[{w.i.index}], {w.array(members, 'b32')})")
 
 
 @form("shfl.sync.{up,down,bfly,idx}.b32")
@@ -57,15 +59,21 @@ def _items(w: Text, operand: Operand) -> tuple[Operand, ...]:
 
 @form(
     "mma.sync.aligned.m16n8k{8,16}.row.col.f32.{f16.f16,bf16.bf16}.f32",
+    "mma.sync.aligned.m16n8k{8,16}.row.col.f16.f16.f16.f16",
     "mma.sync.aligned.m16n8k{4,8}.row.col.f32.tf32.tf32.f32",
+    "mma.sync.aligned.m16n8k32.row.col.f32.{e4m3,e5m2}.{e4m3,e5m2}.f32",
+    "mma.sync.aligned.m16n8k{16,32}.row.col[.satfinite].s32.{s8,u8}.{s8,u8}.s32",
+    "mma.sync.aligned.{m8n8k4,m16n8k4,m16n8k8,m16n8k16}.row.col.f64.f64.f64.f64",
 )
 def _mma(w: Text) -> None:
     d, a, b, c = (_items(w, operand) for operand in w.i.operands)
-    shape, kind = w.parts[3], w.parts[-2]
-    depth = int(shape.rpartition("k")[2])
+    to, left, right, _ = w.parts[-4:]
+    depth = int(w.parts[3].rpartition("k")[2])
     collective(w)
-    read = f"[{w.arrays(a, 'b32')}], [{w.arrays(b, 'b32')}], [{w.arrays(c, 'f32')}]"
-    w.set_many(list(d), f"mma({read}, {kind!r}, {depth})", "f32")
+    bits = "b64" if to == "f64" else "b32"
+    read = ", ".join(f"[{w.arrays(x, bits)}]" for x in (a, b, c))
+    kinds = f"{(left, right, to)}, {depth}, {'satfinite' in w.parts}"
+    w.set_many(list(d), f"mma({read}, {kinds})", bits)
 
 
 @form("ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16")

@@ -33,6 +33,18 @@ def test_arguments_of_every_type(gpu):
     assert torch.equal(out, x + (3 + 2.0**40 + 0.5 + 1 + 7 + 10 + 100))
 
 
+def test_tensors_that_say_another_type(gpu):
+    x, out = torch.arange(128, dtype=torch.int32), torch.zeros(128)
+    shift[(2,)](triton.reinterpret(x, tl.float32), out, 128, OFFSET=0)
+    assert torch.equal(out, x.view(torch.float32))
+
+
+def test_clusters_are_refused():
+    ptx_machine.install(90)
+    with pytest.raises(NotImplementedError, match="shift: num_ctas=2: clusters"):
+        shift[(2,)](torch.zeros(128), torch.zeros(128), 128, OFFSET=0, num_ctas=2)
+
+
 def test_both_chips_in_turn():
     """The chip that was installed last is the one that kernels are compiled for."""
     for chip in (80, 90, 80):

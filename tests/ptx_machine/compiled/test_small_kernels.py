@@ -224,6 +224,29 @@ def test_atomics(gpu, rng):
     assert torch.equal(out, torch.bincount(x, minlength=10).float())
 
 
+@triton.jit
+def in_turns(x, out, lock, N: tl.constexpr):
+    """Programs add to `out` one after the other, in any order."""
+    i = tl.arange(0, N)
+    mine = tl.histogram(tl.load(x + tl.program_id(0) * N + i), 16)
+    while tl.atomic_cas(lock, 0, 1) == 1:
+        pass
+    old = tl.atomic_add(out + tl.arange(0, 16), mine)
+    tl.store(out + 16 * (tl.program_id(0) + 1) + tl.arange(0, 16), old)
+    tl.debug_barrier()
+    tl.atomic_xchg(lock, 0)
+
+
+def test_a_lock_and_a_histogram(gpu, rng):
+    """Programs spin until another, further on, lets them: all of them run."""
+    gpu.options.max_steps = 5000
+    x = torch.randint(0, 16, (4, 128), generator=rng, dtype=torch.int32)
+    out, lock = torch.zeros(5, 16, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    in_turns[(4,)](x, out, lock, N=128)
+    assert torch.equal(out[0], torch.bincount(x.ravel(), minlength=16).int())
+    assert sorted(out[1:].sum(1).tolist()) == [0, 128, 256, 384]
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_transpose(gpu, rng, dtype):
     x = torch.randn(64, 32, generator=rng).to(dtype)
