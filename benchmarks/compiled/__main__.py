@@ -3,10 +3,10 @@
     python -m benchmarks.compiled [--target sm_90 ...] [--out FILE]
 
 Each kernel is compiled for each chip with the tile sizes of its table: attention with RoPE where
-its kernel exists with and without; heads of 96, which run in the tiles of 80, are left out. The
-loop is the smallest one around a tensor-core instruction; for attention its instructions are also
-given per score element and thread, the figure that decides whether the tensor cores wait for the
-softmax. The orders of the attention forward on sm_90, shipped or not, are compared at the end.
+its kernel exists with and without. The loop is the smallest one around a tensor-core instruction;
+for attention its instructions are also given per score element and thread, the figure that decides
+whether the tensor cores wait for the softmax. The orders of the attention forward on sm_90, shipped
+or not, are compared at the end.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def variant_section(rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 def rows_of(target: str) -> Iterator[tuple[str, ...]]:
     """A row of the table for each kernel and configuration of `target`."""
-    attention = (attention_jobs.distinct_jobs(target, d) for d in (32, 64, 80, 128))
+    attention = (attention_jobs.distinct_jobs(target, d) for d in attention_jobs.HEAD_DIMS)
     for job in (*jobs.jobs(target), *chain.from_iterable(attention)):
         built = compile_kernel(job.kernel, job.signature, job.constants, target, **job.options)
         yield (

@@ -13,7 +13,7 @@ from hrvlm_kernels.triton_kernels import varlen_attention_short as short
 from hrvlm_kernels.triton_kernels.attention_tiles import column_blocks, padded_head_dim
 from hrvlm_kernels.triton_kernels.tilings import Tiling, table_head_dim
 
-HEAD_DIMS = (32, 64, 80, 96, 128)
+HEAD_DIMS = (32, 64, 72, 80, 96, 128)
 _HEADS = 16
 
 
@@ -32,11 +32,10 @@ def attention_jobs(target, *, head_dims=HEAD_DIMS, dtypes=(torch.bfloat16, torch
 def distinct_jobs(target, head_dim):
     """Those of :func:`attention_jobs` that no other one stands for.
 
-    A kernel with RoPE does all that it does without, and more. Narrower float32 heads run
-    in the tiles of 128.
+    A kernel with RoPE does all that it does without, and more. Float32 heads of 128 stand for
+    narrower ones in one block of columns, and those of 72, which are masked, for two blocks.
     """
-    wide = head_dim == 128
-    dtypes = (torch.bfloat16, torch.float32) if wide else (torch.bfloat16,)
+    dtypes = (torch.bfloat16, torch.float32) if head_dim in (72, 128) else (torch.bfloat16,)
     every = list(attention_jobs(target, head_dims=[head_dim], dtypes=dtypes))
     rotated = {job.name.replace(" rope", "") for job in every if " rope " in job.name}
     for job in every:

@@ -21,6 +21,7 @@ from benchmarks.tuning.rows import (
 )
 from hrvlm_kernels import PackedGrids, varlen_attention
 from hrvlm_kernels.packed_tables import SHORT_SEQLEN
+from hrvlm_kernels.triton_kernels.attention_tiles import column_blocks
 from hrvlm_kernels.triton_kernels.tilings import Tiling
 
 SIZES = (201, 2309, 4101)  # tokens of an image of 224, 768 and 1024 px
@@ -31,13 +32,17 @@ def _16_bit_keys(head_dims: Sequence[int]) -> Callable[[str], list[Key]]:
     return lambda chip: [(chip, head_dim, 2) for head_dim in head_dims]
 
 
+def _keys(chip: str) -> list[Key]:
+    return attention_keys(chip, (64, 128, 32, 80, 96))
+
+
 def _forward_candidates(key: Key) -> list[Tiling]:
     chip, head_dim, size = key
     if size == 4:
         return [Tiling(32, 32, warps, 2) for warps in (4, 8)]
     tiles = [(128, 128), (128, 64), (128, 32), (64, 64), (64, 32)]
     plain = [Tiling(*tile, w, s) for tile, w, s in product(tiles, (4, 8), (2, 3))]
-    if chip != "sm_90":
+    if chip != "sm_90" or column_blocks(head_dim)["TAIL"]:
         return plain
     ahead = [
         Tiling(128, step, 8, s, "ahead")
@@ -116,7 +121,7 @@ def _packed_qkv(key: Key, n: int, device: str) -> tuple[PackedGrids, torch.Tenso
 
 ATTENTION_OPS = {
     "forward": TunedOp(
-        "FORWARD", attention_keys, _forward_candidates, _attention_gate(False),
+        "FORWARD", _keys, _forward_candidates, _attention_gate(False),
         _forward_calls, attention_job(attention_jobs.forward_job),
     ),
     "short": TunedOp(
@@ -125,11 +130,11 @@ ATTENTION_OPS = {
         attention_job(attention_jobs.short_job),
     ),
     "dq": TunedOp(
-        "DQ", attention_keys, _backward_candidates, _attention_gate(False),
+        "DQ", _keys, _backward_candidates, _attention_gate(False),
         _backward_calls, attention_job(attention_jobs.dq_job),
     ),
     "dkdv": TunedOp(
-        "DKDV", attention_keys, _backward_candidates, _attention_gate(False),
+        "DKDV", _keys, _backward_candidates, _attention_gate(False),
         _backward_calls, attention_job(attention_jobs.dkdv_job),
     ),
 }  # fmt: skip

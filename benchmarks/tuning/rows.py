@@ -128,9 +128,9 @@ def gemm_candidates(key: Key) -> list[GemmConfig]:
     return [GemmConfig(*tile, w, s) for tile, w, s in product(tiles, (4, 8), (3, 4))]
 
 
-def attention_keys(chip: str) -> list[Key]:
+def attention_keys(chip: str, head_dims: Sequence[int] = (64, 128, 32)) -> list[Key]:
     """The rows of the tables that go by head_dim; first those of DINOv3, in 16 bits."""
-    return [(chip, head_dim, size) for size in (2, 4) for head_dim in (64, 128, 32)]
+    return [(chip, head_dim, size) for size in (2, 4) for head_dim in head_dims]
 
 
 def attention_job(make: Callable[..., jobs.Job], **options: Any) -> Callable[..., jobs.Job]:

@@ -56,7 +56,7 @@ def trouble(job: jobs.Job, target: str) -> str | None:
 def spilling(target: str) -> dict[Row, tuple[Any, ...]]:
     """The tiles not to be used on a chip, by (table, *row)."""
     with all_tiles():
-        attention = (attention_jobs.distinct_jobs(target, d) for d in (32, 64, 80, 128))
+        attention = (attention_jobs.distinct_jobs(target, d) for d in attention_jobs.HEAD_DIMS)
         in_tables = [job for job in chain(jobs.jobs(target), *attention) if job.row]
     found: dict[Row, tuple[Any, ...]] = {}
     for job in in_tables:

@@ -321,6 +321,19 @@ def _layouts() -> Iterator[Case]:
                    lambda d=d: check_in_place(d), (80,) if d == 4 else ())  # fmt: skip
 
 
+def check_columns(machine: ptx_machine.PtxDriver, head_dim: int) -> None:
+    """The tensor cores compute 1.12 times what the formula asks for at most, of whole tiles."""
+    tokens = 256
+    case = Attention(head_dim).case((tokens,), BF16, heads=1)
+    out, lse = torch.empty_like(case.q), torch.empty(1, tokens)
+    machine.counts.clear()
+    with mock.patch.object(machine.options, "count", True):
+        forward.forward(case.problem, out, lse)
+    (counts,) = machine.counts
+    executed = sum(counts.flops().values())
+    assert tokens**2 * 4 * head_dim <= executed <= 1.12 * tokens**2 * 4 * head_dim
+
+
 @contextmanager
 def attention_tiles(which: str) -> Iterator[None]:
     """The first tiles of the tables, or those for chips that refuse the first: the last of a row.

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from hrvlm_kernels.backends import OPS
-from tests.compiled.cases import DTYPES, all_cases, check_launchers, selected
+from tests.compiled.cases import DTYPES, all_cases, check_columns, check_launchers, selected
 from tests.compiled.models import model_cases
 from tests.compiled.towers import tower_cases
 
@@ -26,6 +26,11 @@ def test_every_op_has_cases_of_every_dtype(chip):
     assert {case.op for case in cases if case.core} >= set(
         OPS
     )  # in `make test`, on a chip at least
+
+
+@pytest.mark.parametrize("head_dim", [72, 80])
+def test_no_columns_are_computed_for_nothing(machine, chip, head_dim):
+    check_columns(machine, head_dim)
 
 
 def test_the_launchers_know_the_chip(machine, chip):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.compiled.cases import check_launchers, selected
+from tests.compiled.cases import check_columns, check_launchers, selected
 from tests.compiled.models import model_cases
 from tests.compiled.towers import tower_cases
 from tests.kernels.mutations import plant
@@ -17,6 +17,11 @@ pytestmark = pytest.mark.parametrize("chip", [CHIP], ids="sm_{}".format)
 )
 def test_case(run_case, case):
     run_case(case)
+
+
+@pytest.mark.parametrize("head_dim", [72, 80])
+def test_no_columns_are_computed_for_nothing(machine, chip, head_dim):
+    check_columns(machine, head_dim)
 
 
 def test_the_launchers_know_the_chip(machine, chip):
