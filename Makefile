@@ -123,11 +123,12 @@ gpu:
 pretended: $(INSTALLED_DEV)
 	$(PRETENDED) -m gpu tests --not-carried tests/pretended_gpu/not_carried.json \
 	  --report benchmarks/results/pretended_gpu-tests.json
-	results=$$(mktemp -d) && $(PRETENDED) benchmarks --small --seconds 0.01 --eager-compile --results $$results \
+	results=$$(mktemp -d) && $(PRETENDED) benchmarks --small --seconds 0.01 --budget 86400 --eager-compile \
+	  --results $$results \
 	  --not-carried tests/pretended_gpu/not_carried.json \
 	  --report benchmarks/results/pretended_gpu-suites.json && rm -r $$results
 	results=$$(mktemp -d) && PYTHONPATH=kernels/pretended_gpu/everywhere:kernels:. OMP_NUM_THREADS=1 $(BIN)/python \
-	  -m benchmarks.gpu_run --small --minutes 30 --without tests --results $$results --commit $(COMMIT) \
+	  -m benchmarks.gpu_run --small --minutes 120 --without tests --results $$results --commit $(COMMIT) \
 	  && cp $$results/gpu_run.json benchmarks/results/pretended_gpu-run.json && rm -r $$results
 
 sanitize:

@@ -26,6 +26,7 @@ that it tells means anything.
     moved_bytes        bytes and launches of a piece of code, op by op
     null_driver        a libcuda.so.1 that does nothing, under Triton's own launcher: host time
     pytest_plugin      the tests marked gpu on it
+    everywhere         a folder for PYTHONPATH: every process has a pretended GPU
 
 Development only: it is not part of the wheel.
 """

@@ -9,16 +9,17 @@
 A test listed there has to fail: one that passes fails the run, as does a pattern that no test of
 the run's files has. Where the explanation begins with "not run" it is not run.
 
-Processes that a test starts with this one's environment have a pretended GPU too.
+`--report` has the counts by file; a run of some files renews theirs. Processes that a test starts
+with this one's environment have a pretended GPU too.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def pytest_addoption(parser: Any) -> None:
     """The options."""
     group = parser.getgroup("pretended GPU")
     group.addoption("--not-carried", type=Path, help="what the pretended GPU can't carry, and why")
-    group.addoption("--report", type=Path, help="JSON file to write the counts to")
+    group.addoption("--report", type=Path, help="JSON file of the counts by file")
     group.addoption("--commit-of-report", help="commit to name in it")
     group.addoption(
         "--eager-compile",
@@ -51,6 +52,8 @@ def pytest_configure(config: Any) -> None:
         *os.environ.get("PYTHONPATH", "").split(":"),
     ]
     os.environ["PYTHONPATH"] = ":".join(filter(None, paths))
+    if config.getoption("--report"):
+        config.pluginmanager.register(Report(config.getoption("--report"), config))
     if config.getoption("--eager-compile"):
         import torch
 
@@ -104,28 +107,49 @@ def pytest_runtest_call(item: Any) -> Any:
         record.sync_mode, record.captured = "default", None
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
-    """Say how many kernels were asked for, and write the report."""
-    kernels = Counter(name for _, name, _ in pretended_gpu.RECORD.kernels)
-    total = sum(kernels.values())
-    terminalreporter.write_line(f"pretended GPU: {total} specialisations of {len(kernels)} kernels")
-    path = config.getoption("--report")
-    if path is not None:
-        report = {
-            "device": "none: a pretended H200, on which no kernel runs",
-            "commit": config.getoption("--commit-of-report"),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "outcomes": {
-                outcome: len(terminalreporter.stats.get(outcome, []))
-                for outcome in ("passed", "failed", "error", "xfailed", "skipped")
-            },
-            "specialisations": dict(sorted(kernels.items())),
-            "versions": _versions(),
+class Report:
+    """The counts of each file of tests, written after each test.
+
+    Those of files that the run does not have stay, so that a report can be made in pieces; each
+    has its commit.
+    """
+
+    def __init__(self, path: Path, config: Any):
+        self.path, self.config = path, config
+        known = json.loads(path.read_text())["files"] if path.exists() else {}
+        self.files: dict[str, Any] = {
+            name: counts for name, counts in known.items() if (config.rootpath / name).exists()
         }
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        self.begun: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Count the outcome of a test, and the kernels that it launched."""
+        name = report.nodeid.partition("::")[0]
+        if name not in self.begun:
+            self.begun.add(name)
+            commit = self.config.getoption("--commit-of-report")
+            self.files[name] = {"commit": commit, **dict.fromkeys(_OUTCOMES, 0), "kernels": []}
+        counts = self.files[name]
+        outcome = self.config.hook.pytest_report_teststatus(report=report, config=self.config)[0]
+        if outcome in _OUTCOMES:
+            counts[outcome] += 1
+        if report.when == "call":
+            launched = {launch.kernel for launch in pretended_gpu.RECORD.launches}
+            counts["kernels"] = sorted(launched.union(counts["kernels"]))
+            counts["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.write()
+
+    def write(self) -> None:
+        """All of it, in the order of the names of the files."""
+        files = dict(sorted(self.files.items()))
+        document = {
+            "device": "none: a pretended H200, on which no kernel runs",
+            "versions": {name: version(name) for name in _PACKAGES},
+            "outcomes": {o: sum(counts[o] for counts in files.values()) for o in _OUTCOMES},
+            "files": files,
+        }
+        self.path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "triton", "transformers", "numpy")}
+_OUTCOMES = ("passed", "failed", "error", "xfailed", "skipped")
+_PACKAGES = ("torch", "triton", "transformers", "numpy")
