@@ -119,7 +119,7 @@ def dq_job(head_dim, dtype, tiling, rope=False, *, group=1):
     """Dq and delta."""
     names = ["q", "k", "v", "o", "g", "dq"]
     signature, constants = _common(names, head_dim, dtype, tiling, rope, group)
-    constants |= {"BM": tiling.rows, "BN": tiling.step}
+    constants |= {"BM": tiling.rows, "BN": tiling.step} | column_blocks(head_dim)
     signature["delta"] = "*fp32:16"
     kernel = backward.varlen_attention_dq
     return _job("dq", kernel, signature, constants, head_dim, dtype, tiling, rope)
@@ -129,7 +129,7 @@ def dkdv_job(head_dim, dtype, tiling, rope=False, *, group=1):
     """Dk and dv."""
     names = ["q", "k", "v", "g", "dk", "dv"]
     signature, constants = _common(names, head_dim, dtype, tiling, rope, group)
-    constants |= {"BM": tiling.step, "BN": tiling.rows}
+    constants |= {"BM": tiling.step, "BN": tiling.rows} | column_blocks(head_dim)
     signature["delta"] = "*fp32:16"
     if group > 1:
         signature |= {"dk": "*fp32:16", "dv": "*fp32:16"}

@@ -76,13 +76,13 @@ SILENT: Mapping[tuple[str, str], Places] = {
     ("sm_90", "attention dq"): (
         ("wait dropped", 7, LOOP),
         ("wait a group short", 7, LOOP),
-        ("fence dropped", 2, "return tl.dot(ds.to(b_k"),
-        ("fence dropped", 3, "qk = tl.dot(b_q, b_k.T,"),
+        ("fence dropped", 2, "first = tl.dot(s, b[0], acc"),
+        ("fence dropped", 3, "s = tl.dot(a[0], b[0].T,"),
     ),
     ("sm_90", "attention dk, dv"): (
         ("wait a group short", 8, LOOP),
-        ("fence dropped", 2, "dv = tl.dot(p.to(b_g"),
-        ("fence dropped", 4, "qk = tl.dot(b_k, b_q.T,"),
+        ("fence dropped", 2, "first = tl.dot(s, b[0], acc"),
+        ("fence dropped", 4, "s = tl.dot(a[0], b[0].T,"),
     ),
     ("sm_90", "pixel_shuffle_linear forward"): (
         ("barrier dropped", 0, "b_x, b_w = tl.load(p_x), tl.load(p_w)"),

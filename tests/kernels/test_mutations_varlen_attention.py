@@ -66,19 +66,26 @@ SHORT = {
 
 BACKWARD = {
     "no delta in dq": ("ds = p * (dp - delta[:, None])", "ds = p * dp"),
-    "no delta in dk": ("(p * (dp - delta[None, :]))", "(p * dp)"),
+    "no delta in dk": ("ds = p * (dp - delta[None, :])", "ds = p * dp"),
     "delta of the first head": ("p_row = i_h * T + first + i_m", "p_row = first + i_m"),
-    "dq not scaled": ("acc *= scale", "acc *= 1.0"),
-    "dk not scaled": ("b_dk *= scale", "b_dk *= 1.0"),
+    "dq and dk not scaled": ("a = acc[0] * scale", "a = acc[0]"),
     "dq without its tail": ("p_k, p_v, last + i_n, n", "p_k, p_v, last + BN + i_n, n"),
     "dk without its tail": ("p_delta, last + i_m", "p_delta, last + BM + i_m"),
     "keys past the end in dq": ("p = tl.where((i_n < n)[None, :], p, 0.0)", "p = p"),
-    "dv of ds": ("dv = tl.dot(p.to(b_g.dtype)", "dv = tl.dot((p * dp).to(b_g.dtype)"),
+    "dv of ds": ("dv = _add(dv, p.to(", "dv = _add(dv, (p * dp).to("),
     "dq's loop starts late": ("for s in range(0, last, BN)", "for s in range(BN, last, BN)"),
     "dk's loop starts late": ("for s in range(0, last, BM)", "for s in range(BM, last, BM)"),
-    "dq rotated twice": ("first, i_m, n, True)", "first, i_m, n, False)"),
-    "dk rotated twice": ("first, i_n, n, True)", "first, i_n, n, False)"),
+    "dq and dk rotated twice": ("first, rows, n, True)", "first, rows, n, False)"),
     "shared heads not added": (".sum(2))", "[:, :, 0])"),
+}
+
+TAIL = {
+    "the first columns again": ("D, TAIL, MASKED, BD)", "D, TAIL, MASKED, 0)"),
+    "not in the scores": ("s = tl.dot(a[1], b[1].T, s,", "s = tl.dot(a[1] * 0, b[1].T, s,"),
+    "not in delta": ("b_delta += tl.sum(b_o[1]", "b_delta += 0 * tl.sum(b_o[1]"),
+    "not added up": ("tl.dot(s, b[1], acc[1],", "tl.dot(s, b[1], acc[1] * 0,"),
+    "not scaled": ("return a, acc[1] * scale", "return a, acc[1]"),
+    "stored over the first columns": ("acc[1], D, TAIL, BD)", "acc[1], D, TAIL, 0)"),
 }
 
 
@@ -108,6 +115,10 @@ def check_backward():
 
 def check_one_head():
     check_kernel(make_case((65, 40), heads=2, head_dim=16))
+
+
+def check_tail():
+    check_kernel(make_case((70, 5), heads=1, head_dim=72))
 
 
 def check_far_below_zero():
@@ -155,6 +166,12 @@ def test_backward(bug, monkeypatch, tmp_path):
     assert caught(check_one_head, check_backward, check_far_below_zero)
 
 
+@pytest.mark.parametrize("bug", TAIL)
+def test_the_last_columns_of_72(bug, monkeypatch, tmp_path):
+    plant(monkeypatch, tmp_path, "varlen_attention_backward", *TAIL[bug])
+    assert caught(check_tail)
+
+
 def test_a_rotation_that_is_never_inverse(monkeypatch, tmp_path):
     bug = ("sin = -sin", "sin = sin")
     plant_below(monkeypatch, tmp_path, "attention_tiles", bug, "varlen_attention_backward")
@@ -162,7 +179,8 @@ def test_a_rotation_that_is_never_inverse(monkeypatch, tmp_path):
 
 
 def test_the_checks_pass_without_a_bug():
-    assert not caught(check_forward, check_short, check_ahead, check_backward, check_one_head)
+    checks = check_forward, check_short, check_ahead, check_backward, check_one_head, check_tail
+    assert not caught(*checks)
 
 
 def test_of_a_lone_token_p_may_be_off_by_the_roundings_of_its_exponent_only():

@@ -12,9 +12,11 @@ program in a fixed order: equal inputs give equal bits. That takes seven product
 one kernel that adds up dq by atomics, which gains nothing (docs/tuning.md).
 
 As in the forward, the block with masked rows comes before the loop (with the block last, ptxas
-serializes all wgmma), and rows of the next segment are never loaded. Where several heads of q share
-one of k, each head writes its part of dk and dv, and the parts are added afterwards: a loop over
-heads around the loop over queries spills, and Triton 3.6 makes an empty kernel of it for sm_100.
+serializes all wgmma), and rows of the next segment are never loaded. Rows are tuples of one block
+of columns or, in heads of 72 to 96, of two: BD and TAIL columns, each with products of its own.
+Where several heads of q share one of k, each head writes its part of dk and dv, and the parts are
+added afterwards: a loop over heads around the loop over queries spills, and Triton 3.6 makes an
+empty kernel of it for sm_100.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ from .attention_tiles import (
     LOG2_E,
     PRECISION,
     as_kernels_read_it,
+    column_blocks,
     constants,
     load_rows,
     locate,
-    padded_head_dim,
     rotate,
     rotated,
     store_rows,
@@ -51,19 +53,75 @@ from .tilings import Tiling, table_head_dim
 
 
 @triton.jit
+def _load(
+    p_head, rows, n, stride,
+    D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    b = load_rows(p_head, rows, n, stride, D, BD, MASKED)
+    if TAIL:
+        return b, load_rows(p_head, rows, n, stride, D, TAIL, MASKED, BD)
+    else:
+        return (b,)
+
+
+@triton.jit
+def _zeros(B: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr):
+    acc = tl.zeros([B, BD], tl.float32)
+    if TAIL:
+        return acc, tl.zeros([B, TAIL], tl.float32)
+    else:
+        return (acc,)
+
+
+@triton.jit
+def _scores(a, b, TAIL: tl.constexpr):
+    s = tl.dot(a[0], b[0].T, input_precision=PRECISION)
+    if TAIL:
+        s = tl.dot(a[1], b[1].T, s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _add(acc, s, b, TAIL: tl.constexpr):
+    first = tl.dot(s, b[0], acc[0], input_precision=PRECISION)
+    if TAIL:
+        return first, tl.dot(s, b[1], acc[1], input_precision=PRECISION)
+    else:
+        return (first,)
+
+
+@triton.jit
+def _store(p_head, rows, n, stride, acc, D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr):
+    store_rows(p_head, rows, n, stride, acc[0], D, BD)
+    if TAIL:
+        store_rows(p_head, rows, n, stride, acc[1], D, TAIL, BD)
+
+
+@triton.jit
+def _unrotated(acc, scale, table, first, rows, n, TAIL: tl.constexpr, ROPE: tl.constexpr):
+    a = acc[0] * scale
+    if ROPE:
+        a = rotate(a, table, first, rows, n, True)
+    if TAIL:
+        return a, acc[1] * scale
+    else:
+        return (a,)
+
+
+@triton.jit
 def _dq_step(
     dq, b_q, b_g, lse, delta, p_k, p_v, i_n, n, stride_kt, stride_vt, qk_scale,
-    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    b_k = load_rows(p_k, i_n, n, stride_kt, D, BD, MASKED)
-    b_v = load_rows(p_v, i_n, n, stride_vt, D, BD, MASKED)
-    qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [BM, BN]
+    b_k = _load(p_k, i_n, n, stride_kt, D, BD, TAIL, MASKED)
+    b_v = _load(p_v, i_n, n, stride_vt, D, BD, TAIL, MASKED)
+    qk = _scores(b_q, b_k, TAIL)  # [BM, BN]
     p = tl.exp2(qk * qk_scale - lse[:, None])
     if MASKED:
         p = tl.where((i_n < n)[None, :], p, 0.0)
-    dp = tl.dot(b_g, b_v.T, input_precision=PRECISION)
+    dp = _scores(b_g, b_v, TAIL)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(b_k.dtype), b_k, dq, input_precision=PRECISION)
+    return _add(dq, ds.to(p_k.dtype.element_ty), b_k, TAIL)
 
 
 @bound
@@ -72,58 +130,57 @@ def varlen_attention_dq(
     q, k, v, out, g, dq, lse, delta, cu_seqlens, tiles, table, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_gt, stride_gh, stride_dqt, stride_dqh,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, ROPE: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """A tile of delta [H, T] and dq [T, H, D]; with ROPE, dq of q before its rotation."""
     i_h, first, n, i_m = locate(cu_seqlens, tiles, H, BM, PARTS)
     i_hk = i_h // GROUP
     p_row = i_h * T + first + i_m
-    b_g = load_rows(g + first * stride_gt + i_h * stride_gh, i_m, n, stride_gt, D, BD, True)
-    b_o = load_rows(out + first * stride_ot + i_h * stride_oh, i_m, n, stride_ot, D, BD, True)
-    b_delta = tl.sum(b_o.to(tl.float32) * b_g.to(tl.float32), 1)
+    b_g = _load(g + first * stride_gt + i_h * stride_gh, i_m, n, stride_gt, D, BD, TAIL, True)
+    b_o = _load(out + first * stride_ot + i_h * stride_oh, i_m, n, stride_ot, D, BD, TAIL, True)
+    b_delta = tl.sum(b_o[0].to(tl.float32) * b_g[0].to(tl.float32), 1)
+    if TAIL:
+        b_delta += tl.sum(b_o[1].to(tl.float32) * b_g[1].to(tl.float32), 1)
     tl.store(delta + p_row, b_delta, mask=i_m < n)
-    b_q = load_rows(q + first * stride_qt + i_h * stride_qh, i_m, n, stride_qt, D, BD, True)
+    b_q = _load(q + first * stride_qt + i_h * stride_qh, i_m, n, stride_qt, D, BD, TAIL, True)
     b_lse = tl.load(lse + p_row, mask=i_m < n, other=0.0)
     p_k = k + first * stride_kt + i_hk * stride_kh
     p_v = v + first * stride_vt + i_hk * stride_vh
     i_n = tl.arange(0, BN)
     last = ((n - 1) // BN) * BN
-    acc = tl.zeros([BM, BD], tl.float32)
+    acc = _zeros(BM, BD, TAIL)
     acc = _dq_step(
         acc, b_q, b_g, b_lse, b_delta, p_k, p_v, last + i_n, n, stride_kt, stride_vt,
-        scale * LOG2_E, D, BD, True,
+        scale * LOG2_E, D, BD, TAIL, True,
     )  # fmt: skip
     for s in range(0, last, BN):
         acc = _dq_step(
             acc, b_q, b_g, b_lse, b_delta, p_k, p_v, s + i_n, n, stride_kt, stride_vt,
-            scale * LOG2_E, D, BD, False,
+            scale * LOG2_E, D, BD, TAIL, False,
         )  # fmt: skip
-    acc *= scale
-    if ROPE:
-        acc = rotate(acc, table, first, i_m, n, True)
-    store_rows(dq + first * stride_dqt + i_h * stride_dqh, i_m, n, stride_dqt, acc, D, BD)
+    acc = _unrotated(acc, scale, table, first, i_m, n, TAIL, ROPE)
+    _store(dq + first * stride_dqt + i_h * stride_dqh, i_m, n, stride_dqt, acc, D, BD, TAIL)
 
 
 @triton.jit
 def _dkdv_step(
     dk, dv, b_k, b_v, p_q, p_g, p_lse, p_delta, i_m, n, stride_qt, stride_gt, qk_scale,
-    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    b_q = load_rows(p_q, i_m, n, stride_qt, D, BD, MASKED)
-    b_g = load_rows(p_g, i_m, n, stride_gt, D, BD, MASKED)
+    b_q = _load(p_q, i_m, n, stride_qt, D, BD, TAIL, MASKED)
+    b_g = _load(p_g, i_m, n, stride_gt, D, BD, TAIL, MASKED)
     if MASKED:  # queries past the end: q = g = delta = 0, so that they add nothing
         lse = tl.load(p_lse + i_m, mask=i_m < n, other=0.0)
         delta = tl.load(p_delta + i_m, mask=i_m < n, other=0.0)
     else:
         lse, delta = tl.load(p_lse + i_m), tl.load(p_delta + i_m)
-    qk = tl.dot(b_k, b_q.T, input_precision=PRECISION)  # [BN, BM]
+    qk = _scores(b_k, b_q, TAIL)  # [BN, BM]
     p = tl.exp2(qk * qk_scale - lse[None, :])
-    dp = tl.dot(b_v, b_g.T, input_precision=PRECISION)
-    dv = tl.dot(p.to(b_g.dtype), b_g, dv, input_precision=PRECISION)
-    ds = (p * (dp - delta[None, :])).to(b_q.dtype)
-    dk = tl.dot(ds, b_q, dk, input_precision=PRECISION)
-    return dk, dv
+    dp = _scores(b_v, b_g, TAIL)
+    dv = _add(dv, p.to(p_g.dtype.element_ty), b_g, TAIL)
+    ds = p * (dp - delta[None, :])
+    return _add(dk, ds.to(p_q.dtype.element_ty), b_q, TAIL), dv
 
 
 @bound
@@ -132,36 +189,33 @@ def varlen_attention_dkdv(
     q, k, v, g, dk, dv, lse, delta, cu_seqlens, tiles, table, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
     stride_dkt, stride_dkh, stride_dvt, stride_dvh,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, ROPE: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """A tile of dk and dv [T, H, D], as far as head i_h of q goes; with ROPE, dk as of dq."""
     i_h, first, n, i_n = locate(cu_seqlens, tiles, H, BN, PARTS)
     i_hk = i_h // GROUP
-    b_k = load_rows(k + first * stride_kt + i_hk * stride_kh, i_n, n, stride_kt, D, BD, True)
-    b_v = load_rows(v + first * stride_vt + i_hk * stride_vh, i_n, n, stride_vt, D, BD, True)
+    b_k = _load(k + first * stride_kt + i_hk * stride_kh, i_n, n, stride_kt, D, BD, TAIL, True)
+    b_v = _load(v + first * stride_vt + i_hk * stride_vh, i_n, n, stride_vt, D, BD, TAIL, True)
     p_q = q + first * stride_qt + i_h * stride_qh
     p_g = g + first * stride_gt + i_h * stride_gh
     p_lse = lse + i_h * T + first
     p_delta = delta + i_h * T + first
     i_m = tl.arange(0, BM)
     last = ((n - 1) // BM) * BM
-    b_dk = tl.zeros([BN, BD], tl.float32)
-    b_dv = tl.zeros([BN, BD], tl.float32)
+    b_dk, b_dv = _zeros(BN, BD, TAIL), _zeros(BN, BD, TAIL)
     b_dk, b_dv = _dkdv_step(
         b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, last + i_m, n,
-        stride_qt, stride_gt, scale * LOG2_E, D, BD, True,
+        stride_qt, stride_gt, scale * LOG2_E, D, BD, TAIL, True,
     )  # fmt: skip
     for s in range(0, last, BM):
         b_dk, b_dv = _dkdv_step(
             b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, s + i_m, n,
-            stride_qt, stride_gt, scale * LOG2_E, D, BD, False,
+            stride_qt, stride_gt, scale * LOG2_E, D, BD, TAIL, False,
         )  # fmt: skip
-    store_rows(dv + first * stride_dvt + i_h * stride_dvh, i_n, n, stride_dvt, b_dv, D, BD)
-    b_dk *= scale
-    if ROPE:
-        b_dk = rotate(b_dk, table, first, i_n, n, True)
-    store_rows(dk + first * stride_dkt + i_h * stride_dkh, i_n, n, stride_dkt, b_dk, D, BD)
+    _store(dv + first * stride_dvt + i_h * stride_dvh, i_n, n, stride_dvt, b_dv, D, BD, TAIL)
+    b_dk = _unrotated(b_dk, scale, table, first, i_n, n, TAIL, ROPE)
+    _store(dk + first * stride_dkt + i_h * stride_dkh, i_n, n, stride_dkt, b_dk, D, BD, TAIL)
 
 
 _INTERPRETER = (Tiling(64, 64, 1, 1),)
@@ -198,8 +252,8 @@ def _start_dq(x: _Inputs, dq: Tensor, tiling: Tiling) -> None:
     varlen_attention_dq[(tiles.shape[0] * parts * x.q.shape[1],)](
         x.q, x.k, x.v, x.out, x.g, dq, x.lse, x.delta, x.segments.cu_seqlens, tiles,
         x.table, x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, x.out, x.g, dq),
-        BD=padded_head_dim(x.q.shape[2]), BM=tiling.rows, BN=tiling.step, PARTS=parts,
-        ROPE=x.rope is not None, **constants(x, tiling),
+        BM=tiling.rows, BN=tiling.step, PARTS=parts,
+        ROPE=x.rope is not None, **column_blocks(x.q.shape[2]), **constants(x, tiling),
     )  # fmt: skip
 
 
@@ -208,8 +262,8 @@ def _start_dkdv(x: _Inputs, dk: Tensor, dv: Tensor, tiling: Tiling) -> None:
     varlen_attention_dkdv[(tiles.shape[0] * parts * x.q.shape[1],)](
         x.q, x.k, x.v, x.g, dk, dv, x.lse, x.delta, x.segments.cu_seqlens, tiles,
         x.table, x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, x.g, dk, dv),
-        BD=padded_head_dim(x.q.shape[2]), BM=tiling.step, BN=tiling.rows, PARTS=parts,
-        ROPE=x.rope is not None, **constants(x, tiling),
+        BM=tiling.step, BN=tiling.rows, PARTS=parts,
+        ROPE=x.rope is not None, **column_blocks(x.q.shape[2]), **constants(x, tiling),
     )  # fmt: skip
 
 
