@@ -34,6 +34,8 @@ SAME_GLOBAL_VALUE = "same global value written twice"
 AFTER_READ = "global write after read"
 IN_PLACE = f"{AFTER_READ}, in place"  # by a kernel that was given the tensor twice
 _TRACKED = 1 << 28  # bytes of a region up to which it is checked for races
+_INNER = (np.int64(1) << TAG_BITS) - 1  # of a tag, what the clocks of one program know
+_EPOCH = _INNER - AGENT
 _FIRST = 0x7F00_0000_0000
 _STEP = 1 << 36
 
@@ -65,6 +67,7 @@ class Region:
     writer: np.ndarray | None = None  # tags, by granule: who wrote last
     reader: np.ndarray | None = None  # who read last
     other: np.ndarray | None = None  # a reader of another program than the last one's
+    fellow: np.ndarray | None = None  # another warp of a reader's program, with no barrier between
 
     def __post_init__(self) -> None:
         self.views = {
@@ -80,6 +83,13 @@ class Region:
         self.writer = np.zeros(granules, np.int64)
         self.reader = np.zeros(granules, np.int64)
         self.other = np.zeros(granules, np.int64)
+        self.fellow = np.zeros(granules, np.int64)
+
+    def tracked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+        """Who wrote and read each granule, if that is followed."""
+        if self.writer is None or self.reader is None or self.other is None or self.fellow is None:
+            return None
+        return self.writer, self.reader, self.other, self.fellow
 
     def passed_twice(self, offset: int) -> bool:
         """Whether a byte is in a tensor that the kernel was given as two arguments."""
@@ -233,17 +243,25 @@ class GlobalMemory:
         lanes: np.ndarray | None,
     ) -> None:
         """Report what others wrote to the bytes that are read."""
-        region = found[0]
-        if region.writer is None or region.reader is None or region.other is None:
+        tracked = found[0].tracked()
+        if tracked is None:
             return
+        writer, reader, other, fellow = tracked
         at, mine = _tags(group, found, width, lanes)
-        self._compare(group, instruction, found, lanes, region.writer[at], mine, "reads", None)
-        before = region.reader[at]
-        region.reader[at] = mine
-        for tags, who in ((before, before), (region.reader[at], np.broadcast_to(mine, at.shape))):
-            foreign = (tags != 0) & ((tags ^ mine) >> TAG_BITS != 0)
-            if foreign.any():
-                region.other[at[foreign]] = who[foreign]
+        self._compare(group, instruction, found, lanes, writer[at], mine, "reads", None)
+        before = reader[at]
+        reader[at] = mine
+        for tags, who in ((before, before), (reader[at], np.broadcast_to(mine, at.shape))):
+            changed = (tags != 0) & ((tags ^ mine) & ~_EPOCH != 0)
+            if not changed.any():
+                continue
+            foreign = changed & ((tags ^ mine) >> TAG_BITS != 0)
+            other[at[foreign]] = who[foreign]
+            near = changed & ~foreign
+            if near.any():
+                warp = group.warp[_threads(found, lanes)]
+                near &= group.machine.clocks.unordered(warp, (tags & _INNER) * near)
+                fellow[at[near]] = who[near]
 
     def note_write(
         self,
@@ -259,17 +277,18 @@ class GlobalMemory:
 
         `data` [n, items] is what they write.
         """
-        region = found[0]
-        if region.writer is None or region.reader is None or region.other is None:
+        tracked = found[0].tracked()
+        if tracked is None:
             return
+        writer, *readers = tracked
         at, mine = _tags(group, found, width, lanes)
-        self._compare(group, instruction, found, lanes, region.writer[at], mine, "writes", same)
-        for readers in (region.reader, region.other):
-            self._compare(group, instruction, found, lanes, readers[at], mine, "read", None)
-        region.writer[at] = mine
-        left = region.writer[at]  # of those who write the same bytes now, one is left
+        self._compare(group, instruction, found, lanes, writer[at], mine, "writes", same)
+        for tags in readers:
+            self._compare(group, instruction, found, lanes, tags[at], mine, "read", None)
+        writer[at] = mine
+        left = writer[at]  # of those who write the same bytes now, one is left
         if data is not None and (left != mine).any():
-            alike = _alike(at, as_granules(data, region.granule, at.shape))
+            alike = _alike(at, as_granules(data, found[0].granule, at.shape))
             self._compare(group, instruction, found, lanes, left, mine, "writes", alike)
 
     def _compare(
@@ -286,11 +305,11 @@ class GlobalMemory:
         """`deed` is what this access does to bytes that others wrote; "read" if they read them."""
         if not tags.any():
             return
-        region, offset, pick = found
-        chosen = pick if lanes is None else lanes
+        region, offset, _ = found
+        chosen = _threads(found, lanes)
         warp = group.warp[chosen]
         foreign = (tags >> TAG_BITS) != (mine >> TAG_BITS)
-        inner = (tags & ((np.int64(1) << TAG_BITS) - 1)) * ~foreign
+        inner = (tags & _INNER) * ~foreign
         bad = (tags != 0) & (foreign | group.machine.clocks.unordered(warp, inner))
         if same is not None and (bad & same[:, None]).any():
             twice = int((bad.any(axis=1) & same).sum())
@@ -314,12 +333,17 @@ class GlobalMemory:
         )  # fmt: skip
 
 
+def _threads(found: Found, lanes: np.ndarray | None) -> np.ndarray | slice:
+    """Positions in the group of those who make an access."""
+    return found[2] if lanes is None else lanes
+
+
 def _tags(
     group: Group, found: Found, width: int, lanes: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Granules [n, g] of an access, and the tags [n, 1] of those who make it."""
-    region, offset, pick = found
-    chosen = pick if lanes is None else lanes
+    region, offset, _ = found
+    chosen = _threads(found, lanes)
     at = (offset // region.granule)[:, None] + np.arange(-(-width // region.granule))
     tags = group.machine.clocks.tag(group.warp[chosen])
     return at, ((group.cta[chosen] + 1) << TAG_BITS | tags)[:, None]

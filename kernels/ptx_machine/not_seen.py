@@ -11,10 +11,10 @@ NOT_SEEN = (
     "that has not begun (`Options.lanes` threads run together) waits until `Options.max_steps`",
     "accesses to the gaps between tensors of one storage, and between rows of a strided one: from "
     "the first to the last element that a kernel was given, a storage is one piece",
-    "the third program that reads a byte of global memory, and the first of two warps of one "
-    "program (two readers are remembered); and races in tensors of more than 256 MiB. Bytes are "
-    "followed in pieces as small as the smallest store of the kernel (global memory: one byte or "
-    "two) or access (shared memory: up to four)",
+    "the third program that reads a byte of global memory, or the third warp of one program with "
+    "no barrier between (two readers are remembered), and races in tensors of more than 256 MiB. "
+    "Bytes are followed in pieces as small as the smallest store of the kernel (global memory: one "
+    "byte or two) or access (shared memory: up to four)",
     "what becomes of the source of an asynchronous copy between its issue and its wait: `cp.async` "
     "and TMA read global memory at once; and what atomics did to shared memory that wgmma or a "
     "bulk store then reads",

@@ -276,6 +276,22 @@ def test_races_between_warps_of_a_program():
     assert not run(*(line.format(BARRIER) for line in lines))
 
 
+@pytest.mark.parametrize("writer", [0, 1])
+@pytest.mark.parametrize("apart", [False, True], ids=["at once", "apart"])
+def test_a_write_after_a_read_by_another_warp(writer, apart):
+    """Whichever of two warps read last; the barrier orders both reads before the write."""
+    both = ["ld.global.b32 %r4, [%rd0];"]
+    if apart:
+        both = ["setp.lt.u32 %p1, %r0, 32;", "@%p1 " + both[0], "@!%p1 " + both[0]]
+    write = [
+        f"shr.u32 %r5, %r0, 5;setp.eq.u32 %p2, %r5, {writer};",
+        "@%p2 st.global.b32 [%rd0], 7;",
+    ]
+    kind, text = only_finding(run(*both, *write))
+    assert kind == "global write after read" and f"warp {1 - writer} read" in text
+    assert not run(*both, BARRIER, *write)
+
+
 def test_bytes_have_neighbours():
     """Stores of single bytes by two warps, side by side, are no race; on one byte they are."""
     lines = [
