@@ -10,7 +10,7 @@ from hrvlm_kernels.packed_tables import SHORT_SEQLEN
 from hrvlm_kernels.triton_kernels import varlen_attention as forward
 from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
 from hrvlm_kernels.triton_kernels import varlen_attention_short as short
-from hrvlm_kernels.triton_kernels.attention_tiles import column_blocks, padded_head_dim
+from hrvlm_kernels.triton_kernels.attention_tiles import column_blocks
 from hrvlm_kernels.triton_kernels.tilings import Tiling, table_head_dim
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 128)
@@ -74,7 +74,7 @@ def forward_job(head_dim, dtype, tiling, rope=False, *, group=1, skip=0):
     signature, constants = _common("qkvo", head_dim, dtype, tiling, rope, group)
     ahead = tiling.order == "ahead"
     constants |= {"BM": tiling.rows, "BN": tiling.step, "AHEAD": ahead}
-    constants |= {"SKIP": skip, **column_blocks(head_dim)}
+    constants["SKIP"] = skip
     if ahead:
         block = f"tensordesc<{NAMES[dtype]}[{tiling.step}, 1, {constants['BD']}]>"
         signature |= {"k_blocks": block, "v_blocks": block}
@@ -93,7 +93,7 @@ def gluon_job(head_dim, dtype, step, *, buffers=2, group=1):
     tiling = Tiling(128, step, 4, buffers)
     signature, constants = _common("qkvo", head_dim, dtype, tiling, False, group)
     constants |= {"BN": step, "NB": buffers, "GROUPS": gluon.GROUPS, "REGISTERS": gluon.REGISTERS}
-    for name in ("ROPE", "table", "BD", "PARTS"):
+    for name in ("ROPE", "table", "BD", "TAIL", "PARTS"):
         del constants[name]
     kernel, options = gluon.varlen_attention_gluon, {"num_warps": tiling.num_warps}
     name = (
@@ -109,7 +109,7 @@ def short_job(head_dim, dtype, tiling, *, group=1):
     signature["segments"] = "*i32:16"
     for name in ("cu_seqlens", "tiles"):
         del signature[name]
-    for name in ("BD", "PARTS", "ROPE"):
+    for name in ("BD", "TAIL", "PARTS", "ROPE"):
         del constants[name]
     kernel = short.varlen_attention_short
     return _job("forward short", kernel, signature, constants, head_dim, dtype, tiling, True)
@@ -119,7 +119,7 @@ def dq_job(head_dim, dtype, tiling, rope=False, *, group=1):
     """Dq and delta."""
     names = ["q", "k", "v", "o", "g", "dq"]
     signature, constants = _common(names, head_dim, dtype, tiling, rope, group)
-    constants |= {"BM": tiling.rows, "BN": tiling.step} | column_blocks(head_dim)
+    constants |= {"BM": tiling.rows, "BN": tiling.step}
     signature["delta"] = "*fp32:16"
     kernel = backward.varlen_attention_dq
     return _job("dq", kernel, signature, constants, head_dim, dtype, tiling, rope)
@@ -129,7 +129,7 @@ def dkdv_job(head_dim, dtype, tiling, rope=False, *, group=1):
     """Dk and dv."""
     names = ["q", "k", "v", "g", "dk", "dv"]
     signature, constants = _common(names, head_dim, dtype, tiling, rope, group)
-    constants |= {"BM": tiling.step, "BN": tiling.rows} | column_blocks(head_dim)
+    constants |= {"BM": tiling.step, "BN": tiling.rows}
     signature["delta"] = "*fp32:16"
     if group > 1:
         signature |= {"dk": "*fp32:16", "dv": "*fp32:16"}
@@ -145,7 +145,7 @@ def _common(names, head_dim, dtype, tiling, rope, group):
     signature |= {"T": "i32", "scale": "fp32"}
     signature |= {f"stride_{name}{axis}": "i32:16" for name in names for axis in "th"}
     constants = {"H": _HEADS, "GROUP": group, "D": head_dim, "ROPE": rope}
-    constants |= {"BD": padded_head_dim(head_dim), "PARTS": max(1, 64 // tiling.rows)}
+    constants |= {"PARTS": max(1, 64 // tiling.rows), **column_blocks(head_dim)}
     if rope:
         signature["table"] = "*fp32:16"
     else:
