@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ _NAMES_IN_DIRECTORY = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SAFETENSORS_SUFFIX = ".safetensors"
+WEIGHT_SUFFIXES = (SAFETENSORS_SUFFIX, ".pth", ".pt", ".bin")
 _ZIP_MAGIC = b"PK"
 _PICKLE_MAGIC = b"\x80"
 _LFS_POINTER = b"version https://git-lfs"
@@ -48,7 +51,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.is_dir():
         path = _file_in(path)
-    tensors = _load_sharded(path) if path.suffix == ".json" else _load_file(path)
+    tensors = _load_sharded(path) if path.suffix == ".json" else read_weights(path)
     if not tensors:
         raise ValueError(f"{path}: no tensors in it")
     return tensors
@@ -69,7 +72,7 @@ def check_file(path: Path) -> None:
     elif path.suffix == ".jinja":
         _check_template(path)
     else:
-        _load_file(path)
+        read_weights(path)
 
 
 def _check_template(path: Path) -> None:
@@ -176,7 +179,7 @@ def _load_sharded(index: Path) -> dict[str, Tensor]:
     for name in sorted(set(weight_map.values())):
         if not (index.parent / name).is_file():
             raise FileNotFoundError(f"{index}: its shard {name} is missing")
-        shard = _load_file(index.parent / name)
+        shard = read_weights(index.parent / name)
         if twice := sorted(tensors.keys() & shard.keys()):
             raise ValueError(f"{index}: {twice[0]} is in several shards")
         tensors |= shard
@@ -204,7 +207,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _load_file(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file of weights; see :func:`load_checkpoint`.
+
+    Raises:
+        ValueError: it is damaged, or no such file.
+    """
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:9] == b"{":  # asked first: before it is a length, which may begin like the others
@@ -242,7 +250,20 @@ def _load_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
         if tensor.is_meta or tensor.layout != torch.strided:
             what = "on meta, without values" if tensor.is_meta else tensor.layout
             raise ValueError(f"{path}: {key} is {what}; expected a dense tensor")
+    if mmap:
+        _check_storages(path, tensors)
     return tensors
+
+
+def _check_storages(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise for tensors longer than what is stored of them: torch would read what comes behind."""
+    storages = (tensor.untyped_storage() for tensor in tensors.values())
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+    with zipfile.ZipFile(path) as file:
+        stored = Counter(info.file_size for info in file.infolist())
+    if missing := Counter(sizes.values()) - stored:
+        what = f"a tensor of {min(missing)} bytes is not stored whole"
+        raise ValueError(f"{path}: damaged torch.save file ({what})")
 
 
 def _pointer_note(path: Path) -> str:

@@ -30,7 +30,7 @@ from .family import (
 )
 from .files import WEIGHT_SUFFIXES, load_checkpoint, read_json, summary
 from .keys import Family
-from .sizes import sizes_of
+from .sizes import DINOV2_TYPES, DINOV3_TYPES, sizes_of
 from .tensors import CheckpointInfo, Reading, read, write
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def open_checkpoint(
     kind = config_class_of((stored or {}).get("model_type")) or config_class_for(reading)
     check_overrides(kind, overrides)
     with naming(source):
+        if strict and not architecture(reading.tensors).num_hidden_layers:
+            raise ValueError("no layer in it: a part of a checkpoint?")
         if config is None and stored:
             # Stages have two names, and those that are given replace both.
             replaced = STAGES if overrides.keys() & set(STAGES) else ()
@@ -127,6 +129,16 @@ def foreign_base(directory: str | os.PathLike[str]) -> str | None:
     """What the adapter in `directory` was trained on, where that is foreign; else None."""
     base = (read_json(Path(directory, "adapter_config.json")) or {}).get("base_model_name_or_path")
     return base if isinstance(base, str) and is_foreign(base) else None
+
+
+def check_family(model_class: Any, directory: Path) -> None:
+    """Raise ValueError where a local directory says that its weights are of another family."""
+    kind = (read_json(directory / "config.json") or {}).get("model_type")
+    known = DINOV2_TYPES if model_class.family == "dinov2" else DINOV3_TYPES
+    if kind not in (None, model_class.config_class.model_type, *known):
+        raise ValueError(
+            f"{directory}: weights of {kind}, which are not those of a {model_class.__name__}"
+        )
 
 
 def load_foreign(

@@ -7,7 +7,9 @@ from typing import Any
 
 from ..images.geometry import positive_int, square_side, true_or_false
 
-DINOV2_TYPES = ("dinov2", "dinov2_with_registers")  # model_type of their configs
+# model_type of their configs; of DINOv3BackboneConfig, too
+DINOV2_TYPES = ("dinov2", "dinov2_with_registers")
+DINOV3_TYPES = ("dinov3_vit", "hrvlm_dinov3")
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 
 from ..files import save_whole
+from ..images.geometry import true_or_false
 from .damage import check_generation_config, naming_damaged_files
 from .differences import KeyDifferences, group_keys, natural_order
+from .files import SAFETENSORS_SUFFIX, read_weights, summary
 from .mapping import ABSENT_PARTS, key_in_file, keys_in_files
 
 _TRANSFORMERS = logging.getLogger("transformers.modeling_utils")
@@ -98,7 +100,7 @@ class StrictModel(PreTrainedModel):
         if load_config.hf_quantizer is None:
             parts = [state_dict] if state_dict is not None else []
             for file in () if parts else checkpoint_files or ():
-                parts.append(load_state_dict(file, map_location="meta"))
+                parts.append(_stored_in(Path(file)))
             source = load_config.pretrained_model_name_or_path or model.config.name_or_path
             _check_stored(source or "state_dict", model, parts)
             vars(model)[_STORED_SHAPES] = {
@@ -160,6 +162,7 @@ def load_strictly(
     Raises:
         ValueError: the weights are not those of the model, or a file is damaged.
     """
+    true_or_false("strict", strict)
     name = source or getattr(kwargs.get("config"), "name_or_path", "")
     model_class = getattr(load, "__self__", None)
     judged_here = strict and not (
@@ -187,6 +190,18 @@ def load_strictly(
     for table in tables:
         _TRANSFORMERS.handle(table)
     return (model, info) if output_loading_info else model
+
+
+def _stored_in(path: Path) -> Mapping[str, Any]:
+    """The tensors in a file; of safetensors their headers."""
+    if path.suffix != SAFETENSORS_SUFFIX:
+        return read_weights(path)
+    try:
+        return load_state_dict(str(path), map_location="meta")
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: can't be loaded ({summary(error)})") from error
 
 
 def _check_stored(source: Any, model: Any, parts: Iterable[Mapping[str, Any]]) -> None:

@@ -23,7 +23,7 @@ from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import check_backend
 from hrvlm_kernels.traced_grids import TracedGrids
 
-from ..checkpoints.foreign import foreign_base, is_foreign, load_foreign
+from ..checkpoints.foreign import check_family, foreign_base, is_foreign, load_foreign
 from ..checkpoints.keys import Family
 from ..checkpoints.mapping import canonical_keys
 from ..checkpoints.sizes import sizes_of
@@ -131,6 +131,8 @@ class PackedEncoder(StrictModel):
                 f"{path}: an adapter of {base}, which is no directory of transformers: load that, "
                 "and the adapter on top by peft.PeftModel.from_pretrained"
             )
+        if kwargs.get("config") is None:
+            check_family(cls, path)
         return load(source, *model_args, **kwargs)
 
     @torch.no_grad()
@@ -389,8 +391,10 @@ class PackedEncoder(StrictModel):
         if rope_augment:
             packed = self._augmented(packed)
         if len(self.layer):
-            first = cast("EncoderLayer", self.layer[0])
-            packed = first.attention.with_rope_table(packed, x, self.backend)
+            # Who wraps a layer may hide what is in it; each attention then rotates by itself.
+            attention = getattr(self.layer[0], "attention", None)
+            if with_rope_table := getattr(attention, "with_rope_table", None):
+                packed = with_rope_table(packed, x, self.backend)
         drop_path = self.training and self.config.drop_path_rate > 0
         attentions = []
         kept = KeptStates(range(len(self.layer) + 1) if keep_all else keep, batch)

@@ -91,6 +91,8 @@ class DINOv2Encoder(PackedEncoder):
     family: Family = "dinov2"
 
     def __init__(self, config: Dinov2Config | Dinov2WithRegistersConfig, **options: Any):
+        if not isinstance(config, Dinov2Config | Dinov2WithRegistersConfig):
+            raise TypeError(f"config: expected a Dinov2Config, got {type(config).__name__}")
         _refuse_dropout(config, "attention_probs_dropout_prob")
         _refuse_dropout(config, "hidden_dropout_prob")
         super().__init__(config, **options)

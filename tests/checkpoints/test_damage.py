@@ -4,6 +4,7 @@ import io
 import json
 import random
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -163,6 +164,7 @@ def test_what_is_not_a_checkpoint_is_named(files, tmp_path):
         ("heads.pth", saved(_without_periods(files))),
         ("sparse.pth", saved(_with_norm(files, torch.ones(64).to_sparse()))),
         ("meta.pth", saved(_with_norm(files, torch.ones(64, device="meta")))),
+        ("no_layer.pth", saved(_without_layers(files))),
         ("index.json", json.dumps({"weight_map": {"a": 1}}).encode()),
     ):
         path = tmp_path / name
@@ -183,6 +185,30 @@ def test_what_is_not_a_checkpoint_is_named(files, tmp_path):
     (tmp_path / "folder.pth").mkdir()
     with pytest.raises(ValueError, match=r"folder\.pth: no checkpoint in it"):
         DINOv3Encoder.from_pretrained(tmp_path / "folder.pth")
+
+
+def test_a_tensor_that_is_not_stored_whole(files, directories, tmp_path):
+    """torch would take what comes behind it in the file for the rest."""
+    shutil.copytree(directories / "pickle", tmp_path / "pickle")
+    for path, load in (
+        (tmp_path / "weights.pth", load_checkpoint),
+        (tmp_path / "pickle" / "pytorch_model.bin", lambda _: load_encoder(tmp_path / "pickle")),
+    ):
+        content = path.read_bytes() if path.exists() else files["zip"][0]
+        with (
+            zipfile.ZipFile(io.BytesIO(content)) as whole,
+            zipfile.ZipFile(path, "w") as cut,
+        ):
+            for info in whole.infolist():
+                data = whole.read(info)
+                cut.writestr(info.filename, data[:3] if info.filename.endswith("data/1") else data)
+        with pytest.raises(ValueError, match=rf"{path}: damaged .*bytes is not stored whole"):
+            load(path)
+
+
+def _without_layers(files):
+    state = torch.load(io.BytesIO(files["legacy"][0]))
+    return {key: tensor for key, tensor in state.items() if "blocks." not in key}
 
 
 def _integers(files):

@@ -122,6 +122,12 @@ UNFIT = {
         {},
         r"stored twice: vision_encoder.layer.0.attention.k_proj.weight, ",
     ),
+    "of_another_model": (
+        "encoder",
+        lambda weights: [weights.update({f"net.{key}": weights.pop(key)}) for key in [*weights]],
+        {},
+        r"a checkpoint of another model: none of its 52 weights \(as net.embeddings.cls_token\)",
+    ),
     "registers": ("encoder", NOTHING, {"num_register_tokens": 2}, r"\[1, 4, 64\] instead of"),
     "fewer_layers": (
         "encoder",
@@ -170,6 +176,21 @@ def test_transformers_own_leniency_can_be_asked_for(saved, tmp_path):
     directory = changed(saved / "encoder", tmp_path / "both", without("cls_token"))
     with pytest.raises(ValueError, match=r"missing .*cls_token"):
         DINOv3Encoder.from_pretrained(directory, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("strict", ["no", None, 0])
+def test_strict_is_true_or_false(strict, saved):
+    with pytest.raises(ValueError, match=f"strict={strict!r}"):
+        DINOv3Encoder.from_pretrained(saved / "encoder", strict=strict)
+
+
+def test_numbers_that_no_model_has_name_their_file(saved, tmp_path):
+    directory = changed(saved / "encoder", tmp_path / "complex")
+    head = {"norm.weight": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}
+    text = json.dumps(head).encode()
+    (directory / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ValueError, match=f"{directory / WEIGHTS}: "):
+        DINOv3Encoder.from_pretrained(directory)
 
 
 def test_a_lacking_part_of_a_fused_matrix_is_missing_and_no_other_shape(saved, tmp_path):

@@ -262,6 +262,35 @@ def test_the_final_norm_can_be_taken_off(rng):
     assert torch.equal(encoder(IMAGES).last_hidden_state, states[-1])
 
 
+class Around(nn.Module):
+    """What shows nothing of what is in it, but that what it returns is counted."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["dinov3", "dinov3 on the kernels"])
+def test_any_module_may_be_wrapped_in_another(kind):
+    _, encoder = pair_of_kind(kind, num_hidden_layers=2, num_attention_heads=1)
+    expected = encoder(IMAGES).last_hidden_state.detach()
+    names = [name for name, module in encoder.named_modules() if name and name != "layer"]
+    if kind != "dinov3":  # one by one takes long in the interpreter
+        names = ["layer.0", "layer.1.attention"]
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        parent, inner = encoder.get_submodule(parent), encoder.get_submodule(name)
+        wrapped = Around(inner)
+        setattr(parent, last, wrapped)
+        torch.testing.assert_close(encoder(IMAGES).last_hidden_state, expected, msg=name)
+        assert wrapped.calls, name
+        setattr(parent, last, inner)
+
+
 def test_attention_maps_of_a_sharded_encoder(one_process):
     _, encoder = pair_of(num_hidden_layers=2)
     expected = encoder(IMAGES, output_prefix_attentions=True)
