@@ -30,15 +30,23 @@ FORWARD = {
     ),
     "a key too many": ("qk = tl.where((i_last < n)", "qk = tl.where((i_last <= n)"),
     "no tail where blocks fit": ("last = ((n - 1) // BN) * BN", "last = (n // BN) * BN"),
-    "accumulator not rescaled": ("acc * fade[:, None]", "acc"),
+    "accumulator not rescaled": ("    acc *= fade[:, None]\n    b_v = load", "    b_v = load"),
     "total not rescaled": ("total * fade + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
     "natural base": ("qk_scale = scale * LOG2_E", "qk_scale = scale"),
     "shared heads interleaved": ("i_hk = i_h // GROUP", "i_hk = i_h % (H // GROUP)"),
-    "v of the first block": ("p_v, s + i_n, n", "p_v, i_n, n"),
+    "v of the first block": ("(acc, fade, p, p_v, s + i_n", "(acc, fade, p, p_v, i_n"),
     "lse without its sum": ("peak + tl.log2(total)", "peak"),
     "halves mixed up": ("left * cos - right * sin", "left * cos + right * sin"),
     "cos for sin": ("tl.load(p_cos + HALF", "tl.load(p_cos"),
     "positions of another image": ("(first + rows)[:, None] * (2", "rows[:, None] * (2"),
+}
+
+FORWARD_TAIL = {
+    "the first columns of k": ("D, TAIL, MASKED, BD)", "D, TAIL, MASKED, 0)"),
+    "not in the scores": ("b_q_tail, b_k_tail.T, qk,", "b_q_tail * 0, b_k_tail.T, qk,"),
+    "the first columns of v": ("D, TAIL, False, BD\n", "D, TAIL, False, 0\n"),
+    "not divided": ("acc_tail *= (1.0 / total)[:, None]", "acc_tail *= 1.0"),
+    "stored over the first columns": ("acc_tail, D, TAIL, BD)", "acc_tail, D, TAIL, 0)"),
 }
 
 AHEAD = {
@@ -98,6 +106,10 @@ def check_forward():
     forward.check_forward(ragged(), [Tiling(64, 64, 4, 1)])
 
 
+def check_forward_tail():
+    forward.check_forward(make_case((70, 5), head_dim=72))
+
+
 def check_short():
     case = ragged()
     out, lse = forward.run_forward(case)
@@ -144,6 +156,13 @@ def test_forward(bug, monkeypatch, tmp_path):
     assert caught(check_forward)
 
 
+@pytest.mark.parametrize("bug", FORWARD_TAIL)
+def test_the_last_columns_of_72_forward(bug, monkeypatch, tmp_path):
+    users = [(forward, "kernels")]
+    plant(monkeypatch, tmp_path, "varlen_attention", *FORWARD_TAIL[bug], users=users)
+    assert caught(check_forward_tail)
+
+
 @pytest.mark.parametrize("bug", AHEAD)
 def test_ahead(bug, monkeypatch, tmp_path):
     users = [(forward, "kernels")]
@@ -180,7 +199,7 @@ def test_a_rotation_that_is_never_inverse(monkeypatch, tmp_path):
 
 def test_the_checks_pass_without_a_bug():
     checks = check_forward, check_short, check_ahead, check_backward, check_one_head, check_tail
-    assert not caught(*checks)
+    assert not caught(*checks, check_forward_tail)
 
 
 def test_of_a_lone_token_p_may_be_off_by_the_roundings_of_its_exponent_only():
