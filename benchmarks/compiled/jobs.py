@@ -11,7 +11,7 @@ import triton
 
 from hrvlm_kernels.triton_kernels import bias_gelu as gelu
 from hrvlm_kernels.triton_kernels import layer_norm_pixel_shuffle as norm
-from hrvlm_kernels.triton_kernels import linear_gelu, linear_swiglu
+from hrvlm_kernels.triton_kernels import linear_gelu, linear_rope_2d, linear_swiglu
 from hrvlm_kernels.triton_kernels import linear_residual_layer_norm as connection
 from hrvlm_kernels.triton_kernels import normalize_patchify as patchify
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as shuffle
@@ -257,8 +257,8 @@ def gelu_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
 
 
 def linear_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
-    """linear_gelu and linear_swiglu with every tile of their tables, else of GEMM."""
-    for op in ("linear_gelu", "linear_swiglu"):
+    """Products with more in their epilogues, with every tile of their tables, else of GEMM."""
+    for op in ("linear_gelu", "linear_swiglu", "linear_rope_2d"):
         for dtype in dtypes:
             table = op.upper()
             configs = linear_gelu.configs_of(table, target, dtype)
@@ -268,16 +268,25 @@ def linear_jobs(target, *, dtypes=(torch.bfloat16, torch.float32)):
 
 
 def linear_job(op, dtype, config):
-    """Both with biases, their weights contiguous."""
-    pointer, gated_op = f"*{NAMES[dtype]}:16", op == "linear_swiglu"
-    weights = ("gate", "up", "gate_bias", "up_bias") if gated_op else ("weight", "bias")
-    signature = dict.fromkeys(("x", *weights, "out"), pointer) | {"T": "i32"}
+    """With biases, and contiguous weights; heads of 64."""
+    pointer = f"*{NAMES[dtype]}:16"
+    kernel, inputs = {
+        "linear_gelu": (linear_gelu.linear_gelu_forward, ("weight", "bias")),
+        "linear_swiglu": (
+            linear_swiglu.linear_swiglu_forward, ("gate", "up", "gate_bias", "up_bias")
+        ),
+        "linear_rope_2d": (linear_rope_2d.linear_rope_2d_forward, ("weight", "bias", "table")),
+    }[op]  # fmt: skip
+    signature = dict.fromkeys(("x", *inputs, "out"), pointer) | {"T": "i32"}
     signature |= dict.fromkeys(("F", "C", "stride_xt", "stride_wf"), "i32:16")
     tiling = shuffle.tile_arguments(config)
     options = {name: tiling.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"stride_xc": 1, "stride_wc": 1, "EVEN_C": True, "HAS_BIAS": True, **tiling}
     constants["PRECISION"] = "ieee"
-    kernel = linear_swiglu.linear_swiglu_forward if gated_op else linear_gelu.linear_gelu_forward
+    if op == "linear_rope_2d":
+        signature["table"] = "*fp32:16"
+        constants |= {"D": 64, "HEADS": linear_rope_2d.heads_of_tile(64, config.block_n)}
+        constants["ALIGNED"] = True
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
     # Exact float32 products run on the ordinary units of NVIDIA's chips.
     tensor_core = dtype != torch.float32

@@ -58,8 +58,9 @@ class Case:
         least: Bytes that have to be moved once, of all programs.
         sharing: Of kernels whose programs share what they read, by a part of the name: the bytes
             that each has to move once, since sampled sectors would count them again and again.
-        plain: Launches the same kernel without its epilogue. What the epilogue adds to the need of
+        plain: Launches the first kernel without its epilogue. What the epilogue adds to the need of
             each unit then counts as if nothing happened beside it: its largest need comes on top.
+        epilogue_alone: Of that kernel nothing else counts.
         role: "ours", "candidate" or "peer".
         check: Raises AssertionError if the sampled programs computed something else.
     """
@@ -75,6 +76,7 @@ class Case:
     least: float = 0
     sharing: Mapping[str, float] = field(default_factory=dict)
     plain: Callable[[], object] | None = None
+    epilogue_alone: bool = False
     role: str = "ours"
     check: Callable[[], None] | None = field(default=None, compare=False)
 
@@ -137,7 +139,14 @@ def _count_epilogue(kernel: dict[str, Any], case: Case, gpu: PtxDriver, chip: in
     assert case.plain is not None
     (launch,) = _launches(replace(case, start=case.plain), gpu)
     before = _described(launch, case, chip)
-    name, need = limit({n: c - before["clocks"][n] for n, c in kernel["clocks"].items()})
+    more = {n: c - before["clocks"][n] for n, c in kernel["clocks"].items()}
+    name, need = limit(more)
+    if case.epilogue_alone:
+        less = {n: kernel[n] - before[n] for n in ("instructions", "ptx_instructions")}
+        nothing = dict.fromkeys(("flops_per_useful", "sectors_per_asked", "moved_per_least"))
+        kernel |= {"bound": need, "limit": name, "clocks": more, "loop": 0, **less, **nothing}
+        kernel["kernel"] += ", what its epilogue adds"
+        return
     kernel["bound"] = before["bound"] + need
     kernel["limit"] = f"{before['limit']}, then {need:.4g} {name}"
 

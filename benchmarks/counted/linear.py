@@ -1,7 +1,7 @@
-"""The up-projection with its activation, and the same product with the activation in a pass.
+"""Products with an activation or a rotation in their epilogues, and the same with a pass for it.
 
-One tile of a product stands for all. What bias and activation add to it counts as serial, though
-the products of another program may run beside it.
+One tile of a product stands for all, one of q for those of v. What the epilogue adds counts as
+serial, though the products of another program may run beside it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.counted import textbook
-from benchmarks.counted.attention import BF16
-from benchmarks.counted.case import Case, first, spread
+from benchmarks.counted.attention import BF16, HEADS, LENGTHS, forward_case, problem
+from benchmarks.counted.case import Case, Grid, Later, Part, first, spread
 from hrvlm_kernels.ops import linear_gelu as gelu_op
 from hrvlm_kernels.ops import linear_swiglu as swiglu_op
-from hrvlm_kernels.triton_kernels import bias_gelu, linear_gelu, linear_swiglu, swiglu
+from hrvlm_kernels.triton_kernels import (
+    bias_gelu,
+    linear_gelu,
+    linear_rope_2d,
+    linear_swiglu,
+    rope_2d,
+    swiglu,
+)
 
 TOKENS = 4096
+HEAD_DIM = 64
+ROTATED = "rotated in the product"
 SIZES = {  # C and F of DINOv3's S and L, of H+ and 7B
     "linear_gelu": ((384, 1536), (1024, 4096)),
     "linear_swiglu": ((1280, 5120), (4096, 8192)),
@@ -90,3 +99,100 @@ def _check(op: str, inputs: tuple[Tensor, ...], out: Tensor, rows: int, columns:
     exact = run(*tile, backend="eager")
     error = (out[:rows, :columns].float() - exact).norm() / exact.norm()
     assert error < 0.01, f"off by {error:.3f}"
+
+
+class _QKV:
+    """The product that makes q, k and v of one image, 16 heads of 64, with their rotation."""
+
+    def __init__(self, chip: int, n: int):
+        rng = torch.Generator().manual_seed(0)
+        width = HEADS * HEAD_DIM
+        rope = problem([n], HEAD_DIM, rotate=True).rope
+        assert rope is not None
+        self.rope, self.table = rope, torch.zeros(n, HEAD_DIM)
+        angle = 2 * torch.pi * rope[0][:, :, None] * rope[1]
+        self.exact = torch.stack((angle.cos(), angle.sin()), 1).flatten(1)
+        self.x = torch.randn(n, width, generator=rng).to(BF16)
+        self.weight = torch.randn(3 * width, width, generator=rng).div(width**0.5).to(BF16)
+        self.out = torch.zeros(n, 3, HEADS, HEAD_DIM, dtype=BF16)
+        self.config = linear_gelu.configs_of("LINEAR_ROPE_2D", f"sm_{chip}", BF16)[0]
+        self.moved = 2.0 * (self.x.numel() + self.weight.numel() + self.out.numel())
+        self.sharing = {"linear_rope": self.moved + self.table.nbytes, "linear": self.moved}
+
+    def start(self) -> None:
+        linear_rope_2d.forward(self.x, self.weight, None, self.exact, self.out)
+
+    def start_plain(self) -> None:
+        textbook.start_linear(self.x, self.weight, self.out.view(len(self.x), -1), self.config)
+
+    def start_pass(self) -> None:
+        q, k, _ = self.out.unbind(1)
+        rope_2d.rotate_heads(q, k, *self.rope, False, q, k)
+
+    def check(self) -> None:
+        """The tile that ran is right."""
+        rows, heads = min(len(self.x), self.config.block_m), self.config.block_n // HEAD_DIM
+        qkv = self.x[:rows].float() @ self.weight[: heads * HEAD_DIM].float().T
+        left, right = qkv.unflatten(1, (heads, HEAD_DIM)).chunk(2, -1)
+        cos, sin = self.exact[:rows, None].chunk(2, -1)
+        exact = torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+        error = (self.out[:rows, 0, :heads].float() - exact).norm() / exact.norm()
+        assert error < 0.01, f"off by {error:.3f}"
+
+
+def rotation_cases(chip: int, n: int) -> Iterator[Callable[[], Case]]:
+    """The kernel, then the product without it and a pass over q and k."""
+    qkv = _QKV(chip, n)
+    ours = Case(
+        op="linear_rope_2d",
+        size=f"n={n} C=1024",
+        variant="shipped",
+        start=qkv.start,
+        plain=qkv.start_plain,
+        unit="element",
+        units=qkv.out.numel(),
+        samples={"linear": first},
+        flops=2 * qkv.x.numel() * qkv.weight.shape[0],
+        least=qkv.moved + qkv.table.nbytes,
+        sharing=qkv.sharing,
+        check=qkv.check,
+    )
+    yield lambda: ours
+    yield lambda: replace(
+        ours,
+        variant="the same product, then rope_2d",
+        role="peer",
+        start=lambda: (qkv.start_plain(), qkv.start_pass()),
+        plain=None,
+        samples={"linear": first, "rope_2d": spread(4)},
+        check=None,
+    )
+
+
+def _rotated_tiles(grid: Grid) -> list[Part]:
+    """A tile of q, for those of q and k: v's do nothing more."""
+    return [([0], grid[0] * 2 / 3)]
+
+
+def attention_of_rotated(chip: int) -> Iterator[Later]:
+    """The forward with RoPE, rotated in the product: what that adds there, the table, attention."""
+
+    def make(n: int) -> Case:
+        qkv, attention = _QKV(chip, n), forward_case(f"n={n}", HEAD_DIM, rotate=False)
+        return replace(
+            attention,
+            op="attention forward with RoPE",
+            variant=ROTATED,
+            start=lambda: (
+                qkv.start(), rope_2d.write_table(*qkv.rope, qkv.table), attention.start()
+            ),
+            plain=qkv.start_plain,
+            epilogue_alone=True,
+            samples={"linear": _rotated_tiles, **attention.samples},
+            sharing={**qkv.sharing, **attention.sharing},
+            check=qkv.check,
+        )  # fmt: skip
+
+    for n in LENGTHS:
+        name = "attention forward with RoPE", f"n={n} D={HEAD_DIM}", ROTATED
+        yield Later(name, lambda n=n: make(n))

@@ -24,9 +24,10 @@ on the same inputs, in bfloat16 with 16 heads. The executor counts warp instruct
 do. From these follows a **bound**: the clocks that one multiprocessor needs for the unit that has
 most to do, for 1000 units of useful work (scores without padding, elements, products), as if
 everything else happened beside it. Latency, occupancy, dependences and launches are not in it.
-Launches of one call add up. The epilogues of linear_gelu and linear_swiglu count as serial: what
-they add to the need of each unit comes on top ("then"), though another program's products may run
-beside them.
+Launches of one call add up. The epilogues of linear_gelu, linear_swiglu and linear_rope_2d count as
+serial: what they add to the need of each unit comes on top ("then"), though another program's
+products may run beside them. "Rotated in the product" is attention on q and k that linear_rope_2d
+has rotated, with what that adds to the product of q, k and v, and with the table.
 
 *Instructions* are those of a thread for a unit of useful work, read from machine code: PTX says how
 often a loop runs, SASS how many instructions a turn has (where a loop can't be matched, PTX is

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.counted import linear, peers
-from benchmarks.counted.attention import BF16, inputs
+from benchmarks.counted.attention import BF16, LENGTHS, inputs
 from benchmarks.counted.case import Case, first, spread
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.ops.layer_norm_pixel_shuffle import layer_norm_pixel_shuffle
@@ -187,6 +187,9 @@ def makers(chip: int, folder: Path | None) -> Iterator[tuple[str, Callable[[], M
     for op, sizes in linear.SIZES.items():
         for channels, features in sizes:
             yield op, partial(linear.cases, op, chip, channels, features)
+    for n in LENGTHS:
+        yield "linear_rope_2d", partial(linear.rotation_cases, chip, n)
+    yield "attention forward with RoPE", partial(linear.attention_of_rotated, chip)
     for width in GATED:
         yield "swiglu", partial(swiglu_cases, folder, width)
     for patch in (16, 14):

@@ -27,7 +27,7 @@ from hrvlm_kernels.triton_kernels import tile_tables
 from hrvlm_kernels.triton_kernels.launch import triton_release
 
 # What has no row there runs in another way.
-OPTIONAL = ("SHORT", "GEMM_PARTS", "LINEAR_GELU", "LINEAR_SWIGLU")
+OPTIONAL = ("SHORT", "GEMM_PARTS", "LINEAR_GELU", "LINEAR_SWIGLU", "LINEAR_ROPE_2D")
 
 Row = tuple[Any, ...]
 

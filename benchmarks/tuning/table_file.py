@@ -50,6 +50,7 @@ _COMMENTS = {
         "of GEMM."
     ),
     "LINEAR_SWIGLU": None,
+    "LINEAR_ROPE_2D": "linear_rope_2d, likewise.",
     "ROPE": "rope_2d: (head_dim rounded up, bytes of an element).",
     "NORM_FORWARD": "layer_norm_pixel_shuffle and residual_layer_norm: C rounded up.",
     "NORM_BACKWARD": None,

@@ -11,7 +11,8 @@ the stream and added by the norms that read it:
     stream += a (lambda1 W_o)^T;  shift += lambda1 b_o;  normed = norm(stream + shift)
 
 The up-projection takes its activation along where that was measured to pay, or was asked for
-(:mod:`hrvlm_kernels.ops.linear_gelu`).
+(:mod:`hrvlm_kernels.ops.linear_gelu`), and the product that makes q and k their rotation, in
+training too (:mod:`hrvlm_kernels.ops.linear_rope_2d`).
 
 What is folded is made again when a weight has another version or address, when a module was
 replaced, and after a step of any optimizer of torch: the average of a teacher's weights, which
@@ -38,11 +39,12 @@ from transformers.activations import ACT2FN
 from hrvlm_kernels import PackedGrids, varlen_attention
 from hrvlm_kernels.backends import choose_backend
 from hrvlm_kernels.ops.bias_gelu import bias_gelu
-from hrvlm_kernels.ops.linear_gelu import linear_gelu
+from hrvlm_kernels.ops.linear_gelu import linear_gelu, takes_kernel
 from hrvlm_kernels.ops.linear_residual_layer_norm import (
     linear_residual_layer_norm,
     shifted_layer_norm,
 )
+from hrvlm_kernels.ops.linear_rope_2d import linear_rope_2d
 from hrvlm_kernels.ops.linear_swiglu import linear_swiglu
 from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH
 from hrvlm_kernels.ops.varlen_attention import MAX_HEAD_DIM
@@ -217,10 +219,10 @@ def infer(
     for i, layer in enumerate(_blocks(encoder), start=1):
         folded, attention = _fold(layer, shift), layer.attention
         normed = _norm(layer.norm1, x, folded.before)
-        qkv = F.linear(normed, attention.qkv.weight, _join(attention.qkv_bias))
-        q, k, v = qkv.unflatten(1, (3, attention.num_heads, attention.head_dim)).unbind(1)
+        qkv, rope = _qkv_without_gradient(attention, normed, packed, backend)
+        q, k, v = qkv.unbind(1)
         out = varlen_attention(
-            q, k, v, packed, attention.head_dim**-0.5, rope=attention.rope(packed), backend=backend
+            q, k, v, packed, attention.head_dim**-0.5, rope=rope, backend=backend
         )
         del normed, qkv, q, k, v  # memory peaks in the MLP
         x.addmm_(out.flatten(1), folded.o_weight.T)
@@ -254,6 +256,7 @@ def train(
         out = qkv_attention(
             normed, attention.qkv.weight, (bias.q_bias, bias.k_bias, bias.v_bias),
             bias.joined(), packed, attention.rope(packed), attention.num_heads,
+            encoder.backend,
         )  # fmt: skip
         x, normed = _connect(x, out, attention.o_proj, layer.layer_scale1, layer.norm2)
         inner = _inner(layer.mlp, normed, encoder.backend)
@@ -271,6 +274,17 @@ def _connect(
     return linear_residual_layer_norm(
         x, a, linear.weight, linear.bias, scale.lambda1, norm.weight, norm.bias, norm.eps
     )
+
+
+def _qkv_without_gradient(
+    attention: EncoderAttention, normed: Tensor, packed: PackedGrids, backend: str
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """q, k and v, and what attention has yet to rotate by."""
+    weight, bias, rope = attention.qkv.weight, _join(attention.qkv_bias), attention.rope(packed)
+    if rope is not None and takes_kernel("linear_rope_2d", backend, normed):
+        return linear_rope_2d(normed, weight, bias, rope, backend=backend), None
+    qkv = F.linear(normed, weight, bias)
+    return qkv.unflatten(1, (3, attention.num_heads, attention.head_dim)), rope
 
 
 def _inner(mlp: EncoderMLP, normed: Tensor, backend: str) -> Tensor:

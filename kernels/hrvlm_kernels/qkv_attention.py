@@ -2,8 +2,9 @@
 
     q, k, v = split(x @ weight^T + bias);  out = attention(rope(q), rope(k), v)
 
-q and k are rotated where they lie, since nothing else reads the product's result, and kept rotated:
-the backward does not rotate them again. dq, dk and dv are written side by side into one
+q and k are rotated in the epilogue of the product, where ops/linear_rope_2d.py says so, else where
+they lie, since nothing else reads the product's result; and kept rotated: the backward does not
+rotate them again. dq, dk and dv are written side by side into one
 ``[T, 3, H, D]``, which is the gradient of the product's result as it is.
 """
 
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_problem import Problem
+from .ops.linear_gelu import takes_kernel
+from .ops.linear_rope_2d import linear_rope_2d
 from .ops.torch_op import ops, register_backward
 from .packed_grids import PackedGrids
 
@@ -45,14 +48,17 @@ class _QKVAttention(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, q_bias: Tensor | None, k_bias: Tensor | None,
         v_bias: Tensor | None, joined: Tensor | None, packed: PackedGrids,
-        rope: tuple[Tensor, ...] | None, heads: int,
+        rope: tuple[Tensor, ...] | None, heads: int, backend: str,
     ) -> Tensor:  # fmt: skip
-        qkv = F.linear(x, weight, joined)
-        qkv = qkv.view(len(x), 3, heads, weight.shape[1] // heads)
-        q, k, v = qkv.unbind(1)
         positions = (*(rope or (None, None)), None)[:3]
-        if rope is not None:
-            ops.rope_2d_(q, k, *rope[:2])
+        if rope is not None and takes_kernel("linear_rope_2d", backend, x):
+            qkv = linear_rope_2d(x, weight, joined, rope, backend=backend)
+        else:
+            qkv = F.linear(x, weight, joined)
+            qkv = qkv.view(len(x), 3, heads, weight.shape[1] // heads)
+            if rope is not None:
+                ops.rope_2d_(qkv[:, 0], qkv[:, 1], *rope[:2])
+        q, k, v = qkv.unbind(1)
         ctx.scale, segments = q.shape[-1] ** -0.5, packed.segments
         out, lse = ops.varlen_attention(q, k, v, *segments, None, None, None, ctx.scale)
         ctx.save_for_backward(x, weight, qkv, out, lse, *segments, *positions)
@@ -72,7 +78,7 @@ class _QKVAttention(torch.autograd.Function):
             sums = grad.unflatten(1, (3, -1))[:, ::step].sum(0)
             for i in range(0, 3, step):
                 biases[i] = sums[i // step] if needs[2 + i] else None
-        return dx, dweight, *biases, *[None] * 4
+        return dx, dweight, *biases, *[None] * 5
 
 
 def qkv_attention(
@@ -83,6 +89,7 @@ def qkv_attention(
     packed: PackedGrids,
     rope: tuple[Tensor, ...] | None,
     heads: int,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention ``[T, C]`` of ``[T, C]``, by the kernels.
 
@@ -94,6 +101,7 @@ def qkv_attention(
         packed: Layout of the T tokens.
         rope: ``(coords, inv_freq)``, or with a table, as of :func:`varlen_attention`; or None.
         heads: D is ``C / heads``, at most 128.
+        backend: Whether the product rotates q and k, as :func:`linear_rope_2d` takes it.
     """
     joined = None if joined is None else joined.detach()
-    return _QKVAttention.apply(x, weight, *biases, joined, packed, rope, heads)
+    return _QKVAttention.apply(x, weight, *biases, joined, packed, rope, heads, backend)

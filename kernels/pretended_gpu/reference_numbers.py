@@ -117,6 +117,15 @@ def _rope_table(coords: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.stack((angle.cos(), angle.sin()), 1).flatten(1)
 
 
+def _linear_rope_2d(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor) -> Tensor:
+    bias = None if bias is None else bias.float()
+    qkv = F.linear(x.float(), weight.float(), bias).unflatten(1, (3, -1, table.shape[1]))
+    left, right = qkv[:, :2].chunk(2, -1)
+    cos, sin = table[:, None, None].chunk(2, -1)
+    qk = torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+    return torch.cat((qk, qkv[:, 2:]), 1).to(x.dtype)
+
+
 def _rope_2d_in_place(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
     q_out, k_out = _rope_2d(q.clone(), k.clone(), coords, inv_freq, False)
     q.copy_(q_out)
@@ -328,6 +337,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "layer_norm_pixel_shuffle": _layer_norm_pixel_shuffle,
     "layer_norm_pixel_shuffle_backward": _layer_norm_pixel_shuffle_backward,
     "linear_gelu": _linear_gelu,
+    "linear_rope_2d": _linear_rope_2d,
     "linear_residual_gradients": _linear_residual_gradients,
     "linear_swiglu": _linear_swiglu,
     "normalize_patchify": _normalize_patchify,

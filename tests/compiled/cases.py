@@ -17,7 +17,7 @@ import triton
 import ptx_machine
 from hrvlm_kernels import PackedGrids, backends, pixel_shuffle_linear, reference
 from hrvlm_kernels.ops.rope_2d import rope_2d, rope_2d_
-from hrvlm_kernels.triton_kernels import launch, linear_gelu, linear_swiglu
+from hrvlm_kernels.triton_kernels import launch, linear_gelu, linear_rope_2d, linear_swiglu
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as shuffle_forward
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as shuffle_backward
 from hrvlm_kernels.triton_kernels import varlen_attention as forward
@@ -29,6 +29,7 @@ from tests.kernels import test_bias_gelu as gelu
 from tests.kernels import test_layer_norm_pixel_shuffle as norm
 from tests.kernels import test_linear_gelu as product_gelu
 from tests.kernels import test_linear_residual_layer_norm as connection
+from tests.kernels import test_linear_rope_2d as product_rope
 from tests.kernels import test_linear_swiglu as product_swiglu
 from tests.kernels import test_normalize_patchify as patchify
 from tests.kernels import test_pixel_shuffle_linear as shuffle
@@ -124,6 +125,10 @@ def _elementwise(label: str, dtype: torch.dtype) -> Iterator[Case]:
         lambda: qkv.check(2, 64, dtype), lambda: qkv.check(2, 20, dtype), core=BOTH,
     )  # fmt: skip
     yield case(
+        "qkv_attention", "D=64, and 20, rotated in the product",
+        *(lambda d=d: qkv.check(2, d, dtype, backend="triton") for d in (64, 20)), core=(90,),
+    )  # fmt: skip
+    yield case(
         "normalize_patchify", "patches of 16, 14, 1",
         *(lambda p=p: patchify.check(p, dtype) for p in (16, 14, 1)), core=(90,),
     )  # fmt: skip
@@ -158,6 +163,20 @@ def _products(label: str, dtype: torch.dtype) -> Iterator[Case]:
             yield Case(op, label, f"128 to 72, 72 to 130, {tiles} tiles", run, core)
         strided = partial(check, 21, 48, 33, dtype, layout=strided_copy)
         yield Case(op, label, "any strides", strided)
+    for tiles in TILES:
+
+        def rotated(tiles=tiles):
+            with projection_tiles(tiles):
+                product_rope.check(150, 128, 1, 64, dtype, table=True)
+                product_rope.check(33, 72, 1, 80, dtype, bias=False)
+
+        core = BOTH if (dtype, tiles) == (BF16, "first") else ()
+        name = f"D=64 of 128, 80 of 72, {tiles} tiles"
+        yield Case("linear_rope_2d", label, name, rotated, core)
+    yield Case("linear_rope_2d", label, "D=32, 128 and 4, any strides", lambda: [
+        product_rope.check(21, 48, heads, d, dtype, layout=product_rope.any_strides)
+        for heads, d in ((3, 32), (1, 128), (3, 4))
+    ])  # fmt: skip
     exact = partial(product_gelu.check_gelu, dtype)
     yield Case("linear_gelu", label, "GELU alone", exact, (90,) if dtype == BF16 else ())
 
@@ -377,7 +396,7 @@ def projection_tiles(which: str) -> Iterator[None]:
             stack.enter_context(
                 mock.patch.object(module, "select_configs", lambda *a: select(*a)[-1:])
             )
-        for module in (linear_gelu, linear_swiglu):
+        for module in (linear_gelu, linear_rope_2d, linear_swiglu):
             stack.enter_context(
                 mock.patch.object(module, "configs_of", lambda _, *a: select(*a)[-1:])
             )

@@ -25,6 +25,7 @@ from tests.kernels import attention_cases as attention
 from tests.kernels import test_bias_gelu as gelu
 from tests.kernels import test_layer_norm_pixel_shuffle as norm
 from tests.kernels import test_linear_gelu as product_gelu
+from tests.kernels import test_linear_rope_2d as product_rope
 from tests.kernels import test_linear_swiglu as product_swiglu
 from tests.kernels import test_normalize_patchify as patchify
 from tests.kernels import test_pixel_shuffle_linear as shuffle
@@ -231,6 +232,13 @@ def subjects() -> list[Subject]:
         _projection("dweight", channels=144),
         _product("linear_gelu", product_gelu.check),
         _product("linear_swiglu", product_swiglu.check),
+        Subject(  # two heads a tile; v's ends within the second one
+            "linear_rope_2d", "linear_rope_2d_forward",
+            lambda: product_rope.check(130, 192, 1, 64, BF16, table=True),
+            lambda: [
+                product_rope.check(2 * n + 1, 64, 1, 64, BF16, table=True) for n in range(64)
+            ],
+        ),
         Subject(
             "pixel_shuffle_linear, prefix rows", "pixel_shuffle_linear_zero_prefix",
             _prefix, _prefix,

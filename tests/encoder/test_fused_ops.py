@@ -20,6 +20,7 @@ OVER_BLOCKS = (
     "shifted_layer_norm",
     "linear_gelu",
     "linear_swiglu",
+    "linear_rope_2d",
 )
 GRIDS = [(2, 3), (1, 1), (4, 1)]
 # What the fused ops stand between.
@@ -162,7 +163,30 @@ def test_folded_weights_err_no_more_than_eager(name, calls):
         assert_contraction(a, exact, plain)
     assert calls.count("shifted_layer_norm") == 5
     assert calls.count("linear_gelu" if name == "vit" else "linear_swiglu") == 2
+    assert calls.count("linear_rope_2d") == 2
     assert torch.equal(patches, before)
+
+
+@interpreter_only
+def test_q_and_k_of_images_of_any_size_are_rotated_in_the_product(monkeypatch):
+    """Forward and backward, with an image of more than 256 tokens: attention rotates nothing."""
+    from hrvlm_kernels.triton_kernels import attention_tiles
+
+    turned = []
+    monkeypatch.setattr(attention_tiles, "rotated", lambda *args: turned.append(args))
+    _, encoder = pair_of("vit", num_hidden_layers=1)
+    inputs = inputs_of(encoder, [(2, 3), (16, 17)])
+    oracle, baseline = (
+        results_of(on("eager", module), *(a.to(dtype) for a in inputs[:1]), inputs[1], inputs[2])
+        + features_of(module, inputs[0].to(dtype), inputs[1])
+        for module, dtype in (
+            (copy.deepcopy(encoder).double(), torch.float64), (encoder, torch.float32)
+        )
+    )  # fmt: skip
+    got = results_of(on("triton", encoder), *inputs) + features_of(encoder, *inputs[:2])
+    for a, exact, plain in zip(got, oracle, baseline, strict=True):
+        assert_contraction(a, exact, plain)
+    assert not turned
 
 
 @interpreter_only

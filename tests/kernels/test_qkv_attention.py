@@ -38,12 +38,12 @@ def results(run, inputs, cotangent):
     return [out.detach(), *torch.autograd.grad(out, wanted, cotangent.to(out.dtype))]
 
 
-def check(heads=2, head_dim=16, dtype=torch.float32, *, rope=True, **options):
+def check(heads=2, head_dim=16, dtype=torch.float32, *, rope=True, backend="auto", **options):
     inputs, packed, positions, cotangent = make_inputs(heads, head_dim, dtype, **options)
     positions = positions if rope else None
 
     def ours(x, weight, *biases):
-        return qkv_attention(x, weight, biases, join(biases), packed, positions, heads)
+        return qkv_attention(x, weight, biases, join(biases), packed, positions, heads, backend)
 
     def plain(x, weight, *biases):
         qkv = torch.nn.functional.linear(x, weight, join(biases))
@@ -64,6 +64,25 @@ def check(heads=2, head_dim=16, dtype=torch.float32, *, rope=True, **options):
 def test_forward_and_backward(head_dim, dtype):
     """In 16 bits and heads of 16 the kernels turn the gradients back, else a pass does."""
     check(2, head_dim, dtype)
+
+
+@interpreter_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 20])
+def test_with_q_and_k_rotated_in_the_product(head_dim, dtype, monkeypatch):
+    """By backend="triton", forward and backward; no pass over q and k is left in the forward."""
+    from hrvlm_kernels.triton_kernels import linear_rope_2d, rope_2d
+
+    turned, products, forward = [], [], linear_rope_2d.forward
+    monkeypatch.setattr(
+        linear_rope_2d, "forward", lambda *args: (products.append(1), forward(*args))
+    )
+    rotate = rope_2d.rotate_heads
+    monkeypatch.setattr(
+        rope_2d, "rotate_heads", lambda *args: (turned.append(args[4]), rotate(*args))
+    )
+    check(2, head_dim, dtype, backend="triton")
+    assert len(products) == 1 and False not in turned
 
 
 @interpreter_only

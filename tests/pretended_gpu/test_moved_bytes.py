@@ -33,12 +33,20 @@ def test_what_a_layer_moves(grid, train, passes, launches):
     assert layer.kept.total() / size == pytest.approx(16 if train else 0, abs=0.1)
 
 
-def test_what_inference_moves_with_the_activation_in_the_product():
+@pytest.mark.parametrize(("grid", "train"), [(SHORT, False), (LONG, False), (LONG, True)])
+def test_what_a_layer_moves_with_activation_and_rotation_in_the_products(grid, train):
     """By backend="triton"; "auto" takes these products only where a GPU has measured them."""
-    layer, size = of_a_layer(grid=SHORT, train=False, backend="triton")
-    assert layer.passes.total() / size == 6, layer.passes
-    assert layer.launches.total() == 7 and layer.launches["linear_gelu_forward"] == 1
-    gated, _ = of_a_layer(grid=SHORT, train=False, backend="triton", gated=True)
+    layer, size = of_a_layer(grid=grid, train=train, backend="triton")
+    assert layer.passes.total() / size == (40 if train else 6), layer.passes
+    assert layer.launches.total() == (27 if train else 7), layer.launches
+    assert layer.launches["linear_rope_2d_forward"] == 1
+    assert layer.launches["linear_gelu_forward"] == (0 if train else 1)
+    table = size / 8 if train else 0  # read by dq and dk alone
+    assert layer.attention.total() == (16 * size + table if train else 4 * size)
+
+
+def test_what_inference_moves_with_a_gate_in_the_product():
+    gated, size = of_a_layer(grid=SHORT, train=False, backend="triton", gated=True)
     assert gated.passes.total() / size == 6, gated.passes
     assert gated.launches.total() == 7 and gated.launches["linear_swiglu_forward"] == 1
 

@@ -164,6 +164,9 @@ LINEAR_GELU: Rows[GemmConfig] = by_chip({})
 
 LINEAR_SWIGLU: Rows[GemmConfig] = by_chip({})
 
+# linear_rope_2d, likewise.
+LINEAR_ROPE_2D: Rows[GemmConfig] = by_chip({})
+
 # rope_2d: (head_dim rounded up, bytes of an element).
 ROPE: Rows[RopeConfig] = by_chip(
     {
