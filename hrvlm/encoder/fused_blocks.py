@@ -219,12 +219,11 @@ def infer(
     for i, layer in enumerate(_blocks(encoder), start=1):
         folded, attention = _fold(layer, shift), layer.attention
         normed = _norm(layer.norm1, x, folded.before)
-        qkv, rope = _qkv_without_gradient(attention, normed, packed, backend)
-        q, k, v = qkv.unbind(1)
+        (q, k, v), rope = _qkv_without_gradient(attention, normed, packed, backend)
         out = varlen_attention(
             q, k, v, packed, attention.head_dim**-0.5, rope=rope, backend=backend
         )
-        del normed, qkv, q, k, v  # memory peaks in the MLP
+        del normed, q, k, v  # memory peaks in the MLP
         x.addmm_(out.flatten(1), folded.o_weight.T)
         del out
         inner = _inner_without_gradient(layer.mlp, _norm(layer.norm2, x, folded.between), backend)
@@ -278,13 +277,13 @@ def _connect(
 
 def _qkv_without_gradient(
     attention: EncoderAttention, normed: Tensor, packed: PackedGrids, backend: str
-) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """q, k and v, and what attention has yet to rotate by."""
     weight, bias, rope = attention.qkv.weight, _join(attention.qkv_bias), attention.rope(packed)
     if rope is not None and takes_kernel("linear_rope_2d", backend, normed):
-        return linear_rope_2d(normed, weight, bias, rope, backend=backend), None
+        return linear_rope_2d(normed, weight, bias, rope, backend=backend).unbind(1), None
     qkv = F.linear(normed, weight, bias)
-    return qkv.unflatten(1, (3, attention.num_heads, attention.head_dim)), rope
+    return qkv.unflatten(1, (3, attention.num_heads, attention.head_dim)).unbind(1), rope
 
 
 def _inner(mlp: EncoderMLP, normed: Tensor, backend: str) -> Tensor:
