@@ -99,7 +99,7 @@ SILENT: Mapping[tuple[str, str], Places] = {
             ("wait a group short", number, "for start in range(0, C, BK)"),
         )
         for chip, number in (("sm_80", 1), ("sm_90", 3))
-        for op in ("linear_gelu", "linear_swiglu")
+        for op in ("linear_gelu", "linear_swiglu", "linear_rope_2d")
     },
     **{
         (chip, f"{norm} backward"): (("barrier dropped", 0, "mean = tl.sum(b_x, 1)"),)
