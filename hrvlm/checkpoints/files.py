@@ -259,8 +259,11 @@ def _check_storages(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise for tensors longer than what is stored of them: torch would read what comes behind."""
     storages = (tensor.untyped_storage() for tensor in tensors.values())
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
-    with zipfile.ZipFile(path) as file:
-        stored = Counter(info.file_size for info in file.infolist())
+    try:
+        with zipfile.ZipFile(path) as file:
+            stored = Counter(info.file_size for info in file.infolist())
+    except Exception as error:  # torch has read it; a damaged list of parts raises all kinds
+        raise ValueError(f"{path}: damaged torch.save file ({summary(error)})") from error
     if missing := Counter(sizes.values()) - stored:
         what = f"a tensor of {min(missing)} bytes is not stored whole"
         raise ValueError(f"{path}: damaged torch.save file ({what})")

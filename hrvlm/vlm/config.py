@@ -62,15 +62,31 @@ _ONE_VALUE = {  # names whose only right value changes nothing, and why there is
         "no encoder here has a table of sines and cosines: dinov3 rotates q and k (vit_use_rope), "
         "siglip has learned positions (leave the name out, or set it to False)",
     ),
+    "vit_cls_flag": (
+        False,
+        "the CLS token is never all that is left of an image; mp_append_cls hands it to the "
+        "language model after its tokens (leave the name out, or set it to False)",
+    ),
+    "lm_use_tokens": (
+        False,
+        "a language model of transformers takes embeddings (leave the name out, or set it to "
+        "False)",
+    ),
+    "lm_attn_scaling": (
+        1.0,
+        "a language model of transformers scales by its own config (leave the name out, or set it "
+        "to 1.0)",
+    ),
+    "vlm_load_backbone_weights": (
+        False,
+        "VisionLanguageModel(config) is random, from_backbones pretrained (leave the name out, or "
+        "set it to False)",
+    ),
 }
 _GONE = {  # nanoVLM's names that have no place here, and what is instead
-    "vit_cls_flag": "DINOv3 always has a CLS token; mp_append_cls hands it to the language model",
     "lm_base_vocab_size": "the whole vocabulary is lm_vocab_size; from_backbones enlarges it",
     "extra_token_amount": "the whole vocabulary is lm_vocab_size; from_backbones enlarges it",
     "lm_max_length": "rows of packed samples are data.sequence_packing of a training config",
-    "lm_use_tokens": "not needed with a language model of transformers",
-    "lm_attn_scaling": "not needed with a language model of transformers",
-    "vlm_load_backbone_weights": "VisionLanguageModel(config) is random, from_backbones pretrained",
     "vlm_checkpoint_path": "an argument of save_pretrained and from_pretrained",
     "hf_repo_name": "an argument of push_to_hub",
 }

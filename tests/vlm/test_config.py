@@ -110,12 +110,28 @@ def test_an_unknown_name_is_refused_with_the_nearest(tmp_path, wrong, nearest):
 @pytest.mark.parametrize("make", [lambda n: VLMConfig(**n), VLMConfig.from_names])
 @pytest.mark.parametrize(
     ("gone", "instead"),
-    [("vit_cls_flag", "mp_append_cls"), ("lm_max_length", "packing"), ("hf_repo_name", "push_to")],
+    [("lm_max_length", "packing"), ("hf_repo_name", "push_to"), ("extra_token_amount", "enlarges")],
 )
 def test_a_name_that_was_dropped_is_refused_with_what_replaced_it(make, gone, instead):
     with pytest.raises(ValueError, match=f"'{gone}'.*{instead}") as refused:
         make({gone: None})
     assert "did you mean" not in str(refused.value)
+
+
+@pytest.mark.parametrize("make", [lambda n: VLMConfig(**n), VLMConfig.from_names])
+@pytest.mark.parametrize(
+    ("name", "nothing", "other", "instead"),
+    [
+        ("vit_cls_flag", False, True, "mp_append_cls"),
+        ("lm_use_tokens", False, True, "takes embeddings"),
+        ("lm_attn_scaling", 1.0, 0.5, "its own config"),
+        ("vlm_load_backbone_weights", False, True, "from_backbones"),
+    ],
+)
+def test_a_name_is_taken_with_the_value_that_changes_nothing(make, name, nothing, other, instead):
+    assert make({name: nothing}).to_dict() == make({}).to_dict()
+    with pytest.raises(ValueError, match=f"^{name}={other}: .*{instead}"):
+        make({name: other})
 
 
 def test_sizes_of_the_parts_are_not_taken_for_own_options():
