@@ -85,13 +85,14 @@ def step_of(config, grids, device):
 
 
 def cases(settings):
-    """One mixed batch: ViT-S-like with a language model of its width; tiny on the CPU."""
+    """One mixed batch: ViT-S-like with a language model of its width; tiny on the CPU, or small."""
     gpu = settings.device.type == "cuda"
-    count, width, layers = (32, 384, 12) if gpu else (8, 64, 2)
+    tiny = settings.small or not gpu
+    count, width, layers = (8, 64, 2) if tiny else (32, 384, 12)
     if settings.small:
         count = 2
     grids = whole_tokens(mixed_grids(64)[:count])
-    if not gpu:
+    if tiny:
         grids = whole_tokens([(hp // 4, wp // 4) for hp, wp in grids])
     canvas = tuple(max(sides) for sides in zip(*grids, strict=True))
     config = small_config(width, layers)
