@@ -42,6 +42,7 @@ MASKS = (
     ),
     ("pixel_shuffle_linear, prefix rows", "for c in range(0, C, BLOCK)", EMPTY_TURN),
     ("pixel_shuffle_linear dweight", "for step in range(begin,", EMPTY_TURN),
+    ("linear_rope_2d", "for start in range(0, C, BK)", EMPTY_TURN),
     ("linear_residual_layer_norm gradients", "for start in range(0, count, BP)", EMPTY_TURN),
     ("residual_layer_norm forward", "mask = (i_t < T)", FIRST_ROW),
     ("layer_norm_pixel_shuffle forward", "m_r, m_c = i_r < rows", FIRST_ROW),
@@ -99,8 +100,17 @@ SILENT: Mapping[tuple[str, str], Places] = {
             ("wait a group short", number, "for start in range(0, C, BK)"),
         )
         for chip, number in (("sm_80", 1), ("sm_90", 3))
-        for op in ("linear_gelu", "linear_swiglu", "linear_rope_2d")
+        for op in ("linear_gelu", "linear_swiglu")
     },
+    ("sm_80", "linear_rope_2d"): (
+        ("barrier dropped", 0, "b_x, b_w = tl.load(p_x), tl.load(p_wc)"),
+        ("wait a group short", 1, "for start in range(0, C, BK)"),
+    ),
+    ("sm_90", "linear_rope_2d"): (
+        ("barrier dropped", 0, "b_x, b_w = tl.load(p_x), tl.load(p_wc)"),
+        ("barrier dropped", 7, "tl.store(p_out, left.to("),
+        ("wait a group short", 3, "for start in range(0, C, BK)"),
+    ),
     **{
         (chip, f"{norm} backward"): (("barrier dropped", 0, "mean = tl.sum(b_x, 1)"),)
         for chip in ("sm_80", "sm_90")

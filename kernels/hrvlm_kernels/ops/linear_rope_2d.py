@@ -63,7 +63,7 @@ def linear_rope_2d(
         ValueError: shapes, dtypes or devices do not fit; on the torch path torch's own errors.
         RuntimeError: "triton" can't run here, or a gradient is needed.
     """
-    coords, inv_freq, table = (*rope, None)[:3]
+    coords, inv_freq, *tables = rope
     head_dim = 4 * len(inv_freq)
     if weight.ndim != 2 or head_dim == 0 or weight.shape[0] % (3 * head_dim):
         raise ValueError(
@@ -79,7 +79,7 @@ def linear_rope_2d(
         check_bias(weight, bias=bias)
     like = x[:, :1, None].expand(-1, 1, head_dim)
     check_rope_inputs(like, like, coords, inv_freq)
-    check_table(like, table)
+    check_table(like, tables[0] if tables else None)
     check_constant(coords, inv_freq)
-    table = rope_table(coords, inv_freq) if table is None else table
+    table = tables[0] if tables else rope_table(coords, inv_freq)
     return ops.linear_rope_2d(x, weight, bias, table)
