@@ -43,6 +43,7 @@ MASKS = (
     ("pixel_shuffle_linear, prefix rows", "for c in range(0, C, BLOCK)", EMPTY_TURN),
     ("pixel_shuffle_linear dweight", "for step in range(begin,", EMPTY_TURN),
     ("linear_rope_2d", "for start in range(0, C, BK)", EMPTY_TURN),
+    ("linear_rope_2d", "m_p = i_p < F // 2", "the first head of a tile: no tile is without heads"),
     ("linear_residual_layer_norm gradients", "for start in range(0, count, BP)", EMPTY_TURN),
     ("residual_layer_norm forward", "mask = (i_t < T)", FIRST_ROW),
     ("layer_norm_pixel_shuffle forward", "m_r, m_c = i_r < rows", FIRST_ROW),
