@@ -39,6 +39,9 @@ class _Utils:
         """(module, function, registers, spills, threads at most)."""
         return object(), object(), 0, 0, 1024
 
+    def unload_module(self, module: object) -> None:
+        """Triton 3.8 asks for it when a kernel is dropped."""
+
     def fill_tma_descriptor(
         self,
         address: int,

@@ -44,6 +44,9 @@ class _Utils:
         """(module, function, registers, spills, threads at most); nothing is loaded."""
         return 1, name, 0, 0, 1024
 
+    def unload_module(self, module: int) -> None:
+        """Nothing was loaded; Triton 3.8 asks for it when a kernel is dropped."""
+
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
             "max_shared_mem": MAX_SHARED[device],
