@@ -152,10 +152,10 @@ def compiles(peer: str) -> bool:
     return any(word in peer for word in ("compile", "Flex", "flash-attn-4"))
 
 
-def make_case(settings: Settings, job: Job) -> Case:
-    """The case of a job."""
+def make_case(settings: Settings, job: Job, dtype: torch.dtype | None = None) -> Case:
+    """The case of a job, by default in bfloat16 on a GPU and in float32 on a CPU."""
     device = settings.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     name = MODELS[job.model]
     layers = 2 if settings.small else CONFIGS[name]["num_hidden_layers"]
     config = get_config(name, num_hidden_layers=layers)
@@ -193,7 +193,7 @@ def _prepare(models: Models, job: Job) -> Prepared:
         return lambda: encoder_peers.training(make(models, job.grids))
 
     ours = encoder_peers.pack
-    if job.images != "mixed":
+    if len(set(job.grids)) == 1:
         ours = _one_batch_of_ours
     # The expected features are those of the first: transformers, the exact way for these images.
     first, *others = job.peers.items()

@@ -119,6 +119,8 @@ class Case:
         bytes: The fewest bytes it has to move: inputs read once, outputs written once.
         tolerance: Largest relative difference from the reference; default: :data:`TOLERANCE`.
         full_only: Runs with ``--full`` alone.
+        threads: Of torch on the CPU; None leaves them as they are.
+        min_rounds: Fewest rounds, where the settings' would take too long.
     """
 
     name: str
@@ -131,6 +133,8 @@ class Case:
     bytes: int | None = None
     tolerance: float | None = None
     full_only: bool = False
+    threads: int | None = None
+    min_rounds: int | None = None
 
 
 @dataclass

@@ -62,6 +62,17 @@ def timm_batch(models: Models, grids: Grids, *, compiled: bool = False) -> Encod
     return Encode(model, lambda: run(batch).flatten(0, 1))
 
 
+def by_block(models: Models) -> nn.Module:
+    """The model of transformers with each block compiled by itself, once for any size.
+
+    The whole model compiled takes minutes on a CPU, for each size.
+    """
+    model: Any = models.twin("sdpa")
+    for block in model.model.layer:
+        block.compile(dynamic=True)
+    return model
+
+
 def accelerated(models: Models, grids: Grids) -> Encode:
     """The model of transformers with hrvlm.accelerate."""
     model = models.twin("sdpa")
@@ -147,11 +158,20 @@ def pack(models: Models, grids: Grids) -> Encode:
     return Encode(ours, lambda: ours(images).packed_last_hidden_state)
 
 
-def one_by_one(models: Models, grids: Grids, *, compiled: bool = False) -> Encode:
+def one_by_one(
+    models: Models, grids: Grids, *, model: nn.Module | None = None, compiled: bool = False
+) -> Encode:
     """transformers, an image at a time; `compiled` for all sizes at once."""
-    images, model = models.images(grids), models.sdpa
+    images, model = models.images(grids), model or models.sdpa
     run = torch.compile(model, dynamic=True) if compiled else model
     return Encode(model, lambda: torch.cat([run(x[None]).last_hidden_state[0] for x in images]))
+
+
+def timm_one_by_one(models: Models, grids: Grids) -> Encode:
+    """The model of timm, an image at a time."""
+    images, model = models.images(grids), models.timm
+    encode: Any = model.forward_features
+    return Encode(model, lambda: torch.cat([encode(x[None])[0] for x in images]))
 
 
 def grouped(models: Models, grids: Grids) -> Encode:
@@ -260,6 +280,21 @@ MIXED: dict[str, MakeEncode] = {
     "hrvlm with flash-attn-4": with_attention(attention_peers.flash_attn_4),
     "hrvlm with FlexAttention": with_attention(attention_peers.flex_attention),
     "hrvlm with SDPA, image by image": per_segment_sdpa,
+}
+
+
+# On a CPU, where compiling by the block has to do.
+CPU_UNIFORM: dict[str, MakeEncode] = {
+    "transformers, sdpa": UNIFORM["transformers, sdpa"],
+    "transformers, eager": UNIFORM["transformers, eager"],
+    "transformers, sdpa + compile by block": lambda m, g: one_batch(by_block(m), m, g),
+    "timm": timm_batch,
+}
+CPU_MIXED: dict[str, MakeEncode] = {
+    "transformers, one by one": one_by_one,
+    "transformers, eager, one by one": lambda m, g: one_by_one(m, g, model=m.twin("eager")),
+    "transformers, one by one + compile by block": lambda m, g: one_by_one(m, g, model=by_block(m)),
+    "timm, one by one": timm_one_by_one,
 }
 
 

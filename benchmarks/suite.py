@@ -144,10 +144,14 @@ class SuiteRun:
 
     def _run_within_memory(self, case: Case, result: CaseResult, *args: Any) -> None:
         """Run a case; one that runs out of memory once its rivals take turns is left out."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(case.threads or before)
         try:
             self._run(case, result, *args)
         except torch.OutOfMemoryError:
             result.status, result.reason = "left out", "no memory for all its rivals at once"
+        finally:
+            torch.set_num_threads(before)
 
     def _run(
         self,
@@ -228,8 +232,9 @@ class SuiteRun:
         self, case: Case, runs: dict[str, Run], ours: str, outcomes: dict[str, RivalResult]
     ) -> None:
         s = self.settings
+        fewest = s.min_rounds if case.min_rounds is None else min(s.min_rounds, case.min_rounds)
         timings = take_turns(
-            runs, s.device, budget_s=s.round_s, min_rounds=s.min_rounds, max_rounds=s.max_rounds
+            runs, s.device, budget_s=s.round_s, min_rounds=fewest, max_rounds=s.max_rounds
         )
         for name, timing in timings.items():
             self._record(outcomes[name], timing, timings[ours], case)

@@ -20,7 +20,7 @@ IN_BARS = {
     "rope_2d": ("forward, D=64", "backward, D=64"),
     "pixel_shuffle_linear": ("forward, N=C", "forward, N=4C", "backward, N=C"),
     "fused_ops": ("residual_layer_norm, backward", "swiglu, backward", "normalize_patchify"),
-    "cpu_encoder": ("forward", "mixed forward", "forward + backward", "mixed forward + backward"),
+    "cpu_encoder": ("forward, float32, 1 thread", "forward, bfloat16, 1 thread"),
     "processing": ("decode, resize, normalise, patchify",),
 }
 
@@ -94,6 +94,8 @@ def ratio_chart(result: Result) -> str | None:
         for rival in case["rivals"]:
             if rival["ratio"] and rival["role"] == "peer":
                 label = f"{images_of(case)}: {rival['name']}"
+                if "threads" in case["parameters"]:
+                    label = f"{case['dtype']}, {label}"
                 if case["parameters"].get("direction", "forward") != "forward":
                     label = label.replace(":", f", {_short(case['parameters']['direction'])}:", 1)
                 bars.append((label, rival["ratio"]))

@@ -39,7 +39,8 @@ def provenance(result: Result) -> str:
     versions = [f"{name} {m[name]}" for name in ("torch", "triton", "transformers", "timm")]
     device = m["device"]
     if m["type"] == "cpu":
-        device += f", {_threads(m)}"
+        if not any("threads" in case["parameters"] for case in result["cases"]):
+            device += f", {_threads(m)}"
         if m.get("load") is not None:
             device += f" (load {m['load']} on {m['cores']} cores when it began)"
     elif m["driver"]:
@@ -235,19 +236,19 @@ def headlines(results: Sequence[Result]) -> list[tuple[str, str, str]]:
     gpu = [
         ("encoder", "transformers + torch.compile, ViT-L, 224 / 768 / 1024 px", compiled,
          [f"ViT-L forward, {size} px" for size in (224, 768, 1024)]),
-        ("encoder", "transformers padded with a mask, ViT-L, mixed sizes",
+        ("encoder", "transformers padded with a mask, ViT-L, 64 images of 224 to 1024 px",
          "transformers, padded with a mask", ["ViT-L mixed forward, mixed"]),
-        ("encoder", "transformers one by one, ViT-L, mixed sizes",
+        ("encoder", "transformers one by one, ViT-L, 64 images of 224 to 1024 px",
          "transformers, one by one", ["ViT-L mixed forward, mixed"]),
         ("varlen_attention", "torch's varlen_attn (FA2), forward, 201 / 2309 / 4101 tokens",
          "torch varlen_attn (FA2)", [f"forward, D=64, n={n}" for n in (201, 2309, 4101)]),
     ]  # fmt: skip
+    files = "16 JPEG files, longer sides 624 to 1392 px,"  # benchmarks/bench_processing.py
     cpu = [
-        ("cpu_encoder", "transformers one by one, ViT-S, mixed sizes",
-         "transformers, one by one", ["ViT-S mixed forward, mixed"]),
-        ("processing", "transformers' processor (torchvision), JPEG files to patches",
+        *_encoder_on_a_cpu(),
+        ("processing", f"transformers' processor (torchvision), {files} to patches",
          "transformers, torchvision", ["JPEG"]),
-        ("processing", "torchvision alone, JPEG files to patches", "torchvision alone", ["JPEG"]),
+        ("processing", f"torchvision alone, {files} to patches", "torchvision alone", ["JPEG"]),
     ]  # fmt: skip
     rows = [_headline(results, *row, missing=NOT_YET) for row in gpu]
     return rows + [_headline(results, *row, missing="not yet measured") for row in cpu]
@@ -267,8 +268,31 @@ def _headline(
     found = [rival_of(by_name[name], peer) if name in by_name else None for name in cases]
     ratios = [f"{r['ratio']:.2f}x" if r and r["ratio"] else "no number" for r in found]
     m = newest["machine"]
-    where = m["device"] + (f", {_threads(m)}" if m["type"] == "cpu" else "")
+    known = next((by_name[name]["parameters"] for name in cases if name in by_name), {})
+    where = m["device"] + (f", {_threads(m | known)}" if m["type"] == "cpu" else "")
     return what, where, " / ".join(ratios)
+
+
+def _encoder_on_a_cpu() -> Iterator[tuple[str, str, str, list[str]]]:
+    """Rows of ViT-S, each with the images, the dtypes and the directions of its numbers."""
+    mixed, tiny = "8 of 128 to 640 px", "512 tiny"
+    both = ("forward", "forward + backward")
+    for peer in ("one by one", "one by one + compile by block"):
+        for dtype in ("float32", "bfloat16"):
+            what = f"transformers {peer}, ViT-S, {dtype}, 8 images of 128 to 640 px, forward / "
+            yield (
+                "cpu_encoder", what + "with backward", f"transformers, {peer}",
+                [f"ViT-S {way}, {dtype}, 1 thread, {mixed}" for way in both],
+            )  # fmt: skip
+    yield (
+        "cpu_encoder", "transformers, ViT-S, float32, one size: 224 / 768 / 1024 px, forward",
+        "transformers, sdpa",
+        [f"ViT-S forward, float32, 1 thread, {size} px" for size in (224, 768, 1024)],
+    )  # fmt: skip
+    yield (
+        "cpu_encoder", "transformers one by one, ViT-S, float32, 512 images of 1 to 4 patches",
+        "transformers, one by one", [f"ViT-S forward, float32, 1 thread, {tiny}"],
+    )  # fmt: skip
 
 
 def _threads(machine: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ from .plain_modules import is_plain, may_be_plain
 if TYPE_CHECKING:
     from .packed_encoder import PackedEncoder
 
-_GELU = may_be_plain(type(ACT2FN["gelu"]))  # the exact one
+GELU = may_be_plain(type(ACT2FN["gelu"]))  # the exact one
 
 
 # Steps of optimizers so far; tensors, their versions and their addresses.
@@ -170,14 +170,16 @@ def can_run(encoder: PackedEncoder, x: Tensor) -> bool:
         return False
     if encoder.training and encoder.gradient_checkpointing:
         return False
-    return all(_is_plain_block(layer, x.dtype) for layer in _blocks(encoder))
+    return all(is_plain_block(layer, x.dtype) for layer in blocks_of(encoder))
 
 
-def _blocks(encoder: PackedEncoder) -> list[EncoderLayer]:
+def blocks_of(encoder: PackedEncoder) -> list[EncoderLayer]:
+    """Its blocks."""
     return cast("list[EncoderLayer]", list(encoder.layer))
 
 
-def _is_plain_block(layer: EncoderLayer, dtype: torch.dtype) -> bool:
+def is_plain_block(layer: EncoderLayer, dtype: torch.dtype) -> bool:
+    """Whether all of a block but what is inside its MLP may be read past its modules' calls."""
     if not is_plain(layer, EncoderLayer):
         return False
     attention, mlp = layer.attention, layer.mlp
@@ -191,11 +193,12 @@ def _is_plain_block(layer: EncoderLayer, dtype: torch.dtype) -> bool:
         and all(is_plain(m, nn.LayerNorm) for m in (layer.norm1, layer.norm2))
         and all(is_plain(m, LayerScale) for m in (layer.layer_scale1, layer.layer_scale2))
         and attention.qkv.weight.dtype == dtype
-        and all(_is_plain_product(m, dtype) for m in (attention.o_proj, mlp.down_proj))
+        and all(is_plain_product(m, dtype) for m in (attention.o_proj, mlp.down_proj))
     )
 
 
-def _is_plain_product(linear: nn.Linear, dtype: torch.dtype) -> bool:
+def is_plain_product(linear: nn.Linear, dtype: torch.dtype) -> bool:
+    """Whether a product may be computed past its module's call, in this dtype."""
     if not is_plain(linear, nn.Linear):
         return False
     weight = linear.weight
@@ -216,7 +219,7 @@ def infer(
     """
     backend = encoder.backend
     shift: Tensor | None = None
-    for i, layer in enumerate(_blocks(encoder), start=1):
+    for i, layer in enumerate(blocks_of(encoder), start=1):
         folded, attention = _fold(layer, shift), layer.attention
         normed = _norm(layer.norm1, x, folded.before)
         (q, k, v), rope = _qkv_without_gradient(attention, normed, packed, backend)
@@ -246,7 +249,7 @@ def train(
     A state that is kept is not joined with the norm behind it, so that all that comes after it is
     made of it, as its gradient tells.
     """
-    layers = _blocks(encoder)
+    layers = blocks_of(encoder)
     norms: list[Any] = [layer.norm1 for layer in layers[1:]]
     norms += [encoder.norm if final_norm else None]
     normed = layers[0].norm1(x) if layers else encoder.norm(x) if final_norm else x
@@ -288,7 +291,7 @@ def _qkv_without_gradient(
 
 def _inner(mlp: EncoderMLP, normed: Tensor, backend: str) -> Tensor:
     up, act = mlp.up_proj, mlp.act_fn
-    plain = mlp.gate_proj is None and is_plain(up, nn.Linear) and is_plain(act, _GELU)
+    plain = mlp.gate_proj is None and is_plain(up, nn.Linear) and is_plain(act, GELU)
     if plain and up.bias is not None and up.weight.dtype == normed.dtype:
         return bias_gelu(F.linear(normed, up.weight), up.bias)
     return mlp.inner(normed, backend)
@@ -296,7 +299,7 @@ def _inner(mlp: EncoderMLP, normed: Tensor, backend: str) -> Tensor:
 
 def _inner_without_gradient(mlp: EncoderMLP, normed: Tensor, backend: str) -> Tensor:
     up, gate, act, dtype = mlp.up_proj, mlp.gate_proj, mlp.act_fn, normed.dtype
-    if gate is None and is_plain(act, _GELU) and _is_plain_product(up, dtype):
+    if gate is None and is_plain(act, GELU) and is_plain_product(up, dtype):
         return linear_gelu(normed, up.weight, up.bias, backend=backend)
     if gate is not None and is_plain_silu(act) and _are_a_pair(gate, up, dtype):
         return linear_swiglu(normed, gate.weight, up.weight, gate.bias, up.bias, backend=backend)
@@ -304,7 +307,7 @@ def _inner_without_gradient(mlp: EncoderMLP, normed: Tensor, backend: str) -> Te
 
 
 def _are_a_pair(gate: nn.Linear, up: nn.Linear, dtype: torch.dtype) -> bool:
-    plain = _is_plain_product(gate, dtype) and _is_plain_product(up, dtype)
+    plain = is_plain_product(gate, dtype) and is_plain_product(up, dtype)
     return plain and gate.weight.stride() == up.weight.stride()
 
 

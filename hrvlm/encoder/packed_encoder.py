@@ -9,7 +9,7 @@ is a pack whose grids are equal. Nothing in a block knows about images except
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..checkpoints.mapping import canonical_keys
 from ..checkpoints.sizes import sizes_of
 from ..checkpoints.strict import StrictModel
 from ..images.geometry import true_or_false
-from . import fused_blocks
+from . import cpu_blocks, fused_blocks
 from .batch_invariance import encode_by_image
 from .inputs import Grids, flat_mask, pack_inputs
 from .intermediate import as_maps, block_indices, by_image, layer_indices
@@ -399,10 +399,9 @@ class PackedEncoder(StrictModel):
         attentions = []
         kept = KeptStates(range(len(self.layer) + 1) if keep_all else keep, batch)
         x = kept.keep(0, x)
-        if not (drop_path or prefix_attentions) and fused_blocks.can_run(self, x):
-            recording = torch.is_grad_enabled()
-            run = fused_blocks.train if recording else fused_blocks.infer
-            own = x.clone() if 0 in kept and not recording else x
+        run = None if drop_path or prefix_attentions else _joined_run(self, x)
+        if run is not None:
+            own = x.clone() if 0 in kept and run is not fused_blocks.train else x
             joined = final_norm and is_plain(self.norm, nn.LayerNorm)
             normed = run(self, own, packed, kept, joined)
             normed = self.norm(normed) if final_norm and not joined else normed
@@ -425,6 +424,13 @@ class PackedEncoder(StrictModel):
             "packed_selected_hidden_states": selected or None,
             "packed_prefix_attentions": tuple(attentions) or None,
         }
+
+
+def _joined_run(encoder: PackedEncoder, x: Tensor) -> Callable[..., Tensor] | None:
+    """What runs all blocks as one, if it may; else they are called one by one."""
+    if fused_blocks.can_run(encoder, x):
+        return fused_blocks.train if torch.is_grad_enabled() else fused_blocks.infer
+    return cpu_blocks.infer if cpu_blocks.can_run(encoder, x) else None
 
 
 def _accept_stored_keys(

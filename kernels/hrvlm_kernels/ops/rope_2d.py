@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import cpu_rope
 from ..backends import choose_backend
 from ..replay import replayed
 from .torch_op import add_op_namespace_prefix, ops, register, register_backward, run_directly
@@ -190,6 +191,9 @@ def check_table(q: Tensor, table: Tensor | None) -> None:
 
 
 def _rope_2d_eager(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    if cpu_rope.takes(coords, inv_freq, q, k):
+        cos, sin = cpu_rope.cos_and_sin(coords, inv_freq)
+        return cpu_rope.rotated(q, cos, sin), cpu_rope.rotated(k, cos, sin)
     from .. import reference
 
     upcast = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -13,12 +13,14 @@ the torch ops, so that one graph of torch.compile serves all packs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import cpu_rope
 from ..attention_problem import Problem, folds_rope
 from ..backends import autocasts, choose_backend, installed
 from ..packed_grids import PackedGrids, check_packed
@@ -143,7 +145,11 @@ def varlen_attention(
         out, _ = ops.varlen_attention(q, k, v, *packed.segments, coords, inv_freq, table, scale)
         return out
     if coords is not None and inv_freq is not None:
-        q, k = rope_2d(q, k, coords, inv_freq, backend=backend)
+        if chosen == "sdpa" and cpu_rope.takes(coords, inv_freq, q, k):
+            cos, sin = cpu_rope.cos_and_sin(coords, inv_freq, table)
+            q, k = (cpu_rope.rotated(a, cos, sin, heads_first=True) for a in (q, k))
+        else:
+            q, k = rope_2d(q, k, coords, inv_freq, backend=backend)
     if chosen == "flash_attn":
         return _flash_attn(q, k, v, packed, scale, deterministic)
     if isinstance(packed, TracedGrids):
@@ -165,9 +171,12 @@ def with_rope_table(
     """
     if isinstance(packed, TracedGrids) or packed.rope_table is not None:
         return packed
-    if not reads_rope_table(x, 4 * inv_freq.shape[0], backend):
-        return packed
-    return packed.with_rope_table(rope_table(packed.coords, inv_freq))
+    if reads_rope_table(x, 4 * inv_freq.shape[0], backend):
+        return packed.with_rope_table(rope_table(packed.coords, inv_freq))
+    chosen = choose_backend("varlen_attention", backend, x)
+    if chosen == "sdpa" and cpu_rope.takes(packed.coords, inv_freq, x):
+        return packed.with_rope_table(torch.cat(cpu_rope.cos_and_sin(packed.coords, inv_freq), 1))
+    return packed
 
 
 def reads_rope_table(x: Tensor, head_dim: int, backend: str = "auto") -> bool:
@@ -228,24 +237,32 @@ def _flash_attn(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids, scale: float) -> Tensor:
-    """One scaled_dot_product_attention call per run of equally long segments, never with a mask."""
-    runs = _runs(packed.lengths)
-    sizes = [count * length for count, length in runs]
-    # split, not slices: the gradient of each slice would be a tensor of all rows.
-    pieces = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    outputs = []
-    for run, *rows in pieces:
-        q_i, k_i, v_i = (a.unflatten(0, run).transpose(1, 2) for a in rows)
-        out = F.scaled_dot_product_attention(
-            q_i, k_i, v_i, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
-        )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    outputs = list(sdpa_by_runs(q, k, v, packed.lengths, scale))
     if not outputs:
         return torch.zeros_like(q)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _runs(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+def sdpa_by_runs(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
+) -> Iterator[Tensor]:
+    """One scaled_dot_product_attention call per run of equally long segments, never with a mask.
+
+    The results ``[t, H, D]``, together all rows.
+    """
+    runs = _runs(lengths)
+    sizes = [count * length for count, length in runs]
+    # split, not slices: the gradient of each slice would be a tensor of all rows.
+    pieces = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    for run, *rows in pieces:
+        q_i, k_i, v_i = (a.unflatten(0, run).transpose(1, 2) for a in rows)
+        out = F.scaled_dot_product_attention(
+            q_i, k_i, v_i, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
+        )
+        yield out.transpose(1, 2).flatten(0, 1)
+
+
+def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """(count, length) of neighbouring segments of equal length; empty segments are left out."""
     runs: list[tuple[int, int]] = []
     for length in lengths:
