@@ -393,8 +393,8 @@ class PackedEncoder(StrictModel):
         if len(self.layer):
             # Who wraps a layer may hide what is in it; each attention then rotates by itself.
             attention = getattr(self.layer[0], "attention", None)
-            if with_rope_table := getattr(attention, "with_rope_table", None):
-                packed = with_rope_table(packed, x, self.backend)
+            if hasattr(attention, "with_rope_table"):
+                packed = attention.with_rope_table(packed, x, self.backend)
         drop_path = self.training and self.config.drop_path_rate > 0
         attentions = []
         kept = KeptStates(range(len(self.layer) + 1) if keep_all else keep, batch)
