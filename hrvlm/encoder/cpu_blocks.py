@@ -99,7 +99,8 @@ def infer(
             angles = tuple(a[there] for a in angles)
         _write_heads(layer, x, angles, heads.permute(2, 0, 1, 3))
         written = 0
-        for out in sdpa_by_runs(*heads.transpose(1, 2), lengths, attention.head_dim**-0.5):
+        q, k, v = heads.transpose(1, 2)
+        for out in sdpa_by_runs(q, k, v, lengths, attention.head_dim**-0.5):
             attended[written : written + len(out)] = out.flatten(1)
             written += len(out)
         _add_updates(layer, x, attended)
@@ -166,7 +167,7 @@ def _product(weight: Tensor, bias: Tensor | None, count: int, *, gelu: bool = Fa
     In float32 without a GELU the library that F.linear calls is as fast.
     """
     onednn, is_half = torch.ops.mkldnn, weight.dtype == torch.bfloat16
-    serves = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+    serves = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     if is_half:
         serves = serves and onednn._is_mkldnn_bf16_supported()
     if not serves or count < MANY or not (gelu or is_half):
@@ -174,5 +175,5 @@ def _product(weight: Tensor, bias: Tensor | None, count: int, *, gelu: bool = Fa
     stored = weight.detach()
     if is_half:
         stored = onednn._reorder_linear_weight(stored, _rows_of_a_chunk(count))
-    how = ("gelu", [], "none") if gelu else ("none", [], "")
+    how: tuple[str, list[None], str] = ("gelu", [], "none") if gelu else ("none", [], "")
     return lambda x: onednn._linear_pointwise(x, stored, bias, *how)

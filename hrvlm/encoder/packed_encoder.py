@@ -392,7 +392,7 @@ class PackedEncoder(StrictModel):
             packed = self._augmented(packed)
         if len(self.layer):
             # Who wraps a layer may hide what is in it; each attention then rotates by itself.
-            attention = getattr(self.layer[0], "attention", None)
+            attention: Any = getattr(self.layer[0], "attention", None)
             if hasattr(attention, "with_rope_table"):
                 packed = attention.with_rope_table(packed, x, self.backend)
         drop_path = self.training and self.config.drop_path_rate > 0

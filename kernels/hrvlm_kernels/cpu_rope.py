@@ -23,7 +23,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def are_plain(*tensors: Tensor) -> bool:
     """Whether these are ordinary tensors of a CPU, and nobody records what is done with them."""
     return (
-        not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[no-untyped-call]
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
         and all(type(a) in (Tensor, torch.nn.Parameter) and a.device.type == "cpu" for a in tensors)
         and not is_in_torch_dispatch_mode()
         and not _are_functorch_transforms_active()
