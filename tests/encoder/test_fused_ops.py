@@ -139,7 +139,9 @@ def test_a_module_with_a_hook_is_called(name, calls):
     with module.register_forward_hook(lambda *_: seen.append(name)), torch.no_grad():
         on("triton", encoder)(patches, grids=packed)
     assert seen == [name]
-    assert calls == (["shifted_layer_norm"] * 3 if name == "mlp.act_fn" else ["swiglu"])
+    norm = "shifted_layer_norm"
+    in_one = [norm, "linear_rope_2d", norm, norm]
+    assert calls == (in_one if name == "mlp.act_fn" else ["swiglu"])
 
 
 def features_of(encoder, patches, packed):
