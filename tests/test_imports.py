@@ -40,6 +40,7 @@ KERNEL_RANKS = (
     "packed_grids attention_problem",
     "traced_grids replay",
     "reference",
+    "cpu_rope",
     "triton_kernels",
     "ops",
     "flash_attn_interface qkv_attention",

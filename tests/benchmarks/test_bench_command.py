@@ -43,13 +43,14 @@ def test_rivals_get_the_same_images_and_take_turns(capsys):
 
 
 def test_results_that_differ_give_no_times(monkeypatch):
-    from hrvlm.encoder import layers
+    from hrvlm.encoder import cpu_blocks
 
-    def unrotated(*inputs, rope, **options):
-        return attention(*inputs, **options)
+    def wrong_scale(*inputs):
+        *tensors, scale = inputs
+        return runs(*tensors, 2 * scale)
 
-    attention = layers.varlen_attention
-    monkeypatch.setattr(layers, "varlen_attention", unrotated)
+    runs = cpu_blocks.sdpa_by_runs
+    monkeypatch.setattr(cpu_blocks, "sdpa_by_runs", wrong_scale)
     with pytest.raises(RuntimeError, match="32x32: hrvlm and transformers differ by"):
         bench(torch.device("cpu"), TINY)
 
