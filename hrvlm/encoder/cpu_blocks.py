@@ -74,29 +74,22 @@ def _is_plain_mlp(mlp: EncoderMLP, dtype: torch.dtype) -> bool:
 def infer(
     encoder: PackedEncoder, x: Tensor, packed: PackedGrids, kept: KeptStates, final_norm: bool
 ) -> Tensor:
-    """The blocks and the final norm; overwrites `x`.
-
-    Args:
-        encoder: Its blocks can run here.
-        x: ``[T, C]``, the embeddings.
-        packed: The layout.
-        kept: Takes what blocks return.
-        final_norm: Whether the final norm is applied.
-    """
+    """As :func:`.fused_blocks.infer`, on a CPU; overwrites `x`, too."""
+    layers = blocks_of(encoder)
     lengths: Sequence[int] = packed.lengths
     there = _rows_by_length(lengths)
     if there is not None:
         x, lengths = x[there], sorted(lengths)
     back = None if there is None else there.argsort()
+    rope = layers[0].attention.rope(packed) if layers else None  # one for all, as its table is
+    angles = None if rope is None else cos_and_sin(*rope)
+    if angles is not None and there is not None:
+        angles = tuple(a[there] for a in angles)
     attended, heads = torch.empty_like(x), None
-    for i, layer in enumerate(blocks_of(encoder), start=1):
+    for i, layer in enumerate(layers, start=1):
         attention = layer.attention
         if heads is None:  # of q, k and v, one after the other: attention runs head by head
             heads = x.new_empty(3, attention.num_heads, len(x), attention.head_dim)
-        rope = attention.rope(packed)
-        angles = None if rope is None else cos_and_sin(*rope)
-        if angles is not None and there is not None:
-            angles = tuple(a[there] for a in angles)
         _write_heads(layer, x, angles, heads.permute(2, 0, 1, 3))
         written = 0
         q, k, v = heads.transpose(1, 2)
