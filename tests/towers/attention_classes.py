@@ -235,12 +235,15 @@ def _cast(value, dtype):
 
 
 def check_kernels(model, name, head_dim, lengths):
-    """By the Triton kernels, RoPE too: output and all gradients within 1e-6 of stock's."""
+    """By the Triton kernels, RoPE too: output and all gradients within 1e-6 of stock in float64.
+
+    On some machines stock's own in float32 are further away.
+    """
     module = build_tower(model, name, head_dim=head_dim)
     swapped = copy.deepcopy(module)
     report = hrvlm.accelerate(swapped, backend="triton")
     assert report.swapped[0].rope == ("RoPE in the kernels" if isinstance(module, Tower) else "")
-    mine, stock = run(swapped, lengths), run(module, lengths)
+    mine, stock = run(swapped, lengths), run(module, lengths, torch.float64)
     assert mine.keys() == stock.keys()
     for part, result in mine.items():
         # Softmax does not see k's bias, unless RoPE turns it: rounding of sums of this size.
