@@ -41,6 +41,7 @@ KERNEL_RANKS = (
     "traced_grids replay",
     "reference",
     "cpu_rope",
+    "cpu_products",
     "triton_kernels",
     "ops",
     "flash_attn_interface qkv_attention",

@@ -3,8 +3,9 @@
 A CPU pays for each page of new memory about as much as for computing what is written there. Here
 attention's inputs, its result and the residual stream have one buffer each for all blocks, and what
 stands between them goes through in chunks of rows: norm, product and RoPE, which leaves q, k and v
-head by head; then the product behind attention, norm and MLP. The GELU is in its product's epilogue
-(oneDNN), and in bfloat16 weights are packed once for all chunks of a block, from 640 rows on.
+head by head; then the product behind attention, norm and MLP. Products are oneDNN's
+(:mod:`hrvlm_kernels.cpu_products`), the GELU in the epilogue of its own; where bfloat16 has a
+matrix unit, which wants weights packed, they are, once for all chunks of a block, from 640 rows on.
 
 Where a module is more than plain, where somebody watches (torch.compile, traces, modes, transforms,
 autocast), or another backend was asked for, blocks call their modules one by one, as ever.
@@ -13,28 +14,29 @@ autocast), or another backend was asked for, blocks call their modules one by on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import choose_backend
-from hrvlm_kernels.cpu_rope import are_plain, cos_and_sin, rotate
+from hrvlm_kernels.cpu_products import CHUNK, has_tiles, product, serves
+from hrvlm_kernels.cpu_rope import are_plain, cos_and_sin, rotate, scratch_for
 from hrvlm_kernels.ops.varlen_attention import sdpa_by_runs
 
-from .fused_blocks import GELU, blocks_of, is_plain_block, is_plain_product
+from .fused_blocks import blocks_of, is_plain_block, is_plain_product
 from .kept_states import KeptStates
-from .layers import EncoderLayer, EncoderMLP, is_plain_silu
+from .layers import GELU, EncoderLayer, EncoderMLP, is_plain_silu
 from .plain_modules import is_plain
 
 if TYPE_CHECKING:
     from .packed_encoder import PackedEncoder
 
-CHUNK = 1024  # rows at most
 MANY = 640  # rows, from which on packing a weight costs less than it saves
 SAVED_CALLS = 16  # of attention in a block, from which on images are sorted
 Product = Callable[[Tensor], Tensor]
@@ -58,8 +60,20 @@ def _is_plain_block(layer: EncoderLayer, dtype: torch.dtype) -> bool:
     return (
         is_plain_block(layer, dtype)
         and _is_plain_mlp(layer.mlp, dtype)
-        and all(p.dtype == dtype for p in layer.parameters())
+        and all(
+            p is None or p.dtype == dtype for m in _others(layer) for p in m._parameters.values()
+        )
     )
+
+
+def _others(layer: EncoderLayer) -> tuple[nn.Module, ...]:
+    """What else holds parameters: :meth:`parameters` would look for them everywhere, and long."""
+    norms, scales = (layer.norm1, layer.norm2), (layer.layer_scale1, layer.layer_scale2)
+    attention, mlp = layer.attention, layer.mlp
+    gate = () if mlp.gate_proj is None else (mlp.gate_proj,)
+    return (
+        *norms, *scales, attention.qkv_bias, attention.o_proj, mlp.up_proj, mlp.down_proj, *gate
+    )  # fmt: skip
 
 
 def _is_plain_mlp(mlp: EncoderMLP, dtype: torch.dtype) -> bool:
@@ -86,17 +100,18 @@ def infer(
     if angles is not None and there is not None:
         angles = tuple(a[there] for a in angles)
     attended, heads = torch.empty_like(x), None
+    products = _Products(len(x), serves(x))
     for i, layer in enumerate(layers, start=1):
         attention = layer.attention
         if heads is None:  # of q, k and v, one after the other: attention runs head by head
             heads = x.new_empty(3, attention.num_heads, len(x), attention.head_dim)
-        _write_heads(layer, x, angles, heads.permute(2, 0, 1, 3))
+        _write_heads(layer, x, products, angles, heads.permute(2, 0, 1, 3))
         written = 0
         q, k, v = heads.transpose(1, 2)
         for out in sdpa_by_runs(q, k, v, lengths, attention.head_dim**-0.5):
             attended[written : written + len(out)] = out.flatten(1)
             written += len(out)
-        _add_updates(layer, x, attended)
+        _add_updates(layer, x, products, attended)
         if i in kept:
             kept.keep(i, x.clone() if back is None else x[back])
     x = x if back is None else x[back]
@@ -115,26 +130,53 @@ def _rows_by_length(lengths: Sequence[int]) -> Tensor | None:
     return torch.arange(sum(lengths)) + (starts - before).repeat_interleave(sizes)
 
 
+class _Products(NamedTuple):
+    """The products of a forward.
+
+    Attributes:
+        total: Rows of all.
+        by_onednn: Who computes them.
+    """
+
+    total: int
+    by_onednn: bool
+
+    def of(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Product:
+        """``x @ weight.T + bias``, and its GELU."""
+        if not self.by_onednn:
+            linear = partial(F.linear, weight=weight, bias=bias)
+            return (lambda x: F.gelu(linear(x))) if gelu else linear
+        stored = weight.detach()
+        if weight.dtype == torch.bfloat16 and self.total >= MANY and has_tiles():
+            stored = torch.ops.mkldnn._reorder_linear_weight(stored, _rows_of_a_chunk(self.total))
+        return partial(product, weight=stored, bias=bias, gelu=gelu)
+
+
 def _write_heads(
-    layer: EncoderLayer, x: Tensor, angles: tuple[Tensor, ...] | None, heads: Tensor
+    layer: EncoderLayer,
+    x: Tensor,
+    products: _Products,
+    angles: tuple[Tensor, ...] | None,
+    heads: Tensor,
 ) -> None:
     """q, k and v into `heads` ``[T, 3, H, D]``, q and k rotated."""
     attention, rows = layer.attention, _rows_of_a_chunk(len(x))
-    product = _product(attention.qkv.weight, attention.qkv_bias.joined(), len(x))
+    qkv = products.of(attention.qkv.weight, attention.qkv_bias.joined())
     parts = None if angles is None else [a.split(rows) for a in angles]
+    scratch = None if parts is None else scratch_for(heads[:rows, :2])
     for i, (part, out) in enumerate(zip(x.split(rows), heads.split(rows), strict=True)):
-        new = product(layer.norm1(part)).unflatten(1, out.shape[1:])
+        new = qkv(layer.norm1(part)).unflatten(1, out.shape[1:])
         if parts is None:
             out.copy_(new)
         else:
-            rotate(new[:, :2], parts[0][i], parts[1][i], out[:, :2])
+            rotate(new[:, :2], parts[0][i], parts[1][i], out[:, :2], scratch)
             out[:, 2] = new[:, 2]
 
 
-def _add_updates(layer: EncoderLayer, x: Tensor, attended: Tensor) -> None:
+def _add_updates(layer: EncoderLayer, x: Tensor, products: _Products, attended: Tensor) -> None:
     mlp, rows = layer.mlp, _rows_of_a_chunk(len(x))
-    o, down = (_product(m.weight, m.bias, len(x)) for m in (layer.attention.o_proj, mlp.down_proj))
-    inner = _inner(mlp, len(x))
+    o, down = (products.of(m.weight, m.bias) for m in (layer.attention.o_proj, mlp.down_proj))
+    inner = _inner(mlp, products)
     for part, update in zip(x.split(rows), attended.split(rows), strict=True):
         part.addcmul_(o(update), layer.layer_scale1.lambda1)
         part.addcmul_(down(inner(layer.norm2(part))), layer.layer_scale2.lambda1)
@@ -146,27 +188,9 @@ def _rows_of_a_chunk(count: int) -> int:
     return -(-count // (64 * chunks)) * 64
 
 
-def _inner(mlp: EncoderMLP, count: int) -> Product:
-    up = _product(mlp.up_proj.weight, mlp.up_proj.bias, count, gelu=mlp.gate_proj is None)
+def _inner(mlp: EncoderMLP, products: _Products) -> Product:
+    up = products.of(mlp.up_proj.weight, mlp.up_proj.bias, gelu=mlp.gate_proj is None)
     if mlp.gate_proj is None:
         return up
-    gate = _product(mlp.gate_proj.weight, mlp.gate_proj.bias, count)
+    gate = products.of(mlp.gate_proj.weight, mlp.gate_proj.bias)
     return lambda x: F.silu(gate(x), inplace=True).mul_(up(x))
-
-
-def _product(weight: Tensor, bias: Tensor | None, count: int, *, gelu: bool = False) -> Product:
-    """``x @ weight.T + bias``, and its GELU, for `count` rows in all.
-
-    In float32 without a GELU the library that F.linear calls is as fast.
-    """
-    onednn, is_half = torch.ops.mkldnn, weight.dtype == torch.bfloat16
-    serves = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    if is_half:
-        serves = serves and onednn._is_mkldnn_bf16_supported()
-    if not serves or count < MANY or not (gelu or is_half):
-        return lambda x: F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
-    stored = weight.detach()
-    if is_half:
-        stored = onednn._reorder_linear_weight(stored, _rows_of_a_chunk(count))
-    how: tuple[str, list[None], str] = ("gelu", [], "none") if gelu else ("none", [], "")
-    return lambda x: onednn._linear_pointwise(x, stored, bias, *how)

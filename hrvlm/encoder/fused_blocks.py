@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers.activations import ACT2FN
 
 from hrvlm_kernels import PackedGrids, varlen_attention
 from hrvlm_kernels.backends import choose_backend
@@ -52,6 +51,7 @@ from hrvlm_kernels.qkv_attention import qkv_attention
 
 from .kept_states import KeptStates
 from .layers import (
+    GELU,
     EncoderAttention,
     EncoderLayer,
     EncoderMLP,
@@ -60,12 +60,10 @@ from .layers import (
     QKVLinear,
     is_plain_silu,
 )
-from .plain_modules import is_plain, may_be_plain
+from .plain_modules import is_plain
 
 if TYPE_CHECKING:
     from .packed_encoder import PackedEncoder
-
-GELU = may_be_plain(type(ACT2FN["gelu"]))  # the exact one
 
 
 # Steps of optimizers so far; tensors, their versions and their addresses.

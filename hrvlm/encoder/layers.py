@@ -15,7 +15,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hrvlm_kernels import PackedGrids, residual_layer_norm, rope_2d, swiglu, varlen_attention
+from hrvlm_kernels import (
+    PackedGrids,
+    cpu_products,
+    residual_layer_norm,
+    rope_2d,
+    swiglu,
+    varlen_attention,
+)
 from hrvlm_kernels.backends import choose_backend
 from hrvlm_kernels.ops.residual_layer_norm import MAX_WIDTH
 from hrvlm_kernels.ops.varlen_attention import with_rope_table
@@ -25,6 +32,7 @@ from .plain_modules import input_dtype, is_plain, may_be_plain
 from .rope import rope_frequencies
 
 OPS = ("rope_2d", "varlen_attention", "residual_layer_norm", "swiglu")  # that a block runs
+GELU = may_be_plain(type(ACT2FN["gelu"]))  # the exact one
 _SILU = {  # a class of transformers and torch's
     may_be_plain(type(ACT2FN[name])) for name in ("silu", "swish")
 }
@@ -191,7 +199,7 @@ class EncoderAttention(_Parts):
         out = varlen_attention(
             q, k, v, packed, self.head_dim**-0.5, rope=self.rope(packed), backend=backend
         )
-        out = self.o_proj(out.flatten(1))
+        out = _product(self.o_proj, out.flatten(1))
         return (out, self._prefix_attention(q, k, packed, backend)) if prefix_attention else out
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -200,7 +208,7 @@ class EncoderAttention(_Parts):
             and is_plain(self.qkv_bias, QKVBias)
             and self.qkv.bias is None
         ):
-            qkv = nn.functional.linear(x, self.qkv.weight, self.qkv_bias.joined())
+            qkv = _linear(x, self.qkv.weight, self.qkv_bias.joined())
         else:
             qkv = self.qkv_bias(self.qkv(x))
         return qkv.unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
@@ -261,15 +269,33 @@ class EncoderMLP(_Parts):
 
     def forward(self, x: Tensor, backend: str = "auto") -> Tensor:
         """``[T, C]`` to ``[T, C]``."""
-        return self.down_proj(self.inner(x, backend))
+        up, down = self.up_proj, self.down_proj
+        if self.gate_proj is None and all(is_plain(m, nn.Linear) for m in (up, down)):
+            weights = up.weight, up.bias, down.weight, down.bias
+            if is_plain(self.act_fn, GELU) and cpu_products.helps(x, *weights):
+                return cpu_products.mlp(x, *weights)
+        return _product(down, self.inner(x, backend))
 
     def inner(self, x: Tensor, backend: str = "auto") -> Tensor:
         """What `down_proj` takes, ``[T, F]``."""
         if self.gate_proj is None:
-            return self.act_fn(self.up_proj(x))
+            return self.act_fn(_product(self.up_proj, x))
         if is_plain_silu(self.act_fn) and choose_backend("swiglu", backend, x) == "triton":
             return swiglu(self.gate_proj(x), self.up_proj(x), backend=backend)
-        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.act_fn(_product(self.gate_proj, x)) * _product(self.up_proj, x)
+
+
+def _product(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer's call; on a CPU by the faster library, where it is no more than a product."""
+    if is_plain(linear, nn.Linear):
+        return _linear(x, linear.weight, linear.bias)
+    return linear(x)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if cpu_products.helps(x, weight, bias):
+        return cpu_products.linear(x, weight, bias)
+    return nn.functional.linear(x, weight, bias)
 
 
 def is_plain_silu(act: nn.Module) -> bool:

@@ -51,14 +51,36 @@ def cos_and_sin(
     return angles.cos(), angles.sin()
 
 
-def rotate(a: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Write head vectors ``[T, ..., D]`` into `out`, rotated by cos and sin ``[T, D / 2]``."""
+def scratch_for(a: Tensor) -> Tensor | None:
+    """Memory in which :func:`rotate` works on head vectors as `a`, any number of them.
+
+    None where it needs none.
+    """
+    if a.dtype == torch.float32:
+        return None
+    return a.new_empty((2, min(_ROWS, len(a)), *a.shape[1:]), dtype=torch.float32)
+
+
+def rotate(a: Tensor, cos: Tensor, sin: Tensor, out: Tensor, scratch: Tensor | None = None) -> None:
+    """Write head vectors ``[T, ..., D]`` into `out`, rotated by cos and sin ``[T, D / 2]``.
+
+    Args:
+        a: The vectors.
+        cos: Of their angles, float32.
+        sin: As `cos`.
+        out: As `a`.
+        scratch: Of :func:`scratch_for`; default: made here.
+    """
     shape = (-1, *[1] * (a.ndim - 2), cos.shape[1])
+    if scratch is None:
+        scratch = scratch_for(a)
     parts = (b.split(_ROWS) for b in (a, cos, sin, out))
     for rows, c, s, target in zip(*parts, strict=True):
-        c, s, wide = c.reshape(shape), s.reshape(shape), rows.float()
-        first, second = wide.chunk(2, dim=-1)
-        turned = target if wide is rows else torch.empty_like(wide)
+        c, s, turned = c.reshape(shape), s.reshape(shape), target
+        if scratch is not None:
+            wide, turned = scratch[:, : len(rows)]
+            rows = wide.copy_(rows)
+        first, second = rows.chunk(2, dim=-1)
         one, other = turned.chunk(2, dim=-1)
         torch.mul(first, c, out=one).addcmul_(second, s, value=-1)
         torch.mul(second, c, out=other).addcmul_(first, s)

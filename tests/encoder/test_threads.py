@@ -127,7 +127,7 @@ def test_casting_while_others_encode_is_right_before_and_after_or_an_error():
                 with torch.no_grad():
                     out = encoder(images).packed_last_hidden_state
             except RuntimeError as error:
-                assert "dtype" in str(error) or "type" in str(error)
+                assert any(word in str(error) for word in ("type", "Double", "primitive"))
             else:
                 assert (out.double() - right[torch.float64]).abs().max() < 1e-4
     finally:

@@ -128,7 +128,8 @@ def test_bitsandbytes_keeps_the_image_features(bits, tmp_path):
     with on_kernels(quantized):
         assert error_of(features_of(quantized, inputs), near) < 1e-5
     again = VisionLanguageModel.from_pretrained(tmp_path / "quantized", device_map="cpu").eval()
-    assert torch.equal(features_of(again, inputs), near)
+    # Equal bits but where bitsandbytes has products for AVX512-BF16, whose sums differ in order.
+    assert error_of(features_of(again, inputs), near) < 1e-6
 
 
 @pytest.mark.parametrize("bits", BITS)
