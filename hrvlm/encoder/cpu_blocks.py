@@ -25,8 +25,8 @@ from torch.autograd import forward_ad
 
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import choose_backend
-from hrvlm_kernels.cpu_products import CHUNK, has_tiles, product, serves
-from hrvlm_kernels.cpu_rope import are_plain, cos_and_sin, rotate, scratch_for
+from hrvlm_kernels.cpu_products import CHUNK, dense, has_tiles, product, serves
+from hrvlm_kernels.cpu_rope import are_plain, cos_and_sin, rotate
 from hrvlm_kernels.ops.varlen_attention import sdpa_by_runs
 
 from .fused_blocks import blocks_of, is_plain_block, is_plain_product
@@ -146,7 +146,7 @@ class _Products(NamedTuple):
         if not self.by_onednn:
             linear = partial(F.linear, weight=weight, bias=bias)
             return (lambda x: F.gelu(linear(x))) if gelu else linear
-        stored = weight.detach()
+        stored = dense(weight)
         if weight.dtype == torch.bfloat16 and self.total >= MANY and has_tiles():
             stored = torch.ops.mkldnn._reorder_linear_weight(stored, _rows_of_a_chunk(self.total))
         return partial(product, weight=stored, bias=bias, gelu=gelu)
@@ -163,13 +163,12 @@ def _write_heads(
     attention, rows = layer.attention, _rows_of_a_chunk(len(x))
     qkv = products.of(attention.qkv.weight, attention.qkv_bias.joined())
     parts = None if angles is None else [a.split(rows) for a in angles]
-    scratch = None if parts is None else scratch_for(heads[:rows, :2])
     for i, (part, out) in enumerate(zip(x.split(rows), heads.split(rows), strict=True)):
         new = qkv(layer.norm1(part)).unflatten(1, out.shape[1:])
         if parts is None:
             out.copy_(new)
         else:
-            rotate(new[:, :2], parts[0][i], parts[1][i], out[:, :2], scratch)
+            rotate(new[:, :2], parts[0][i], parts[1][i], out[:, :2])
             out[:, 2] = new[:, 2]
 
 

@@ -208,7 +208,7 @@ class EncoderAttention(_Parts):
             and is_plain(self.qkv_bias, QKVBias)
             and self.qkv.bias is None
         ):
-            qkv = _linear(x, self.qkv.weight, self.qkv_bias.joined())
+            qkv = cpu_products.linear(x, self.qkv.weight, self.qkv_bias.joined())
         else:
             qkv = self.qkv_bias(self.qkv(x))
         return qkv.unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
@@ -269,10 +269,11 @@ class EncoderMLP(_Parts):
 
     def forward(self, x: Tensor, backend: str = "auto") -> Tensor:
         """``[T, C]`` to ``[T, C]``."""
-        up, down = self.up_proj, self.down_proj
-        if self.gate_proj is None and all(is_plain(m, nn.Linear) for m in (up, down)):
+        up, down, act = self.up_proj, self.down_proj, self.act_fn
+        plain = is_plain(self, EncoderMLP) and self.gate_proj is None and is_plain(act, GELU)
+        if plain and is_plain(up, nn.Linear) and is_plain(down, nn.Linear):
             weights = up.weight, up.bias, down.weight, down.bias
-            if is_plain(self.act_fn, GELU) and cpu_products.helps(x, *weights):
+            if x.dtype == torch.float32 and cpu_products.serves(x, *weights):
                 return cpu_products.mlp(x, *weights)
         return _product(down, self.inner(x, backend))
 
@@ -287,15 +288,9 @@ class EncoderMLP(_Parts):
 
 def _product(linear: nn.Linear, x: Tensor) -> Tensor:
     """A linear layer's call; on a CPU by the faster library, where it is no more than a product."""
-    if is_plain(linear, nn.Linear):
-        return _linear(x, linear.weight, linear.bias)
+    if is_plain(linear, nn.Linear) and cpu_products.helps(x, linear.weight, linear.bias):
+        return cpu_products.linear(x, linear.weight, linear.bias)
     return linear(x)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if cpu_products.helps(x, weight, bias):
-        return cpu_products.linear(x, weight, bias)
-    return nn.functional.linear(x, weight, bias)
 
 
 def is_plain_silu(act: nn.Module) -> bool:

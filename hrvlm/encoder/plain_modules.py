@@ -44,8 +44,9 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     It is of this class exactly (an adapter, a quantised layer, a parametrization and FSDP's units
     are of another), has no hooks, is not compiled by itself and has no forward of its own (the
     offloading of Hugging Face's accelerate), there are no hooks for all modules, and each parameter
-    is an ordinary tensor of a real device: not sharded, not a quantiser's, not on meta. Nor has
-    what a call runs been replaced, in the class or for all modules, since `may_be_plain` saw it.
+    is an ordinary tensor of a real device: not sharded or sparse, not a quantiser's, not on meta.
+    Nor has what a call runs been replaced, in the class or for all modules, since `may_be_plain`
+    saw it.
     """
     if type(module) is not kind or _calls_of(kind) != _calls[kind]:
         return False
@@ -61,7 +62,12 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def _is_plain_tensor(p: Tensor | None) -> bool:
-    return p is None or (type(p) in (nn.Parameter, Tensor) and p.dtype in _FLOATS and not p.is_meta)
+    return p is None or (
+        type(p) in (nn.Parameter, Tensor)
+        and p.dtype in _FLOATS
+        and p.layout is torch.strided
+        and not p.is_meta
+    )
 
 
 def is_float(stored: Tensor) -> bool:

@@ -1,16 +1,17 @@
 """Products and the MLP by oneDNN on a CPU, with gradients and little new memory.
 
 torch multiplies float32 by the library that it was built with, MKL on x86, which on AMD's
-processors leaves half of their vector units idle; oneDNN, which torch takes for bfloat16 anyway, is
-as fast on Intel's and twice as fast on AMD's. torch reaches it for float32 through the products
-that Inductor writes, which take transposed operands as they are.
+processors leaves half of their vector units idle; oneDNN is as fast on Intel's and twice as fast on
+AMD's. In bfloat16 torch takes oneDNN by itself, but copies a bias first. torch reaches it through
+the products that Inductor writes.
 
-The MLP runs over a few rows at a time, forward and backward, so that what is between its products
-stays in the cache: new memory costs a CPU as much as computing what is written there.
+The MLP of float32 runs over a few rows at a time, forward and backward, so that what is between its
+products stays in the cache: new memory costs a CPU as much as computing what is written there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -27,18 +28,14 @@ _GELU: tuple[str, list[None], str] = "gelu", [], "none"
 _NOTHING: tuple[str, list[None], str] = "none", [], ""
 
 
-def helps(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether :func:`linear` and :func:`mlp` take `x` and these, and torch's own way is another."""
-    return x.dtype == torch.float32 and serves(x, *parameters)
-
-
 def serves(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether oneDNN may take a product of `x` and these, all of one dtype."""
+    """Whether oneDNN may take a product of rows `x` and these, all of one dtype."""
     tensors = [x, *(p for p in parameters if p is not None)]
     return (
         are_plain(*tensors)
+        and x.ndim == 2
         and x.dtype in (torch.float32, torch.bfloat16)
-        and all(a.dtype == x.dtype for a in tensors)
+        and all(a.dtype == x.dtype and a.layout is torch.strided for a in tensors)
         and x.numel() > 0
         and bool(torch.backends.mkldnn.enabled)
         and _is_supported(x.dtype)
@@ -49,7 +46,8 @@ def serves(x: Tensor, *parameters: Tensor | None) -> bool:
 
 @cache
 def _is_supported(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
+    """On x86, which MKL tells: on ARM, oneDNN is one way of several to the same library."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
     return dtype == torch.float32 or _ONEDNN._is_mkldnn_bf16_supported()
 
@@ -65,44 +63,61 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool
 
     Args:
         x: ``[M, K]``.
-        weight: ``[N, K]``, or as ``_reorder_linear_weight`` packed it.
+        weight: ``[N, K]``, dense or transposed, or as ``_reorder_linear_weight`` packed it.
         bias: ``[N]``.
         gelu: Whether to apply it.
     """
+    # Detached, their memory stays while oneDNN reads it, whatever another thread does to modules.
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
     return _ONEDNN._linear_pointwise(x, weight, bias, *(_GELU if gelu else _NOTHING))
 
 
-def _dense(a: Tensor) -> Tensor:
-    """`a` in an order of memory that oneDNN reads: neither expanded nor cut out."""
+def dense(a: Tensor) -> Tensor:
+    """A matrix in an order of memory that oneDNN reads: neither expanded nor cut out."""
     return a if a.is_contiguous() or a.T.is_contiguous() else a.contiguous()
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product(_dense(x), _dense(weight), bias)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        return product(dense(x), dense(weight), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
-            linear(grad, weight.T) if of_x else None,
-            linear(grad.T, x.T) if of_weight else None,
-            grad.sum(0) if of_bias else None,
+            None if weight is None else linear(grad, weight.T),
+            None if x is None else _of_weight(grad, x, linear),
+            grad.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
 
+def _of_weight(grad: Tensor, x: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``grad.T @ x``; of two transposed operands oneDNN's op copies the first."""
+    rows, n, k = *grad.shape, x.shape[1]
+    if grad.dtype != torch.float32 or rows * n <= rows * k + n * k:
+        return multiply(grad.T, x.T)
+    return multiply(x.T, grad.T).T.contiguous()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` with gradients of any order, where it :func:`helps`.
+    """``x @ weight.T + bias`` with gradients of any order, by whatever is fastest.
 
     Args:
         x: ``[M, K]``.
         weight: ``[N, K]``.
         bias: ``[N]``.
     """
-    return _Linear.apply(x, weight, bias)
+    if helps(x, weight, bias):
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def helps(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN takes a product, and torch by itself would take a longer way."""
+    return (x.dtype == torch.float32 or bias is not None) and serves(x, weight, bias)
 
 
 class _MLP(torch.autograd.Function):
@@ -110,8 +125,8 @@ class _MLP(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, bias: Tensor | None
     ) -> Tensor:
-        x, up_weight, down_weight = _dense(x), _dense(up), _dense(down)
-        out, before = torch.empty_like(x), []
+        up_weight, down_weight = dense(up), dense(down)
+        out, before = torch.empty(x.shape[0], down.shape[0]), []
         for rows, result in zip(x.split(CHUNK), out.split(CHUNK), strict=True):
             before.append(product(rows, up_weight, up_bias))
             result.copy_(product(F.gelu(before[-1]), down_weight, bias))
@@ -120,50 +135,61 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, up_bias, down, bias, *before = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # this gradient is to have one, too
-            inputs = [
-                a for a, of_a in zip((x, up, up_bias, down, bias), wanted, strict=True) if of_a
-            ]
-            out = linear(F.gelu(linear(x, up, up_bias)), down, bias)
-            found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
-            return tuple(next(found) if of_a else None for of_a in wanted)
-        x_grad = torch.empty_like(x) if wanted[0] else None
-        sums: dict[int, Tensor] = {}
+        saved = ctx.saved_tensors
+        inputs, before = saved[:5], saved[5:]
+        if torch.is_grad_enabled() or not serves(grad):
+            return _recorded_gradients(inputs, grad, ctx.needs_input_grad)
+        x, up, _, down, _ = inputs
+        of_x, of_up, of_up_bias, of_down, of_bias = ctx.needs_input_grad
+        x_grad = torch.empty_like(x) if of_x else None
+        sums: dict[str, Tensor] = {}
         for i, (g, inner) in enumerate(zip(grad.contiguous().split(CHUNK), before, strict=True)):
             rows = slice(i * CHUNK, i * CHUNK + len(g))
-            if wanted[3]:
-                _add(sums, 3, product(g.T, F.gelu(inner).T))
-            if wanted[4]:
-                _add(sums, 4, g.sum(0))
-            if not any(wanted[:3]):
+            if of_down:
+                _add(sums, "down", _of_weight(g, F.gelu(inner), product))
+            if of_bias:
+                _add(sums, "bias", g.sum(0))
+            if not (of_x or of_up or of_up_bias):
                 continue
-            turned = product(g, _dense(down).T)
+            turned = product(g, dense(down).T)
             torch.ops.aten.gelu_backward.grad_input(turned, inner, grad_input=turned)
-            if wanted[1]:
-                _add(sums, 1, product(turned.T, x[rows].T))
-            if wanted[2]:
-                _add(sums, 2, turned.sum(0))
+            if of_up:
+                _add(sums, "up", _of_weight(turned, dense(x[rows]), product))
+            if of_up_bias:
+                _add(sums, "up_bias", turned.sum(0))
             if x_grad is not None:
-                x_grad[rows] = product(turned, _dense(up).T)
-        return x_grad, *(sums.get(i) for i in range(1, 5))
+                x_grad[rows] = product(turned, dense(up).T)
+        return x_grad, *(sums.get(name) for name in ("up", "up_bias", "down", "bias"))
 
 
-def _add(sums: dict[int, Tensor], i: int, part: Tensor) -> None:
-    sums[i] = sums[i].add_(part) if i in sums else part
+def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
+    sums[name] = sums[name].add_(part) if name in sums else part
+
+
+def _recorded_gradients(
+    inputs: Sequence[Tensor | None], grad: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """An MLP's gradients, of torch's own operations; with a graph where this is recorded."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():  # aliases: hooks of the inputs are not theirs, nor are other paths
+        x, up, up_bias, down, bias = aliases = [None if a is None else a.view_as(a) for a in inputs]
+        assert x is not None and up is not None and down is not None
+        out = F.linear(F.gelu(F.linear(x, up, up_bias)), down, bias)
+        leaves = [a for a, of_a in zip(aliases, wanted, strict=True) if of_a and a is not None]
+        found = iter(torch.autograd.grad(out, leaves, grad, create_graph=recorded))
+    return tuple(next(found) if of_a else None for of_a in wanted)
 
 
 def mlp(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, bias: Tensor | None) -> Tensor:
-    """``gelu(x @ up.T + up_bias) @ down.T + bias`` with gradients, where it :func:`helps`.
+    """``gelu(x @ up.T + up_bias) @ down.T + bias`` in float32 with gradients of any order.
 
-    Kept for the backward is what GELU takes; what it gives is computed again.
+    oneDNN :func:`serves`. Kept for the backward is what GELU takes; what it gives is made again.
 
     Args:
         x: ``[M, C]``.
         up: ``[F, C]``.
         up_bias: ``[F]``.
-        down: ``[C, F]``.
-        bias: ``[C]``.
+        down: ``[N, F]``.
+        bias: ``[N]``.
     """
     return _MLP.apply(x, up, up_bias, down, bias)

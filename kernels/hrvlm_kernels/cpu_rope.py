@@ -9,6 +9,9 @@ angles turned round, where autograd would keep and make a tensor for every produ
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +19,8 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_ROWS = 256  # of q and k of a ViT-S together: 0.8 MB in float32
+_ELEMENTS = 200_000  # in the cache at a time: 0.8 MB in float32
+_kept = threading.local()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,6 +31,7 @@ def are_plain(*tensors: Tensor) -> bool:
         and all(type(a) in (Tensor, torch.nn.Parameter) and a.device.type == "cpu" for a in tensors)
         and not is_in_torch_dispatch_mode()
         and not _are_functorch_transforms_active()
+        and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
     )
 
 
@@ -51,34 +56,15 @@ def cos_and_sin(
     return angles.cos(), angles.sin()
 
 
-def scratch_for(a: Tensor) -> Tensor | None:
-    """Memory in which :func:`rotate` works on head vectors as `a`, any number of them.
-
-    None where it needs none.
-    """
-    if a.dtype == torch.float32:
-        return None
-    return a.new_empty((2, min(_ROWS, len(a)), *a.shape[1:]), dtype=torch.float32)
-
-
-def rotate(a: Tensor, cos: Tensor, sin: Tensor, out: Tensor, scratch: Tensor | None = None) -> None:
-    """Write head vectors ``[T, ..., D]`` into `out`, rotated by cos and sin ``[T, D / 2]``.
-
-    Args:
-        a: The vectors.
-        cos: Of their angles, float32.
-        sin: As `cos`.
-        out: As `a`.
-        scratch: Of :func:`scratch_for`; default: made here.
-    """
+def rotate(a: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Write head vectors ``[T, ..., D]`` into `out`, rotated by cos and sin ``[T, D / 2]``."""
     shape = (-1, *[1] * (a.ndim - 2), cos.shape[1])
-    if scratch is None:
-        scratch = scratch_for(a)
-    parts = (b.split(_ROWS) for b in (a, cos, sin, out))
+    count = max(1, _ELEMENTS // a[0].numel())
+    parts = (b.split(count) for b in (a, cos, sin, out))
     for rows, c, s, target in zip(*parts, strict=True):
         c, s, turned = c.reshape(shape), s.reshape(shape), target
-        if scratch is not None:
-            wide, turned = scratch[:, : len(rows)]
+        if rows.dtype != torch.float32:
+            wide, turned = _scratch(rows.shape)
             rows = wide.copy_(rows)
         first, second = rows.chunk(2, dim=-1)
         one, other = turned.chunk(2, dim=-1)
@@ -86,6 +72,17 @@ def rotate(a: Tensor, cos: Tensor, sin: Tensor, out: Tensor, scratch: Tensor | N
         torch.mul(second, c, out=other).addcmul_(first, s)
         if turned is not target:
             target.copy_(turned)
+
+
+def _scratch(shape: Sequence[int]) -> Tensor:
+    """Two float32 tensors of a shape, in memory that every thread keeps: at most 1.6 MB."""
+    size = 2 * math.prod(shape)
+    if size > 2 * _ELEMENTS:
+        return torch.empty(2, *shape, device="cpu", dtype=torch.float32)
+    if not hasattr(_kept, "floats"):
+        with torch.inference_mode(False):
+            _kept.floats = torch.empty(2 * _ELEMENTS, device="cpu", dtype=torch.float32)
+    return _kept.floats[:size].view(2, *shape)
 
 
 class _Rotated(torch.autograd.Function):
