@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tests.interpreter import sum_products_in_float64
 from tests.own_process import OwnProcessFile
 
 # Folders of tests that run compiled kernels on ptx_machine or start Ray, a process for each file.
@@ -27,6 +28,10 @@ if os.environ.get("CI"):
 
     settings.register_profile("ci", derandomize=True)
     settings.load_profile("ci")
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sum_products_in_float64()
 
 
 def pytest_pycollect_makemodule(module_path, parent):

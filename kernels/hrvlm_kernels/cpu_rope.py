@@ -59,7 +59,7 @@ def cos_and_sin(
 def rotate(a: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Write head vectors ``[T, ..., D]`` into `out`, rotated by cos and sin ``[T, D / 2]``."""
     shape = (-1, *[1] * (a.ndim - 2), cos.shape[1])
-    count = max(1, _ELEMENTS // a[0].numel())
+    count = max(1, _ELEMENTS // a.shape[1:].numel())
     parts = (b.split(count) for b in (a, cos, sin, out))
     for rows, c, s, target in zip(*parts, strict=True):
         c, s, turned = c.reshape(shape), s.reshape(shape), target

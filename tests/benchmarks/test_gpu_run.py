@@ -76,7 +76,7 @@ def test_the_time_is_under_ten_minutes_and_what_is_left_is_handed_on(tmp_path):
     path = tmp_path / "ends.json"
     run_steps(steps, 180.0, Ends(path, "abc"))
     limits = [step["limit_s"] for step in json.loads(path.read_text())["steps"].values()]
-    assert limits[0] == 60 and 150 < limits[1] < 180
+    assert limits[0] == 60 and 150 < limits[1] <= 180  # to a tenth
     budget = int((tmp_path / "ends-suite.log").read_text().removeprefix("--budget="))
     assert budget == round(limits[1] - 45)
 

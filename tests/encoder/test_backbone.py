@@ -119,7 +119,8 @@ def test_upernet_segments_with_it_as_with_transformers_backbone(tmp_path, rng):
     assert model.backbone.layer[0].attention.qkv.weight.grad.any()
     model.save_pretrained(tmp_path)
     loaded = UperNetForSemanticSegmentation.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(images).logits, model(images).logits)
+    # Its head's convolutions do not give the same bits wherever their weights lie in memory.
+    close(loaded(images).logits / scale, model(images).logits / scale)
 
 
 # Meta's method
