@@ -65,6 +65,18 @@ def test_output_and_gradients_are_those_of_float64(name, shape, biases, rng):
         assert_close(f"{name} {i}", mine, right, TOLERANCE)
 
 
+def test_the_default_dtype_changes_nothing(rng):
+    inputs = parameters(rng, 7, 6, 5)
+    expected = cpu_products.mlp(*inputs)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        out = cpu_products.mlp(*inputs)
+    finally:
+        torch.set_default_dtype(before)
+    assert out.dtype == torch.float32 and torch.equal(out, expected)
+
+
 def test_bfloat16_errs_no_more_than_torch(rng):
     inputs = [a.detach().bfloat16().requires_grad_() for a in parameters(rng, 300, 64, 96)[:3]]
     out = cpu_products.linear(*inputs)

@@ -188,8 +188,9 @@ def test_routes_agree(route, dtype, rng):
     got = gradients(project("triton"), inputs, dy)
     expected = gradients(project("eager"), [a.double() for a in inputs], dy.double())
     baseline = gradients(project("eager"), inputs, dy)
-    # In float16 one small image of the baseline's happens to be rounded well.
-    assert_like_reference(got[:2], expected[:2], baseline[:2], packed, factor=2.5)
+    # Fused in float32, one small image errs 2.1 times as much as the baseline.
+    factor = 2.5 if (route, dtype) == ("fused", torch.float32) else 2.0
+    assert_like_reference(got[:2], expected[:2], baseline[:2], packed, factor=factor)
     assert_like_reference(got[2:], expected[2:], baseline[2:])
 
 
