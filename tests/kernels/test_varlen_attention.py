@@ -114,7 +114,8 @@ def test_no_column_past_the_head(head_dim):
     for wide, a in zip((q, k, v), case.inputs, strict=True):
         wide.copy_(a)
     kernels.forward(replace(case, q=q, k=k, v=v).problem, out, torch.empty(1, 75))
-    assert torch.equal(out, clean)
+    check(case, [out], ["out"])
+    assert equal_if_interpreted(out, clean)  # rows of 128 are aligned, those of 100 are not
     assert room[..., head_dim:].isnan().all()
 
 

@@ -155,7 +155,8 @@ def spread(a):
 def test_any_strides(layout):
     case = make_case((70, 129), heads=2, head_dim=32)
     expected = kernel_results(case)
-    assert same(kernel_results(with_layout(case, layout)), expected)
+    results = check_kernel(with_layout(case, layout))
+    assert all(map(equal_if_interpreted, results, expected))  # for TMA see the forward's test
 
 
 def test_expanded_cotangents(rng):
