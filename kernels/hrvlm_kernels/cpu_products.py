@@ -30,10 +30,14 @@ _NOTHING: tuple[str, list[None], str] = "none", [], ""
 
 def serves(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether oneDNN may take a product of rows `x` and these, all of one dtype."""
-    tensors = [x, *(p for p in parameters if p is not None)]
+    return x.ndim == 2 and are_served(x, *(p for p in parameters if p is not None))
+
+
+def are_served(x: Tensor, *others: Tensor) -> bool:
+    """The same of tensors whose matrices are multiplied."""
+    tensors = (x, *others)
     return (
         are_plain(*tensors)
-        and x.ndim == 2
         and x.dtype in (torch.float32, torch.bfloat16)
         and all(a.dtype == x.dtype and a.layout is torch.strided for a in tensors)
         and x.numel() > 0
@@ -138,7 +142,7 @@ class _MLP(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, before = saved[:5], saved[5:]
         if torch.is_grad_enabled() or not serves(grad):
-            return _recorded_gradients(inputs, grad, ctx.needs_input_grad)
+            return recorded_gradients(_plain_mlp, inputs, grad, ctx.needs_input_grad)
         x, up, _, down, _ = inputs
         of_x, of_up, of_up_bias, of_down, of_bias = ctx.needs_input_grad
         x_grad = torch.empty_like(x) if of_x else None
@@ -166,17 +170,24 @@ def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
     sums[name] = sums[name].add_(part) if name in sums else part
 
 
-def _recorded_gradients(
-    inputs: Sequence[Tensor | None], grad: Tensor, wanted: Sequence[bool]
+def _plain_mlp(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, bias: Tensor | None
+) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, up, up_bias)), down, bias)
+
+
+def recorded_gradients(
+    op: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    grad: Tensor,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """An MLP's gradients, of torch's own operations; with a graph where this is recorded."""
+    """The gradients of `op`, of torch's own operations; with a graph where this is recorded."""
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():  # aliases: hooks of the inputs are not theirs, nor are other paths
-        x, up, up_bias, down, bias = aliases = [None if a is None else a.view_as(a) for a in inputs]
-        assert x is not None and up is not None and down is not None
-        out = F.linear(F.gelu(F.linear(x, up, up_bias)), down, bias)
+        aliases = [None if a is None else a.view_as(a) for a in inputs]
         leaves = [a for a, of_a in zip(aliases, wanted, strict=True) if of_a and a is not None]
-        found = iter(torch.autograd.grad(out, leaves, grad, create_graph=recorded))
+        found = iter(torch.autograd.grad(op(*aliases), leaves, grad, create_graph=recorded))
     return tuple(next(found) if of_a else None for of_a in wanted)
 
 

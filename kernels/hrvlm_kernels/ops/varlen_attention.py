@@ -17,10 +17,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import cpu_rope
+from .. import cpu_attention, cpu_rope
 from ..attention_problem import Problem, folds_rope
 from ..backends import autocasts, choose_backend, installed
 from ..packed_grids import PackedGrids, check_packed
@@ -246,7 +245,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids, scale: float) ->
 def sdpa_by_runs(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
 ) -> Iterator[Tensor]:
-    """One scaled_dot_product_attention call per run of equally long segments, never with a mask.
+    """One call of attention per run of equally long segments, never with a mask.
 
     The results ``[t, H, D]``, together all rows.
     """
@@ -256,9 +255,7 @@ def sdpa_by_runs(
     pieces = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     for run, *rows in pieces:
         q_i, k_i, v_i = (a.unflatten(0, run).transpose(1, 2) for a in rows)
-        out = F.scaled_dot_product_attention(
-            q_i, k_i, v_i, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
-        )
+        out = cpu_attention.attention(q_i, k_i, v_i, scale)
         yield out.transpose(1, 2).flatten(0, 1)
 
 

@@ -1,0 +1,175 @@
+"""Attention by oneDNN's products on a CPU, against float64 and torch's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hrvlm_kernels import PackedGrids, cpu_attention, varlen_attention
+from hrvlm_kernels.cpu_attention import attention
+from tests.numerics import relative_error
+
+pytestmark = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()),
+    reason="this torch was built without oneDNN, or not for x86",
+)
+DTYPES = [torch.float32, torch.bfloat16]
+SCALE = 0.2
+LONG = 333  # two blocks of queries
+
+
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch):
+    """Processors with AMX take torch's attention."""
+    monkeypatch.setattr(cpu_attention, "has_tiles", lambda: False)
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """Counts the calls that are ours."""
+    calls = []
+    forward = cpu_attention._Attention.forward
+
+    def count(*args):
+        calls.append(args)
+        return forward(*args)
+
+    monkeypatch.setattr(cpu_attention._Attention, "forward", staticmethod(count))
+    return calls
+
+
+def heads_first(*shape, rng, dtype):
+    images, heads, length, columns = shape
+    a = torch.randn(4, heads, images * length, columns, generator=rng).to(dtype)
+    return a.unflatten(2, (images, length)).transpose(1, 2).unbind()
+
+
+def slices(*shape, rng, dtype):
+    """Of one product, token by token."""
+    images, heads, length, columns = shape
+    a = torch.randn(images, length, 4, heads, columns, generator=rng).to(dtype)
+    return a.permute(2, 0, 3, 1, 4).unbind()
+
+
+def columns_first(*shape, rng, dtype):
+    images, heads, length, columns = shape
+    a = torch.randn(4, images, heads, columns, length, generator=rng).to(dtype)
+    return a.transpose(-1, -2).unbind()
+
+
+def gradients(op, q, k, v, g, **options):
+    leaves = [a.detach().requires_grad_() for a in (q, k, v)]
+    out = op(*leaves, **options)
+    return [out, *torch.autograd.grad(out, leaves, g)]
+
+
+def torchs(q, k, v, scale=SCALE):
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def ours_of(q, k, v):
+    return attention(q, k, v, SCALE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [heads_first, slices, columns_first])
+@pytest.mark.parametrize("shape", [(1, 1, 320, 64), (2, 3, LONG, 64), (1, 2, 700, 20)], ids=str)
+def test_output_and_gradients_err_no_more_than_torchs(shape, layout, dtype, rng, ours):
+    q, k, v, g = layout(*shape, rng=rng, dtype=dtype)
+    results = gradients(ours_of, q, k, v, g)
+    assert len(ours) == 1
+    exact = gradients(torchs, *(a.double() for a in (q, k, v, g)))
+    # With columns apart torch takes another way, which keeps p in float32.
+    rivals = gradients(torchs, *(a.contiguous() for a in (q, k, v, g)))
+    for result, rival, oracle in zip(results, rivals, exact, strict=True):
+        assert result.dtype == dtype and result.shape == oracle.shape
+        assert relative_error(result, oracle) <= 1.5 * relative_error(rival, oracle)
+
+
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_short_images_in_bfloat16_are_torchs_in_float32(length, rng, ours):
+    q, k, v, g = heads_first(3, 2, length, 64, rng=rng, dtype=torch.bfloat16)
+    results = gradients(ours_of, q, k, v, g)
+    expected = gradients(torchs, *(a.float() for a in (q, k, v, g)))
+    for result, wide in zip(results, expected, strict=True):
+        assert torch.equal(result, wide.bfloat16())
+    assert not ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_the_pack(dtype, rng, ours):
+    lengths = [LONG, 5, LONG, LONG, 700, 64]
+    q, k, v = torch.randn(3, sum(lengths), 2, 64, generator=rng).to(dtype)
+    packed = PackedGrids.from_lengths(lengths)
+    out = varlen_attention(q, k, v, packed, backend="sdpa")
+    assert len(ours) == 3  # a run of equal lengths is one
+    parts = (a.split(lengths) for a in (q, k, v, out))
+    for length, *rows, part in zip(lengths, *parts, strict=True):
+        alone = PackedGrids.from_lengths([length])
+        assert torch.equal(varlen_attention(*rows, alone, backend="sdpa"), part)
+
+
+def test_gradients_of_some_inputs_and_of_an_expanded_cotangent(rng):
+    q, k, v, _ = heads_first(1, 2, LONG, 64, rng=rng, dtype=torch.float32)
+    leaf = k.detach().requires_grad_()
+    attention(q, leaf, v, SCALE).sum().backward()
+    expected = k.detach().double().requires_grad_()
+    torchs(q.double(), expected, v.double()).sum().backward()
+    # The sum's gradient is small: what is left of terms that cancel.
+    assert (leaf.grad - expected.grad).abs().max() <= 1e-4
+
+
+def test_recorded_and_batched_gradients_are_torchs(rng, ours):
+    q, k, v, g = heads_first(1, 2, LONG, 64, rng=rng, dtype=torch.float32)
+    leaves = [a.detach().requires_grad_() for a in (q, k, v)]
+    out = attention(*leaves, SCALE)
+    rival = torchs(*leaves)
+    recorded = torch.autograd.grad(out, leaves, g, create_graph=True)
+    assert all(a.requires_grad for a in recorded)
+    for a, b in zip(recorded, torch.autograd.grad(rival, leaves, g), strict=True):
+        assert relative_error(a.detach(), b) <= 1e-5
+    with sdpa_kernel(SDPBackend.MATH):  # the one that has gradients of its gradients
+        (out,) = (attention(*leaves, SCALE),)
+        (first,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
+        torch.autograd.grad(first.square().sum(), leaves)
+    assert len(ours) == 1
+
+
+def test_what_torch_has_to_see_stays_torchs(rng, ours):
+    q, k, v, _ = heads_first(1, 4, LONG, 64, rng=rng, dtype=torch.float32)
+    grouped = k[:, ::2], v[:, ::2]
+    expected = F.scaled_dot_product_attention(q, *grouped, scale=SCALE, enable_gqa=True)
+    assert torch.equal(attention(q, *grouped, SCALE), expected)
+    for wide in (torch.float64, torch.float16):
+        attention(*(a.to(wide) for a in (q, k, v)), SCALE)
+    with sdpa_kernel(SDPBackend.MATH):
+        attention(q, k, v, SCALE)
+    with torch.autocast("cpu"):
+        attention(q, k, v, SCALE)
+    torch.func.vmap(lambda a: attention(a, k, v, SCALE))(q[None])
+    torch.compile(attention, backend="eager", fullgraph=True)(q, k, v, SCALE)
+    attention(q[:, :, :0], k[:, :, :0], v[:, :, :0], SCALE)
+    assert not ours
+
+
+def test_processors_with_a_matrix_unit_and_many_threads_take_torchs(rng, ours, monkeypatch):
+    q, k, v, _ = heads_first(1, 2, LONG, 64, rng=rng, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    attention(q, k, v, SCALE)
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu_attention, "has_tiles", lambda: True)
+    assert torch.equal(attention(q, k, v, SCALE), torchs(q, k, v))
+    assert not ours
+
+
+def test_an_input_written_to_before_the_backward_is_noticed(rng):
+    leaves = [
+        a.detach().requires_grad_()
+        for a in heads_first(1, 1, LONG, 64, rng=rng, dtype=torch.float32)
+    ]
+    q = leaves[0] * 1
+    out = attention(q, *leaves[1:3], SCALE)
+    with torch.no_grad():
+        q.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
