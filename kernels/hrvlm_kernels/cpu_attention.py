@@ -13,6 +13,7 @@ Not on processors with a matrix unit for bfloat16 (AMX), where torch's attention
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -49,10 +50,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _is_ours(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
-        q.device.type == "cpu"
+        are_served(q, k, v)
         and q.shape == k.shape
         and not has_tiles()
-        and are_served(q, k, v)
         and torch.backends.cuda.flash_sdp_enabled()  # of a CPU too; else another way was chosen
     )
 
@@ -69,59 +69,57 @@ class _Attention(torch.autograd.Function):
         ctx.scale = scale
         images, heads, length, columns = q.shape
         out = q.new_empty(images, length, heads, columns).transpose(1, 2)
-        for image in zip(q, k, v, out, strict=True):
-            queries, keys, values = map(_dense, image[:3])
-            inputs = queries.float() * scale, keys.float(), values.transpose(1, 2), image[3]
-            for head in zip(*(a.unbind() for a in inputs), strict=True):
-                for rows, result in zip(_blocks(head[0]), _blocks(head[3]), strict=True):
+        for *inputs, result in zip(q, k, v, out, strict=True):
+            queries, keys, values = map(_dense, inputs)
+            wide = queries.float() * scale, keys.float()
+            for head in _heads(*wide, values.transpose(1, 2), result):
+                for rows, part in zip(_blocks(head[0]), _blocks(head[3]), strict=True):
                     weights = _times(rows, head[1]).softmax(-1)
-                    result.copy_(_times(weights.to(q.dtype), head[2]))
+                    part.copy_(_times(weights.to(q.dtype), head[2]))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
+        inputs, scale = ctx.saved_tensors, ctx.scale
         if torch.is_grad_enabled() or not are_served(grad):
-            op = partial(_torch, scale=ctx.scale)
+            op = partial(_torch, scale=scale)
             return *recorded_gradients(op, inputs, grad, ctx.needs_input_grad[:3]), None
         outputs = [torch.empty_like(a) for a in inputs]
         for image in zip(*inputs, grad, *outputs, strict=True):
             q, k, v, g = map(_dense, image[:4])
-            wide = q.float() * ctx.scale, k.float(), v.float(), g.float()
-            narrow = q, k.transpose(1, 2), g
-            for head in zip(*(a.unbind() for a in (*wide, *narrow, *image[4:])), strict=True):
-                _write_gradients(*head, ctx.scale)
+            wide = _heads(q.float() * scale, k.float(), v.float(), g.float())
+            narrow = _heads(q, k.transpose(1, 2), g)
+            for a, b, results in zip(wide, narrow, _heads(*image[4:]), strict=True):
+                for result, part in zip(results, _gradients(a, b, scale), strict=True):
+                    result.copy_(part)
         return *outputs, None
 
 
-def _write_gradients(
-    wide_q: Tensor,
-    wide_k: Tensor,
-    wide_v: Tensor,
-    wide_g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    g: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    scale: float,
-) -> None:
-    """Of a head of an image: all ``[L, D]``, the wide ones float32, `wide_q` scaled, `k` turned."""
-    sums: list[Tensor] = []
-    for *wide, rows, g_rows, result in zip(*map(_blocks, (wide_q, wide_g, q, g, dq)), strict=True):
-        weights = _times(wide[0], wide_k).softmax(-1)
-        changes = _times(wide[1], wide_v)
-        changes = torch._softmax_backward_data(changes, weights, -1, changes.dtype).to(q.dtype)
-        torch.mul(_times(changes, k), scale, out=result)
-        parts = _times(rows.T, changes.T), _times(g_rows.T, weights.to(q.dtype).T)
-        sums = (
-            [a + b for a, b in zip(sums, parts, strict=True)]
-            if sums
-            else [a.float() for a in parts]
-        )
-    torch.mul(sums[0].T, scale, out=dk)
-    dv.copy_(sums[1].T)
+def _gradients(
+    wide: tuple[Tensor, ...], narrow: tuple[Tensor, ...], scale: float
+) -> tuple[Tensor, ...]:
+    """Of q, k and v of a head, ``[L, D]``, in float32.
+
+    Args:
+        wide: q times `scale`, k, v and the gradient in float32.
+        narrow: q, k transposed and the gradient.
+        scale: As there.
+    """
+    queries, keys, values, g = wide
+    dq, dk, dv = torch.empty_like(queries), queries.new_zeros(()), queries.new_zeros(())
+    blocks = map(_blocks, (queries, g, narrow[0], narrow[2], dq))
+    for wide_rows, wide_g, rows, g_rows, result in zip(*blocks, strict=True):
+        weights = _times(wide_rows, keys).softmax(-1)
+        changes = _times(wide_g, values)
+        changes = torch._softmax_backward_data(changes, weights, -1, changes.dtype).to(rows.dtype)
+        result.copy_(_times(changes, narrow[1]))
+        parts = _times(rows.T, changes.T), _times(g_rows.T, weights.to(rows.dtype).T)
+        dk, dv = (sum_ + part for sum_, part in zip((dk, dv), parts, strict=True))
+    return dq.mul_(scale), dk.mul_(scale).T, dv.T
+
+
+def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(a.unbind() for a in tensors), strict=True)
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
