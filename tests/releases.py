@@ -8,8 +8,8 @@
     python tests/releases.py readme       # the table, from the outcomes that are kept
 
 `make test-newest` and `make test-oldest` call it. The outcome of a run of all tests (nothing
-behind "--") goes into tests/tried/*.json, and from there into the table of the README. Needs only
-the standard library: it runs before anything is installed.
+behind "--") goes into tests/tried/, a file for each Python (newest-3.13.json), and from there into
+the table of the README. Needs only the standard library: it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def try_out(which, arguments, part=None):
             kept = at | where | ({"part": part} if part else {}) | what | outcome(report)
             results = ROOT / RESULTS
             results.mkdir(exist_ok=True, parents=True)
-            (results / f"{which}.json").write_text(json.dumps(kept, indent=2) + "\n")
+            name = which if part else f"{which}-{sys.version_info[0]}.{sys.version_info[1]}"
+            (results / f"{name}.json").write_text(json.dumps(kept, indent=2) + "\n")
             write_readme()
     return done.returncode
 
