@@ -16,10 +16,12 @@ def swapped_class(cls: type[nn.Module], methods: Methods) -> type[nn.Module]:
     """The one class like `cls` with the methods that `methods` makes for it.
 
     It has the same name, since transformers writes names into configs and compares them, and
-    pickles as what it is made of.
+    pickles as what it is made of; its source is that of `cls`, which Python finds by the names and,
+    from 3.13 on, by the line.
     """
     if (methods, cls) not in _made:
-        names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        kept = ("__module__", "__qualname__", "__doc__", "__firstlineno__")
+        names = {name: getattr(cls, name) for name in kept if hasattr(cls, name)}
         own = {"__reduce_ex__": _reduce, "hrvlm_stock": cls, "hrvlm_methods": staticmethod(methods)}
         body = {**names, **methods(cls), **own}
         _made[methods, cls] = cast("type[nn.Module]", type(cls.__name__, (cls,), body))
