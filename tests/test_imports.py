@@ -42,6 +42,7 @@ KERNEL_RANKS = (
     "reference",
     "cpu_rope",
     "cpu_products",
+    "cpu_attention",
     "triton_kernels",
     "ops",
     "flash_attn_interface qkv_attention",
