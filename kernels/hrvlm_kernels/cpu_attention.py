@@ -65,7 +65,9 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
+        # A checkpoint that makes these again may go torch's way, under other threads or modes, and
+        # takes the first three tensors that are saved there: k comes first, as it does in torch.
+        ctx.save_for_backward(k, q, v)
         ctx.scale = scale
         images, heads, length, columns = q.shape
         out = q.new_empty(images, length, heads, columns).transpose(1, 2)
@@ -80,7 +82,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, scale = ctx.saved_tensors, ctx.scale
+        (k, q, v), scale = ctx.saved_tensors, ctx.scale
+        inputs = q, k, v
         if torch.is_grad_enabled() or not are_served(grad):
             op = partial(_torch, scale=scale)
             return *recorded_gradients(op, inputs, grad, ctx.needs_input_grad[:3]), None
@@ -106,7 +109,7 @@ def _gradients(
         scale: As there.
     """
     queries, keys, values, g = wide
-    dq, dk, dv = torch.empty_like(queries), queries.new_zeros(()), queries.new_zeros(())
+    dq, dk, dv = (queries.new_zeros(a.shape) for a in (queries, keys.T, values.T))
     blocks = map(_blocks, (queries, g, narrow[0], narrow[2], dq))
     for wide_rows, wide_g, rows, g_rows, result in zip(*blocks, strict=True):
         weights = _times(wide_rows, keys).softmax(-1)

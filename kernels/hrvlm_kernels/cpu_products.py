@@ -184,7 +184,9 @@ def recorded_gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `op`, of torch's own operations; with a graph where this is recorded."""
     recorded = torch.is_grad_enabled()
-    with torch.enable_grad():  # aliases: hooks of the inputs are not theirs, nor are other paths
+    # Aliases: hooks of the inputs are not theirs, nor are other paths. Autocast around a backward
+    # is not the forward's.
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         aliases = [None if a is None else a.view_as(a) for a in inputs]
         leaves = [a for a, of_a in zip(aliases, wanted, strict=True) if of_a and a is not None]
         found = iter(torch.autograd.grad(op(*aliases), leaves, grad, create_graph=recorded))

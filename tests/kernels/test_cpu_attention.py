@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from hrvlm_kernels import PackedGrids, cpu_attention, varlen_attention
 from hrvlm_kernels.cpu_attention import attention
@@ -173,3 +174,25 @@ def test_an_input_written_to_before_the_backward_is_noticed(rng):
         q.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_a_checkpoint_made_again_with_other_threads(rng, monkeypatch):
+    q, k, v, g = heads_first(1, 2, 200, 64, rng=rng, dtype=torch.float32)
+    leaves = [a.detach().requires_grad_() for a in (q, k, v)]
+    expected = gradients(torchs, q, k, v, g)[1:]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    out = checkpoint(attention, *leaves, SCALE, use_reentrant=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    for a, b in zip(torch.autograd.grad(out, leaves, g), expected, strict=True):
+        assert relative_error(a, b) <= 1e-5
+
+
+def test_autocast_around_the_backward_alone_changes_nothing(rng):
+    q, k, v, g = heads_first(1, 2, LONG, 64, rng=rng, dtype=torch.float32)
+    leaves = [a.detach().requires_grad_() for a in (q, k, v)]
+    expected = gradients(torchs, q, k, v, g)[1:]
+    out = attention(*leaves, SCALE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(out, leaves, g)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) <= 1e-5
