@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu_products import are_served, has_tiles, recorded_gradients
+from .cpu_products import are_served, has_tiles, product, recorded_gradients
 
 _ROWS = 320  # queries of a block, at most
 _LEAST = 2_000_000  # multiplications of a product for each thread, that make up for its call
@@ -76,8 +76,8 @@ class _Attention(torch.autograd.Function):
             wide = queries.float() * scale, keys.float()
             for head in _heads(*wide, values.transpose(1, 2), result):
                 for rows, part in zip(_blocks(head[0]), _blocks(head[3]), strict=True):
-                    weights = _times(rows, head[1]).softmax(-1)
-                    part.copy_(_times(weights.to(q.dtype), head[2]))
+                    weights = product(rows, head[1]).softmax(-1)
+                    part.copy_(product(weights.to(q.dtype), head[2]))
         return out
 
     @staticmethod
@@ -112,22 +112,17 @@ def _gradients(
     dq, dk, dv = (queries.new_zeros(a.shape) for a in (queries, keys.T, values.T))
     blocks = map(_blocks, (queries, g, narrow[0], narrow[2], dq))
     for wide_rows, wide_g, rows, g_rows, result in zip(*blocks, strict=True):
-        weights = _times(wide_rows, keys).softmax(-1)
-        changes = _times(wide_g, values)
+        weights = product(wide_rows, keys).softmax(-1)
+        changes = product(wide_g, values)
         changes = torch._softmax_backward_data(changes, weights, -1, changes.dtype).to(rows.dtype)
-        result.copy_(_times(changes, narrow[1]))
-        parts = _times(rows.T, changes.T), _times(g_rows.T, weights.to(rows.dtype).T)
+        result.copy_(product(changes, narrow[1]))
+        parts = product(rows.T, changes.T), product(g_rows.T, weights.to(rows.dtype).T)
         dk, dv = (sum_ + part for sum_, part in zip((dk, dv), parts, strict=True))
     return dq.mul_(scale), dk.mul_(scale).T, dv.T
 
 
 def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(a.unbind() for a in tensors), strict=True)
-
-
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T``."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
 def _dense(a: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hrvlm_kernels import PackedGrids, cpu_attention, varlen_attention
 from hrvlm_kernels.cpu_attention import attention
+from tests.kernels.helpers import gradients
 from tests.numerics import relative_error
 
 pytestmark = pytest.mark.skipif(
@@ -58,14 +59,8 @@ def columns_first(*shape, rng, dtype):
     return a.transpose(-1, -2).unbind()
 
 
-def gradients(op, q, k, v, g, **options):
-    leaves = [a.detach().requires_grad_() for a in (q, k, v)]
-    out = op(*leaves, **options)
-    return [out, *torch.autograd.grad(out, leaves, g)]
-
-
-def torchs(q, k, v, scale=SCALE):
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+def torchs(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, scale=SCALE)
 
 
 def ours_of(q, k, v):
@@ -77,11 +72,11 @@ def ours_of(q, k, v):
 @pytest.mark.parametrize("shape", [(1, 1, 320, 64), (2, 3, LONG, 64), (1, 2, 700, 20)], ids=str)
 def test_output_and_gradients_err_no_more_than_torchs(shape, layout, dtype, rng, ours):
     q, k, v, g = layout(*shape, rng=rng, dtype=dtype)
-    results = gradients(ours_of, q, k, v, g)
+    results = gradients(ours_of, (q, k, v), g)
     assert len(ours) == 1
-    exact = gradients(torchs, *(a.double() for a in (q, k, v, g)))
+    exact = gradients(torchs, [a.double() for a in (q, k, v)], g)
     # With columns apart torch takes another way, which keeps p in float32.
-    rivals = gradients(torchs, *(a.contiguous() for a in (q, k, v, g)))
+    rivals = gradients(torchs, [a.contiguous() for a in (q, k, v)], g.contiguous())
     for result, rival, oracle in zip(results, rivals, exact, strict=True):
         assert result.dtype == dtype and result.shape == oracle.shape
         assert relative_error(result, oracle) <= 1.5 * relative_error(rival, oracle)
@@ -90,8 +85,8 @@ def test_output_and_gradients_err_no_more_than_torchs(shape, layout, dtype, rng,
 @pytest.mark.parametrize("length", [1, 7, 64])
 def test_short_images_in_bfloat16_are_torchs_in_float32(length, rng, ours):
     q, k, v, g = heads_first(3, 2, length, 64, rng=rng, dtype=torch.bfloat16)
-    results = gradients(ours_of, q, k, v, g)
-    expected = gradients(torchs, *(a.float() for a in (q, k, v, g)))
+    results = gradients(ours_of, (q, k, v), g)
+    expected = gradients(torchs, [a.float() for a in (q, k, v)], g)
     for result, wide in zip(results, expected, strict=True):
         assert torch.equal(result, wide.bfloat16())
     assert not ours
@@ -130,7 +125,7 @@ def test_recorded_and_batched_gradients_are_torchs(rng, ours):
     for a, b in zip(recorded, torch.autograd.grad(rival, leaves, g), strict=True):
         assert relative_error(a.detach(), b) <= 1e-5
     with sdpa_kernel(SDPBackend.MATH):  # the one that has gradients of its gradients
-        (out,) = (attention(*leaves, SCALE),)
+        out = attention(*leaves, SCALE)
         (first,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
         torch.autograd.grad(first.square().sum(), leaves)
     assert len(ours) == 1
@@ -179,7 +174,7 @@ def test_an_input_written_to_before_the_backward_is_noticed(rng):
 def test_a_checkpoint_made_again_with_other_threads(rng, monkeypatch):
     q, k, v, g = heads_first(1, 2, 200, 64, rng=rng, dtype=torch.float32)
     leaves = [a.detach().requires_grad_() for a in (q, k, v)]
-    expected = gradients(torchs, q, k, v, g)[1:]
+    expected = gradients(torchs, (q, k, v), g)[1:]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     out = checkpoint(attention, *leaves, SCALE, use_reentrant=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
@@ -190,7 +185,7 @@ def test_a_checkpoint_made_again_with_other_threads(rng, monkeypatch):
 def test_autocast_around_the_backward_alone_changes_nothing(rng):
     q, k, v, g = heads_first(1, 2, LONG, 64, rng=rng, dtype=torch.float32)
     leaves = [a.detach().requires_grad_() for a in (q, k, v)]
-    expected = gradients(torchs, q, k, v, g)[1:]
+    expected = gradients(torchs, (q, k, v), g)[1:]
     out = attention(*leaves, SCALE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = torch.autograd.grad(out, leaves, g)
