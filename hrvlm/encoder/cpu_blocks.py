@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import choose_backend
 from hrvlm_kernels.cpu_products import CHUNK, dense, has_tiles, product, serves
-from hrvlm_kernels.cpu_rope import are_plain, cos_and_sin, rotate
+from hrvlm_kernels.cpu_rope import are_plain, both_halves, cos_and_sin, rotate
 from hrvlm_kernels.ops.varlen_attention import sdpa_by_runs
 
 from .fused_blocks import blocks_of, is_plain_block, is_plain_product
@@ -96,7 +96,7 @@ def infer(
         x, lengths = x[there], sorted(lengths)
     back = None if there is None else there.argsort()
     rope = layers[0].attention.rope(packed) if layers else None  # one for all, as its table is
-    angles = None if rope is None else cos_and_sin(*rope)
+    angles = None if rope is None else both_halves(*cos_and_sin(*rope))
     if angles is not None and there is not None:
         angles = tuple(a[there] for a in angles)
     attended, heads = torch.empty_like(x), None

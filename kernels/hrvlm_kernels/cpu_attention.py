@@ -41,7 +41,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     if _is_ours(q, k, v):
         if q[0, 0].numel() * q.shape[2] >= _LEAST * torch.get_num_threads():
-            return _Attention.apply(q, k, v, scale)
+            return _Attention.apply(q, k, v, scale).transpose(1, 2)
         if q.dtype == torch.bfloat16:  # torch's attention is slower in it, the shorter the more
             q, k, v = (a.float() for a in (q, k, v))
             return _torch(q, k, v, scale).bfloat16()
@@ -51,7 +51,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def _is_ours(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         are_served(q, k, v)
-        and q.shape == k.shape
+        and q.shape == k.shape == v.shape
         and not has_tiles()
         and torch.backends.cuda.flash_sdp_enabled()  # of a CPU too; else another way was chosen
     )
@@ -70,8 +70,8 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(k, q, v)
         ctx.scale = scale
         images, heads, length, columns = q.shape
-        out = q.new_empty(images, length, heads, columns).transpose(1, 2)
-        for *inputs, result in zip(q, k, v, out, strict=True):
+        out = q.new_empty(images, length, heads, columns)
+        for *inputs, result in zip(q, k, v, out.transpose(1, 2), strict=True):
             queries, keys, values = map(_dense, inputs)
             wide = queries.float() * scale, keys.float()
             for head in _heads(*wide, values.transpose(1, 2), result):
@@ -83,7 +83,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (k, q, v), scale = ctx.saved_tensors, ctx.scale
-        inputs = q, k, v
+        inputs, grad = (q, k, v), grad.transpose(1, 2)
         if torch.is_grad_enabled() or not are_served(grad):
             op = partial(_torch, scale=scale)
             return *recorded_gradients(op, inputs, grad, ctx.needs_input_grad[:3]), None
@@ -93,32 +93,39 @@ class _Attention(torch.autograd.Function):
             wide = _heads(q.float() * scale, k.float(), v.float(), g.float())
             narrow = _heads(q, k.transpose(1, 2), g)
             for a, b, results in zip(wide, narrow, _heads(*image[4:]), strict=True):
-                for result, part in zip(results, _gradients(a, b, scale), strict=True):
-                    result.copy_(part)
+                _write_gradients(a, b, scale, results)
         return *outputs, None
 
 
-def _gradients(
-    wide: tuple[Tensor, ...], narrow: tuple[Tensor, ...], scale: float
-) -> tuple[Tensor, ...]:
-    """Of q, k and v of a head, ``[L, D]``, in float32.
+def _write_gradients(
+    wide: tuple[Tensor, ...], narrow: tuple[Tensor, ...], scale: float, out: tuple[Tensor, ...]
+) -> None:
+    """Of q, k and v of a head, ``[L, D]``, into `out`; sums over blocks are float32.
 
     Args:
         wide: q times `scale`, k, v and the gradient in float32.
         narrow: q, k transposed and the gradient.
         scale: As there.
+        out: Where to.
     """
     queries, keys, values, g = wide
-    dq, dk, dv = (queries.new_zeros(a.shape) for a in (queries, keys.T, values.T))
-    blocks = map(_blocks, (queries, g, narrow[0], narrow[2], dq))
-    for wide_rows, wide_g, rows, g_rows, result in zip(*blocks, strict=True):
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+    blocks = map(_blocks, (queries, g, narrow[0], narrow[2], out[0]))
+    for wide_rows, wide_g, rows, g_rows, dq in zip(*blocks, strict=True):
         weights = product(wide_rows, keys).softmax(-1)
         changes = product(wide_g, values)
         changes = torch._softmax_backward_data(changes, weights, -1, changes.dtype).to(rows.dtype)
-        result.copy_(product(changes, narrow[1]))
-        parts = product(rows.T, changes.T), product(g_rows.T, weights.to(rows.dtype).T)
-        dk, dv = (sum_ + part for sum_, part in zip((dk, dv), parts, strict=True))
-    return dq.mul_(scale), dk.mul_(scale).T, dv.T
+        torch.mul(product(changes, narrow[1]), scale, out=dq)
+        dk = _sum(dk, product(rows.T, changes.T))
+        dv = _sum(dv, product(g_rows.T, weights.to(rows.dtype).T))
+    assert dk is not None and dv is not None
+    torch.mul(dk.T, scale, out=out[1])
+    out[2].copy_(dv.T)
+
+
+def _sum(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a.float() + b
 
 
 def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

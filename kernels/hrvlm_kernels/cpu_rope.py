@@ -56,20 +56,28 @@ def cos_and_sin(
     return angles.cos(), angles.sin()
 
 
+def both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """What the halves of a head, and those halves exchanged, are multiplied with: ``[T, D]`` each.
+
+    torch walks over whole heads twice as fast as over their halves.
+    """
+    return torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
+
+
 def rotate(a: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Write head vectors ``[T, ..., D]`` into `out`, rotated by cos and sin ``[T, D / 2]``."""
+    """Write head vectors ``[T, ..., D]`` into `out`, rotated by :func:`both_halves`."""
     shape = (-1, *[1] * (a.ndim - 2), cos.shape[1])
     count = max(1, _ELEMENTS // a.shape[1:].numel())
     parts = (b.split(count) for b in (a, cos, sin, out))
     for rows, c, s, target in zip(*parts, strict=True):
-        c, s, turned = c.reshape(shape), s.reshape(shape), target
+        wide, exchanged = _scratch(rows.shape)
+        turned = target
         if rows.dtype != torch.float32:
-            wide, turned = _scratch(rows.shape)
-            rows = wide.copy_(rows)
+            rows = turned = wide.copy_(rows)
         first, second = rows.chunk(2, dim=-1)
-        one, other = turned.chunk(2, dim=-1)
-        torch.mul(first, c, out=one).addcmul_(second, s, value=-1)
-        torch.mul(second, c, out=other).addcmul_(first, s)
+        torch.cat((second, first), -1, out=exchanged)
+        torch.mul(rows, c.reshape(shape), out=turned)
+        turned.addcmul_(exchanged, s.reshape(shape))
         if turned is not target:
             target.copy_(turned)
 
@@ -87,31 +95,44 @@ def _scratch(shape: Sequence[int]) -> Tensor:
 
 class _Rotated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, cos: Tensor, sin: Tensor, heads_first: bool) -> Tensor:
+    def forward(
+        ctx: Any, cos: Tensor, sin: Tensor, heads_first: bool, *heads: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
         ctx.save_for_forward(cos, sin)
+        return _rotate_all(heads, cos, sin, heads_first)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return None, None, None, *rotated(grads, cos, -sin)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, ___: None, *tangents: Tensor) -> tuple[Tensor, ...]:
+        return rotated(tangents, *ctx.saved_tensors)
+
+
+def _rotate_all(
+    heads: Sequence[Tensor], cos: Tensor, sin: Tensor, heads_first: bool
+) -> tuple[Tensor, ...]:
+    angles, results = both_halves(cos, sin), []
+    for a in heads:
         t, h, d = a.shape
         out = a.new_empty(h, t, d).transpose(0, 1) if heads_first else a.new_empty(a.shape)
-        rotate(a, cos, sin, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return rotated(grad, cos, -sin), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return rotated(tangent, *ctx.saved_tensors)
+        rotate(a, *angles, out)
+        results.append(out)
+    return tuple(results)
 
 
-def rotated(a: Tensor, cos: Tensor, sin: Tensor, *, heads_first: bool = False) -> Tensor:
-    """Head vectors ``[T, H, D]`` rotated, with gradients.
+def rotated(
+    heads: Sequence[Tensor], cos: Tensor, sin: Tensor, *, heads_first: bool = False
+) -> tuple[Tensor, ...]:
+    """Head vectors rotated, with gradients.
 
     Args:
-        a: The vectors, which :func:`takes`.
+        heads: ``[T, H, D]`` each, which :func:`takes`.
         cos: ``[T, D / 2]`` float32.
         sin: As `cos`.
         heads_first: In memory ``[H, T, D]``, which attention reads faster.
     """
-    return _Rotated.apply(a, cos, sin, heads_first)
+    return _Rotated.apply(cos, sin, heads_first, *heads)

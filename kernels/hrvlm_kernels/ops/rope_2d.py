@@ -192,8 +192,8 @@ def check_table(q: Tensor, table: Tensor | None) -> None:
 
 def _rope_2d_eager(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     if cpu_rope.takes(coords, inv_freq, q, k):
-        cos, sin = cpu_rope.cos_and_sin(coords, inv_freq)
-        return cpu_rope.rotated(q, cos, sin), cpu_rope.rotated(k, cos, sin)
+        q, k = cpu_rope.rotated((q, k), *cpu_rope.cos_and_sin(coords, inv_freq))
+        return q, k
     from .. import reference
 
     upcast = torch.float64 if q.dtype == torch.float64 else torch.float32

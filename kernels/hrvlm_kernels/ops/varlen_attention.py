@@ -146,7 +146,7 @@ def varlen_attention(
     if coords is not None and inv_freq is not None:
         if chosen == "sdpa" and cpu_rope.takes(coords, inv_freq, q, k):
             cos, sin = cpu_rope.cos_and_sin(coords, inv_freq, table)
-            q, k = (cpu_rope.rotated(a, cos, sin, heads_first=True) for a in (q, k))
+            q, k = cpu_rope.rotated((q, k), cos, sin, heads_first=True)
         else:
             q, k = rope_2d(q, k, coords, inv_freq, backend=backend)
     if chosen == "flash_attn":
