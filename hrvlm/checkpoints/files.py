@@ -246,6 +246,9 @@ def _load_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
         raise ValueError(f"{path}: damaged torch.save file ({summary(error)})") from error
     if tensors is None:
         raise ValueError(f"{path}: expected a dict of tensors, got {type(loaded).__name__}")
+    for key, value in loaded.items():
+        if isinstance(value, Tensor) and not isinstance(key, str):
+            raise ValueError(f"{path}: the key {key!r} of a tensor is no string")
     for key, tensor in tensors.items():
         if tensor.is_meta or tensor.layout != torch.strided:
             what = "on meta, without values" if tensor.is_meta else tensor.layout

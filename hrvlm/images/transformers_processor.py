@@ -135,6 +135,21 @@ class _PackedImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self.background = rgb_color("background", self.background)  # a list in a saved file
 
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; a damaged file raises ValueError."""
+        try:
+            return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError:
+            raise  # it names the file
+        except Exception as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: processor_config.json or "
+                f"preprocessor_config.json holds no options ({first_line(error)})"
+            ) from error
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> list[str]:
         """As in transformers, but all files or none."""
         return save_whole(super().save_pretrained, save_directory, *args, **kwargs)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from hrvlm_kernels.packed_tables import is_int
 
+from ..checkpoints.damage import naming_damaged_files
 from ..files import read_mapping
 from ..images.geometry import positive_int, square_side, true_or_false
 from ..images.processor import (
@@ -304,8 +305,9 @@ class VLMConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, but a directory without a config raises OSError."""
-        fields, options = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        """As in transformers; without a config OSError is raised, and a damaged one is named."""
+        with naming_damaged_files(pretrained_model_name_or_path, kwargs, all_errors=True):
+            fields, options = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not fields:
             raise OSError(f"{pretrained_model_name_or_path}: there is no config.json in it")
         return fields, options

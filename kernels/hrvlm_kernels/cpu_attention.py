@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .cpu_products import are_served, has_tiles, product, recorded_gradients
 
-_ROWS = 320  # queries of a block, at most
+_ROWS = 256  # queries of a block, at most
 _LEAST = 2_000_000  # multiplications of a product for each thread, that make up for its call
 
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hrvlm import DINOv3Encoder, VisionLanguageModel, VLMProcessor
+from hrvlm import (
+    DINOv3Encoder,
+    VisionLanguageModel,
+    VLMConfig,
+    VLMImageProcessor,
+    VLMProcessor,
+)
 from hrvlm.checkpoints.convert import convert, load_checkpoint, load_into
 from hrvlm.checkpoints.foreign import open_checkpoint
 from hrvlm.inference.chat import load_vlm
@@ -149,6 +155,36 @@ def test_each_file_of_a_directory_is_named_when_damaged(damage, directories, tmp
             assert isinstance(error, ValueError), (kind, name)
             if damage == "pointer":
                 assert "git lfs pull" in str(error)
+
+
+@pytest.mark.parametrize("content", [b"null", b"3", b"[]", b"\xff\xfe", b"{"], ids=repr)
+def test_documents_that_are_read_alone_are_named_when_damaged(content, directories, tmp_path):
+    shutil.copytree(directories / "vlm", tmp_path / "vlm")
+    for name, load in (
+        ("processor_config.json", VLMImageProcessor.from_pretrained),
+        ("config.json", VLMConfig.from_pretrained),
+    ):
+        (tmp_path / "vlm" / name).write_bytes(content)
+        error = check_named(lambda load=load: load(tmp_path / "vlm"), tmp_path / "vlm")
+        assert error is not None and name in str(error)
+
+
+@pytest.mark.parametrize("key", [1, None, ("a", "b"), b"x"], ids=repr)
+def test_keys_that_are_no_strings_name_their_file(key, directories, tmp_path):
+    for kind, load in (
+        ("pickle", DINOv3Encoder.from_pretrained),
+        ("vlm", VisionLanguageModel.from_pretrained),
+    ):
+        shutil.copytree(directories / kind, tmp_path / kind)
+        weights, path = tmp_path / kind / "model.safetensors", tmp_path / kind / "pytorch_model.bin"
+        state = load_file(weights) if weights.exists() else torch.load(path)
+        weights.unlink(missing_ok=True)
+        torch.save({**state, key: torch.zeros(2)}, path)
+        error = check_named(lambda kind=kind, load=load: load(tmp_path / kind), path)
+        assert "no string" in str(error)
+    torch.save({key: torch.zeros(2)}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth: the key .* is no string"):
+        load_checkpoint(tmp_path / "weights.pth")
 
 
 def test_what_is_not_a_checkpoint_is_named(files, tmp_path):

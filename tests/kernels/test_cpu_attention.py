@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -113,6 +114,24 @@ def test_gradients_of_some_inputs_and_of_an_expanded_cotangent(rng):
     torchs(q.double(), expected, v.double()).sum().backward()
     # The sum's gradient is small: what is left of terms that cancel.
     assert (leaf.grad - expected.grad).abs().max() <= 1e-4
+
+
+def test_the_output_may_be_changed_in_place(rng, ours):
+    inputs = heads_first(1, 2, LONG, 64, rng=rng, dtype=torch.float32)
+    results = []
+    for op, double in ((ours_of, Tensor.mul_), (torchs, Tensor.mul)):
+        leaves = [a.clone().requires_grad_() for a in inputs[:3]]
+        double(op(*leaves), 2).backward(inputs[3])
+        results.append([a.grad for a in leaves])
+    assert len(ours) == 1
+    for result, expected in zip(*results, strict=True):
+        assert relative_error(result, expected) <= 1e-5
+
+
+def test_values_of_other_sizes_are_torchs(rng, ours):
+    q, k, v, _ = heads_first(1, 2, LONG, 64, rng=rng, dtype=torch.float32)
+    assert torch.equal(attention(q, k, v[..., :40], SCALE), torchs(q, k, v[..., :40]))
+    assert not ours
 
 
 def test_recorded_and_batched_gradients_are_torchs(rng, ours):
