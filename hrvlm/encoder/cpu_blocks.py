@@ -98,7 +98,7 @@ def infer(
     rope = layers[0].attention.rope(packed) if layers else None  # one for all, as its table is
     angles = None if rope is None else both_halves(*cos_and_sin(*rope))
     if angles is not None and there is not None:
-        angles = tuple(a[there] for a in angles)
+        angles = angles[0][there], angles[1][there]
     attended, heads = torch.empty_like(x), None
     products = _Products(len(x), serves(x))
     for i, layer in enumerate(layers, start=1):

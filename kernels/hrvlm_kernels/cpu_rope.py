@@ -56,7 +56,7 @@ def cos_and_sin(
     return angles.cos(), angles.sin()
 
 
-def both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+def both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """What the halves of a head, and those halves exchanged, are multiplied with: ``[T, D]`` each.
 
     torch walks over whole heads twice as fast as over their halves.
