@@ -35,7 +35,9 @@ counted: marked with *). *PTX* has them as PTX does, which overstates addresses 
 once chosen wrongly; *loop* is the machine code of one turn of the main loop, static.
 *FLOPs* are executed for each useful one: above 1 is padding (in the backward, five products are
 useful and seven are executed). *Sectors* are bytes of sectors for each byte asked
-for. *Conflicts* are wavefronts of shared memory for each one without conflicts.
+for, and *moved* those of device memory for each byte that the op has to move at least. *Conflicts*
+are wavefronts of shared memory for each one without conflicts. The peers of attention take images
+of one length, so that the mixed draw has none; flash-attn's rotary and Liger's know one direction.
 
 Some programs of a launch stand for all: of attention a full tile and the last one of a head, six
 tiles of the mixed draw (64 images of 224 to 1024 px, see `benchmarks/case.py`), one tile of a
@@ -45,8 +47,8 @@ uncertain stand in `benchmarks/counted/rates.py`.
 """
 HEADER = (
     "| {} | kernel | bound | limited by | next | instructions | PTX | loop "
-    "| FLOPs | sectors | conflicts |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| FLOPs | sectors | moved | conflicts |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -129,7 +131,7 @@ def _lines(row: Row) -> Iterator[str]:
     if len(row["kernels"]) > 1:
         yield (
             f"| {row['size']}, {row['variant']} | all {len(row['kernels'])} launches "
-            f"| **{row['bound']:.4g}** | | | {row['instructions']:.2f} | | | | | |"
+            f"| **{row['bound']:.4g}** | | | {row['instructions']:.2f} | | | | | | |"
         )
     for kernel in row["kernels"]:
         clocks = sorted(kernel["clocks"].items(), key=lambda item: -item[1])
@@ -142,7 +144,7 @@ def _lines(row: Row) -> Iterator[str]:
             f"| {less:.4g} {second} | {kernel['instructions']:.2f}{mark} "
             f"| {kernel['ptx_instructions']:.2f} | {kernel.get('loop') or ''} "
             f"| {_ratio(kernel['flops_per_useful'])} | {_ratio(kernel['sectors_per_asked'])} "
-            f"| {kernel['conflicts']:.2f} |"
+            f"| {_ratio(kernel.get('moved_per_least'))} | {kernel['conflicts']:.2f} |"
         )
 
 

@@ -17,6 +17,8 @@ from benchmarks.counted import linear, peers
 from benchmarks.counted.attention import BF16, LENGTHS, inputs
 from benchmarks.counted.case import Case, first, spread
 from hrvlm_kernels import PackedGrids
+from hrvlm_kernels.ops import linear_residual_layer_norm as norms
+from hrvlm_kernels.ops.bias_gelu import bias_gelu
 from hrvlm_kernels.ops.layer_norm_pixel_shuffle import layer_norm_pixel_shuffle
 from hrvlm_kernels.ops.normalize_patchify import normalize_patchify
 from hrvlm_kernels.ops.residual_layer_norm import residual_layer_norm
@@ -27,6 +29,7 @@ from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as projec
 
 GRID = (48, 48)
 WIDTHS = (384, 768, 1024, 1280, 4096)  # DINOv3's S, B, L, H+ and 7B
+PLAIN = (1536, 4096)  # between the products of S and L
 GATED = (5120, 4304)  # H+; a width that no power of two divides
 PROJECTIONS = ((384, 576), (1024, 1024), (1024, 4096))  # channels, features
 FACTOR = 4
@@ -74,27 +77,74 @@ def norm_cases(folder: Path | None, width: int, op: str) -> Makers:
     shuffled = partial(layer_norm_pixel_shuffle, x, packed, FACTOR, weight, bias, backend="triton")
     fused = partial(residual_layer_norm, x, update, scale, weight, bias, backend="triton")
 
+    case = partial(_norm_case, t, width)
+    if op == "residual_layer_norm":
+        yield lambda: case(op, fused, 4, vectors=3)
+        more = [*leaves, update, scale]
+        yield lambda: case(f"{op} backward", _gradient(fused(), more), 6)
+        return
+    norm = case(op, shuffled, 2, vectors=2)
+    yield lambda: norm
+    yield lambda: case(f"{op} backward", _gradient(shuffled(), leaves), 3)
+    yield partial(peers.liger_norm, folder, norm, x.detach(), weight.detach(), bias.detach())
+
+
+def _norm_case(
+    t: int, width: int, op: str, start: Callable[[], object], tensors: int, *, vectors: int = 0
+) -> Case:
+    """So many ``[T, C]`` move, and of a forward so many float32 ``[C]``, which all programs read."""
+    least = tensors * 2.0 * t * width
+    return Case(
+        op=op,
+        size=f"C={width}",
+        variant="shipped",
+        start=start,
+        unit="element",
+        units=t * width,
+        least=least,
+        samples={"gradients": spread(4), "layer_norm": spread(8)},
+        sharing={"layer_norm": least + 4 * vectors * width} if vectors else {},
+    )
+
+
+def training_norm_cases(width: int, op: str) -> Makers:
+    """The norm behind a product and a residual, with the product's gradients; and that of a fold.
+
+    The products themselves are torch's, and not counted.
+    """
+    t = GRID[0] * GRID[1]
+    case = partial(_norm_case, t, width)
+    x, a, square = _randn(t, width), _randn(t, width), _randn(width, width)
+    bias, scale, weight, norm_bias = (torch.randn(width) for _ in range(4))
+    if op == "shifted_layer_norm":
+        fold = partial(norms.shifted_layer_norm, x, bias, weight, norm_bias, 1e-5)
+        yield lambda: case(op, fold, 2, vectors=3)
+        return
+    leaves = [b.requires_grad_() for b in (x, a, square, bias, scale, weight, norm_bias)]
+    both = partial(norms.linear_residual_layer_norm, *leaves, 1e-5)
+    yield lambda: case(op, both, 4, vectors=4)
+    yield lambda: case(f"{op} backward", _gradient(both(), leaves), 5)
+
+
+def gelu_cases(width: int) -> Makers:
+    """GELU and the bias before it, as a pass of its own."""
+    t = GRID[0] * GRID[1]
+    x, bias = _randn(t, width).requires_grad_(), torch.randn(width).requires_grad_()
+
     def case(op: str, start: Callable[[], object], tensors: int) -> Case:
         return Case(
             op=op,
-            size=f"C={width}",
+            size=f"F={width}",
             variant="shipped",
             start=start,
             unit="element",
             units=t * width,
             least=tensors * 2 * t * width,
-            samples={"layer_norm": spread(8)},
+            samples={"bias_gelu": spread(8)},
         )
 
-    if op == "residual_layer_norm":
-        yield lambda: case(op, fused, 4)
-        more = [*leaves, update, scale]
-        yield lambda: case(f"{op} backward", _gradient(fused(), more), 6)
-        return
-    norm = case(op, shuffled, 2)
-    yield lambda: norm
-    yield lambda: case(f"{op} backward", _gradient(shuffled(), leaves), 3)
-    yield partial(peers.liger_norm, folder, norm, x.detach(), weight.detach(), bias.detach())
+    yield lambda: case("bias_gelu", partial(bias_gelu, x.detach(), bias.detach()), 2)
+    yield lambda: case("bias_gelu backward", _gradient(bias_gelu(x, bias), [x, bias]), 3)
 
 
 def swiglu_cases(folder: Path | None, width: int) -> Makers:
@@ -184,6 +234,10 @@ def makers(chip: int, folder: Path | None) -> Iterator[tuple[str, Callable[[], M
     for width in WIDTHS:
         for op in ("layer_norm_pixel_shuffle", "residual_layer_norm"):
             yield op, partial(norm_cases, folder, width, op)
+        for op in ("shifted_layer_norm", "linear_residual_layer_norm"):
+            yield op, partial(training_norm_cases, width, op)
+    for width in PLAIN:
+        yield "bias_gelu", partial(gelu_cases, width)
     for op, sizes in linear.SIZES.items():
         for channels, features in sizes:
             yield op, partial(linear.cases, op, chip, channels, features)

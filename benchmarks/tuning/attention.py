@@ -122,7 +122,7 @@ def _packed_qkv(key: Key, n: int, device: str) -> tuple[PackedGrids, torch.Tenso
 ATTENTION_OPS = {
     "forward": TunedOp(
         "FORWARD", _keys, _forward_candidates, _attention_gate(False),
-        _forward_calls, attention_job(attention_jobs.forward_job),
+        _forward_calls, attention_job(attention_jobs.forward_job, rope=True),
     ),
     "short": TunedOp(
         "SHORT", _16_bit_keys((32, 64, 128)), _short_candidates, _attention_gate(True),
@@ -131,10 +131,10 @@ ATTENTION_OPS = {
     ),
     "dq": TunedOp(
         "DQ", _keys, _backward_candidates, _attention_gate(False),
-        _backward_calls, attention_job(attention_jobs.dq_job),
+        _backward_calls, attention_job(attention_jobs.dq_job, rope=True),
     ),
     "dkdv": TunedOp(
         "DKDV", _keys, _backward_candidates, _attention_gate(False),
-        _backward_calls, attention_job(attention_jobs.dkdv_job),
+        _backward_calls, attention_job(attention_jobs.dkdv_job, rope=True),
     ),
 }  # fmt: skip

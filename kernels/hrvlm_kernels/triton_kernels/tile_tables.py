@@ -12,7 +12,7 @@ benchmarks.tuning.spills``). There the next ones of their row are used.
 from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Rows, Tiling, by_chip
 
 CHOSEN_BY = {
-    "sm_80": "compiled, Triton 3.6.0",
+    "sm_80": "DQ, FORWARD, SHORT counted; others compiled, Triton 3.6.0",
     "sm_90": "norms to C = 1024 (backward: 512) counted; others compiled, Triton 3.6.0",
     "sm_100": "compiled, Triton 3.6.0",
     "gfx942": "compiled, Triton 3.6.0",
@@ -38,10 +38,10 @@ FORWARD: Rows[Tiling] = by_chip(
         (96, 4): (Tiling(32, 32, 8, 2),),
         (128, 4): (Tiling(32, 32, 8, 2),),
         (80, 2): (Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2)),
-        ("sm_80", 80, 2): (Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2)),
+        ("sm_80", 80, 2): (Tiling(128, 32, 4, 2), Tiling(64, 64, 4, 2)),
         ("gfx942", 80, 2): (Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
         (96, 2): (Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2)),
-        ("sm_80", 96, 2): (Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2)),
+        ("sm_80", 96, 2): (Tiling(128, 32, 4, 2), Tiling(64, 64, 4, 2)),
         ("gfx942", 96, 2): (Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
         ("sm_80", 32, 2): (Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2)),
         ("sm_90", 32, 2): (Tiling(128, 128, 8, 3, "ahead"), Tiling(128, 64, 8, 2)),
@@ -66,7 +66,9 @@ FORWARD: Rows[Tiling] = by_chip(
 # Chips and heads without a row rotate k in a pass of its own.
 SHORT: Rows[Tiling] = by_chip(
     {
+        ("sm_80", 32, 2): (Tiling(64, 256, 4, 1),),
         ("sm_90", 32, 2): (Tiling(128, 256, 8, 1),),
+        ("sm_80", 64, 2): (Tiling(64, 256, 4, 1),),
         ("sm_90", 64, 2): (Tiling(128, 256, 8, 1),),
         ("sm_100", 64, 2): (Tiling(64, 256, 8, 1),),
     }
@@ -78,6 +80,7 @@ DQ: Rows[Tiling] = by_chip(
         (32, 2): (Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
         ("sm_90", 32, 2): (Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2)),
         (64, 2): (Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
+        ("sm_80", 64, 2): (Tiling(128, 32, 4, 2), Tiling(64, 32, 4, 2)),
         ("sm_90", 64, 2): (Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2)),
         (32, 4): (Tiling(32, 32, 8, 2),),
         ("gfx942", 32, 4): (Tiling(32, 32, 4, 2),),
