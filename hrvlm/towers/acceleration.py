@@ -36,7 +36,7 @@ from .swapping import has_own_forward, set_class, stock_class, swapped_class
 
 
 def accelerate(
-    model: nn.Module, *, backend: str = "auto", rope_augment: bool = False
+    model: nn.Module, *, backend: str = "auto", rope_augment: bool = True
 ) -> Acceleration:
     """Make the vision towers of transformers in `model` run on hrvlm's kernels.
 
@@ -48,7 +48,7 @@ def accelerate(
         backend: One of :data:`hrvlm_kernels.backends.BACKENDS`.
         rope_augment: In training mode, draw the random shift, jitter and scale of RoPE coordinates
             that a DINOv3's config names (``pos_embed_shift``, ``pos_embed_jitter``,
-            ``pos_embed_rescale``). The stock model always does.
+            ``pos_embed_rescale``), as the stock model does.
 
     Returns:
         What was swapped, and what was left alone and why.
@@ -104,10 +104,10 @@ def restore(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"{name}: its forward was replaced on the instance, and would go on being called"
             )
-    dinov3.restore(model)
     for _, module, stock in swapped:
         set_class(module, stock)
-        vars(module).pop(OPTION, None)
+        for option in dinov3.OPTIONS if dinov3.is_part(module) else (OPTION,):
+            vars(module).pop(option, None)
         unfold(module)
     return model
 

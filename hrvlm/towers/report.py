@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .swapping import stock_class
+
 # A module of a model: its name, itself, why it is left alone, and who rotates its q and k.
 Found = tuple[str, nn.Module, str, str]
 
@@ -17,7 +19,7 @@ class Part:
     """Modules of one class that were treated alike.
 
     Attributes:
-        cls: Name of their class.
+        cls: Name of their class, the stock one.
         names: Their names in the model.
         reason: Why they were left alone; empty for swapped ones.
         rope: Of swapped ones whose q and k are rotated: whether the kernels do it, and why if not.
@@ -61,7 +63,8 @@ def parts(found: Iterable[Found]) -> tuple[Part, ...]:
     """Modules that were found, joined by class, reason and rotation."""
     joined: dict[tuple[str, str, str], list[str]] = {}
     for name, module, reason, rope in found:
-        joined.setdefault((type(module).__name__, reason, rope), []).append(name)
+        cls = stock_class(module) or type(module)
+        joined.setdefault((cls.__name__, reason, rope), []).append(name)
     return tuple(
         Part(cls, tuple(names), reason, rope) for (cls, reason, rope), names in joined.items()
     )

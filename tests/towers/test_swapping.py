@@ -49,12 +49,14 @@ def test_the_class_of_an_accelerated_tower_makes_stock_ones(built, tmp_path):
         assert relative_error(output_of(twin, inputs), expected) <= 1e-6
 
 
-def test_parts_that_are_made_of_their_class_are_stock():
-    tower = tower_of("qwen2_5_vl")
+@pytest.mark.parametrize("name", ["dinov3", "qwen2_5_vl", "siglip2"])
+def test_parts_that_are_made_of_their_class_are_stock(name):
+    tower, _ = BUILT[name]()
     hrvlm.accelerate(tower)
-    attention = tower.blocks[0].attn
+    attention = next(m for m in tower.modules() if type(m).__name__.endswith("Attention"))
     made = type(attention)(tower.config)
-    assert type(made) is attention.hrvlm_stock is type(hrvlm.restore(tower).blocks[0].attn)
+    hrvlm.restore(tower)
+    assert type(made) is type(attention) and not stock_class(made)
 
 
 @pytest.mark.parametrize("name", MASKED)
