@@ -25,6 +25,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from hrvlm_kernels.backends import check_backend
 
+from ..encoder.packed_encoder import PackedEncoder
 from . import dinov3
 from .block_masks import makes_block_mask, takes_mask
 from .folding import OPTION, fold, unfold
@@ -61,7 +62,8 @@ def accelerate(
     check_backend(backend)
     whole: list[Found] = [(n, m, "", "") for n, m in dinov3.swap(model, backend, rope_augment)]
     swapped: list[tuple[str, nn.Module]] = []
-    left: list[Found] = []
+    encoders = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedEncoder)]
+    left: list[Found] = [(n, m, "it runs packed already", "") for n, m in encoders]
     masked = _in_masks(model)
     for name, module in _attention(model):
         reason = None if stock_class(module) else _obstacle(module, module in masked)

@@ -32,7 +32,8 @@ class Part:
 
     def __str__(self) -> str:
         """E.g. ``VisionAttention x 2 (blocks.*.attn)``."""
-        line = f"{self.cls} x {len(self.names)} ({_pattern(self.names)})"
+        line = f"{self.cls} x {len(self.names)}"
+        line += f" ({_pattern(self.names)})" if any(self.names) else ""
         line += f", {self.rope}" if self.rope else ""
         return f"{line}: {self.reason}" if self.reason else line
 
@@ -44,7 +45,7 @@ class Acceleration:
     Attributes:
         model: The model, changed in place.
         swapped: Attention that runs on hrvlm's kernels now.
-        left_alone: Attention that does not, and why.
+        left_alone: Attention that does not, and encoders of this package, and why.
     """
 
     model: nn.Module
