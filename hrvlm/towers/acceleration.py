@@ -25,6 +25,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from hrvlm_kernels.backends import check_backend
 
+from ..encoder.packed_encoder import PackedEncoder
 from . import dinov3
 from .block_masks import makes_block_mask, takes_mask
 from .folding import OPTION, fold, unfold
@@ -36,7 +37,7 @@ from .swapping import has_own_forward, set_class, stock_class, swapped_class
 
 
 def accelerate(
-    model: nn.Module, *, backend: str = "auto", rope_augment: bool = False
+    model: nn.Module, *, backend: str = "auto", rope_augment: bool = True
 ) -> Acceleration:
     """Make the vision towers of transformers in `model` run on hrvlm's kernels.
 
@@ -48,7 +49,7 @@ def accelerate(
         backend: One of :data:`hrvlm_kernels.backends.BACKENDS`.
         rope_augment: In training mode, draw the random shift, jitter and scale of RoPE coordinates
             that a DINOv3's config names (``pos_embed_shift``, ``pos_embed_jitter``,
-            ``pos_embed_rescale``). The stock model always does.
+            ``pos_embed_rescale``), as the stock model does.
 
     Returns:
         What was swapped, and what was left alone and why.
@@ -61,7 +62,8 @@ def accelerate(
     check_backend(backend)
     whole: list[Found] = [(n, m, "", "") for n, m in dinov3.swap(model, backend, rope_augment)]
     swapped: list[tuple[str, nn.Module]] = []
-    left: list[Found] = []
+    encoders = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedEncoder)]
+    left: list[Found] = [(n, m, "it runs packed already", "") for n, m in encoders]
     masked = _in_masks(model)
     for name, module in _attention(model):
         reason = None if stock_class(module) else _obstacle(module, module in masked)
@@ -104,10 +106,10 @@ def restore(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"{name}: its forward was replaced on the instance, and would go on being called"
             )
-    dinov3.restore(model)
     for _, module, stock in swapped:
         set_class(module, stock)
-        vars(module).pop(OPTION, None)
+        for option in dinov3.OPTIONS if dinov3.is_part(module) else (OPTION,):
+            vars(module).pop(option, None)
         unfold(module)
     return model
 

@@ -11,9 +11,9 @@ the model's layers are handed :class:`RotaryPositions`.
                     attention: [B, n, C] -> [B*n, H, D] -> varlen_attention (with RoPE) -> o_proj
 
 Unlike the stock model, an accelerated one raises where an image's sides are not multiples of the
-patch size (instead of cropping), rotates q and k in float32 whatever the dtype, and draws random
-RoPE scales only on ``rope_augment=True`` (and then only in training mode, with the stock model's
-own draws).
+patch size (instead of cropping), and rotates q and k in float32 whatever the dtype. In training
+mode it draws the shift, jitter and scale of RoPE coordinates that its config names as the stock
+model does, and the same ones; :class:`~hrvlm.DINOv3Encoder` draws them only when asked to.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hrvlm_kernels.ops.varlen_attention import reads_rope_table
 from ..checkpoints.sizes import patch_size_of
 from ..encoder.inputs import batch_layout
 from ..encoder.rope import rope_frequencies
-from .swapping import has_own_forward, set_class
+from .swapping import has_own_forward, set_class, stock_class, stock_init
 
 
 class RotaryPositions:
@@ -83,6 +83,8 @@ class RotaryPositions:
 class AcceleratedRope(DINOv3ViTRopePositionEmbedding):
     """Yields :class:`RotaryPositions` instead of cos and sin."""
 
+    __init__ = stock_init(DINOv3ViTRopePositionEmbedding)
+    hrvlm_stock = DINOv3ViTRopePositionEmbedding
     rope_augment: bool
 
     def forward(self, pixel_values: Tensor) -> RotaryPositions:  # type: ignore[override]
@@ -125,6 +127,8 @@ class AcceleratedRope(DINOv3ViTRopePositionEmbedding):
 class AcceleratedAttention(DINOv3ViTAttention):
     """The same projections with :func:`varlen_attention` between them, RoPE folded in."""
 
+    __init__ = stock_init(DINOv3ViTAttention)
+    hrvlm_stock = DINOv3ViTAttention
     backend: str
 
     def forward(  # type: ignore[override]
@@ -176,12 +180,10 @@ class AcceleratedAttention(DINOv3ViTAttention):
 
 
 _ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {
-    DINOv3ViTAttention: AcceleratedAttention,
-    DINOv3ViTRopePositionEmbedding: AcceleratedRope,
+    cls.hrvlm_stock: cls for cls in (AcceleratedAttention, AcceleratedRope)
 }
-_STOCK = {accelerated: stock for stock, accelerated in _ACCELERATED.items()}
 # Instance attributes that an accelerated module has beyond the stock one.
-_OPTIONS = ("backend", "rope_augment")
+OPTIONS = ("backend", "rope_augment")
 
 
 def swap(
@@ -197,12 +199,15 @@ def swap(
     """
     parts = list(_parts(model))
     for name, part in parts:
-        if type(part) not in _ACCELERATED and type(part) not in _STOCK:
+        if type(part) not in _ACCELERATED and not stock_class(part):
             raise ValueError(
                 f"{name}: {type(part).__name__} is not transformers' class, and may compute "
                 "something else"
             )
-    _refuse_own_forward(parts)
+        if has_own_forward(part):
+            raise ValueError(
+                f"{name}: its forward was replaced on the instance, and would go on being called"
+            )
     for _, part in parts:
         set_class(part, _ACCELERATED.get(type(part), type(part)))
         if isinstance(part, AcceleratedAttention):
@@ -210,20 +215,6 @@ def swap(
         else:
             cast("AcceleratedRope", part).rope_augment = rope_augment
     return [(name, part) for name, part in parts if isinstance(part, AcceleratedAttention)]
-
-
-def restore(model: nn.Module) -> None:
-    """Undo :func:`swap`; encoders that were not accelerated are left alone.
-
-    Raises:
-        ValueError: a forward was replaced on an instance.
-    """
-    parts = [(name, part) for name, part in _parts(model) if type(part) in _STOCK]
-    _refuse_own_forward(parts)
-    for _, part in parts:
-        set_class(part, _STOCK[type(part)])
-        for option in _OPTIONS:
-            vars(part).pop(option, None)
 
 
 def is_part(module: nn.Module) -> bool:
@@ -238,11 +229,3 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             for inner, part in encoder.named_modules(prefix=outer):
                 if is_part(part):
                     yield str(inner), cast("nn.Module", part)
-
-
-def _refuse_own_forward(parts: list[tuple[str, nn.Module]]) -> None:
-    for name, part in parts:
-        if has_own_forward(part):
-            raise ValueError(
-                f"{name}: its forward was replaced on the instance, and would go on being called"
-            )

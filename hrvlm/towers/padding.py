@@ -111,11 +111,16 @@ def encoder_methods(cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
 def _padding_of(
     config: object, inputs_embeds: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Padding | None:
-    """Stands for transformers' function of these arguments; reads the mask back once."""
+    """Stands for transformers' function of these arguments; reads the mask back once.
+
+    Where all is padding it stays: no layer takes no tokens, and nothing that comes out is read.
+    """
     _last.padding = None
     if attention_mask is None:
         return None
     valid = host_copy(attention_mask).flatten(1).bool()
+    if not valid.any():
+        return None
     rows = upload(valid.flatten().nonzero()[:, 0], inputs_embeds.device)
     packed = PackedGrids.from_lengths(valid.sum(1).tolist(), device=inputs_embeds.device)
     _last.padding = Padding(packed, rows, (valid.shape[0], valid.shape[1]))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .swapping import stock_class
+
 # A module of a model: its name, itself, why it is left alone, and who rotates its q and k.
 Found = tuple[str, nn.Module, str, str]
 
@@ -17,7 +19,7 @@ class Part:
     """Modules of one class that were treated alike.
 
     Attributes:
-        cls: Name of their class.
+        cls: Name of their class, the stock one.
         names: Their names in the model.
         reason: Why they were left alone; empty for swapped ones.
         rope: Of swapped ones whose q and k are rotated: whether the kernels do it, and why if not.
@@ -30,7 +32,8 @@ class Part:
 
     def __str__(self) -> str:
         """E.g. ``VisionAttention x 2 (blocks.*.attn)``."""
-        line = f"{self.cls} x {len(self.names)} ({_pattern(self.names)})"
+        line = f"{self.cls} x {len(self.names)}"
+        line += f" ({_pattern(self.names)})" if any(self.names) else ""
         line += f", {self.rope}" if self.rope else ""
         return f"{line}: {self.reason}" if self.reason else line
 
@@ -42,7 +45,7 @@ class Acceleration:
     Attributes:
         model: The model, changed in place.
         swapped: Attention that runs on hrvlm's kernels now.
-        left_alone: Attention that does not, and why.
+        left_alone: Attention that does not, and encoders of this package, and why.
     """
 
     model: nn.Module
@@ -61,7 +64,8 @@ def parts(found: Iterable[Found]) -> tuple[Part, ...]:
     """Modules that were found, joined by class, reason and rotation."""
     joined: dict[tuple[str, str, str], list[str]] = {}
     for name, module, reason, rope in found:
-        joined.setdefault((type(module).__name__, reason, rope), []).append(name)
+        cls = stock_class(module) or type(module)
+        joined.setdefault((cls.__name__, reason, rope), []).append(name)
     return tuple(
         Part(cls, tuple(names), reason, rope) for (cls, reason, rope), names in joined.items()
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, cast
 
 from torch import nn
+
+from hrvlm_kernels.backends import makes_graph
 
 # What methods a class of modules gets instead of its own.
 Methods = Callable[[type[nn.Module]], dict[str, Callable[..., Any]]]
@@ -17,15 +20,37 @@ def swapped_class(cls: type[nn.Module], methods: Methods) -> type[nn.Module]:
 
     It has the same name, since transformers writes names into configs and compares them, and
     pickles as what it is made of; its source is that of `cls`, which Python finds by the names and,
-    from 3.13 on, by the line.
+    from 3.13 on, by the line. Calling it makes a module of `cls`, whose parts are not swapped; and
+    in a graph for elsewhere the methods are those of `cls`, which need not know any lengths.
     """
     if (methods, cls) not in _made:
         kept = ("__module__", "__qualname__", "__doc__", "__firstlineno__")
         names = {name: getattr(cls, name) for name in kept if hasattr(cls, name)}
         own = {"__reduce_ex__": _reduce, "hrvlm_stock": cls, "hrvlm_methods": staticmethod(methods)}
-        body = {**names, **methods(cls), **own}
+        new = {n: _unless_exported(m, getattr(cls, n)) for n, m in methods(cls).items()}
+        body = {**names, **new, "__init__": stock_init(cls), **own}
         _made[methods, cls] = cast("type[nn.Module]", type(cls.__name__, (cls,), body))
     return _made[methods, cls]
+
+
+def stock_init(cls: type[nn.Module]) -> Callable[..., None]:
+    """The ``__init__`` of a class that is swapped in for `cls`: what it makes is of `cls`."""
+
+    @wraps(cls.__init__)
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if stock_class(self):
+            self.__class__ = cls
+        cls.__init__(self, *args, **kwargs)
+
+    return init
+
+
+def _unless_exported(method: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def chosen(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (stock if makes_graph() else method)(self, *args, **kwargs)
+
+    return chosen
 
 
 def stock_class(module: nn.Module) -> type[nn.Module] | None:

@@ -120,6 +120,24 @@ def test_hidden_states_have_their_padding(tower):
             assert not state[~mask].any()
 
 
+@pytest.mark.parametrize("is_valid", [(0, 0, 0), (0, 1, 0)])
+def test_images_that_are_all_padding(tower, is_valid):
+    model, call = tower
+    (name,) = [name for name in call if name.endswith("mask")]
+    valid = torch.tensor(is_valid, dtype=torch.bool)
+    call[name] = call[name] * valid.view(-1, *[1] * (call[name].ndim - 1))
+    with torch.no_grad():
+        expected = model(**call, output_hidden_states=True)
+        hrvlm.accelerate(model)
+        out = model(**call, output_hidden_states=True)
+    assert out.keys() == expected.keys() and len(out.hidden_states) == 3
+    assert out.last_hidden_state.shape == expected.last_hidden_state.shape
+    assert all(a.isfinite().all() for a in (out.last_hidden_state, *out.hidden_states))
+    mask = call[name].flatten(1).bool()
+    kept, stock = out.last_hidden_state[mask], expected.last_hidden_state[mask]
+    assert (kept - stock).norm() <= 1e-6 * stock.norm()
+
+
 def test_by_the_kernels():
     torch.manual_seed(0)
     model, call = siglip2()

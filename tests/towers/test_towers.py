@@ -19,7 +19,9 @@ from transformers.models.pixtral import modeling_pixtral
 
 import hrvlm
 from benchmarks.towers.tiny import TOWERS, gradients_of, inputs_of, output_of, tower_of
+from hrvlm import DINOv3Encoder, VisionLanguageModel, VLMConfig
 from hrvlm.towers import layouts
+from tests.encoder.encoders import config_of
 from tests.numerics import relative_error
 from tests.towers.attention_classes import build
 from tests.towers.attention_classes import inputs as attention_inputs
@@ -239,6 +241,21 @@ def test_a_model_without_any_raises_with_its_reasons():
     model = SiglipVisionModel(SiglipVisionConfig(**tiny, num_hidden_layers=2, patch_size=8))
     with pytest.raises(ValueError, match=r"SiglipAttention x 2 .*takes no cu_seqlens"):
         hrvlm.accelerate(model)
+
+
+def test_an_encoder_of_this_package_needs_none():
+    encoder = DINOv3Encoder(config_of())
+    with pytest.raises(
+        ValueError, match="in DINOv3Encoder:\n  DINOv3Encoder x 1: it runs packed al"
+    ):
+        hrvlm.accelerate(encoder)
+    text = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "vocab_size": 64}
+    text |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = VLMConfig(vision_config=encoder.config.to_dict(), text_config=text)
+    with pytest.raises(ValueError, match=r"\(vision_encoder\): it runs packed already\n  LlamaAtt"):
+        hrvlm.accelerate(VisionLanguageModel(config))
+    report = hrvlm.accelerate(nn.ModuleList([encoder, tower_of("glm_ocr")]))
+    assert [part.cls for part in report.left_alone] == ["DINOv3Encoder"]
 
 
 def test_masks_attention_matrices_and_dropout_are_refused():
