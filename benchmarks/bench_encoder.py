@@ -98,7 +98,7 @@ def _jobs() -> Iterator[Job]:
     for model in ("B", "S", "H+", "7B"):
         for side in SIDES:
             yield _uniform(model, FORWARD, side, uniform, full_peers=compiling)
-    tuned = {name: uniform[name] for name in ("transformers, sdpa", HEADLINE)}
+    tuned = {name: uniform[name] for name in ("transformers, sdpa", HEADLINES[0])}
     for model in ("L", "B", "S"):
         for direction in (FORWARD, TRAINING):
             for side in (48, 64, 14):

@@ -92,7 +92,7 @@ def norm_cases(folder: Path | None, width: int, op: str) -> Makers:
 def _norm_case(
     t: int, width: int, op: str, start: Callable[[], object], tensors: int, *, vectors: int = 0
 ) -> Case:
-    """So many ``[T, C]`` move, and of a forward so many float32 ``[C]``, which all programs read."""
+    """So many ``[T, C]`` move, and in a forward so many float32 ``[C]``, which all read."""
     least = tensors * 2.0 * t * width
     return Case(
         op=op,
