@@ -126,6 +126,33 @@ def ops() -> dict[str, Callable[[], object]]:
     }
 
 
+def new_layouts(rounds: int = 60) -> dict[str, float]:
+    """Milliseconds of CPU time of a layout of 64 images in a mix that was not seen before.
+
+    The 10th percentile of the rounds, by what else was seen: each of the sizes, or none.
+    """
+    import random
+
+    from hrvlm_kernels import PackedGrids, packed_tables
+
+    rng, taken = random.Random(0), {}
+    sizes = [(4 * rng.randint(4, 16), 4 * rng.randint(4, 16)) for _ in range(200)]
+    for seen in (True, False):
+        times = []
+        for _ in range(rounds):
+            mix = rng.choices(sizes, k=64)
+            if not seen:
+                for value in vars(packed_tables).values():
+                    getattr(value, "cache_clear", lambda: None)()
+            start = time.process_time()
+            PackedGrids.from_grids(mix, num_prefix_tokens=5, shuffle_factors=(4,))
+            times.append((time.process_time() - start) * 1000)
+        if seen:  # the first rounds saw the sizes for the first time
+            times = times[rounds // 3 :]
+        taken["sizes seen" if seen else "sizes not seen"] = sorted(times)[len(times) // 10]
+    return taken
+
+
 def main() -> None:
     """Print the table."""
     import torch
@@ -139,6 +166,8 @@ def main() -> None:
             launches = driver.launches() - before
             old, new, ratio = measure(run)
             print(f"{name:22} {launches} launches  {old:6.1f} us  {new:6.1f} us  {ratio:.2f}")
+    for name, milliseconds in new_layouts().items():
+        print(f"a new layout of 64 images, {name}: {milliseconds:.2f} ms")
 
 
 if __name__ == "__main__":
