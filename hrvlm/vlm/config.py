@@ -90,6 +90,18 @@ _GONE = {  # nanoVLM's names that have no place here, and what is instead
     "vlm_checkpoint_path": "an argument of save_pretrained and from_pretrained",
     "hf_repo_name": "an argument of push_to_hub",
 }
+_OF_PARTS = {  # what from_backbones is not told, but finds
+    "vision_config": "encoder",
+    "text_config": "language model",
+    "image_token_id": "tokenizer",
+}
+_OPTIONS = (
+    *(name for name in _OWN_NAMES if name not in _OF_PARTS),
+    "allow_fp16",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
 _NAMES = (
     "vit_architecture",
     *_ONE_VALUE,
@@ -364,6 +376,19 @@ class VLMConfig(PreTrainedConfig):
             )
         except StrictDataclassError as error:
             raise ValueError(str(error)) from error
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a name that is no attribute for from_backbones to set."""
+    for name in options:
+        if name in _OF_PARTS:
+            raise ValueError(f"{name!r} is no option: it is that of the {_OF_PARTS[name]}")
+    others = {name: value for name, value in options.items() if name not in _OPTIONS}
+    _refuse_misspelt(others)
+    for name in others:
+        near = get_close_matches(name, _OPTIONS, n=1)
+        expected = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_OPTIONS)}"
+        raise ValueError(f"unknown option {name!r}: {expected}")
 
 
 def _unknown(name: str) -> str:
