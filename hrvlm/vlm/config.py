@@ -190,9 +190,16 @@ class VLMConfig(PreTrainedConfig):
         for name in ("vit_model_type", "lm_model_type", "lm_tokenizer", "lm_chat_template"):
             if not isinstance(text := getattr(self, name), str | None):
                 raise ValueError(f"{name}={text!r:.60}: expected a text")
-        if self.image_token_id is not None and not is_int(self.image_token_id, 0):
-            raise ValueError(f"image_token_id={self.image_token_id!r:.60}: expected a token id")
-        self.image_token_id = None if self.image_token_id is None else int(self.image_token_id)
+        if (token := self.image_token_id) is not None:
+            if not is_int(token, 0):
+                raise ValueError(f"image_token_id={token!r:.60}: expected a token id")
+            self.image_token_id = token = int(token)
+            tokens = getattr(self.text_config.get_text_config(), "vocab_size", None)
+            if tokens is not None and token >= tokens:
+                raise ValueError(
+                    f"image_token_id={token}: outside the vocabulary, lm_vocab_size "
+                    f"(text_config.vocab_size) is {tokens}"
+                )
         if not isinstance(self.vlm_extra_tokens, Mapping | None):
             raise ValueError(
                 f"vlm_extra_tokens={self.vlm_extra_tokens!r:.60}: expected names with their tokens"
