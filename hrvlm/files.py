@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,13 @@ import yaml
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """What is wrong with a line, by the error of reading it as JSON."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg}, column {error.colno})"
+    return f"not valid JSON ({error})"
 
 
 @contextmanager

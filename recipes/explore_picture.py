@@ -9,22 +9,20 @@ the wheel of ``scikit-image``. The page is opened in Chromium by playwright.
 
 from __future__ import annotations
 
+import argparse
 import io
 import shutil
-import sys
 import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import onnx
 from PIL import Image
-from safetensors.torch import save_file
 
 from hrvlm.checkpoints.convert import convert
 from hrvlm.explore.explore import ExploreOptions, explore
 from hrvlm.inference.loading import load_encoder
-from recipes.saliency_vit import model_file, weights
+from recipes.saliency_vit import write_weights
 
 PHOTOS = {
     "cat.png": "chelsea.png",
@@ -49,7 +47,7 @@ def photographs(folder: Path) -> list[Path]:
 
 def write_page(folder: Path) -> Path:
     """The page, after ``hrvlm convert`` and ``hrvlm explore``."""
-    save_file(weights(onnx.load(model_file())), folder / "focus.safetensors")
+    write_weights(folder / "focus.safetensors")
     convert(folder / "focus.safetensors", folder / "dinov2")
     loaded = load_encoder(str(folder / "dinov2"))
     loaded = replace(loaded, name="DINOv2 ViT-S/14, fine-tuned for saliency")
@@ -82,4 +80,6 @@ def write_picture(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_picture(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path, help="Picture to write, as WebP.")
+    write_picture(parser.parse_args().path)

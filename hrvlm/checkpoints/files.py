@@ -48,7 +48,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise TypeError(f"checkpoint: expected a file or directory, got {type(path).__name__}")
     path = Path(path).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise FileNotFoundError(f"{path}: no such file or directory")
     if path.is_dir():
         path = _file_in(path)
     tensors = _load_sharded(path) if path.suffix == ".json" else read_weights(path)

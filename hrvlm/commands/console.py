@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,9 +42,10 @@ def note(message: str) -> None:
 
 
 def note_left_out(skipped: Iterable[object], bad: Iterable[tuple[object, str]]) -> None:
-    """Name the files that are no images by their names, and those that can't be read."""
+    """Name what is no image by its name, what folders are not entered, and what can't be read."""
     for name in skipped:
-        note(f"skipped {printable(name)}: no image by its name")
+        why = "a link to a folder" if Path(str(name)).is_dir() else "no image by its name"
+        note(f"skipped {printable(name)}: {why}")
     for name, reason in bad:
         note(f"skipped {printable(name)}: {reason}")
 

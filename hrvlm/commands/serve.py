@@ -22,5 +22,6 @@ def serve(context: typer.Context) -> None:
     URLs, which clients may then make it do.
     """
     from ..inference.serve import serve as run
+    from ..reader.model import refusal
 
-    run(context.args)
+    run(context.args, refusal)

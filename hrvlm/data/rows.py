@@ -42,10 +42,9 @@ def plain_row(row: Any) -> Row:
 
     Raises:
         ValueError: it is no object, in none of the forms, or its chat is not turns of a user and
-            an assistant.
+            an assistant; or it is itself the error of reading it.
     """
-    if not isinstance(row, Mapping):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
+    _check_object(row)
     name = next((name for name in _CHATS if row.get(name) is not None), None)
     if row.get("texts") is not None or row.get("question") is not None or name is None:
         if row.get("texts") is None and "question" not in row:
@@ -74,6 +73,13 @@ def plain_row(row: Any) -> Row:
     return (
         others | {"images": images or left, "texts": texts} | ({"system": system} if system else {})
     )
+
+
+def _check_object(row: Any) -> None:
+    if isinstance(row, ValueError):  # of reading it
+        raise row
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
 
 
 def _message(
@@ -120,8 +126,7 @@ def images_of(row: Any) -> list[Any]:
     Raises:
         ValueError: the row is no object, or its images are no list.
     """
-    if not isinstance(row, Mapping):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
+    _check_object(row)
     images = row.get("images")
     if images is None:
         image = row.get("image")  # LLaVA has several there, too

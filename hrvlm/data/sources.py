@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..files import json_fault
 from ..images.fetch import is_text_image, unwrapped
 from .config import FineVision, JsonL, Parquet, SourceConfig, Synthetic
 from .rows import Row, plain_row
@@ -242,25 +243,26 @@ class JsonLines(Sequence[Any]):
         self.path = path
         places, place = [], 0
         with open(path, "rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if line.strip():
-                    places.append(place)
+                    places.append((place, number))
                 place += len(line)
-        self._places = np.array(places, dtype=np.int64)
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         """Rows."""
         return len(self._places)
 
     def __getitem__(self, index: Any) -> Any:
-        """A row; a line that is no JSON comes as its text, which is no row that can be used."""
+        """A row, or what is wrong with its line, which is raised by who uses the row."""
+        place, number = self._places[index]
         with open(self.path, "rb") as file:
-            file.seek(int(self._places[index]))
+            file.seek(int(place))
             line = file.readline()
         try:
             return json.loads(line)
-        except (ValueError, RecursionError):
-            return line.decode(errors="replace")
+        except (ValueError, RecursionError) as error:
+            return ValueError(f"line {number}: {json_fault(error)}")
 
 
 def _located(row: Any, root: Path | None) -> Any:

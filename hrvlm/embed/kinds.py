@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import Any
 
+from ..files import json_fault
 from ..images.fetch import is_text_image, is_url, readable, unwrapped
 from ..images.formats import ImageError, image_endings
 from .config import EmbedConfig
@@ -156,7 +157,7 @@ class JsonLines(_Table):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            return ImageError(f"no JSON: {error}")
+            return ImageError(json_fault(error))
         return self._of_row(row, label)
 
 

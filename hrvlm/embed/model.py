@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +14,9 @@ from hrvlm_kernels import PackedGrids
 
 from ..encoder.packed_encoder import PackedEncoder
 from ..images.patches import pack_images
-from ..images.processor import check_normalization
-from ..inference.loading import LoadedEncoder, check_backend_runs, weights_digest
-from ..inference.towers import LoadedTower, Tower, load_encoder_or_tower
-from ..machine import default_dtype, pick_device
+from ..inference.loading import weights_digest
+from ..inference.towers import Tower, load_with_vlm
 from .config import EmbedConfig, Facts
-
-if TYPE_CHECKING:
-    from ..vlm.vision_language_model import VisionLanguageModel
 
 
 class FeatureModel:
@@ -39,19 +33,13 @@ class FeatureModel:
 
     def __init__(self, config: EmbedConfig, dtype: str | None = None):
         self._config = config
-        self._vlm: VisionLanguageModel | None = None
-        self.loaded: LoadedEncoder | LoadedTower
-        dtype = dtype or config.dtype
-        if config.model is not None and _is_vlm(config.model):
-            self._vlm, self.loaded = _load_vlm(config, dtype)
-        else:
-            self.loaded = load_encoder_or_tower(
-                config.model,
-                backend=config.backend,
-                device=config.device,
-                dtype=dtype,
-                batch_invariant=config.batch_invariant,
-            )
+        self._vlm, self.loaded = load_with_vlm(
+            config.model,
+            backend=config.backend,
+            device=config.device,
+            dtype=dtype or config.dtype,
+            batch_invariant=config.batch_invariant,
+        )
         self._encoder = self.loaded.encoder
         self.device = self._encoder.device
         layers, self._hidden_size = _sizes_of(self._encoder)
@@ -170,39 +158,3 @@ def _sizes_of(encoder: PackedEncoder | Tower) -> tuple[int, int]:
     if isinstance(encoder, Tower):
         return encoder.num_layers, encoder.hidden_size
     return encoder.config.num_hidden_layers, encoder.config.hidden_size
-
-
-def _is_vlm(model: str) -> bool:
-    from transformers import PretrainedConfig
-
-    from ..checkpoints.foreign import is_foreign
-    from ..vlm.config import VLMConfig
-
-    if is_foreign(model) or Path(model).is_file():
-        return False
-    try:
-        stored, _ = PretrainedConfig.get_config_dict(model)
-    except OSError:
-        return False  # which load_encoder says better
-    return stored.get("model_type") == VLMConfig.model_type
-
-
-def _load_vlm(
-    config: EmbedConfig, dtype: str | None
-) -> tuple[VisionLanguageModel | None, LoadedEncoder | LoadedTower]:
-    """The model with its encoder; of one whose encoder is a tower of transformers, that alone."""
-    from ..inference.chat import load_vlm
-
-    model, where = str(config.model), pick_device(config.device)
-    name = dtype or default_dtype(where)
-    check_backend_runs(config.backend, where, getattr(torch, name))
-    processor, vlm = load_vlm(model, device=config.device, dtype=name)
-    encoder, images = vlm.vision_encoder, processor.image_processor
-    normalization = check_normalization(images.image_mean, images.image_std)
-    if not isinstance(encoder, PackedEncoder):
-        encoder.requires_grad_(False)
-        tower = Tower(encoder, config.backend, config.batch_invariant)
-        return None, LoadedTower(tower, model, normalization)
-    encoder.backend, encoder.batch_invariant = config.backend, config.batch_invariant
-    encoder.freeze()
-    return vlm, LoadedEncoder(encoder, model, False, normalization)

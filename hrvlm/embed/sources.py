@@ -113,8 +113,7 @@ class Source:
         names = {
             path[len(self._root) + 1 :]: int(info.get("size") or 0)
             for path, info in found.items()
-            # No folders, and no pipes, which wait.
-            if (info.get("type") == "file" or info.get("islink")) and path not in of_out
+            if info.get("type") != "directory" and path not in of_out
         }
         if not names:
             raise FileNotFoundError(f"{self._config.input}: no files")

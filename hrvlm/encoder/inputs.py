@@ -12,7 +12,7 @@ from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import makes_graph
 from hrvlm_kernels.traced_grids import TracedGrids
 
-from ..images.patches import pack_images, patchify
+from ..images.patches import pack_named, patchify
 
 if TYPE_CHECKING:
     from .packed_encoder import PackedEncoder
@@ -77,7 +77,7 @@ def pack_inputs(
             return PackedInputs(patches, grids, (images, grids.max_seqlen))
         batch = images, prefix + hp * wp
     else:
-        patches, grids = pack_images(pixel_values, patch_size)
+        patches, grids = pack_named("pixel_values", pixel_values, patch_size)
     if isinstance(grids, Tensor) and makes_graph():
         packed: PackedGrids = TracedGrids.from_tensor(
             grids, patches.shape[0], num_prefix_tokens=encoder.num_prefix_tokens

@@ -91,9 +91,16 @@ def pack_images(images: Iterable[Tensor], patch_size: int) -> tuple[Tensor, list
         ValueError: an image (named by its index) is not ``[3, H, W]``, or its sides are no
             multiples of `patch_size`.
     """
+    return pack_named("images", images, patch_size)
+
+
+def pack_named(
+    name: str, images: Iterable[Tensor], patch_size: int
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """:func:`pack_images` of an argument that is called `name`."""
     if not isinstance(images, Iterable) or isinstance(images, str | bytes):
         raise TypeError(
-            f"images: expected a list of tensors [3, H, W], got {type(images).__name__}; "
+            f"{name}: expected a list of tensors [3, H, W], got {type(images).__name__}; "
             "get_image_processor makes one of an image of any kind"
         )
     rows, grids = [], []
@@ -107,5 +114,5 @@ def pack_images(images: Iterable[Tensor], patch_size: int) -> tuple[Tensor, list
             raise ValueError(str(error).replace("image:", f"image {i}:", 1)) from None
         grids.append((image.shape[1] // patch_size, image.shape[2] // patch_size))
     if not rows:
-        raise ValueError("images: the list is empty")
+        raise ValueError(f"{name}: the list is empty")
     return torch.cat(rows), grids

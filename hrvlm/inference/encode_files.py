@@ -106,10 +106,10 @@ class ResultWriter:
             ]
         )
         self._names = _names(self._paths, lambda path: path.stem, self._is_free)
-        inputs = {path.resolve() for path in paths}
+        inputs = {os.path.realpath(path) for path in paths}
         for path in self._paths:
             for target in (self._features_of(path), self._picture_of(path)):
-                if target.resolve() in inputs:
+                if os.path.realpath(target) in inputs:
                     raise ValueError(f"{target} is an input and would be replaced")
         self._collected: dict[Path, Stored] = {}  # for the one file
         self._in_file: list[tuple[str, str, str]] = []
@@ -214,7 +214,7 @@ class ResultWriter:
         """A digest of where the image is, as seen from the results: both may move together."""
         place = self._called.get(path)
         if place is None:
-            place = os.path.relpath(path.resolve(), self._directory.resolve())
+            place = os.path.relpath(os.path.realpath(path), os.path.realpath(self._directory))
         elif not is_url(place):
             place = self._content(path) or place  # standard input is called so whatever it holds
         return _digest(place)

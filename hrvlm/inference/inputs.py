@@ -23,7 +23,7 @@ class Inputs:
     Attributes:
         paths: In the order in which they were named.
         names: What those are called that lie in a temporary folder.
-        skipped: Files inside folders that are no images by their names.
+        skipped: Files inside folders that are no images by their names, and links to folders.
         bad: Addresses that could not be fetched (or data URIs that could not be read), and why.
     """
 
@@ -97,7 +97,7 @@ def find_images(paths: Sequence[Path], skipped: list[Path] | None = None) -> lis
 
     Args:
         paths: Files and folders.
-        skipped: Takes the other files of the folders.
+        skipped: Takes what else is in the folders: other files, and links to folders.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -110,11 +110,12 @@ def find_images(paths: Sequence[Path], skipped: list[Path] | None = None) -> lis
                 raise FileNotFoundError(f"{path}: no such file or directory")
             images.append(path)
             continue
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        found = [p for p in files if p.suffix.lower() in endings]
+        # Links to nothing are files that can't be read; folders behind links are not entered.
+        files = sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
+        found = [p for p in files if p.suffix.lower() in endings and not p.is_dir()]
         if not found:
             raise ValueError(f"{path}: no images in this directory")
         images += found
         if skipped is not None:
-            skipped += [p for p in files if p.suffix.lower() not in endings]
+            skipped += sorted(set(files) - set(found))
     return images

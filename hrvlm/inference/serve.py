@@ -2,7 +2,8 @@
 
 The server of transformers 5.17 finds classes by name in two places that registration with the Auto
 classes does not reach: the table of multimodal models, and transformers' own namespace. It answers
-500 to a request that is wrong, and decodes images where it should listen to others.
+500 or 422 to a request that is wrong, passes over fields that it does not honour, and decodes
+images where it should listen to others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from hrvlm_kernels.packed_tables import is_int
 
 if TYPE_CHECKING:
     from ..vlm.processors import VLMProcessor
+
+Refusal = Callable[[str, Any], str | None]
 
 _IMAGE_TYPES = ("image_url", "input_image")
 
@@ -46,23 +49,30 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "n": (lambda v: v == 1, "1: one answer to a request"),
     "stream": (lambda v: isinstance(v, bool), "true or false"),
     "stop": (_is_stop, "a text or a list of texts"),
+    "response_format": (lambda v: v == {"type": "text"}, '{"type": "text"}'),
+    "text": (lambda v: v == {"format": {"type": "text"}}, '{"format": {"type": "text"}}'),
+    "logprobs": (lambda v: v is False, "false: an answer is text alone"),
+    "top_logprobs": (lambda v: is_int(v, 0) and v == 0, "0: an answer is text alone"),
+    "modalities": (lambda v: v == ["text"], '["text"]'),
     "logit_bias": (lambda v: isinstance(v, dict), "an object"),
     "tools": (lambda v: isinstance(v, list), "a list"),
     "generation_config": (lambda v: isinstance(v, str) and v[:1] == "{", "an object as text"),
 }
 
 
-def register_for_serving(*, fetch: bool = False) -> None:
+def register_for_serving(*, fetch: bool = False, refuse: Refusal = lambda *_: None) -> None:
     """Let the server of transformers load a VisionLanguageModel, in this process.
 
     Images that a client sends are decoded in workers (`worker.py`); files of the server's own
     are not read for a client, and addresses in the network only with `fetch`: the server may reach
-    what the client may not.
+    what the client may not. `refuse` is told the model and a picture, and says why that model is
+    not asked about it, or None.
 
     The name goes into the server's table of models that take images. Auto classes that walk through
     that table would look for a module of transformers, so this is for a process that only serves.
     """
     from transformers import AutoModelForMultimodalLM
+    from transformers.cli.serving import server
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.response import ResponseHandler
@@ -79,14 +89,16 @@ def register_for_serving(*, fetch: bool = False) -> None:
     VLMProcessor.fetched = _decoded_before  # type: ignore[assignment, method-assign]
     handlers: tuple[Any, ...] = (ChatCompletionHandler, ResponseHandler)
     for handler in handlers:
-        handler.handle_request = _naming_bad_requests(handler.handle_request, fetch)
+        handler.handle_request = _naming_bad_requests(handler.handle_request, fetch, refuse)
+    app: Any = server
+    app.build_server = _saying_what_is_wrong(app.build_server)
     manager: Any = ModelManager
     if hasattr(manager, "get_gen_models"):  # later ones list the served model
         manager.get_gen_models = _models(manager.get_gen_models)
 
 
 def _naming_bad_requests(
-    handle: Callable[..., Awaitable[Any]], fetch: bool
+    handle: Callable[..., Awaitable[Any]], fetch: bool, refuse: Refusal
 ) -> Callable[..., Awaitable[Any]]:
     """A handler that decodes the images of a request first, and answers 400 if it is wrong."""
     decoding = asyncio.Semaphore(os.cpu_count() or 1)
@@ -98,12 +110,13 @@ def _naming_bad_requests(
             _check_fields(body)
             if "input" not in body:
                 _check_messages(body.get("messages"))
-            _, _, processor = handler._resolve_model(body)
+            _, model, processor = handler._resolve_model(body)
             for index, part in enumerate(_image_parts(body.get("messages") or body.get("input"))):
                 async with decoding:  # the loop goes on with the requests of others
-                    part["image_url"] = {
-                        "url": await asyncio.to_thread(_decoded, processor, index, part, fetch)
-                    }
+                    image = await asyncio.to_thread(_decoded, processor, index, part, fetch)
+                if reason := refuse(model.config.name_or_path, image):
+                    raise ValueError(f"image {index}: {reason}")
+                part["image_url"] = {"url": image}
             return await handle(handler, body, request_id)
         except KeyError as error:
             raise HTTPException(400, f"the request lacks {error}") from error
@@ -111,6 +124,32 @@ def _naming_bad_requests(
             raise HTTPException(400, str(error)) from error
 
     return handle_request
+
+
+def _saying_what_is_wrong(build: Callable[..., Any]) -> Callable[..., Any]:
+    """A maker of servers that answer 400 where FastAPI and transformers answer 422."""
+
+    def build_server(*args: Any, **kwargs: Any) -> Any:
+        from fastapi import HTTPException
+        from fastapi.exception_handlers import http_exception_handler
+        from fastapi.exceptions import RequestValidationError
+
+        async def answer(request: Any, error: Any) -> Any:
+            if isinstance(error, RequestValidationError):
+                first = error.errors()[0]
+                why = first.get("ctx", {}).get("error", "")
+                why = why and f" ({why}, character {first['loc'][-1]})"
+                error = HTTPException(400, f"the body of the request: {first['msg']}{why}")
+            elif error.status_code == 422:
+                error.status_code = 400
+            return await http_exception_handler(request, error)
+
+        app = build(*args, **kwargs)
+        for kind in (HTTPException, RequestValidationError):
+            app.add_exception_handler(kind, answer)
+        return app
+
+    return build_server
 
 
 def _check_fields(body: dict[str, Any]) -> None:
@@ -195,10 +234,11 @@ def _models(in_cache: Callable[..., list[dict[str, Any]]]) -> Callable[..., list
     return models
 
 
-def serve(arguments: Sequence[str]) -> None:
+def serve(arguments: Sequence[str], refuse: Refusal = lambda *_: None) -> None:
     """Run ``transformers serve`` with these arguments, until it is stopped.
 
-    ``--fetch`` among them is ours: images of clients that are URLs are fetched.
+    ``--fetch`` among them is ours: images of clients that are URLs are fetched; `refuse` as in
+    :func:`register_for_serving`.
 
     Raises:
         ImportError: the server's dependencies are not installed (``pip install 'hrvlm[serve]'``).
@@ -207,7 +247,7 @@ def serve(arguments: Sequence[str]) -> None:
 
     if not is_serve_available():
         raise ImportError("the server needs more packages: pip install 'hrvlm[serve]'")
-    register_for_serving(fetch="--fetch" in arguments)
+    register_for_serving(fetch="--fetch" in arguments, refuse=refuse)
     arguments = [argument for argument in arguments if argument != "--fetch"]
     from transformers.cli.transformers import app
 

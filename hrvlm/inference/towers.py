@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,13 @@ from hrvlm_kernels import PackedGrids
 from ..checkpoints.foreign import is_foreign
 from ..checkpoints.preprocessor import stored_normalization
 from ..encoder.output import PackedEncoderOutput
+from ..encoder.packed_encoder import PackedEncoder
 from ..images.patches import pack_images
-from ..images.processor import Normalization
+from ..images.processor import Normalization, check_normalization
 from ..machine import MODEL_DTYPES, default_dtype, pick_device, torch_dtype
 from ..towers.acceleration import accelerate
 from ..towers.rebinding import global_names, innermost
+from ..vlm.config import VLMConfig
 from ..vlm.tower_classes import Form, tower_class, tower_form
 from ..vlm.vision_towers import encode
 from .loading import (
@@ -41,6 +43,9 @@ from .loading import (
     load_encoder,
     quiet_loading,
 )
+
+if TYPE_CHECKING:
+    from ..vlm.vision_language_model import VisionLanguageModel
 
 _MERGED, _WINDOWS = "spatial_merge_size", "get_vision_window_index"
 
@@ -192,21 +197,60 @@ class LoadedTower:
 
 def has_tower(model: str) -> bool:
     """Whether it is a model of transformers other than this project's encoders."""
+    kind = _stored_type(model)
+    return kind in CONFIG_MAPPING and kind not in ENCODER_TYPES
+
+
+def _stored_type(model: str) -> str | None:
+    """The `model_type` in its config; None where there is none."""
     if is_foreign(model) or Path(model).is_file():
-        return False
+        return None
     try:
         stored, _ = PretrainedConfig.get_config_dict(model)
-        kind = stored["model_type"]
-        return kind in CONFIG_MAPPING and kind not in ENCODER_TYPES
+        return str(stored["model_type"])
     except Exception:  # whatever is wrong with it, load_encoder says better
-        return False
+        return None
 
 
 def load_encoder_or_tower(model: str | None, **options: Any) -> LoadedEncoder | LoadedTower:
     """By what the model is; the arguments are those of `load_encoder`."""
-    if model is not None and has_tower(model):
-        return load_tower(model, **options)
-    return load_encoder(model, **options)
+    return load_with_vlm(model, **options)[1]
+
+
+def load_with_vlm(
+    model: str | None, **options: Any
+) -> tuple[VisionLanguageModel | None, LoadedEncoder | LoadedTower]:
+    """Likewise, and the VisionLanguageModel that an encoder of this project is in, if it is."""
+    if model is None or not has_tower(model):
+        return None, load_encoder(model, **options)
+    if _stored_type(model) == VLMConfig.model_type:
+        return _load_vlm(model, **options)
+    return None, load_tower(model, **options)
+
+
+def _load_vlm(
+    model: str,
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_invariant: bool = False,
+) -> tuple[VisionLanguageModel | None, LoadedEncoder | LoadedTower]:
+    """The model with its encoder; of one whose encoder is a tower of transformers, that alone."""
+    from .chat import load_vlm
+
+    where = pick_device(device)
+    name = dtype or default_dtype(where)
+    check_backend_runs(backend, where, torch_dtype(name, MODEL_DTYPES))
+    processor, vlm = load_vlm(model, device=device, dtype=name)
+    encoder, images = vlm.vision_encoder, processor.image_processor
+    normalization = check_normalization(images.image_mean, images.image_std)
+    if not isinstance(encoder, PackedEncoder):
+        encoder.requires_grad_(False)
+        return None, LoadedTower(Tower(encoder, backend, batch_invariant), model, normalization)
+    encoder.backend, encoder.batch_invariant = backend, batch_invariant
+    encoder.freeze()
+    return vlm, LoadedEncoder(encoder, model, False, normalization)
 
 
 def load_tower(

@@ -5,6 +5,7 @@ The tokenizer is byte-level: one token per ASCII character, so that the language
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -70,6 +71,13 @@ def why_not_read(image: Image.Image) -> str | None:
         f"read, {largest}, or {line} for a line: give it a line or a small part, with text of 14 "
         "to 32 px, or another model with --model"
     )
+
+
+def refusal(model: str, image: Image.Image) -> str | None:
+    """:func:`why_not_read` where the model is that of :func:`reader_path`; None for others."""
+    directory = str(files("hrvlm").joinpath("assets", "reader"))
+    ours = os.path.realpath(model) == os.path.realpath(directory)
+    return why_not_read(image) if ours else None
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -204,6 +204,8 @@ def merge(adapter: Path, directory: Path, base: str | None = None) -> Merged:
         raise ValueError("adapters need the library peft: pip install 'hrvlm[lora]'")
     import peft
 
+    if not adapter.exists():
+        raise ValueError(f"{adapter}: no such directory")
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter}: no adapters in it (no adapter_config.json)")
     if (directory / "config.json").exists():

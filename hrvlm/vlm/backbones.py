@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     Dinov2Model,
     Dinov2WithRegistersModel,
     DINOv3ViTModel,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,7 +26,7 @@ from ..checkpoints.strict import load_strictly
 from ..encoder.packed_encoder import PackedEncoder
 from ..encoder.plain_modules import cast_parameters, is_float
 from ..encoder.vision_transformer import encoder_class, load_file, without_mask_token
-from .config import VLMConfig
+from .config import VLMConfig, check_options
 from .part_configs import ENCODERS, architecture_of
 from .tokenizer import get_tokenizer
 from .tower_classes import LEFT_OUT, OF_TWO_TOWERS, leave_out, tower_class
@@ -38,10 +40,13 @@ def join(
     vision: str | PreTrainedModel,
     language: str | PreTrainedModel,
     tokenizer: str | PreTrainedTokenizerBase,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     options: dict[str, Any],
 ) -> VisionLanguageModel:
     """Do what :meth:`VisionLanguageModel.from_backbones` says."""
+    alias = options.pop("torch_dtype", None)
+    dtype = _dtype_of_all(alias if dtype is None else dtype)
+    check_options(options)
     names = {
         name: part
         for name, part in zip(
@@ -55,8 +60,6 @@ def join(
         tokenizer = get_tokenizer(
             tokenizer, options.get("vlm_extra_tokens"), options.get("lm_chat_template")
         )
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype={dtype!r}: expected a floating-point torch.dtype, or None")
     if getattr(tokenizer, "image_token", None) is None:
         raise ValueError("tokenizer: it has no image_token; make it with hrvlm.get_tokenizer")
     encoder, decoder = load_vision(vision), load_language(language)
@@ -82,6 +85,15 @@ def join(
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _dtype_of_all(dtype: Any) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(
+            f"dtype={dtype!r}: expected a floating-point torch.dtype or the name of one, or None"
+        )
+    return found
 
 
 def _device_of(model: PreTrainedModel) -> torch.device:
@@ -142,15 +154,26 @@ def load_vision(source: str | PreTrainedModel) -> PreTrainedModel:
     return load_vision(next(module for module in model.modules() if isinstance(module, tower)))
 
 
+def check_causal(config: PreTrainedConfig, said: str) -> None:
+    """Raise ValueError unless it is the config of a causal language model; `said` names it."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{said}: expected a causal language model, got {config.model_type!r}")
+
+
 def load_language(source: str | PreTrainedModel) -> PreTrainedModel:
     """The causal language model for `source`.
 
     Raises:
         TypeError: `source` is a model that cannot generate text.
-        ValueError: the weights do not fit, or a file is damaged.
+        ValueError: the checkpoint is of another kind, its weights do not fit, or it is damaged.
     """
     if isinstance(source, str):
-        return load_strictly(AutoModelForCausalLM.from_pretrained, source)
+        try:
+            return load_strictly(AutoModelForCausalLM.from_pretrained, source)
+        except ValueError as error:
+            if not str(error).startswith("Unrecognized configuration class"):
+                raise
+        check_causal(AutoConfig.from_pretrained(source), f"language={source!r}")
     if not isinstance(source, PreTrainedModel) or not source.can_generate():
         raise TypeError(
             f"language: expected a name or a causal language model, got {type(source).__name__}"

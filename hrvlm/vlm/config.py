@@ -91,6 +91,18 @@ _GONE = {  # nanoVLM's names that have no place here, and what is instead
     "vlm_checkpoint_path": "an argument of save_pretrained and from_pretrained",
     "hf_repo_name": "an argument of push_to_hub",
 }
+_OF_PARTS = {  # what from_backbones is not told, but finds
+    "vision_config": "encoder",
+    "text_config": "language model",
+    "image_token_id": "tokenizer",
+}
+_OPTIONS = (
+    *(name for name in _OWN_NAMES if name not in _OF_PARTS),
+    "allow_fp16",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
 _NAMES = (
     "vit_architecture",
     *_ONE_VALUE,
@@ -179,9 +191,16 @@ class VLMConfig(PreTrainedConfig):
         for name in ("vit_model_type", "lm_model_type", "lm_tokenizer", "lm_chat_template"):
             if not isinstance(text := getattr(self, name), str | None):
                 raise ValueError(f"{name}={text!r:.60}: expected a text")
-        if self.image_token_id is not None and not is_int(self.image_token_id, 0):
-            raise ValueError(f"image_token_id={self.image_token_id!r:.60}: expected a token id")
-        self.image_token_id = None if self.image_token_id is None else int(self.image_token_id)
+        if (token := self.image_token_id) is not None:
+            if not is_int(token, 0):
+                raise ValueError(f"image_token_id={token!r:.60}: expected a token id")
+            self.image_token_id = token = int(token)
+            tokens = getattr(self.text_config.get_text_config(), "vocab_size", None)
+            if tokens is not None and token >= tokens:
+                raise ValueError(
+                    f"image_token_id={token}: outside the vocabulary, lm_vocab_size "
+                    f"(text_config.vocab_size) is {tokens}"
+                )
         if not isinstance(self.vlm_extra_tokens, Mapping | None):
             raise ValueError(
                 f"vlm_extra_tokens={self.vlm_extra_tokens!r:.60}: expected names with their tokens"
@@ -366,6 +385,19 @@ class VLMConfig(PreTrainedConfig):
             )
         except StrictDataclassError as error:
             raise ValueError(str(error)) from error
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a name that is no attribute for from_backbones to set."""
+    for name in options:
+        if name in _OF_PARTS:
+            raise ValueError(f"{name!r} is no option: it is that of the {_OF_PARTS[name]}")
+    others = {name: value for name, value in options.items() if name not in _OPTIONS}
+    _refuse_misspelt(others)
+    for name in others:
+        near = get_close_matches(name, _OPTIONS, n=1)
+        expected = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_OPTIONS)}"
+        raise ValueError(f"unknown option {name!r}: {expected}")
 
 
 def _unknown(name: str) -> str:

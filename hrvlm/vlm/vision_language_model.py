@@ -29,7 +29,7 @@ from ..checkpoints.strict import StrictModel
 from ..encoder.plain_modules import is_plain
 from ..encoder.vision_transformer import DINOv2Encoder, DINOv3Encoder, without_mask_token
 from ..images.geometry import positive_int
-from .backbones import join, new_encoder
+from .backbones import check_causal, join, new_encoder
 from .config import VLMConfig
 from .generation import PackedGenerationMixin
 from .headless import HeadlessVLM
@@ -76,6 +76,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
 
     def __init__(self, config: VLMConfig):
         super().__init__(config)
+        check_causal(config.text_config, "text_config")
         # First of all: tools take the first model among the parts for the language model.
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         self.vision_encoder = new_encoder(config)
@@ -92,7 +93,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
         language: str | PreTrainedModel,
         tokenizer: str | PreTrainedTokenizerBase,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         **options: Any,
     ) -> VisionLanguageModel:
         """Join a pretrained encoder and a pretrained language model by a new projector.
@@ -106,12 +107,14 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
                 of the new model; they are not copied.
             tokenizer: Hub id or directory, read by :func:`hrvlm.vlm.tokenizer.get_tokenizer`, or a
                 tokenizer with an ``image_token``. The vocabulary grows to hold its tokens.
-            dtype: Of all parts; default: the language model's.
+            dtype: Of all parts, or its name; default: the language model's. ``torch_dtype`` is
+                transformers' other name of it.
             **options: Attributes of :class:`~hrvlm.vlm.config.VLMConfig`, as ``max_img_size``.
 
         Raises:
             TypeError: a loaded model is of another kind.
-            ValueError: an option is unknown, or the tokenizer has no image token.
+            ValueError: an option is unknown, a checkpoint is of another kind, or the tokenizer has
+                no image token.
         """
         return join(cls, vision, language, tokenizer, dtype, options)
 

@@ -32,6 +32,7 @@ OPS = (
     "pixel_shuffle_linear",
 )
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (*TRITON_DTYPES, torch.float64)  # of which the kernels leave the last to torch
 _MIN_CAPABILITY = (8, 0)
 
 
@@ -40,6 +41,21 @@ def check_backend(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     return backend
+
+
+def check_floats(**given: Tensor | torch.dtype) -> None:
+    """Raise unless what is computed with, by its names, is of :data:`FLOATS`.
+
+    Raises:
+        TypeError: it is no tensor, nor the dtype of a result.
+        ValueError: its dtype is another one.
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor | torch.dtype):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        dtype = value.dtype if isinstance(value, Tensor) else value
+        if dtype not in FLOATS:
+            raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype}")
 
 
 def resolve(op: str, backend: str, x: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from safetensors import safe_open
 
 from tests.commands.helpers import error_of, run
@@ -20,3 +21,17 @@ def test_convert_says_what_it_found(model, tmp_path):
     assert document["layout"] == "transformers" and document["tensors"] == count
     assert document["config"]["num_attention_heads"] == 2
     assert "dtype must be one of" in error_of(run("convert", model, out, "--dtype", "int4"))
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("convert", "/nowhere", "out"), "/nowhere: no such file or directory"),
+        (("convert", "/nowhere.pth", "out"), "/nowhere.pth: no such file or directory"),
+        (("export", "/nowhere", "out.onnx"), "model '/nowhere': no such directory"),
+        (("export", "/nowhere.pth", "out.onnx"), "/nowhere.pth: no such file or directory"),
+        (("merge", "/nowhere", "out"), "/nowhere: no such directory"),
+    ],
+)
+def test_a_source_that_is_not_there_is_said_not_to_be(command, expected):
+    assert expected in error_of(run(*command))

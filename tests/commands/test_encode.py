@@ -206,6 +206,25 @@ def test_folders_are_read_to_their_depths_and_what_is_skipped_is_named(images, m
     assert "lies in one of the inputs" in error_of(inside)
 
 
+def test_links_that_lead_nowhere_and_links_to_folders_are_named(images, model, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jpg").symlink_to(images / "a_turned.jpg")
+    (folder / "gone.jpg").symlink_to(tmp_path / "gone.jpg")
+    (folder / "round.png").symlink_to("round.png")
+    for name in ("folder", "folder.png"):
+        (folder / name).symlink_to(images)
+    command = ("encode", folder, "--model", model, "--out", tmp_path / "out")
+    assert "gone.jpg" in error_of(run(*command))
+    shown = run(*command, "--skip-bad", "--json")
+    document = json.loads(shown.stdout)
+    assert [image["image"] for image in document["images"]] == [str(folder / "a.jpg")]
+    bad = [str(folder / "gone.jpg"), str(folder / "round.png")]
+    assert [each["image"] for each in document["bad"]] == bad
+    assert document["skipped"] == [str(folder / "folder"), str(folder / "folder.png")]
+    assert f"skipped {folder / 'folder'}: a link to a folder" in shown.stderr
+
+
 def test_what_is_there_stays_and_what_changed_is_made_anew(images, model, tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()

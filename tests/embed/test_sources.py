@@ -56,7 +56,6 @@ def folder(tmp_path):
     for i, name in enumerate(("b/z.png", "a.PNG", "b/c.jpg")):
         (tmp_path / "in" / name).write_bytes(png(17 + i))
     (tmp_path / "in" / "notes.txt").write_text("no image")
-    os.mkfifo(tmp_path / "in" / "pipe.png")  # to open it would wait for ever
     return tmp_path
 
 
@@ -80,6 +79,19 @@ def test_ids_and_digests_do_not_depend_on_where_the_input_lies(folder):
 def test_links_are_followed(folder):
     (folder / "in" / "b" / "link.png").symlink_to(folder / "in" / "a.PNG")
     assert opened(config_of(folder / "in"))["b/link.png"] == 18
+
+
+@pytest.mark.parametrize("name", ["link.png", "pipe.png"])
+def test_what_can_not_be_read_is_an_entry_with_its_error(folder, name):
+    path = folder / "in" / name
+    if name == "link.png":
+        path.symlink_to(folder / "nothing.png")
+    else:
+        os.mkfifo(path)  # to open it would wait for ever
+    source = open_source(config_of(folder / "in"))
+    assert name in [entry.id for entry in list_images(source)]
+    with pytest.raises((ImageError, FileNotFoundError), match=name):
+        load_image(str(path))
 
 
 def test_patterns(folder):
@@ -152,11 +164,13 @@ def test_json_lines(folder):
     assert list(found) == [f"rows.jsonl:{i}" for i in (0, 1, 3, 4, 5, 6, 7)]
     first, second, broken, coded, none, address, two = found.values()
     assert (first, second, coded) == (18, 17, 33)
-    assert "no JSON" in broken and "no image in column 'image'; columns: text" in none
+    assert "not valid JSON (Expecting property name enclosed" in broken and "column 2" in broken
+    assert "no image in column 'image'; columns: text" in none
     assert "--fetch" in address and "2 images in a row" in two
 
 
 def test_a_row_that_names_a_pipe_does_not_wait_for_it(folder):
+    os.mkfifo(folder / "in" / "pipe.png")  # to open it would wait for ever
     (folder / "rows.jsonl").write_text(json.dumps("in/pipe.png"))
     config = config_of(folder / "rows.jsonl")
     with pytest.raises(ImageError, match=r"pipe\.png' is a pipe or a device: expected a regular"):

@@ -152,6 +152,23 @@ def test_encode_writes_their_patches_and_pictures_without_attention(folder, tmp_
     assert list(pooled) == ["mean"]
 
 
+def test_encode_takes_the_encoder_of_a_vision_language_model(folder, tmp_path, vlm):
+    picture = folder / "in" / "0003.png"
+    model = VisionLanguageModel.from_pretrained(vlm)
+    model.vision_encoder.save_pretrained(tmp_path / "alone")
+    written = json.loads((vlm / "processor_config.json").read_text())["image_processor"]
+    (tmp_path / "alone" / "preprocessor_config.json").write_text(json.dumps(written))
+    features = []
+    for name in (tmp_path / "alone", vlm):
+        out = tmp_path / f"of-{name.name}"
+        result = run("encode", picture, "--model", name, "--dtype", "float32", "--out", out)
+        assert result.exit_code == 0 and "share of the pass's FLOPs" in result.stdout, result.output
+        features.append(load_file(out / "0003.features.safetensors"))
+    alone, inside = features
+    assert alone.keys() == inside.keys() == {"cls", "registers", "patches"}
+    assert all(torch.equal(alone[key], inside[key]) for key in alone)
+
+
 def test_a_search_compares_means_where_there_is_no_cls(folder, tmp_path):
     run_here(config_of(folder, tmp_path / "out", "siglip2", layer=1))
     query = folder / "in" / "0003.png"

@@ -644,9 +644,9 @@ def test_sizes_that_make_no_encoder_are_named(fields):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (None, "images: expected a list of tensors.*got NoneType"),
-        ("a.png", "images: expected a list of tensors.*got str"),
-        (Image.new("RGB", (32, 32)), "images: expected a list of tensors.*got Image"),
+        (None, "pixel_values: expected a list of tensors.*got NoneType"),
+        ("a.png", "pixel_values: expected a list of tensors.*got str"),
+        (Image.new("RGB", (32, 32)), "pixel_values: expected a list of tensors.*got Image"),
         ([torch.zeros(3, 32, 32), Image.new("RGB", (32, 32))], "image 1: expected a tensor, got"),
         (np.zeros((1, 3, 32, 32)), "image 0: expected a tensor, got ndarray"),
     ],

@@ -178,7 +178,7 @@ def test_parquet_and_saved_datasets_give_what_json_lines_give(place, tmp_path):
         ('{"texts": 5}', "texts: expected a list, got 5"),
         ('{"images": "a", "question": "q", "answer": ""}', "images: expected a list, got str"),
         ('{"question": "<image>", "answer": ""}', "0 images, but 1 times <image> in the texts"),
-        ("{", "expected an object, got str"),
+        ("5", "expected an object, got int"),
     ],
 )
 def test_rows_of_no_known_form_are_named(row, message, place):
@@ -190,6 +190,20 @@ def test_rows_of_no_known_form_are_named(row, message, place):
     with pytest.raises(ValueError) as error:
         list(DataSource(str(path)).questions())
     assert str(error.value) == f"{path}: row 0: {message}"
+
+
+@pytest.mark.parametrize(
+    "line, fault",
+    [
+        ("garbage", "Expecting value, column 1"),
+        ('{"question": "Read.", "answer": "Harb', "Unterminated string starting at, column 33"),
+    ],
+)
+def test_lines_that_are_no_json_are_named(line, fault, place):
+    path = place / "cut.jsonl"
+    path.write_text("\n" + json.dumps(ROWS[4]) + f"\n\n{line}")
+    _, wrong = DataSource(str(path)).questions()
+    assert wrong.key == "1" and wrong.problem == f"line 4: not valid JSON ({fault})"
 
 
 def test_images_stand_where_the_texts_say():

@@ -1,5 +1,6 @@
 """A server of transformers in a process of its own, asked about an image over HTTP."""
 
+import asyncio
 import base64
 import io
 import json
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -23,6 +25,7 @@ from transformers.utils.import_utils import is_serve_available
 from hrvlm.images.formats import ImageError
 from hrvlm.inference import serve
 from hrvlm.inference.chat import GenerateOptions, start_chat
+from hrvlm.reader import model as reader
 from hrvlm.vlm.tokenizer import IMAGE_TOKEN
 from tests.images.bombs import run_length_bmp
 from tests.tiny import model_of, picture, processor_of
@@ -181,7 +184,56 @@ def test_a_wrong_request_is_400_with_the_reason(server, case):
     assert code == 400 and re.search(message, text), (code, text)
 
 
+@pytest.mark.slow
+@needs_server
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("chat/completions", b'{"messages": ', "the body of the request: JSON decode error .*char"),
+        ("chat/completions", b"[]", "the body of the request: .*valid dictionary"),
+        ("chat/completions", b'{"messages": [{"role": "user"}], "foo": 1}', "fields.*foo"),
+        ("responses", b'{"input": 5}', "'input' must be a string or list"),
+    ],
+)
+def test_a_body_of_another_form_is_400_with_the_reason(server, path, body, message):
+    url, _ = server
+    asked = urllib.request.Request(f"{url}/v1/{path}", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(asked, timeout=60)
+    text = json.loads(error.value.read())["detail"]
+    assert error.value.code == 400 and re.search(message, text), text
+
+
+@needs_server
+def test_the_reader_refuses_pages_as_generate_does():
+    from fastapi import HTTPException
+
+    model = SimpleNamespace(config=SimpleNamespace(name_or_path=reader.reader_path()))
+    handler = SimpleNamespace(_resolve_model=lambda body: (None, model, processor_of()))
+
+    async def handle(handler, body, request_id):
+        return [part["image_url"]["url"].size for part in body["messages"][0]["content"][:-1]]
+
+    ask = serve._naming_bad_requests(handle, fetch=False, refuse=reader.refusal)
+
+    def answer(*size):
+        body = {"messages": question("Read.", data_uri(png(picture(*size))))}
+        return asyncio.run(ask(handler, body, ""))
+
+    assert answer(500, 300) == [(500, 300)]
+    with pytest.raises(HTTPException) as error:
+        answer(600, 400)
+    assert error.value.status_code == 400
+    assert error.value.detail.startswith("image 0: 400 x 600 px (height x width) is more than")
+    model.config.name_or_path = "another"
+    assert answer(600, 400) == [(600, 400)]
+
+
 WRONG_FIELDS = {
+    "response_format": {"type": "json_object"},
+    "logprobs": True,
+    "top_logprobs": 3,
+    "modalities": ["audio"],
     "max_tokens": "x",
     "temperature": -1,
     "top_p": 7,
@@ -202,7 +254,8 @@ def test_a_wrong_field_is_named_and_a_stop_ends_the_answer(server):
             ask(server, question("?"), **{name: value})
         text = json.loads(error.value.read())["detail"]
         assert error.value.code == 400 and text.startswith(f"{name}={value!r}: expected"), text
-    (whole,) = json.loads(ask(server, question("?"), max_tokens=60))["choices"]
+    fine = {"response_format": {"type": "text"}, "logprobs": False}
+    (whole,) = json.loads(ask(server, question("?"), max_tokens=60, **fine))["choices"]
     text = whole["message"]["content"]
     letter = next(c for c in text[1:] if c.isascii() and c.isprintable())
     (stopped,) = json.loads(ask(server, question("?"), max_tokens=60, stop=[letter]))["choices"]

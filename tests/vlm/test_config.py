@@ -134,6 +134,13 @@ def test_a_name_is_taken_with_the_value_that_changes_nothing(make, name, nothing
         make({name: other})
 
 
+def test_the_image_token_is_in_the_vocabulary():
+    names = {"lm_vocab_size": 512, "image_token_id": 511}
+    assert VLMConfig.from_names(names).image_token_id == 511
+    with pytest.raises(ValueError, match=r"image_token_id=600: .*lm_vocab_size .* is 512"):
+        VLMConfig.from_names(names | {"image_token_id": 600})
+
+
 def test_sizes_of_the_parts_are_not_taken_for_own_options():
     with pytest.raises(ValueError, match=r"'vit_patch_size' is a name of VLMConfig.from_names"):
         VLMConfig(vit_patch_size=8)

@@ -571,6 +571,15 @@ def test_siglip_is_joined_without_its_pooling_head():
     assert model.decoder.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}],
+)
+def test_parts_are_joined_in_a_dtype_by_any_name_of_it(options):
+    model = VisionLanguageModel.from_backbones(*parts(), tokenizer_of(), **options)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_siglips_vision_tower_is_taken_out_of_the_checkpoint(tmp_path):
     text = SiglipTextConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2

@@ -204,11 +204,41 @@ def test_a_checkpoint_of_another_model_is_told_in_a_line(model, tmp_path):
         DINOv2Encoder(model.config.vision_config)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.int32])
-def test_parts_are_joined_in_a_floating_point_dtype(model, dtype):
+@pytest.mark.parametrize("dtype", ["int32", "tensor", "bf16", torch.int32])
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_parts_are_joined_in_a_floating_point_dtype(model, name, dtype):
     parts = model.vision_encoder, model.decoder, tokenizer_of()
     with pytest.raises(ValueError, match=r"dtype=.*: expected a floating-point torch.dtype"):
-        VisionLanguageModel.from_backbones(*parts, dtype=dtype)
+        VisionLanguageModel.from_backbones(*parts, **{name: dtype})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"foo": 1}, "unknown option 'foo': expected mp_pixel_shuffle_factor, "),
+        ({"factor": 2}, "unknown option 'factor'"),
+        ({"patch_size": 14}, "unknown option 'patch_size'"),
+        ({"device_map": "cpu"}, "unknown option 'device_map'"),
+        ({"upscale": False}, "unknown option 'upscale': did you mean 'allow_upscale'"),
+        ({"vit_cls_flag": True}, "vit_cls_flag=True: "),
+        ({"vit_img_size": 512}, "'vit_img_size' is a name of VLMConfig.from_names"),
+        ({"image_token_id": 5}, "'image_token_id' is no option: it is that of the tokenizer"),
+        ({"text_config": {}}, "'text_config' is no option: it is that of the language model"),
+    ],
+)
+def test_options_of_joining_are_named(model, options, message):
+    parts = model.vision_encoder, model.decoder, tokenizer_of()
+    with pytest.raises(ValueError, match=message):
+        VisionLanguageModel.from_backbones(*parts, **options)
+
+
+def test_another_model_for_a_language_model_is_told_in_a_line(model, tmp_path):
+    model.vision_encoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a causal language model, got 'dinov3_vit'") as e:
+        VisionLanguageModel.from_backbones(model.vision_encoder, str(tmp_path), tokenizer_of())
+    assert str(e.value).startswith(f"language={str(tmp_path)!r}: ")
+    with pytest.raises(ValueError, match="text_config: expected a causal language model"):
+        model_of(text=model.config.vision_config)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import choose_backend
+from ..backends import check_floats, choose_backend
 from ..packed_grids import PackedGrids, check_packed
 from .pixel_shuffle_linear import check_pixel_shuffle_inputs, compute_dtype, pixel_shuffle_linear
 from .torch_op import ops, register, register_backward
@@ -114,11 +114,13 @@ def layer_norm_pixel_shuffle(
         ``[sum gh*gw, s*s*C]``, in (dy, dx, channel) order.
 
     Raises:
-        ValueError: the factor does not divide an image's grid, or shapes or devices do not fit.
+        ValueError: the factor does not divide an image's grid, or shapes, dtypes or devices do not
+            fit.
         RuntimeError: the backend asked for can't run here.
     """
-    dtype = x.dtype if dtype is None else dtype
     _check_norm(x, packed, factor, norm_weight, norm_bias)
+    dtype = x.dtype if dtype is None else dtype
+    check_floats(dtype=dtype)
     if choose_backend("layer_norm_pixel_shuffle", backend, x) == "triton":
         return ops.layer_norm_pixel_shuffle(
             x,
@@ -170,8 +172,8 @@ def layer_norm_pixel_shuffle_linear(
         ``[sum gh*gw, N]`` in the dtype of `x`, or autocast's.
 
     Raises:
-        ValueError: unknown route, the factor does not divide an image's grid, or shapes or devices
-            do not fit.
+        ValueError: unknown route, the factor does not divide an image's grid, or shapes, dtypes or
+            devices do not fit.
         RuntimeError: the backend asked for can't run here.
     """
     if route not in ROUTES:
@@ -211,6 +213,7 @@ def _check_norm(
     x: Tensor, packed: PackedGrids, factor: int, weight: Tensor, bias: Tensor | None
 ) -> None:
     check_packed(packed, x=x, norm_weight=weight)
+    check_floats(x=x)
     packed.shuffle_index(factor)  # raises when the factor does not divide a grid
     if x.ndim != 2:
         raise ValueError(f"x must be [T, C], got {tuple(x.shape)}")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import choose_backend
+from ..backends import check_floats, choose_backend
 from ..packed_tables import check_int
 from .torch_op import add_op_namespace_prefix, ops
 
@@ -82,11 +82,12 @@ def normalize_patchify(
 
     Raises:
         ValueError: there is no image, one (named by its index) is not uint8 ``[3, H, W]``, has
-            sides that are no positive multiples of `patch_size` or is on another device; or a
-            number is out of range.
+            sides that are no positive multiples of `patch_size` or is on another device; a number
+            is out of range; or `dtype` is none of floating-point numbers.
         RuntimeError: the backend asked for can't run here.
     """
     _check_numbers(patch_size, mean, std)
+    check_floats(dtype=dtype)
     batches, grids = _batches(images, patch_size)
     like = torch.empty(0, dtype=dtype, device=batches[0].device)
     if choose_backend("normalize_patchify", backend, like) == "triton":

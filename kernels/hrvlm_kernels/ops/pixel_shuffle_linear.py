@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import autocasts, choose_backend
+from ..backends import autocasts, check_floats, choose_backend
 from ..merge_orders import merge_order, patch_columns
 from ..packed_grids import PackedGrids, check_packed
 from .torch_op import ops, register, register_backward
@@ -132,8 +132,8 @@ def pixel_shuffle_linear(
         ``[sum gh*gw, N]`` in the dtype of `x`, or autocast's.
 
     Raises:
-        ValueError: the factor does not divide an image's grid, shapes or devices do not fit, or
-            there is no such order.
+        ValueError: the factor does not divide an image's grid, shapes, dtypes or devices do not
+            fit, or there is no such order.
         RuntimeError: the backend asked for can't run here.
     """
     merged = merge_order(order)
@@ -167,6 +167,7 @@ def check_pixel_shuffle_inputs(
 ) -> None:
     """Raise ValueError unless the tensors fit the layout."""
     check_packed(packed, x=x, weight=weight)
+    check_floats(x=x)
     packed.shuffle_index(factor, order)  # raises when the factor does not divide a grid
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"x must be [T, C], got {tuple(x.shape)}")
@@ -179,7 +180,7 @@ def check_pixel_shuffle_inputs(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
-    for name, a in (("x", x), ("weight", weight), ("bias", bias)):
+    for name, a in (("weight", weight), ("bias", bias)):
         if a is not None and not a.is_floating_point():
             raise ValueError(f"{name} must be a float tensor, got {a.dtype}")
     devices = {x.device, packed.device, weight.device} | (

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose_backend
+from ..backends import check_floats, choose_backend
 from ..replay import replayed
 from .torch_op import ops, register, register_backward
 
@@ -99,7 +99,7 @@ def residual_layer_norm(
         `out` and `normed`, both ``[T, C]`` in the dtype of `x`.
 
     Raises:
-        ValueError: shapes or devices do not fit.
+        ValueError: shapes, dtypes or devices do not fit.
         RuntimeError: the backend asked for can't run here, or a gradient of the kernels' gradient
             was asked for.
     """
@@ -113,6 +113,7 @@ def residual_layer_norm(
 
 
 def _check(x: Tensor, update: Tensor, parameters: dict[str, Tensor | None]) -> None:
+    check_floats(x=x, update=update)
     if x.ndim != 2 or x.shape != update.shape:
         raise ValueError(
             f"x and update must be [T, C] both, got {tuple(x.shape)} and {tuple(update.shape)}"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import cpu_rope
-from ..backends import choose_backend
+from ..backends import check_floats, choose_backend
 from ..replay import replayed
 from .torch_op import add_op_namespace_prefix, ops, register, register_backward, run_directly
 
@@ -203,6 +203,7 @@ def _rope_2d_eager(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> tu
 
 def check_rope_inputs(q: Tensor, k: Tensor, coords: Tensor, inv_freq: Tensor) -> None:
     """Raise ValueError unless the four tensors fit together as :func:`rope_2d` needs them."""
+    check_floats(q=q, k=k)
     if q.ndim != 3 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         raise ValueError(
             "q and k must be [T, H, D] with equal T and D, "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose_backend
+from ..backends import check_floats, choose_backend
 from ..replay import replayed
 from .torch_op import ops, register, register_backward
 
@@ -72,6 +72,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         RuntimeError: the backend asked for can't run here, or a gradient of the kernels' gradient
             was asked for.
     """
+    check_floats(gate=gate, up=up)
     if gate.ndim != 2 or gate.shape != up.shape:
         raise ValueError(
             f"gate and up must be [T, F] both, got {tuple(gate.shape)} and {tuple(up.shape)}"

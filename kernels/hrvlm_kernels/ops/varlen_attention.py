@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import cpu_attention, cpu_rope
 from ..attention_problem import Problem, folds_rope
-from ..backends import autocasts, choose_backend, installed
+from ..backends import autocasts, check_floats, choose_backend, installed
 from ..packed_grids import PackedGrids, check_packed
 from ..replay import replayed
 from ..traced_grids import TracedGrids
@@ -129,6 +129,8 @@ def varlen_attention(
         RuntimeError: the backend asked for can't run here; or, from the kernels, a gradient of
             the gradient was asked for.
     """
+    check_packed(packed, q=q, k=k, v=v)
+    check_floats(q=q, k=k, v=v)
     q, k, v = _as_autocast(q, k, v)
     check_attention_inputs(q, k, v, packed)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -272,7 +274,6 @@ def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids) -> None:
     """Raise ValueError unless the tensors fit the layout as :func:`varlen_attention` needs them."""
-    check_packed(packed, q=q, k=k, v=v)
     if (
         q.ndim != 3
         or k.ndim != 3

@@ -12,7 +12,7 @@ benchmarks.tuning.spills``). There the next ones of their row are used.
 from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Rows, Tiling, by_chip
 
 CHOSEN_BY = {
-    "sm_80": "DQ, FORWARD, SHORT counted; others compiled, Triton 3.6.0",
+    "sm_80": "attention, norms' backward at C = 512 counted; others compiled, Triton 3.6.0",
     "sm_90": "norms to C = 1024 (backward: 512) counted; others compiled, Triton 3.6.0",
     "sm_100": "compiled, Triton 3.6.0",
     "gfx942": "compiled, Triton 3.6.0",
@@ -22,9 +22,6 @@ CHOSEN_BY = {
 SPILLS: dict[tuple[int, int], Rows[Tiling | GemmConfig]] = {
     (3, 6): {},
     (3, 8): {
-        ("FORWARD", "sm_80", 64, 2): (Tiling(128, 64, 4, 3),),
-        ("FORWARD", "sm_80", 128, 2): (Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2)),
-        ("FORWARD", "sm_90", 128, 2): (Tiling(128, 64, 8, 2),),
         ("LINEAR_GELU", "sm_80", 4): (GemmConfig(64, 64, 16, 4, 4),),
     },
 }
@@ -112,9 +109,6 @@ DKDV: Rows[Tiling] = by_chip(
         (32, 2): (Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
         ("sm_90", 32, 2): (Tiling(128, 64, 8, 3), Tiling(64, 32, 4, 2)),
         ("gfx942", 32, 2): (Tiling(64, 32, 4, 2), Tiling(64, 16, 4, 2)),
-        (64, 2): (Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
-        ("sm_90", 64, 2): (Tiling(128, 64, 8, 3), Tiling(64, 32, 4, 2)),
-        ("gfx942", 64, 2): (Tiling(64, 32, 4, 2), Tiling(64, 16, 4, 2)),
         (32, 4): (Tiling(32, 32, 8, 2),),
         ("gfx942", 32, 4): (Tiling(32, 16, 4, 2),),
         (64, 4): (Tiling(32, 32, 8, 2),),
@@ -125,6 +119,10 @@ DKDV: Rows[Tiling] = by_chip(
         ("gfx942", 96, 4): (Tiling(32, 16, 4, 2),),
         (128, 4): (Tiling(32, 32, 8, 2),),
         ("gfx942", 128, 4): (Tiling(32, 16, 4, 2),),
+        ("sm_80", 64, 2): (Tiling(128, 32, 4, 2), Tiling(64, 32, 4, 2)),
+        ("sm_90", 64, 2): (Tiling(128, 64, 8, 3), Tiling(64, 32, 4, 2)),
+        ("sm_100", 64, 2): (Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
+        ("gfx942", 64, 2): (Tiling(64, 32, 4, 2), Tiling(64, 16, 4, 2)),
         ("sm_80", 80, 2): (Tiling(128, 32, 8, 2), Tiling(64, 32, 4, 2)),
         ("sm_90", 80, 2): (Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
         ("sm_100", 80, 2): (Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2)),
@@ -133,7 +131,7 @@ DKDV: Rows[Tiling] = by_chip(
         ("sm_90", 96, 2): (Tiling(128, 32, 8, 3), Tiling(64, 32, 4, 2)),
         ("sm_100", 96, 2): (Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2)),
         ("gfx942", 96, 2): (Tiling(64, 16, 4, 2),),
-        ("sm_80", 128, 2): (Tiling(128, 16, 8, 2),),
+        ("sm_80", 128, 2): (Tiling(128, 32, 8, 2), Tiling(128, 16, 8, 2)),
         ("sm_90", 128, 2): (Tiling(128, 32, 8, 3), Tiling(128, 16, 8, 2)),
         ("sm_100", 128, 2): (Tiling(128, 32, 8, 2), Tiling(64, 32, 4, 2)),
         ("gfx942", 128, 2): (Tiling(64, 16, 4, 2),),
@@ -198,6 +196,7 @@ NORM_FORWARD: Rows[NormConfig] = by_chip(
 NORM_BACKWARD: Rows[NormConfig] = by_chip(
     {
         (512,): (NormConfig(4, 4),),
+        ("sm_80", 512): (NormConfig(2, 1), NormConfig(4, 4)),
         ("sm_90", 512): (NormConfig(2, 2),),
         (1024,): (NormConfig(2, 4),),
         (2048,): (NormConfig(1, 4),),
