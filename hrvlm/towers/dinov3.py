@@ -153,12 +153,12 @@ class AcceleratedAttention(DINOv3ViTAttention):
             )
         packed = position_embeddings.packed
         batch, tokens, _ = hidden_states.shape
-        x = hidden_states.reshape(batch * tokens, -1)
-        heads = (self.num_heads, self.head_dim)
-        q, k, v = (proj(x).unflatten(1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        rows = (batch * tokens, self.num_heads, self.head_dim)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (proj(hidden_states).reshape(rows) for proj in projections)
         rope = position_embeddings.rope(q, self.backend)
         out = varlen_attention(q, k, v, packed, self.scaling, rope=rope, backend=self.backend)
-        return self.o_proj(out.flatten(1)).unflatten(0, (batch, tokens)), None
+        return self.o_proj(out.reshape(batch, tokens, -1)), None
 
     def _refuse(self, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         asked = kwargs.get("output_attentions")

@@ -249,6 +249,22 @@ def test_forward_hooks_and_wrapped_projections_are_kept(rng):
     assert seen == [(2, 9, 64)] * 2
 
 
+def test_hooks_see_the_shapes_of_the_stock_model(rng):
+    x, seen = torch.randn(2, 3, 32, 48, generator=rng), []
+    for model in (model_of(), accelerate(model_of())):
+        shapes = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(
+                    lambda _, inputs, out, name=name, shapes=shapes: shapes.update(
+                        {name: (inputs[0].shape, out.shape)}
+                    )
+                )
+        model(x)
+        seen.append(shapes)
+    assert seen[0] and seen[0] == seen[1]
+
+
 def test_device_hooks_of_accelerate_call_the_new_attention(rng):
     model = model_of()
     x = torch.randn(1, 3, 32, 32, generator=rng)
