@@ -83,10 +83,11 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _layers(result: dict[str, Any]) -> list[str]:
+    patches = [frames * height * width for frames, height, width in result["mixed"]]
     lines = [
         "",
-        f"One more layer, for {len(result['mixed'])} images of mixed sizes, bfloat16, at the width "
-        "of the 7B and 8B models:",
+        f"One more layer, for {len(patches)} images of {min(patches)} to {max(patches)} patches, "
+        "bfloat16, at the width of the 7B and 8B models:",
         "",
         "| layer | host syncs | launches | passes over the tokens beside matrix products |",
         "|---|---|---|---|",
