@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..encoder.packed_encoder import PackedEncoder
 from ..files import folder_for_results
@@ -100,8 +100,13 @@ def _write_torch(graph: BatchGraph, form: str, path: Path) -> None:
     # In memory first: where a disk is full, torch's writer of files ends the process.
     content = BytesIO()
     with _quiet():
-        torch.export.save(export_program(graph.encoder, form), content)
-    path.write_bytes(content.getbuffer())
+        program = export_program(graph.encoder, form)
+        for name, weight in program.state_dict.items():
+            if not weight.numel():  # as loaded, it has an address that torch can't save
+                program.state_dict[name] = nn.Parameter(torch.empty_like(weight))
+        torch.export.save(program, content)
+    # Not its getbuffer(): after an error here, collecting that ends a Python before 3.12.2.
+    path.write_bytes(content.getvalue())
 
 
 def _load_torch(path: Path) -> Runner:

@@ -15,6 +15,7 @@ from torch.export import Dim
 from transformers import DINOv3ViTModel
 
 import hrvlm
+from hrvlm import DINOv3Encoder
 from hrvlm.export import files
 from hrvlm.export.files import FORMATS, NOT_WRITTEN, export
 from hrvlm.export.graphs import GRAPHS, export_program, graph_of
@@ -252,6 +253,13 @@ def test_one_file_serves_fifty_shapes(format, form, tmp_path):
 @pytest.mark.parametrize("form", GRAPHS)
 def test_a_program_of_torch_is_loaded_again(form, tmp_path):
     export(pair_of()[1], tmp_path / "encoder.pt2", format="torch", form=form)
+
+
+def test_a_loaded_encoder_without_registers_is_saved_as_a_program_of_torch(tmp_path):
+    encoder_of("no_registers_no_biases").save_pretrained(tmp_path)
+    encoder = DINOv3Encoder.from_pretrained(tmp_path).eval()
+    export(encoder, tmp_path / "encoder.pt2", format="torch")
+    compare(encoder, "batch", FORMATS["torch"].load(tmp_path / "encoder.pt2"), 3)
 
 
 @heavy
