@@ -5,7 +5,7 @@ The elementwise ones do the same for every row, so that one pack stands for all:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.counted import linear, peers
 from benchmarks.counted.attention import BF16, LENGTHS, inputs
-from benchmarks.counted.case import Case, first, spread
+from benchmarks.counted.case import Case, Sample, first, spread
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.ops import linear_residual_layer_norm as norms
 from hrvlm_kernels.ops.bias_gelu import bias_gelu
@@ -35,6 +35,8 @@ PROJECTIONS = ((384, 576), (1024, 1024), (1024, 4096))  # channels, features
 FACTOR = 4
 
 Makers = Iterator[Callable[[], Case]]
+Samples = Mapping[str, Sample]
+NORM: Samples = {"gradients": spread(4), "layer_norm": spread(8)}
 
 
 def _randn(*shape: int) -> Tensor:
@@ -77,7 +79,7 @@ def norm_cases(folder: Path | None, width: int, op: str) -> Makers:
     shuffled = partial(layer_norm_pixel_shuffle, x, packed, FACTOR, weight, bias, backend="triton")
     fused = partial(residual_layer_norm, x, update, scale, weight, bias, backend="triton")
 
-    case = partial(_norm_case, t, width)
+    case = partial(_case, t, width, f"C={width}", NORM)
     if op == "residual_layer_norm":
         yield lambda: case(op, fused, 4, vectors=3)
         more = [*leaves, update, scale]
@@ -89,20 +91,21 @@ def norm_cases(folder: Path | None, width: int, op: str) -> Makers:
     yield partial(peers.liger_norm, folder, norm, x.detach(), weight.detach(), bias.detach())
 
 
-def _norm_case(
-    t: int, width: int, op: str, start: Callable[[], object], tensors: int, *, vectors: int = 0
-) -> Case:
-    """So many ``[T, C]`` move, and in a forward so many float32 ``[C]``, which all read."""
+def _case(
+    t: int, width: int, size: str, samples: Samples,
+    op: str, start: Callable[[], object], tensors: int, *, vectors: int = 0,
+) -> Case:  # fmt: skip
+    """So many ``[T, C]`` move; of a norm's forward also so many float32 ``[C]``, which all read."""
     least = tensors * 2.0 * t * width
     return Case(
         op=op,
-        size=f"C={width}",
+        size=size,
         variant="shipped",
         start=start,
         unit="element",
         units=t * width,
         least=least,
-        samples={"gradients": spread(4), "layer_norm": spread(8)},
+        samples=samples,
         sharing={"layer_norm": least + 4 * vectors * width} if vectors else {},
     )
 
@@ -113,7 +116,7 @@ def training_norm_cases(width: int, op: str) -> Makers:
     The products themselves are torch's, and not counted.
     """
     t = GRID[0] * GRID[1]
-    case = partial(_norm_case, t, width)
+    case = partial(_case, t, width, f"C={width}", NORM)
     x, a, square = _randn(t, width), _randn(t, width), _randn(width, width)
     bias, scale, weight, norm_bias = (torch.randn(width) for _ in range(4))
     if op == "shifted_layer_norm":
@@ -130,19 +133,7 @@ def gelu_cases(width: int) -> Makers:
     """GELU and the bias before it, as a pass of its own."""
     t = GRID[0] * GRID[1]
     x, bias = _randn(t, width).requires_grad_(), torch.randn(width).requires_grad_()
-
-    def case(op: str, start: Callable[[], object], tensors: int) -> Case:
-        return Case(
-            op=op,
-            size=f"F={width}",
-            variant="shipped",
-            start=start,
-            unit="element",
-            units=t * width,
-            least=tensors * 2 * t * width,
-            samples={"bias_gelu": spread(8)},
-        )
-
+    case = partial(_case, t, width, f"F={width}", {"bias_gelu": spread(8)})
     yield lambda: case("bias_gelu", partial(bias_gelu, x.detach(), bias.detach()), 2)
     yield lambda: case("bias_gelu backward", _gradient(bias_gelu(x, bias), [x, bias]), 3)
 

@@ -195,12 +195,6 @@ class LoadedTower:
         return self.encoder.factor
 
 
-def has_tower(model: str) -> bool:
-    """Whether it is a model of transformers other than this project's encoders."""
-    kind = _stored_type(model)
-    return kind in CONFIG_MAPPING and kind not in ENCODER_TYPES
-
-
 def _stored_type(model: str) -> str | None:
     """The `model_type` in its config; None where there is none."""
     if is_foreign(model) or Path(model).is_file():
@@ -221,11 +215,12 @@ def load_with_vlm(
     model: str | None, **options: Any
 ) -> tuple[VisionLanguageModel | None, LoadedEncoder | LoadedTower]:
     """Likewise, and the VisionLanguageModel that an encoder of this project is in, if it is."""
-    if model is None or not has_tower(model):
-        return None, load_encoder(model, **options)
-    if _stored_type(model) == VLMConfig.model_type:
-        return _load_vlm(model, **options)
-    return None, load_tower(model, **options)
+    if model is not None and (kind := _stored_type(model)) not in ENCODER_TYPES:
+        if kind == VLMConfig.model_type:
+            return _load_vlm(model, **options)
+        if kind in CONFIG_MAPPING:
+            return None, load_tower(model, **options)
+    return None, load_encoder(model, **options)
 
 
 def _load_vlm(

@@ -33,7 +33,7 @@ from .grids import takes_sizes, tower_methods, uses_grids
 from .packed_attention import NAMES, is_attention, obstacle, packed_methods
 from .padding import encoder_methods, masks_padding, padded_methods
 from .report import Acceleration, Found, parts
-from .swapping import has_own_forward, set_class, stock_class, swapped_class
+from .swapping import has_own_forward, refuse_own_forward, set_class, stock_class, swapped_class
 
 
 def accelerate(
@@ -102,10 +102,7 @@ def restore(model: nn.Module) -> nn.Module:
     _check_module(model)
     swapped = [(name, m, stock) for name, m in model.named_modules() if (stock := stock_class(m))]
     for name, module, _ in swapped:
-        if has_own_forward(module):
-            raise ValueError(
-                f"{name}: its forward was replaced on the instance, and would go on being called"
-            )
+        refuse_own_forward(name, module)
     for _, module, stock in swapped:
         set_class(module, stock)
         for option in dinov3.OPTIONS if dinov3.is_part(module) else (OPTION,):

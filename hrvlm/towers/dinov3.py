@@ -37,7 +37,7 @@ from hrvlm_kernels.ops.varlen_attention import reads_rope_table
 from ..checkpoints.sizes import patch_size_of
 from ..encoder.inputs import batch_layout
 from ..encoder.rope import rope_frequencies
-from .swapping import has_own_forward, set_class, stock_class, stock_init
+from .swapping import refuse_own_forward, set_class, stock_class, stock_init
 
 
 class RotaryPositions:
@@ -204,10 +204,7 @@ def swap(
                 f"{name}: {type(part).__name__} is not transformers' class, and may compute "
                 "something else"
             )
-        if has_own_forward(part):
-            raise ValueError(
-                f"{name}: its forward was replaced on the instance, and would go on being called"
-            )
+        refuse_own_forward(name, part)
     for _, part in parts:
         set_class(part, _ACCELERATED.get(type(part), type(part)))
         if isinstance(part, AcceleratedAttention):

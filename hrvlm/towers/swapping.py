@@ -70,6 +70,14 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module) and "_old_forward" not in vars(module)
 
 
+def refuse_own_forward(name: str, module: nn.Module) -> None:
+    """Raise ValueError for a module with such a forward: a change of its class would not matter."""
+    if has_own_forward(module):
+        raise ValueError(
+            f"{name}: its forward was replaced on the instance, and would go on being called"
+        )
+
+
 def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
     _, _, *state = cast("tuple[Any, ...]", object.__reduce_ex__(self, protocol))
     return _unpickled, (self.hrvlm_stock, self.hrvlm_methods), *state
