@@ -24,7 +24,8 @@ def make_inputs(
     b = torch.randn(width, generator=rng).to(dtype) if bias else None
     coords = torch.zeros(tokens, 2)
     if tokens > PREFIX:
-        coords = PackedGrids.from_grids([(1, tokens - PREFIX)], num_prefix_tokens=PREFIX).coords
+        packed = PackedGrids.from_grids([(1, tokens - PREFIX)], num_prefix_tokens=PREFIX)
+        coords = packed.coords.clone()  # layouts are kept: another test would get the change
         coords[PREFIX:, 0] = torch.rand(tokens - PREFIX, generator=rng)
     return x.to(dtype), weight.to(dtype), b, (coords, frequencies(head_dim))
 
