@@ -1,6 +1,6 @@
 """DINOv3Encoder on a CPU against transformers' and timm's.
 
-    python -m pytest benchmarks/bench_cpu_encoder.py --full --seconds 60
+    python -m pytest benchmarks/bench_cpu_encoder.py --full --rounds 15
 
 ViT-S/16 with random weights, in float32 and bfloat16, with one and two threads, forward alone and
 with a backward. The images:
@@ -9,8 +9,8 @@ with a backward. The images:
     8 of 128 to 640 px        the longer sides, aspect ratios 1:4 to 4:1; the others one by one
     512 tiny                  of one to four patches; transformers one by one
 
-A case has as many rounds as fit in ``--seconds``, between 5 and 30, but at least 2 where one takes
-minutes: 1024 px and 512 tiny images. Each rival's number of rounds is in the file.
+Without ``--rounds`` a case has as many as fit in ``--seconds``, between 5 and 30, but at least 2
+where one takes minutes: 1024 px and 512 tiny images. Each rival's number is in the file.
 """
 
 from __future__ import annotations

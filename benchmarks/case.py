@@ -204,6 +204,7 @@ class Settings:
         round_s: Seconds that the rounds of a case may take.
         min_rounds: Fewest rounds.
         max_rounds: Most rounds.
+        rounds: So many in each case, whatever they take; None: as `round_s` allows.
         results: Directory of the result files.
         commit: Of the code; default: git's.
     """
@@ -215,5 +216,6 @@ class Settings:
     round_s: float = 1.0
     min_rounds: int = 5
     max_rounds: int = 30
+    rounds: int | None = None
     results: Path = RESULTS
     commit: str | None = None

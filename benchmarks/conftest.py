@@ -29,6 +29,7 @@ def pytest_addoption(parser):
     group.addoption("--small", action="store_true", help="tiny inputs, to see that they run")
     group.addoption("--budget", type=float, help="seconds for each suite; default: its own")
     group.addoption("--seconds", type=float, default=1.0, help="for the rounds of each case")
+    group.addoption("--rounds", type=int, help="so many in each case, whatever they take")
     group.addoption("--results", type=Path, default=RESULTS, help="directory of the JSON files")
     group.addoption("--commit", help="commit to name in them, where there is no git")
 
@@ -40,6 +41,7 @@ def settings_of(config, module) -> Settings:
         full=config.getoption("--full"),
         small=config.getoption("--small"),
         round_s=config.getoption("--seconds"),
+        rounds=config.getoption("--rounds"),
         results=config.getoption("--results"),
         commit=config.getoption("--commit"),
     )

@@ -234,7 +234,11 @@ class SuiteRun:
         s = self.settings
         fewest = s.min_rounds if case.min_rounds is None else min(s.min_rounds, case.min_rounds)
         timings = take_turns(
-            runs, s.device, budget_s=s.round_s, min_rounds=fewest, max_rounds=s.max_rounds
+            runs,
+            s.device,
+            budget_s=s.round_s,
+            min_rounds=s.rounds or fewest,
+            max_rounds=s.rounds or s.max_rounds,
         )
         for name, timing in timings.items():
             self._record(outcomes[name], timing, timings[ours], case)
@@ -273,7 +277,12 @@ class SuiteRun:
             "suite": self.suite,
             "machine": self.machine,
             "ceilings": self.ceilings._asdict(),
-            "settings": {"full": s.full, "small": s.small, "round_s": s.round_s},
+            "settings": {
+                "full": s.full,
+                "small": s.small,
+                "round_s": s.round_s,
+                "rounds": s.rounds,
+            },
             "gates": [
                 {"op": op, "dtype": str(dtype).removeprefix("torch."), "failure": failure}
                 for (op, dtype), failure in self._gates.items()

@@ -135,11 +135,12 @@ def test_the_command_of_the_suites_runs(tmp_path):
     """As `make gpu` gives it, with its fixtures and pytest-benchmark beside it."""
     step = next(step for step in steps_of(tmp_path, "abc") if step.name == "training")
     command = [a.replace("bench_training", "bench_processing") for a in step.command]
-    command += ["--small", "--seconds=0", "--budget=60", "-p", "no:cacheprovider"]
+    command += ["--small", "--rounds=2", "--budget=60", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("processing-*-abc.json")
     written = json.loads(path.read_text())
-    assert written["settings"]["small"] and written["settings"]["round_s"] == 0
+    assert written["settings"]["small"] and written["settings"]["rounds"] == 2
+    assert {r["rounds"] for c in written["cases"] for r in c["rivals"]} <= {2, None}
     assert {case["status"] for case in written["cases"]} == {"measured"}
     assert "bench_processing" in done.stdout and "benchmark" in done.stdout
