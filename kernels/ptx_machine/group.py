@@ -10,6 +10,7 @@ import numpy as np
 
 from .clocks import WARP
 from .copies import Copies
+from .loops import Place
 from .report import ExecutionError, MemcheckError
 from .syntax import UnknownInstructionError
 from .values import UNSIGNED
@@ -29,6 +30,7 @@ class Group:
     def __init__(self, machine: Machine, lanes: np.ndarray, block: int) -> None:
         self.machine, self.kernel, self.report = machine, machine.kernel, machine.report
         self.block = block
+        self.place: Place = ()
         self.regs: dict[str, np.ndarray] = {}
         self.copies = Copies()
         self.barrier = (0, 0)  # where it waits: number, threads (0 for all)
@@ -44,6 +46,11 @@ class Group:
         self.base = self.slot.astype(np.int64) * machine.shared.stride
         self._whole: bool | None = None
         self._special: dict[str, np.ndarray] = {}
+
+    def go(self, block: int) -> None:
+        """The threads come to another block, or to the same one again."""
+        self.block = block
+        self.place = self.machine.program.order.moved(self.place, block)
 
     def who(self, lane: int) -> str:
         """Where a thread of the group is, for people."""
@@ -165,10 +172,13 @@ class Group:
 
     # Cutting and joining
 
-    def part(self, keep: np.ndarray, block: int) -> Group:
-        """The threads where `keep` holds, as a group of their own at `block`."""
-        other = Group(self.machine, self.lanes[keep], block)
-        live = self.machine.program.live.into[block]
+    def part(self, keep: np.ndarray, block: int | None = None) -> Group:
+        """The threads where `keep` holds, as a group of their own that goes to `block` or stays."""
+        other = Group(self.machine, self.lanes[keep], self.block)
+        other.place = self.place
+        if block is not None:
+            other.go(block)
+        live = self.machine.program.live.into[other.block]
         other.regs = {name: self.regs[name][keep] for name in live}
         other.copies = self.copies.of(other.lanes)
         if self.in_flight:
@@ -176,10 +186,11 @@ class Group:
         return other
 
     def join(self, other: Group) -> Group:
-        """Both groups, which are at the same block, as one."""
+        """Both groups, which are at the same place, as one."""
         lanes = np.concatenate((self.lanes, other.lanes))
         order = np.argsort(lanes, kind="stable")
         joined = Group(self.machine, lanes[order], self.block)
+        joined.place = self.place
         for name, reg in self.machine.program.live.into[self.block].items():
             a, b = self.regs[name], other.regs[name]
             if reg.bits != 1:

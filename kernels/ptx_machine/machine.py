@@ -88,6 +88,7 @@ class Machine:
 
     def _all_threads(self) -> Group:
         group = Group(self, np.arange(self.slots * self.threads), 0)
+        group.go(0)
         for name, reg in self.program.live.into[0].items():  # read before written: poison
             if reg.bits == 1:
                 group.regs[name] = np.zeros(group.n, bool)

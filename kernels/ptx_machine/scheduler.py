@@ -1,9 +1,10 @@
 """Which threads run next: divergence, barriers, mbarriers, deadlock.
 
-Where threads part, their group is cut in two; groups that meet at a block are joined again. The
-group at the lowest block runs first, so that those behind catch up; now and then it is the one that
-waits longest, as other warps may spin until it has done something. With ``shuffle_warps`` each
-warp is a group of its own, and a random one runs up to its next jump or wait.
+Where threads part, their group is cut in two; groups that meet at a block, in the same turn of its
+loops, are joined again. The group that is furthest behind runs first, so that it catches up; now
+and then it is the one that waits longest, as other warps may spin until it has done something. With
+``shuffle_warps`` each warp is a group of its own, and a random one runs up to its next jump or
+wait.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ class Scheduler:
         """Make a group ready, joined with those that it may run with."""
         if self.shuffle and group.warp[0] != group.warp[-1]:
             for warp in np.unique(group.warp):
-                self._add(group.part(group.warp == warp, group.block))
+                self._add(group.part(group.warp == warp))
             return
         for k, other in enumerate(self.ready):
             together = not self.shuffle or other.warp[0] == group.warp[0]
-            if other.block == group.block and together:
+            if other.place == group.place and together:
                 self.ready[k] = other.join(group)
                 return
         self.ready.append(group)
@@ -78,15 +79,15 @@ class Scheduler:
         if self.shuffle:
             warp = self.ready[self.rng.randrange(len(self.ready))].warp[0]
             mine = [i for i in chosen if self.ready[i].warp[0] == warp]
-            return self.ready.pop(min(mine, key=lambda i: self.ready[i].block))
+            return self.ready.pop(min(mine, key=lambda i: self.ready[i].place))
         if self.steps % _PATIENCE == 0:
             return self.ready.pop(next(filter(self._is_first, chosen)))
-        return self.ready.pop(min(chosen, key=lambda i: self.ready[i].block))
+        return self.ready.pop(min(chosen, key=lambda i: self.ready[i].place))
 
     def _is_first(self, i: int) -> bool:
         """Whether no other threads of the group's warps are further behind: those come first."""
         group = self.ready[i]
-        behind = (g for g in self.ready if g.block < group.block)
+        behind = (g for g in self.ready if g.place < group.place)
         return not any(np.isin(g.warp, group.warp).any() for g in behind)
 
     def _step(self, group: Group) -> None:
@@ -95,13 +96,16 @@ class Scheduler:
         block = self.kernel.blocks[number]
         self.machine.count(len(block.instructions) * group.n)
         taken = self.machine.program.functions[number](group)
+        after = None
         if group.blocked is not None:
             after = self._stall(group, before)
             if after is None:
                 return
-            group = after
         if self.machine.counts is not None:
-            self.machine.counts.block(number, group.warp)
+            self.machine.counts.block(number, (after or group).warp)
+        if after is not None:
+            self._add(after)
+            return
         last = block.instructions[-1] if block.instructions else None
         if last is None:
             self._goto(group, number + 1)
@@ -117,11 +121,11 @@ class Scheduler:
             self._goto(group, number + 1)
 
     def _stall(self, group: Group, before: dict[str, np.ndarray]) -> Group | None:
-        """Keep the threads whose mbarrier is not ready; the others as a group, if any."""
+        """Keep the threads whose mbarrier is not ready; the others, if any, go on."""
         blocked, group.blocked = group.blocked, None
         assert blocked is not None
         after, group.regs = group.regs, before
-        stalled = group.part(blocked, group.block)
+        stalled = group.part(blocked)
         stalled.waits_for = group.waits_for
         self.stalled.append((stalled, self.machine.mbarriers.changes))
         if blocked.all():
@@ -151,7 +155,7 @@ class Scheduler:
         self._release()
 
     def _goto(self, group: Group, block: int) -> None:
-        group.block = block
+        group.go(block)
         self._add(group)
 
     # Barriers
@@ -159,7 +163,7 @@ class Scheduler:
     def _barrier(self, group: Group, last: Instruction) -> None:
         """``bar.sync id`` waits for all of the CTA, ``bar.sync id, count`` for so many threads."""
         numbers = [o.value for o in last.operands if isinstance(o, Imm)]
-        group.block += 1
+        group.go(group.block + 1)
         group.barrier = (numbers[0], numbers[1] if len(numbers) == 2 else 0)
         self.waiting.append(group)
         self._release()
@@ -203,8 +207,8 @@ class Scheduler:
                 continue
             rest = group
             if go.any():
-                self._add(group.part(go, group.block))
-                rest = group.part(~go, group.block)
+                self._add(group.part(go))
+                rest = group.part(~go)
                 rest.barrier = group.barrier
             self.waiting.append(rest)
 

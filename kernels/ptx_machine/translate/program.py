@@ -23,6 +23,7 @@ from .. import (
     wgmma,
 )
 from ..liveness import liveness, reads_and_writes, successors
+from ..loops import Order
 from ..syntax import Kernel
 from ..wgmma_registers import analyse
 from .writer import Writer
@@ -51,6 +52,7 @@ class Program:
         self.successors = [successors(kernel, b) for b in range(len(kernel.blocks))]
         uses = analyse(kernel, self.successors, reads_and_writes)
         self.live = liveness(kernel, self.successors, uses.landing)
+        self.order = Order(self.successors)
         writer = Writer(kernel, self.live, uses)
         self.source = writer.source()
         space: dict[str, Any] = {}
