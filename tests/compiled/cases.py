@@ -223,12 +223,15 @@ class Attention:
     def results(self, case: attention.Case) -> list[torch.Tensor]:
         return attention.kernel_results(case)
 
-    def check_ends(self, dtype, run=None, **options) -> None:
+    def check_ends(self, dtype, run=None, *, beyond=0, **options) -> None:
         """Every end, where a key past it would win, and a segment of one NaN token behind each.
+
+        `beyond` tokens more, a multiple of 128, are in each segment.
 
         What one row or key too many does shows either way: in the scores, or as NaN.
         """
-        ends = EVERY_END + WIDE_ENDS if self.rope else EVERY_END
+        ends = EVERY_END + WIDE_ENDS if self.rope and not beyond else EVERY_END
+        ends = tuple(beyond + n for n in ends)
         case = attention.below_zero(self.case(ends, dtype, **options))
         lengths = [length for n in ends for length in (n, 1)]
         packed = PackedGrids.from_lengths(lengths)
@@ -295,6 +298,12 @@ def _attention(label: str, dtype: torch.dtype) -> Iterator[Case]:
     yield case(
         f"{grouped}, 4 heads of q on 2 of k",
         lambda: grouped.check(grouped.case((65, 3, 300), dtype, heads=4, kv_heads=2)),
+        (90,),
+    )
+    longer = Attention(64, True)
+    yield case(
+        f"{longer}, every end beyond 256 tokens",
+        lambda: longer.check_ends(dtype, beyond=256, heads=1),
         (90,),
     )
     negative = Attention(64)

@@ -34,8 +34,7 @@ def test_every_kernel_has_faults_on_every_chip_it_is_shipped_for():
             kernels += 1
             own = [s for s in subjects() if s.kernel == name]
             chips = {chip for s in own for chip in s.chips}
-            shipped = {90} if name == "varlen_attention_short" else {80, 90}  # by the table SHORT
-            if chips != shipped:
+            if chips != {80, 90}:
                 missing.append((path.stem, name, chips))
     assert kernels and not missing, missing
 

@@ -35,12 +35,14 @@ def check_built(job, built):
         assert built.tensor_core_ops == 0, f"{job.name} on {built.target}: not float32 products"
 
 
-def test_ahead_runs_the_softmax_beside_the_tensor_cores():
+@pytest.mark.parametrize("rope", (False, True))
+def test_ahead_runs_the_softmax_beside_the_tensor_cores(rope):
     """A thread has 64 scores of a block: their exps stand behind the issue of the next q.k."""
     tilings = forward.select_tilings("sm_90", 64, BF16)
-    jobs = [forward_job(64, BF16, tiling) for tiling in tilings]
+    jobs = [forward_job(64, BF16, tiling, rope) for tiling in tilings]
     (_, ahead), (_, plain) = compile_all(jobs, "sm_90")
     assert ahead.exps_beside_wgmma >= 48
+    assert ahead.spills == 0
     assert ahead.ops["UTMALDG"] >= 4
     assert plain.exps_beside_wgmma < 16
     assert plain.ops["LDGSTS"] >= 8  # asynchronous copies of 16 bytes

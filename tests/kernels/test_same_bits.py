@@ -16,6 +16,9 @@ from hrvlm_kernels import (
     swiglu,
     varlen_attention,
 )
+from hrvlm_kernels.ops.linear_gelu import linear_gelu
+from hrvlm_kernels.ops.linear_rope_2d import linear_rope_2d
+from hrvlm_kernels.ops.linear_swiglu import linear_swiglu
 from tests.kernels.test_rope_2d import frequencies
 
 PREFIX, WIDTH, HEADS, FACTOR = 3, 32, 1, 2
@@ -107,6 +110,37 @@ def check_same_bits(op: str, dtype: torch.dtype, packs=(PACK,)) -> None:
 @pytest.mark.parametrize("op", [op for op in OPS if op != "varlen_attention"])
 def test_an_image_has_the_same_bits_alone_packed_and_in_any_order(op):
     check_same_bits(op, torch.float16)
+
+
+def _product_rotated(weights, packed, x):
+    rope = packed.coords, frequencies(WIDTH // HEADS)
+    return linear_rope_2d(x, weights[0][: 3 * WIDTH], None, rope, backend="triton")
+
+
+# Products with an epilogue, which have no gradient.
+PRODUCTS = {
+    "linear_gelu": lambda weights, packed, x: linear_gelu(x, *weights[:1], backend="triton"),
+    "linear_swiglu": lambda weights, packed, x: linear_swiglu(x, *weights, backend="triton"),
+    "linear_rope_2d": _product_rotated,
+}
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_a_product_gives_an_image_the_same_bits_in_any_pack_and_again(op):
+    """Also in a pack of more tokens than a tile has rows."""
+    rng = torch.Generator().manual_seed(4)
+    weights = [torch.randn(200, WIDTH, generator=rng).half() for _ in range(2)]
+    images = [torch.randn(PREFIX + h * w, WIDTH, generator=rng).half() for h, w in GRIDS]
+
+    def outcome(chosen):
+        packed = PackedGrids.from_grids([GRIDS[i] for i in chosen], num_prefix_tokens=PREFIX)
+        out = PRODUCTS[op](weights, packed, torch.cat([images[i] for i in chosen]))
+        return packed.split(out)
+
+    alone = [outcome([i])[0] for i in range(len(GRIDS))]
+    for pack in (PACK, PACK):
+        for i, got in zip(pack, outcome(pack), strict=True):
+            assert torch.equal(got, alone[i]), f"{op}: image {i} of the pack {pack}"
 
 
 def test_attention_without_rope_in_float32():

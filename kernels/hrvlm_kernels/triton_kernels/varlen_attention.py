@@ -109,12 +109,20 @@ def varlen_attention_forward(
     p_k = k + first * stride_kt + i_hk * stride_kh
     p_v = v + first * stride_vt + i_hk * stride_vh
     p_q = q + first * stride_qt + i_h * stride_qh
+    p_out = out + first * stride_ot + i_h * stride_oh
     b_q = load_rows(p_q, i_m, n, stride_qt, D, BD, True)
     b_q_tail = None
     if TAIL:
         b_q_tail = load_rows(p_q, i_m, n, stride_qt, D, TAIL, True, BD)
     if ROPE:
         b_q = rotate(b_q, table, first, i_m, n, False).to(b_q.dtype)
+        if AHEAD:
+            # Triton keeps what was computed in registers, and ptxas then has too few to put the
+            # softmax beside q.k; what was loaded lies in shared memory. So q is loaded from its
+            # place in out, which no other program touches.
+            store_rows(p_out, i_m, n, stride_ot, b_q, D, BD)
+            tl.debug_barrier()
+            b_q = load_rows(p_out, i_m, n, stride_ot, D, BD, True)
 
     qk_scale = scale * LOG2_E
     peak = tl.full([BM], float("-inf"), tl.float32)
@@ -157,7 +165,6 @@ def varlen_attention_forward(
                 )
 
     acc *= (1.0 / total)[:, None]
-    p_out = out + first * stride_ot + i_h * stride_oh
     store_rows(p_out, i_m, n, stride_ot, acc, D, BD)
     if TAIL:
         acc_tail *= (1.0 / total)[:, None]
