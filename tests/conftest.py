@@ -61,3 +61,12 @@ def pytest_collection_modifyitems(items):
 def rng():
     """A generator of its own for each test."""
     return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture
+def mesh_of_one(tmp_path):
+    """A process group of this process alone, as a mesh."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()

@@ -93,6 +93,10 @@ def accelerate(
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`accelerate`; what was not accelerated is left alone.
 
+    Args:
+        model: Changed in place. A whole tower at least: one that masks padding gives its attention
+            a layout for a mask, which stock attention does not take.
+
     Returns:
         `model` itself.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, cast
 
 from torch import nn
@@ -54,8 +54,22 @@ def _unless_exported(method: Callable[..., Any], stock: Callable[..., Any]) -> C
 
 
 def stock_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class that a swapped module was of; None for one that is not swapped."""
-    return vars(type(module)).get("hrvlm_stock")
+    """The class that a swapped module was of; None for one that is not swapped.
+
+    Of one that was given a class made from the swapped one since, as fully_shard does: that class
+    as it is made from the stock one.
+    """
+    cls = type(module)
+    return _stock_of(cls) if hasattr(cls, "hrvlm_stock") else None
+
+
+@cache
+def _stock_of(cls: type[nn.Module]) -> type[nn.Module]:
+    if "hrvlm_stock" in vars(cls):
+        return cast("type[nn.Module]", vars(cls)["hrvlm_stock"])
+    bases = tuple(_stock_of(b) if hasattr(b, "hrvlm_stock") else b for b in cls.__bases__)
+    body = {n: v for n, v in vars(cls).items() if n not in ("__dict__", "__weakref__")}
+    return cast("type[nn.Module]", type(cls)(cls.__name__, bases, body))
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:

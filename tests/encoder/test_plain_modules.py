@@ -173,30 +173,21 @@ def test_no_module_is_plain_while_what_its_call_runs_is_replaced(kind, name, mon
     assert is_plain(layer, QKVLinear)
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    """A process group of this process alone, as a mesh."""
-    store = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield torch.distributed.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
-def test_a_sharded_weight_is_not_plain(one_process):
+def test_a_sharded_weight_is_not_plain(mesh_of_one):
     layer = nn.Linear(4, 3)
-    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), one_process))
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh_of_one))
     assert not is_plain(layer, nn.Linear)
 
 
-def test_modules_that_are_sharded_by_themselves(one_process):
+def test_modules_that_are_sharded_by_themselves(mesh_of_one):
     model, inputs = model_of(), processor_of()(images=[picture(60, 40)], text="<|image|>say")
     expected = model(**inputs).logits
     for module in (model.MP.proj, model.vision_encoder.embeddings.patch_embeddings):
-        fully_shard(module, mesh=one_process)
+        fully_shard(module, mesh=mesh_of_one)
     first, second = model.vision_encoder.layer
     for module in (first.attention.qkv, first.attention.qkv_bias, first.norm2, second):
-        fully_shard(module, mesh=one_process)
-    fully_shard(model, mesh=one_process)
+        fully_shard(module, mesh=mesh_of_one)
+    fully_shard(model, mesh=mesh_of_one)
     logits = model(**inputs).logits
     torch.testing.assert_close(logits, expected)
     logits.square().sum().backward()
@@ -291,12 +282,12 @@ def test_any_module_may_be_wrapped_in_another(kind):
         setattr(parent, last, inner)
 
 
-def test_attention_maps_of_a_sharded_encoder(one_process):
+def test_attention_maps_of_a_sharded_encoder(mesh_of_one):
     _, encoder = pair_of(num_hidden_layers=2)
     expected = encoder(IMAGES, output_prefix_attentions=True)
     for layer in encoder.layer:
-        fully_shard(layer, mesh=one_process)
-    maps = fully_shard(encoder, mesh=one_process)(IMAGES, output_prefix_attentions=True)
+        fully_shard(layer, mesh=mesh_of_one)
+    maps = fully_shard(encoder, mesh=mesh_of_one)(IMAGES, output_prefix_attentions=True)
     torch.testing.assert_close(maps.prefix_attentions, expected.prefix_attentions)
     torch.testing.assert_close(maps.last_hidden_state, expected.last_hidden_state)
 

@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import DINOv3ViTModel
 
 import hrvlm
@@ -57,6 +59,28 @@ def test_parts_that_are_made_of_their_class_are_stock(name):
     made = type(attention)(tower.config)
     hrvlm.restore(tower)
     assert type(made) is type(attention) and not stock_class(made)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "pixtral", *MASKED])
+@torch.no_grad()
+def test_a_tower_is_restored_from_under_fully_shard(name, mesh_of_one):
+    """Which gives modules classes made of the swapped ones."""
+    tower, inputs = tower_of(name), inputs_of(name)
+    expected = output_of(tower, inputs)
+    hrvlm.accelerate(tower)
+    for layers in [m for m in tower.modules() if isinstance(m, nn.ModuleList)]:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh_of_one)
+    fully_shard(tower, mesh=mesh_of_one)
+    sharded = type(tower)
+    for _ in range(2):
+        assert relative_error(output_of(tower, inputs), expected) <= 1e-5
+        hrvlm.accelerate(tower)
+        assert type(tower) is sharded
+    hrvlm.restore(tower)
+    assert isinstance(tower, FSDPModule) and not any(map(stock_class, tower.modules()))
+    assert type(tower).__name__ == sharded.__name__
+    assert torch.equal(output_of(tower, inputs), expected)
 
 
 @pytest.mark.parametrize("name", MASKED)
