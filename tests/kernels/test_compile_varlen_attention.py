@@ -50,6 +50,16 @@ def test_ahead_runs_the_softmax_beside_the_tensor_cores(rope):
     assert plain.loop_instructions / (128 * 64) < 1.05 * 273 / (128 * 64)
 
 
+@pytest.mark.parametrize(("head_dim", "exps"), [(32, 24), (128, 28)])
+def test_ahead_does_so_for_other_heads(head_dim, exps):
+    """Of 64 and 32 scores; with RoPE, which may take the registers that it needs."""
+    tiling = forward.select_tilings("sm_90", head_dim, BF16)[0]
+    assert tiling.order == "ahead"
+    jobs = [forward_job(head_dim, BF16, tiling, rope) for rope in (False, True)]
+    for _, built in compile_all(jobs, "sm_90"):
+        assert built.exps_beside_wgmma >= exps
+
+
 def test_the_gluon_candidate_has_warps_that_load_and_warps_that_compute():
     for job, built in compile_all([gluon_job(d, BF16, 64) for d in (64, 128)], "sm_90"):
         check_built(job, built)
