@@ -284,15 +284,22 @@ def _encoder_on_a_cpu() -> Iterator[tuple[str, str, str, list[str]]]:
                 "cpu_encoder", what + "with backward", f"transformers, {peer}",
                 [f"ViT-S {way}, {dtype}, 1 thread, {mixed}" for way in both],
             )  # fmt: skip
+    sizes = (224, 768, 1024)
+    for dtype in ("float32", "bfloat16"):
+        for way, words in zip(both, ("forward", "with backward"), strict=True):
+            yield (
+                "cpu_encoder",
+                f"transformers + compile by block, ViT-S, {dtype}, one size: 224 / 768 / 1024 px, "
+                f"{words}",
+                "transformers, sdpa + compile by block",
+                [f"ViT-S {way}, {dtype}, 1 thread, {size} px" for size in sizes],
+            )
     yield (
-        "cpu_encoder", "transformers, ViT-S, float32, one size: 224 / 768 / 1024 px, forward",
-        "transformers, sdpa",
-        [f"ViT-S forward, float32, 1 thread, {size} px" for size in (224, 768, 1024)],
-    )  # fmt: skip
-    yield (
-        "cpu_encoder", "transformers one by one, ViT-S, float32, 512 images of 1 to 4 patches",
-        "transformers, one by one", [f"ViT-S forward, float32, 1 thread, {tiny}"],
-    )  # fmt: skip
+        "cpu_encoder",
+        "transformers one by one, ViT-S, 512 images of 1 to 4 patches, float32 / bfloat16",
+        "transformers, one by one",
+        [f"ViT-S forward, {dtype}, 1 thread, {tiny}" for dtype in ("float32", "bfloat16")],
+    )
 
 
 def _threads(machine: dict[str, Any]) -> str:
