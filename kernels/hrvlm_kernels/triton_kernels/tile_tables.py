@@ -12,7 +12,7 @@ benchmarks.tuning.spills``). There the next ones of their row are used.
 from .tilings import BlockConfig, GemmConfig, NormConfig, RopeConfig, Rows, Tiling, by_chip
 
 CHOSEN_BY = {
-    "sm_80": "attention, norms' backward at C = 512 counted; others compiled, Triton 3.6.0",
+    "sm_80": "attention, norms to C = 1024 (backward: 512) counted; others compiled, Triton 3.6.0",
     "sm_90": "norms to C = 1024 (backward: 512) counted; others compiled, Triton 3.6.0",
     "sm_100": "compiled, Triton 3.6.0",
     "gfx942": "compiled, Triton 3.6.0",
@@ -184,8 +184,10 @@ ROPE: Rows[RopeConfig] = by_chip(
 NORM_FORWARD: Rows[NormConfig] = by_chip(
     {
         (512,): (NormConfig(4, 4),),
+        ("sm_80", 512): (NormConfig(4, 1),),
         ("sm_90", 512): (NormConfig(4, 1),),
         (1024,): (NormConfig(2, 4),),
+        ("sm_80", 1024): (NormConfig(2, 1),),
         ("sm_90", 1024): (NormConfig(2, 1),),
         (2048,): (NormConfig(1, 4),),
         (4096,): (NormConfig(1, 4),),
