@@ -43,19 +43,34 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def check_floats(**given: Tensor | torch.dtype) -> None:
+def check_floats(**tensors: Tensor) -> None:
     """Raise unless what is computed with, by its names, is of :data:`FLOATS`.
 
     Raises:
-        TypeError: it is no tensor, nor the dtype of a result.
+        TypeError: it is no tensor.
         ValueError: its dtype is another one.
     """
-    for name, value in given.items():
-        if not isinstance(value, Tensor | torch.dtype):
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-        dtype = value.dtype if isinstance(value, Tensor) else value
-        if dtype not in FLOATS:
-            raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype}")
+        _check_float(name, value.dtype)
+
+
+def check_result_dtype(dtype: torch.dtype) -> None:
+    """Raise unless the `dtype` asked for is one of :data:`FLOATS`.
+
+    Raises:
+        TypeError: it is no dtype.
+        ValueError: it is another one.
+    """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
+    _check_float("dtype", dtype)
+
+
+def _check_float(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype}")
 
 
 def resolve(op: str, backend: str, x: Tensor) -> str:

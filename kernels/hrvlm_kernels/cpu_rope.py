@@ -67,7 +67,7 @@ def both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(a: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Write head vectors ``[T, ..., D]`` into `out`, rotated by :func:`both_halves`."""
     shape = (-1, *[1] * (a.ndim - 2), cos.shape[1])
-    count = max(1, _ELEMENTS // a.shape[1:].numel())
+    count = max(1, _ELEMENTS // max(1, a.shape[1:].numel()))
     parts = (b.split(count) for b in (a, cos, sin, out))
     for rows, c, s, target in zip(*parts, strict=True):
         wide, exchanged = _scratch(rows.shape)
@@ -105,7 +105,8 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return None, None, None, *rotated(grads, cos, -sin)
+        turn = rotated if are_plain(*grads) else _by_torch  # which takes batches of gradients
+        return None, None, None, *turn(grads, cos, -sin)
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, ___: None, *tangents: Tensor) -> tuple[Tensor, ...]:
@@ -135,4 +136,13 @@ def rotated(
         sin: As `cos`.
         heads_first: In memory ``[H, T, D]``, which attention reads faster.
     """
+    if len({a.requires_grad for a in heads}) > 1:  # what needs no gradient shall not get one
+        return tuple([_Rotated.apply(cos, sin, heads_first, a)[0] for a in heads])
     return _Rotated.apply(cos, sin, heads_first, *heads)
+
+
+def _by_torch(heads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    cos, sin = cos[:, None], sin[:, None]
+    halves = [a.float().chunk(2, dim=-1) for a in heads]
+    turned = [torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in halves]
+    return tuple([a.to(like.dtype) for a, like in zip(turned, heads, strict=True)])

@@ -271,8 +271,21 @@ class PackedGrids:
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle and deepcopy by value of the host ints; the tensors are built again."""
-        return _cached, (self.grids, self.lengths, self.num_prefix_tokens, self.device)
+        """Pickle and copy by value of the host ints; the tensors are built again.
+
+        But for coordinates of :meth:`with_coords`, which are carried along.
+        """
+        key = self.grids, self.lengths, self.num_prefix_tokens, self.device
+        usual = _cached(*key)._coords
+        if usual is None or self._coords is None or self.device.type == "meta":
+            return _cached, key
+        if torch.equal(usual, self._coords):
+            return _cached, key
+        return _with_bits, (key, self._coords)
+
+
+def _with_bits(key: tuple[Any, ...], bits: Tensor) -> PackedGrids:
+    return replace(_cached(*key), _coords=bits)
 
 
 def check_packed(packed: object, **tensors: object) -> None:

@@ -137,6 +137,14 @@ def test_pickle_deepcopy_to_and_pytree(packed):
     assert on_meta.device.type == "meta" and on_meta.tiles(64).shape == packed.tiles(64).shape
 
 
+def test_copies_keep_coordinates_of_their_own(packed):
+    own = packed.with_coords(packed.coords * 2)
+    for other in (pickle.loads(pickle.dumps(own)), copy.copy(own), copy.deepcopy(own)):
+        assert torch.equal(other.coords, own.coords) and other.grids == own.grids
+        assert torch.equal(other.cu_seqlens, own.cu_seqlens)
+    assert pickle.loads(pickle.dumps(packed)) is packed
+
+
 def test_a_dumped_tree_spec_loads_equal(packed):
     leaves, spec = pytree.tree_flatten(packed)
     loaded = pytree.treespec_loads(pytree.treespec_dumps(spec))

@@ -293,6 +293,41 @@ def test_gradient_in_place_where_only_q_needs_one():
     assert torch.equal(grad[:, 0], expected[:, 0])
 
 
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_what_needs_no_gradient_gets_none(backend, rng):
+    packed = PackedGrids.from_grids(GRIDS, num_prefix_tokens=2)
+    q, k = (torch.randn(packed.total_tokens, 2, 16, generator=rng) for _ in range(2))
+    q.requires_grad_()
+    outs = rope_2d(q, k, packed.coords, frequencies(16), backend=backend)
+    assert backend == "triton" or [out.requires_grad for out in outs] == [True, False]
+    rope_2d_(q * 1, k, packed.coords, frequencies(16), backend=backend)
+    assert not k.requires_grad and k.grad_fn is None
+    assert torch.equal(k, outs[1])
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_one_of_both_may_have_no_heads(backend, rng):
+    packed = PackedGrids.from_grids(GRIDS, num_prefix_tokens=2)
+    q = torch.randn(packed.total_tokens, 2, 16, generator=rng)
+    out, none = rope_2d(q, q[:, :0], packed.coords, frequencies(16), backend=backend)
+    assert none.shape == (packed.total_tokens, 0, 16)
+    assert_rope(out, q, packed.coords, frequencies(16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_of_gradients_on_a_cpu(dtype, rng):
+    """As jacobians take them: each is what the gradient alone is, up to rounding."""
+    packed = PackedGrids.from_grids(GRIDS, num_prefix_tokens=2)
+    q = torch.randn(packed.total_tokens, 2, 16, generator=rng).to(dtype).requires_grad_()
+    out, _ = rope_2d(q, q.detach(), packed.coords, frequencies(16), backend="eager")
+    given = torch.randn(3, *out.shape, generator=rng).to(dtype)
+    one = [torch.autograd.grad(out, q, g, retain_graph=True)[0] for g in given]
+    (batched,) = torch.autograd.grad(out, q, given, is_grads_batched=True, retain_graph=True)
+    by_vmap = torch.vmap(lambda g: torch.autograd.grad(out, q, g, retain_graph=True)[0])(given)
+    for got in (batched, by_vmap):
+        torch.testing.assert_close(got, torch.stack(one))
+
+
 @pytest.mark.parametrize("view", ["leaf", "view of a leaf", "unbind"])
 def test_in_place_refuses_what_autograd_refuses(view, rng):
     packed = PackedGrids.from_grids([(2, 3)])

@@ -77,6 +77,12 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize("call", [name for name in CALLS if name.endswith(" dtype")])
+def test_a_name_is_no_dtype(call):
+    with pytest.raises(TypeError, match=r"^dtype: expected a torch.dtype, got 'bfloat16'"):
+        CALLS[call]("bfloat16")
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", OTHERS)
 @pytest.mark.parametrize("call", CALLS)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import check_floats, choose_backend
+from ..backends import check_floats, check_result_dtype, choose_backend
 from ..packed_grids import PackedGrids, check_packed
 from .pixel_shuffle_linear import check_pixel_shuffle_inputs, compute_dtype, pixel_shuffle_linear
 from .torch_op import ops, register, register_backward
@@ -120,7 +120,7 @@ def layer_norm_pixel_shuffle(
     """
     _check_norm(x, packed, factor, norm_weight, norm_bias)
     dtype = x.dtype if dtype is None else dtype
-    check_floats(dtype=dtype)
+    check_result_dtype(dtype)
     if choose_backend("layer_norm_pixel_shuffle", backend, x) == "triton":
         return ops.layer_norm_pixel_shuffle(
             x,

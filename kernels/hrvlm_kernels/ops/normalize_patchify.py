@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import check_floats, choose_backend
+from ..backends import check_result_dtype, choose_backend
 from ..packed_tables import check_int
 from .torch_op import add_op_namespace_prefix, ops
 
@@ -87,7 +87,7 @@ def normalize_patchify(
         RuntimeError: the backend asked for can't run here.
     """
     _check_numbers(patch_size, mean, std)
-    check_floats(dtype=dtype)
+    check_result_dtype(dtype)
     batches, grids = _batches(images, patch_size)
     like = torch.empty(0, dtype=dtype, device=batches[0].device)
     if choose_backend("normalize_patchify", backend, like) == "triton":
