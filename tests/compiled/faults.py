@@ -292,11 +292,11 @@ def _attention(
     name: str, kernel: str, *, chips=BOTH, backward=True, rope=False, tiles="first"
 ) -> Subject:
     """With scores around 0, long enough for every stage of the loop; and with every kind of end."""
-    way = Attention(32, rope, tiles)
     longest = 256 if kernel == "varlen_attention_short" else 520
-    lengths, beyond = (1, 0, 63, 128, longest), 0
+    head_dim, lengths, beyond = 32, (1, 0, 63, 128, longest), 0
     if rope and kernel == "varlen_attention_forward":  # which leaves short segments to the other
-        lengths, beyond = (1, 0, 256, 257, 639), 256
+        head_dim, lengths, beyond = 64, (1, 0, 256, 257, 639), 256
+    way = Attention(head_dim, rope, tiles)
 
     def check(change=lambda case: case):
         case = change(way.case(lengths, BF16, heads=1))

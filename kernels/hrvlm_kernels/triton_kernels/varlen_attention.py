@@ -116,10 +116,10 @@ def varlen_attention_forward(
         b_q_tail = load_rows(p_q, i_m, n, stride_qt, D, TAIL, True, BD)
     if ROPE:
         b_q = rotate(b_q, table, first, i_m, n, False).to(b_q.dtype)
-        if AHEAD:
+        if AHEAD and BD == 64:
             # Triton keeps what was computed in registers, and ptxas then has too few to put the
             # softmax beside q.k; what was loaded lies in shared memory. So q is loaded from its
-            # place in out, which no other program touches.
+            # place in out, which no other program touches. (Other heads have registers enough.)
             store_rows(p_out, i_m, n, stride_ot, b_q, D, BD)
             tl.debug_barrier()
             b_q = load_rows(p_out, i_m, n, stride_ot, D, BD, True)
