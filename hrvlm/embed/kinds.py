@@ -7,6 +7,7 @@ its beginning is an error of the images that it concerns: of a row, of a row gro
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 import tarfile
 from bisect import bisect_right
@@ -57,7 +58,15 @@ class Kind:
         raise NotImplementedError
 
     def _open(self, name: str) -> Any:
-        return self._fs.open(f"{self._root}/{name}", "rb")
+        """A file to be read.
+
+        Raises:
+            ValueError: it is a pipe or a device, for which reading would wait.
+        """
+        path = f"{self._root}/{name}"
+        if is_local(self._fs) and os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{name}: expected a regular file, not a pipe or a device")
+        return self._fs.open(path, "rb")
 
     def _pieces(self, entries: Sequence[Entry]) -> Iterator[bytes | Exception]:
         """Bytes of one file."""

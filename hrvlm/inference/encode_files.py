@@ -19,6 +19,8 @@ from torch import Tensor
 from .. import __version__
 from ..files import hexdigest, write_bytes, write_picture
 from ..images.fetch import is_url
+from ..images.formats import ImageError
+from ..images.intake import opened
 from .encode_formats import (
     Stored,
     need_pyarrow,
@@ -141,7 +143,7 @@ class ResultWriter:
         """What the one file has of these images, and what a run that was stopped has left."""
         stored: dict[str, Stored] = {}
         target = self._directory / f"features.{self._kept.one_file}"
-        if target.exists():
+        if target.exists() and not target.is_fifo():
             ours = {self._source(p) for p in self._paths} | {self._made_of(p) for p in self._paths}
             for name, (tensors, told) in read_one_file(target).items():
                 self._in_file.append((name, told["made_of"], told["source"]))
@@ -194,10 +196,10 @@ class ResultWriter:
         if path not in self._contents:
             digest = hashlib.blake2b(digest_size=16)
             try:
-                with open(path, "rb") as file:
+                with opened(path, str(path)) as file:
                     while block := file.read(1 << 20):
                         digest.update(block)
-            except OSError:
+            except (OSError, ImageError):
                 return None
             self._contents[path] = digest.hexdigest()
         return self._contents[path]

@@ -225,6 +225,29 @@ def test_links_that_lead_nowhere_and_links_to_folders_are_named(images, model, t
     assert f"skipped {folder / 'folder'}: a link to a folder" in shown.stderr
 
 
+def test_a_pipe_is_an_image_that_can_not_be_read(images, model, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(images / "b_wide.png", folder / "a.png")
+    os.mkfifo(folder / "b.png")  # to open it would wait for ever
+    arguments = ("encode", folder, "--model", model, "--max-img-size", 64, "--out", out)
+    assert "b.png' is a pipe or a device" in error_of(run(*arguments))
+    for kind in ((), ("--format", "safetensors")):
+        document = json.loads(run(*arguments, *kind, "--skip-bad", "--json").stdout)
+        assert [bad["image"] for bad in document["bad"]] == [str(folder / "b.png")]
+        assert [image["image"] for image in document["images"]] == [str(folder / "a.png")]
+
+
+def test_a_pipe_in_the_place_of_a_result_is_replaced(images, model, tmp_path):
+    names = ("b_wide.features.safetensors", "b_wide.features.png", "features.npz")
+    for name in names:
+        os.mkfifo(tmp_path / name)
+    for kind in ((), ("--format", "npz")):
+        run("encode", images / "b_wide.png", "--model", model, "--max-img-size", 64,
+            "--out", tmp_path, *kind)  # fmt: skip
+    assert all((tmp_path / name).is_file() for name in names)
+
+
 def test_what_is_there_stays_and_what_changed_is_made_anew(images, model, tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()

@@ -177,6 +177,15 @@ def test_a_row_that_names_a_pipe_does_not_wait_for_it(folder):
         opened(config)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar"])
+def test_a_pattern_that_finds_a_pipe_names_it(folder, kind):
+    os.mkfifo(folder / f"pipe.{kind}")  # to open it would wait for ever
+    (folder / f"link.{kind}").symlink_to(folder / f"pipe.{kind}")
+    for name in ("pipe", "link"):
+        with pytest.raises(ValueError, match=rf"^{name}\.{kind}: expected a regular file, not a p"):
+            opened(config_of(folder / f"{name[:3]}*.{kind}"))
+
+
 def write_input(folder, kind, count):
     """Images of the widths 16, 17 and so on, all in one input; what it is called."""
     folder.mkdir()
