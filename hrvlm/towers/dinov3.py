@@ -106,22 +106,24 @@ class AcceleratedRope(DINOv3ViTRopePositionEmbedding):
             num_prefix_tokens=1 + self.config.num_register_tokens,
             device=pixel_values.device,
         )
-        coords = self._augmented(packed) if self.training and self.rope_augment else packed.coords
+        augments = self.training and self.rope_augment
+        coords = self._augmented(packed, batch) if augments else packed.coords
         return RotaryPositions(
             packed, coords, rope_frequencies(self.base, self.head_dim, pixel_values.device)
         )
 
-    def _augmented(self, packed: PackedGrids) -> Tensor:
-        """One draw for the batch, as the stock model's; prefix tokens stay at the origin."""
+    def _augmented(self, packed: PackedGrids, batch: Any) -> Tensor:
+        """One draw for the batch, as the stock model's; prefix tokens stay at the origin.
+
+        `batch` is a symbol, or a traced number, where a graph is made.
+        """
         config, prefix = self.config, packed.num_prefix_tokens
-        first = packed.coords[: packed.lengths[0]]
-        patches = augment_patches_center_coordinates(
-            first[prefix:],
-            config.pos_embed_shift,
-            config.pos_embed_jitter,
-            config.pos_embed_rescale,
-        )
-        return torch.cat((first[:prefix], patches)).repeat(len(packed), 1)
+        drawn = config.pos_embed_shift, config.pos_embed_jitter, config.pos_embed_rescale
+        if drawn == (None, None, None):
+            return packed.coords
+        coords = packed.coords.reshape(batch, packed.max_seqlen, 2)
+        patches = augment_patches_center_coordinates(coords[:, prefix:], *drawn)
+        return torch.cat((coords[:, :prefix], patches), 1).flatten(0, 1)
 
 
 class AcceleratedAttention(DINOv3ViTAttention):

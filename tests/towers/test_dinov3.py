@@ -9,6 +9,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file
 from torch import nn
+from torch.export import Dim
 from torch.utils._pytree import tree_map
 from transformers import (
     DINOv3ViTBackbone,
@@ -333,6 +334,42 @@ def test_rope_is_augmented_like_the_stock_model_unless_told_not_to(dtype, rng):
     assert relative_error(model.eval()(x).last_hidden_state, plain) <= tolerance
 
 
+def exported(model, x):
+    """A program of `model` for any batch."""
+    sizes = {0: Dim("batch", min=1, max=64), 2: 16 * Dim("rows"), 3: 16 * Dim("columns")}
+    return torch.export.export(model, (x,), dynamic_shapes=(sizes,)).module()
+
+
+def traced(model, x):
+    """A trace of `model`; not checked, the draws of each run are others."""
+    return torch.jit.trace(model, (x,), strict=False, check_trace=False)
+
+
+def compiled(model, x):
+    """One graph of `model`."""
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("graph_of", [exported, traced, compiled])
+@pytest.mark.parametrize("drawn", [(None, None, None), (0.5, 1.5, 2.0)])
+@torch.no_grad()
+def test_a_graph_of_a_model_in_training_draws_as_the_stock_model_does(graph_of, drawn, rng):
+    names = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+    model = model_of(num_hidden_layers=1, **dict(zip(names, drawn, strict=True))).train()
+    images = [torch.randn(s, generator=rng) for s in ((2, 3, 32, 48), (3, 3, 64, 32))]
+    expected = [drawn_from(model, x, seed) for seed, x in enumerate(images)]
+    graph = graph_of(accelerate(model), images[0])
+    for seed, x in enumerate(images):
+        assert relative_error(drawn_from(graph, x, seed), expected[seed]) <= 1e-5
+
+
+def drawn_from(model, x, seed):
+    """The last hidden state of a call, with the draws of a seed."""
+    torch.manual_seed(seed)
+    return model(x)["last_hidden_state"]
+
+
 @pytest.mark.parametrize(("height", "width"), [(70, 96), (64, 100), (24, 32)])
 def test_sides_that_are_no_multiples_of_the_patch_raise(height, width):
     model = model_of()
@@ -407,8 +444,8 @@ def test_a_loaded_backbone_is_accelerated_on_disk_keys(tmp_path, rng):
 
 def test_compiles_to_one_graph_per_size(rng):
     model = accelerate(model_of(num_hidden_layers=1))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    graph = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
     for shape in ((2, 3, 32, 48), (1, 3, 64, 32)):
         x = torch.randn(shape, generator=rng)
-        out = compiled(x).last_hidden_state
+        out = graph(x).last_hidden_state
         assert relative_error(out, model(x).last_hidden_state) <= 1e-5
