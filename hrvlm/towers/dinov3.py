@@ -11,9 +11,10 @@ the model's layers are handed :class:`RotaryPositions`.
                     attention: [B, n, C] -> [B*n, H, D] -> varlen_attention (with RoPE) -> o_proj
 
 Unlike the stock model, an accelerated one raises where an image's sides are not multiples of the
-patch size (instead of cropping), and rotates q and k in float32 whatever the dtype. In training
-mode it draws the shift, jitter and scale of RoPE coordinates that its config names as the stock
-model does, and the same ones; :class:`~hrvlm.DINOv3Encoder` draws them only when asked to.
+patch size (instead of cropping), rotates q and k in float32 whatever the dtype, and takes a batch
+of no images. In training mode it draws the shift, jitter and scale of RoPE coordinates that its
+config names as the stock model does, and the same ones; :class:`~hrvlm.DINOv3Encoder` draws them
+only when asked to.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class AcceleratedAttention(DINOv3ViTAttention):
         q, k, v = (proj(hidden_states).reshape(rows) for proj in projections)
         rope = position_embeddings.rope(q, self.backend)
         out = varlen_attention(q, k, v, packed, self.scaling, rope=rope, backend=self.backend)
-        return self.o_proj(out.reshape(batch, tokens, -1)), None
+        return self.o_proj(out.reshape(batch, tokens, self.num_heads * self.head_dim)), None
 
     def _refuse(self, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         asked = kwargs.get("output_attentions")

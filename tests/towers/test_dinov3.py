@@ -378,6 +378,16 @@ def test_sides_that_are_no_multiples_of_the_patch_raise(height, width):
         accelerate(model)(x)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_of_no_images_has_no_rows(training):
+    model = accelerate(model_of(pos_embed_shift=0.5)).train(training)
+    x = torch.zeros(0, 3, 32, 48, requires_grad=True)
+    out = model(x)
+    assert out.last_hidden_state.shape == (0, 5 + 6, 64) and out.pooler_output.shape == (0, 64)
+    out.last_hidden_state.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_attention_weights_masks_and_dropout_are_refused(rng):
     model = accelerate(model_of())
     x = torch.randn(1, 3, 32, 32, generator=rng)
