@@ -44,8 +44,7 @@ def join(
     options: dict[str, Any],
 ) -> VisionLanguageModel:
     """Do what :meth:`VisionLanguageModel.from_backbones` says."""
-    alias = options.pop("torch_dtype", None)
-    dtype = _dtype_of_all(alias if dtype is None else dtype)
+    dtype = _dtype_of_all(dtype=dtype, torch_dtype=options.pop("torch_dtype", None))
     check_options(options)
     names = {
         name: part
@@ -87,11 +86,23 @@ def join(
     return model
 
 
-def _dtype_of_all(dtype: Any) -> torch.dtype | None:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+def _dtype_of_all(**names: Any) -> torch.dtype | None:
+    """What is given by one of the names, or by both alike."""
+    given = {name: value for name, value in names.items() if value is not None}
+    found = {_floating_point(name, value) for name, value in given.items()}
+    if len(found) > 1:
         raise ValueError(
-            f"dtype={dtype!r}: expected a floating-point torch.dtype or the name of one, or None"
+            f"{' and '.join(f'{name}={value!r}' for name, value in given.items())}: two names of "
+            "one option, expected one of them, or one value"
+        )
+    return found.pop() if found else None
+
+
+def _floating_point(name: str, value: Any) -> torch.dtype:
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(
+            f"{name}={value!r}: expected a floating-point torch.dtype or the name of one, or None"
         )
     return found
 

@@ -108,7 +108,7 @@ class VisionLanguageModel(StrictModel, PackedGenerationMixin, ImageEmbedding):
             tokenizer: Hub id or directory, read by :func:`hrvlm.vlm.tokenizer.get_tokenizer`, or a
                 tokenizer with an ``image_token``. The vocabulary grows to hold its tokens.
             dtype: Of all parts, or its name; default: the language model's. ``torch_dtype`` is
-                transformers' other name of it.
+                transformers' other name of it; with both, the values are the same.
             **options: Attributes of :class:`~hrvlm.vlm.config.VLMConfig`, as ``max_img_size``.
 
         Raises:

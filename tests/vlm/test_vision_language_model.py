@@ -573,7 +573,12 @@ def test_siglip_is_joined_without_its_pooling_head():
 
 @pytest.mark.parametrize(
     "options",
-    [{"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}],
+    [
+        {"dtype": "bfloat16"},
+        {"torch_dtype": torch.bfloat16},
+        {"torch_dtype": "bfloat16"},
+        {"dtype": torch.bfloat16, "torch_dtype": "bfloat16"},
+    ],
 )
 def test_parts_are_joined_in_a_dtype_by_any_name_of_it(options):
     model = VisionLanguageModel.from_backbones(*parts(), tokenizer_of(), **options)

@@ -208,8 +208,18 @@ def test_a_checkpoint_of_another_model_is_told_in_a_line(model, tmp_path):
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_parts_are_joined_in_a_floating_point_dtype(model, name, dtype):
     parts = model.vision_encoder, model.decoder, tokenizer_of()
-    with pytest.raises(ValueError, match=r"dtype=.*: expected a floating-point torch.dtype"):
+    message = rf"^{name}=.*: expected a floating-point torch.dtype"
+    with pytest.raises(ValueError, match=message):
         VisionLanguageModel.from_backbones(*parts, **{name: dtype})
+    other = {"dtype": "torch_dtype", "torch_dtype": "dtype"}[name]
+    with pytest.raises(ValueError, match=message):
+        VisionLanguageModel.from_backbones(*parts, **{name: dtype, other: torch.float32})
+
+
+def test_two_names_of_a_dtype_have_one_value(model):
+    parts = model.vision_encoder, model.decoder, tokenizer_of()
+    with pytest.raises(ValueError, match=r"^dtype=torch.float32 and torch_dtype='bfloat16': two"):
+        VisionLanguageModel.from_backbones(*parts, dtype=torch.float32, torch_dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
