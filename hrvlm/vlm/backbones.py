@@ -63,19 +63,22 @@ def join(
         raise ValueError("tokenizer: it has no image_token; make it with hrvlm.get_tokenizer")
     encoder, decoder = load_vision(vision), load_language(language)
     embeddings: Any = decoder.get_input_embeddings()
-    if len(tokenizer) > embeddings.num_embeddings:
-        decoder.resize_token_embeddings(len(tokenizer))
+    text_config = copy.deepcopy(decoder.config)  # the caller's model changes when all is checked
+    if grows := len(tokenizer) > embeddings.num_embeddings:
+        text_config.get_text_config().vocab_size = len(tokenizer)
     if isinstance(vision, str) and "image_mean" not in options and not is_foreign(vision):
         stored = stored_normalization(vision)
         options |= {"image_mean": stored.mean, "image_std": stored.std} if stored else {}
     config = VLMConfig(
         vision_config=encoder.config,
-        text_config=decoder.config,
+        text_config=text_config,
         image_token_id=tokenizer.image_token_id,
         **(names | options),
     )
     with torch.device("meta"):
         model = model_class(config)
+    if grows:
+        decoder.resize_token_embeddings(len(tokenizer))
     model.vision_encoder, model.decoder = without_mask_token(encoder), decoder
     config.text_config = decoder.config
     model.MP.to_empty(device=_device_of(decoder)).reset_parameters()
@@ -185,7 +188,12 @@ def load_language(source: str | PreTrainedModel) -> PreTrainedModel:
             if not str(error).startswith("Unrecognized configuration class"):
                 raise
         check_causal(AutoConfig.from_pretrained(source), f"language={source!r}")
-    if not isinstance(source, PreTrainedModel) or not source.can_generate():
+    if (
+        not isinstance(source, PreTrainedModel)
+        or not source.can_generate()
+        or type(source.config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or source.config.is_encoder_decoder
+    ):
         raise TypeError(
             f"language: expected a name or a causal language model, got {type(source).__name__}"
         )

@@ -6,6 +6,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BartForConditionalGeneration,
     DINOv3ViTModel,
     Gemma2Config,
     GPT2Config,
@@ -13,6 +14,7 @@ from transformers import (
     SiglipModel,
     SiglipTextConfig,
     SiglipVisionModel,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -611,6 +613,32 @@ def test_wrong_parts_are_refused():
         VisionLanguageModel.from_backbones(vision, language, tokenizer_of(image_token=None))
     with pytest.raises(ValueError, match=r"max_image_size.*max_img_size"):
         VisionLanguageModel.from_backbones(vision, language, tokenizer_of(), max_image_size=1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "sizes"),
+    [
+        (T5ForConditionalGeneration, {"d_ff": 32, "num_layers": 1, "num_heads": 2}),
+        (BartForConditionalGeneration, {"encoder_layers": 1, "decoder_layers": 1}),
+    ],
+)
+def test_a_loaded_model_with_an_encoder_is_no_language_model(cls, sizes):
+    language = cls(cls.config_class(vocab_size=260, d_model=32, **sizes))
+    with pytest.raises(TypeError, match=rf"^language: expected .* causal .*, got {cls.__name__}"):
+        VisionLanguageModel.from_backbones(parts()[0], language, tokenizer_of())
+    assert language.get_input_embeddings().num_embeddings == language.config.vocab_size == 260
+
+
+@pytest.mark.parametrize(
+    "options", [{"mp_pixel_shuffle_factor": 0}, {"max_img_size": -1}, {"image_mean": "x"}]
+)
+def test_parts_that_are_refused_stay_as_they_are(options):
+    vision, language = parts()
+    before = copy.deepcopy(language.config.to_dict())
+    with pytest.raises(ValueError, match=next(iter(options))):
+        VisionLanguageModel.from_backbones(vision, language, tokenizer_of(), **options)
+    assert language.get_input_embeddings().num_embeddings == 260
+    assert language.config.to_dict() == before
 
 
 # End to end
