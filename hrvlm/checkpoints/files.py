@@ -83,13 +83,26 @@ def _check_template(path: Path) -> None:
 
 
 def flatten_tensors(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of nested dicts, keys joined by dots; anything else is left out."""
+    """The tensors of nested dicts, keys joined by dots; anything else is left out.
+
+    Dicts may have numbers for keys, as the state of an optimizer has.
+
+    Raises:
+        ValueError: the key of a tensor is no string, or two tensors would have one key.
+    """
     flat: dict[str, Tensor] = {}
     for key, value in tree.items():
+        found: dict[str, Tensor] = {}
         if isinstance(value, Tensor):
-            flat[f"{prefix}{key}"] = value
+            if not isinstance(key, str):
+                where = f" in {prefix[:-1]!r}" if prefix else ""
+                raise ValueError(f"the key {key!r} of a tensor{where} is no string")
+            found = {f"{prefix}{key}": value}
         elif isinstance(value, Mapping):
-            flat |= flatten_tensors(value, f"{prefix}{key}.")
+            found = flatten_tensors(value, f"{prefix}{key}.")
+        if twice := sorted(flat.keys() & found.keys()):
+            raise ValueError(f"two tensors have the key {twice[0]!r}")
+        flat |= found
     return flat
 
 
@@ -234,7 +247,6 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 def _load_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        tensors = flatten_tensors(loaded) if isinstance(loaded, Mapping) else None
     except pickle.UnpicklingError as error:
         if "Unsupported global" not in str(error):
             raise ValueError(f"{path}: damaged torch.save file ({summary(error)})") from error
@@ -244,11 +256,14 @@ def _load_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # a damaged pickle raises all kinds
         raise ValueError(f"{path}: damaged torch.save file ({summary(error)})") from error
-    if tensors is None:
+    if not isinstance(loaded, Mapping):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(loaded).__name__}")
-    for key, value in loaded.items():
-        if isinstance(value, Tensor) and not isinstance(key, str):
-            raise ValueError(f"{path}: the key {key!r} of a tensor is no string")
+    try:
+        tensors = flatten_tensors(loaded)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # a dict inside itself, say
+        raise ValueError(f"{path}: damaged torch.save file ({summary(error)})") from error
     for key, tensor in tensors.items():
         if tensor.is_meta or tensor.layout != torch.strided:
             what = "on meta, without values" if tensor.is_meta else tensor.layout

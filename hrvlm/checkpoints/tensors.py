@@ -88,8 +88,8 @@ def read(
     """The encoder in `state_dict`, complete if `strict`, under canonical keys.
 
     Raises:
-        ValueError: the layout is unknown, keys are missing, unexpected or of the wrong shape, a
-            weight is no floating-point tensor, or CLS has a norm of its own.
+        ValueError: the layout is unknown, keys are missing, unexpected, of the wrong shape or no
+            strings, a weight is no floating-point tensor, or CLS has a norm of its own.
     """
     if layout is not None:
         check_layout(layout)
