@@ -59,17 +59,17 @@ def stock_class(module: nn.Module) -> type[nn.Module] | None:
     Of one that was given a class made from the swapped one since, as fully_shard does: that class
     as it is made from the stock one.
     """
-    cls = type(module)
-    return _stock_of(cls) if hasattr(cls, "hrvlm_stock") else None
+    cls: Any = type(module)
+    return cast("type[nn.Module]", _stock_of(cls)) if hasattr(cls, "hrvlm_stock") else None
 
 
 @cache
-def _stock_of(cls: type[nn.Module]) -> type[nn.Module]:
+def _stock_of(cls: Any) -> Any:
     if "hrvlm_stock" in vars(cls):
-        return cast("type[nn.Module]", vars(cls)["hrvlm_stock"])
+        return vars(cls)["hrvlm_stock"]
     bases = tuple(_stock_of(b) if hasattr(b, "hrvlm_stock") else b for b in cls.__bases__)
     body = {n: v for n, v in vars(cls).items() if n not in ("__dict__", "__weakref__")}
-    return cast("type[nn.Module]", type(cls)(cls.__name__, bases, body))
+    return type(cls)(cls.__name__, bases, body)
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -41,7 +41,8 @@ class Order:
     def moved(self, place: Place, block: int) -> Place:
         """Where threads are in `block` that come from `place`: in a loop's head, a turn further."""
         turns = dict(zip(place[:-1:2], place[1::2], strict=False))
-        rank, after = self.rank[block], []
+        rank = self.rank[block]
+        after: list[int] = []
         for head in self.around[block]:
             after += (head, turns[head] + (head == rank) if head in turns else 0)
         return (*after, rank)
