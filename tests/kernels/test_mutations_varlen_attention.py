@@ -28,7 +28,7 @@ FORWARD = {
         "mask=(rows < n)[:, None] & (i_d < D)[None, :], other=0.0",
         "mask=(rows < n)[:, None] & (i_d < D - 1)[None, :], other=0.0",
     ),
-    "a key too many": ("qk = tl.where((i_last < n)", "qk = tl.where((i_last <= n)"),
+    "a key too many": ("qk = tl.where((i_n < n)", "qk = tl.where((i_n <= n)"),
     "no tail where blocks fit": ("last = ((n - 1) // BN) * BN", "last = (n // BN) * BN"),
     "accumulator not rescaled": ("    acc *= fade[:, None]\n    b_v = load", "    b_v = load"),
     "total not rescaled": ("total * fade + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
@@ -53,7 +53,7 @@ AHEAD = {
     "k of the same block": ("[row + s + BN, head, 0]", "[row + s, head, 0]"),
     "v of the next block": ("v_blocks.load([row + s, head", "v_blocks.load([row + s + BN, head"),
     "scores not handed on": ("qk = qk_next", "qk = qk"),
-    "the neighbour's keys": ("qk = tl.where((i_last < n)", "qk = tl.where((i_last < n + BN)"),
+    "the neighbour's keys": ("qk = tl.where((i_n < n)", "qk = tl.where((i_n < n + 128)"),
     "k of another image": ("k_blocks.load([row, head, 0])", "k_blocks.load([0, head, 0])"),
 }
 

@@ -86,6 +86,18 @@ def _add_values(
     return tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def _last_step(qk, i_n, n, peak, total, qk_scale):
+    """Of the softmax, without the keys past the segment's end."""
+    qk = tl.where((i_n < n)[None, :], qk, float("-inf"))
+    return softmax_step(qk, peak, total, qk_scale)
+
+
+@triton.jit
+def _store_lse(p_lse, peak, total, mask):
+    tl.store(p_lse, peak + tl.log2(total), mask=mask)
+
+
 @bound
 @triton.jit(do_not_specialize=["T"])
 def varlen_attention_forward(
@@ -101,8 +113,12 @@ def varlen_attention_forward(
     plain order only. Segments of up to SKIP tokens are left to varlen_attention_short.py.
     """
     i_h, first, n, i_m = locate(cu_seqlens, tiles, H, BM, PARTS)
-    if SKIP:  # noqa: SIM102  (decided when compiling, the inner one when running)
-        if n <= SKIP:
+    if SKIP:
+        if AHEAD:
+            # With a return, or a branch around the loop, ptxas puts the softmax behind the wait for
+            # q.k. So these go on without rows, and do what lies before the loop.
+            n = tl.where(n <= SKIP, 0, n)
+        elif n <= SKIP:
             return
     i_hk = i_h // GROUP
     i_n = tl.arange(0, BN)
@@ -110,6 +126,7 @@ def varlen_attention_forward(
     p_v = v + first * stride_vt + i_hk * stride_vh
     p_q = q + first * stride_qt + i_h * stride_qh
     p_out = out + first * stride_ot + i_h * stride_oh
+    p_lse = lse + i_h * T + first + i_m
     b_q = load_rows(p_q, i_m, n, stride_qt, D, BD, True)
     b_q_tail = None
     if TAIL:
@@ -145,16 +162,19 @@ def varlen_attention_forward(
             b_v = v_blocks.load([row + s, head, 0]).reshape(BN, BD)
             acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
             qk = qk_next
+        if n > 0:
+            # The keys may be rows of the next segment: their columns go here.
+            p, peak, total, fade = _last_step(qk, i_last, n, peak, total, qk_scale)
+            acc = _add_values(acc, fade, p, p_v, i_last, n, stride_vt, D, BD, True)
+            acc *= (1.0 / total)[:, None]
+            store_rows(p_out, i_m, n, stride_ot, acc, D, BD)
+            _store_lse(p_lse, peak, total, i_m < n)
     else:
         qk = _scores(b_q, b_q_tail, p_k, i_last, n, stride_kt, D, BD, TAIL, True)
-
-    # In AHEAD, the keys may be rows of the next segment: their columns go here.
-    qk = tl.where((i_last < n)[None, :], qk, float("-inf"))
-    p, peak, total, fade = softmax_step(qk, peak, total, qk_scale)
-    acc = _add_values(acc, fade, p, p_v, i_last, n, stride_vt, D, BD, True)
-    if TAIL:
-        acc_tail = _add_values(acc_tail, fade, p, p_v, i_last, n, stride_vt, D, TAIL, True, BD)
-    if not AHEAD:
+        p, peak, total, fade = _last_step(qk, i_last, n, peak, total, qk_scale)
+        acc = _add_values(acc, fade, p, p_v, i_last, n, stride_vt, D, BD, True)
+        if TAIL:
+            acc_tail = _add_values(acc_tail, fade, p, p_v, i_last, n, stride_vt, D, TAIL, True, BD)
         for s in range(0, last, BN):
             qk = _scores(b_q, b_q_tail, p_k, s + i_n, n, stride_kt, D, BD, TAIL, False)
             p, peak, total, fade = softmax_step(qk, peak, total, qk_scale)
@@ -163,13 +183,12 @@ def varlen_attention_forward(
                 acc_tail = _add_values(
                     acc_tail, fade, p, p_v, s + i_n, n, stride_vt, D, TAIL, False, BD
                 )
-
-    acc *= (1.0 / total)[:, None]
-    store_rows(p_out, i_m, n, stride_ot, acc, D, BD)
-    if TAIL:
-        acc_tail *= (1.0 / total)[:, None]
-        store_rows(p_out, i_m, n, stride_ot, acc_tail, D, TAIL, BD)
-    tl.store(lse + i_h * T + first + i_m, peak + tl.log2(total), mask=i_m < n)
+        acc *= (1.0 / total)[:, None]
+        store_rows(p_out, i_m, n, stride_ot, acc, D, BD)
+        if TAIL:
+            acc_tail *= (1.0 / total)[:, None]
+            store_rows(p_out, i_m, n, stride_ot, acc_tail, D, TAIL, BD)
+        _store_lse(p_lse, peak, total, i_m < n)
 
 
 _INTERPRETER = (Tiling(64, 64, 1, 1),)
