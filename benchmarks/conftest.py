@@ -34,6 +34,13 @@ def pytest_addoption(parser):
     group.addoption("--commit", help="commit to name in them, where there is no git")
 
 
+def pytest_configure(config):
+    """Refuse what no case can have."""
+    rounds = config.getoption("--rounds")
+    if rounds is not None and rounds < 1:
+        raise pytest.UsageError(f"--rounds must be at least 1, got {rounds}")
+
+
 def settings_of(config, module) -> Settings:
     """How the suite in `module` is run."""
     return Settings(

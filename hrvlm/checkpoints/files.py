@@ -85,7 +85,7 @@ def _check_template(path: Path) -> None:
 def flatten_tensors(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
     """The tensors of nested dicts, keys joined by dots; anything else is left out.
 
-    Dicts may have numbers for keys, as the state of an optimizer has.
+    Dicts within may have numbers for keys, as the state of an optimizer has.
 
     Raises:
         ValueError: the key of a tensor is no string, or two tensors would have one key.
@@ -94,9 +94,8 @@ def flatten_tensors(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tens
     for key, value in tree.items():
         found: dict[str, Tensor] = {}
         if isinstance(value, Tensor):
-            if not isinstance(key, str):
-                where = f" in {prefix[:-1]!r}" if prefix else ""
-                raise ValueError(f"the key {key!r} of a tensor{where} is no string")
+            if not isinstance(key, str) and not prefix:
+                raise ValueError(f"the key {key!r} of a tensor is no string")
             found = {f"{prefix}{key}": value}
         elif isinstance(value, Mapping):
             found = flatten_tensors(value, f"{prefix}{key}.")

@@ -61,11 +61,11 @@ class Kind:
         """A file to be read.
 
         Raises:
-            ValueError: it is a pipe or a device, for which reading would wait.
+            ValueError: it is a folder, a pipe or a device: reading some of these would wait.
         """
         path = f"{self._root}/{name}"
         if is_local(self._fs) and os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError(f"{name}: expected a regular file, not a pipe or a device")
+            raise ValueError(f"{name}: expected a regular file")
         return self._fs.open(path, "rb")
 
     def _pieces(self, entries: Sequence[Entry]) -> Iterator[bytes | Exception]:

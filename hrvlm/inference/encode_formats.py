@@ -169,7 +169,7 @@ def _read_parquet(path: Path) -> dict[str, tuple[dict[str, Tensor], str]]:
 
 def told_by(path: Path) -> dict[str, str]:
     """What a result for one image says of itself: nothing, if it is damaged or another's file."""
-    if not path.is_file():  # to open a pipe would wait for ever
+    if not os.path.isfile(path):  # to open a pipe would wait for ever
         return {}
     try:
         if path.suffix == ".png":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, cast
 
 from torch import nn
@@ -38,7 +38,7 @@ def stock_init(cls: type[nn.Module]) -> Callable[..., None]:
 
     @wraps(cls.__init__)
     def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if stock_class(self):
+        if "hrvlm_stock" in vars(type(self)):
             self.__class__ = cls
         cls.__init__(self, *args, **kwargs)
 
@@ -56,20 +56,14 @@ def _unless_exported(method: Callable[..., Any], stock: Callable[..., Any]) -> C
 def stock_class(module: nn.Module) -> type[nn.Module] | None:
     """The class that a swapped module was of; None for one that is not swapped.
 
-    Of one that was given a class made from the swapped one since, as fully_shard does: that class
-    as it is made from the stock one.
+    If fully_shard made a class of the swapped one since: that which it makes of the stock one.
     """
-    cls: Any = type(module)
-    return cast("type[nn.Module]", _stock_of(cls)) if hasattr(cls, "hrvlm_stock") else None
-
-
-@cache
-def _stock_of(cls: Any) -> Any:
-    if "hrvlm_stock" in vars(cls):
-        return vars(cls)["hrvlm_stock"]
-    bases = tuple(_stock_of(b) if hasattr(b, "hrvlm_stock") else b for b in cls.__bases__)
-    body = {n: v for n, v in vars(cls).items() if n not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, bases, body)
+    cls = type(module)
+    bases = tuple(vars(base).get("hrvlm_stock", base) for base in cls.__bases__)
+    if "FSDPModule" in {base.__name__ for base in bases} and bases != cls.__bases__:
+        body = {n: v for n, v in vars(cls).items() if n not in ("__dict__", "__weakref__")}
+        return type(cls.__name__, bases, body)
+    return vars(cls).get("hrvlm_stock")
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:

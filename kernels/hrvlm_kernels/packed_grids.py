@@ -78,6 +78,7 @@ class PackedGrids:
     _coords: Tensor | None = field(repr=False)
     _tables: dict[str, Tensor] = field(repr=False)
     _uploads: Uploads | None = field(default=None, repr=False)
+    _own_coords: bool = field(default=False, repr=False)  # of with_coords
 
     @staticmethod
     def from_grids(
@@ -246,7 +247,7 @@ class PackedGrids:
         self.check_rows(coords, "coords")
         tables = {name: table for name, table in self._tables.items() if name != "rope"}
         bits = coords.float().contiguous().view(torch.int32)
-        return replace(self, _coords=bits, _tables=tables)
+        return replace(self, _coords=bits, _tables=tables, _own_coords=True)
 
     @property
     def rope_table(self) -> Tensor | None:
@@ -276,16 +277,11 @@ class PackedGrids:
         But for coordinates of :meth:`with_coords`, which are carried along.
         """
         key = self.grids, self.lengths, self.num_prefix_tokens, self.device
-        usual = _cached(*key)._coords
-        if usual is None or self._coords is None or self.device.type == "meta":
-            return _cached, key
-        if torch.equal(usual, self._coords):
-            return _cached, key
-        return _with_bits, (key, self._coords)
+        return (_with_bits, (key, self._coords)) if self._own_coords else (_cached, key)
 
 
 def _with_bits(key: tuple[Any, ...], bits: Tensor) -> PackedGrids:
-    return replace(_cached(*key), _coords=bits)
+    return replace(_cached(*key), _coords=bits, _own_coords=True)
 
 
 def check_packed(packed: object, **tensors: object) -> None:

@@ -64,14 +64,13 @@ def test_a_header_may_begin_like_a_pickle_or_an_archive(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"model": {0: 1.0}}, "the key 0 of a tensor in 'model' is no string"),
-        ({"a": {"b": {None: 1.0}}}, "the key None of a tensor in 'a.b' is no string"),
-        ({"m": {"0": 1.0, 0: 2.0}}, "the key 0 of a tensor in 'm' is no string"),
+        ({0: 1.0}, "the key 0 of a tensor is no string"),
+        ({"m": {"0": 1.0, 0: 2.0}}, "two tensors have the key 'm.0'"),
         ({"m": {"0": {"w": 1.0}, 0: {"w": 2.0}}}, "two tensors have the key 'm.0.w'"),
         ({"m": {"w": 1.0}, "m.w": 2.0}, "two tensors have the key 'm.w'"),
     ],
 )
-def test_keys_of_tensors_are_strings_at_any_depth_and_stand_once(tmp_path, tree, message):
+def test_keys_of_tensors_are_strings_and_stand_once(tmp_path, tree, message):
     tree = tree_map(torch.tensor, tree)
     torch.save(tree, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=rf"w\.pth: {message}"):
@@ -86,6 +85,7 @@ def test_the_state_of_an_optimizer_has_numbers_for_keys(tmp_path):
     optimizer = torch.optim.AdamW(layer.parameters())
     optimizer.step()
     states = {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}
+    states["losses"] = {0: torch.tensor(1.0)}
     torch.save(states, tmp_path / "w.pth")
     loaded = load_checkpoint(tmp_path / "w.pth")
     assert torch.equal(loaded["model.weight"], layer.weight)

@@ -56,7 +56,7 @@ def test_ahead_runs_the_softmax_beside_the_tensor_cores(rope):
     assert plain.loop_instructions / (128 * 64) < 1.05 * 273 / (128 * 64)
 
 
-@pytest.mark.parametrize(("head_dim", "exps"), [(32, 24), (128, 28)])
+@pytest.mark.parametrize(("head_dim", "exps"), [(32, 28), (128, 30)])
 def test_ahead_does_so_for_other_heads(head_dim, exps):
     """Of 64 and 32 scores; with RoPE, which may take the registers that it needs."""
     tiling = forward.select_tilings("sm_90", head_dim, BF16)[0]
