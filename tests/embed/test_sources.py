@@ -182,7 +182,7 @@ def test_a_pattern_that_finds_a_pipe_names_it(folder, kind):
     os.mkfifo(folder / f"pipe.{kind}")  # to open it would wait for ever
     (folder / f"link.{kind}").symlink_to(folder / f"pipe.{kind}")
     for name in ("pipe", "link"):
-        with pytest.raises(ValueError, match=rf"^{name}\.{kind}: expected a regular file, not a p"):
+        with pytest.raises(ValueError, match=rf"^{name}\.{kind}: expected a regular file$"):
             opened(config_of(folder / f"{name[:3]}*.{kind}"))
 
 
