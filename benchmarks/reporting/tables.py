@@ -294,6 +294,12 @@ def _encoder_on_a_cpu() -> Iterator[tuple[str, str, str, list[str]]]:
                 "transformers, sdpa + compile by block",
                 [f"ViT-S {way}, {dtype}, 1 thread, {size} px" for size in sizes],
             )
+    yield (  # where ours is behind
+        "cpu_encoder",
+        "transformers + compile by block, ViT-S, bfloat16, 224 px, forward / with backward",
+        "transformers, sdpa + compile by block",
+        [f"ViT-S {way}, bfloat16, 2 threads, 224 px" for way in both],
+    )
     yield (
         "cpu_encoder",
         "transformers one by one, ViT-S, 512 images of 1 to 4 patches, float32 / bfloat16",
