@@ -244,11 +244,12 @@ def headlines(results: Sequence[Result]) -> list[tuple[str, str, str]]:
          "torch varlen_attn (FA2)", [f"forward, D=64, n={n}" for n in (201, 2309, 4101)]),
     ]  # fmt: skip
     files = "16 JPEG / PNG files, longer sides 624 to 1392 px,"  # benchmarks/bench_processing.py
+    kinds = ["JPEG", "PNG"]
     cpu = [
         *_encoder_on_a_cpu(),
         ("processing", f"transformers' processor (torchvision), {files} to patches",
-         "transformers, torchvision", ["JPEG", "PNG"]),
-        ("processing", f"torchvision alone, {files} to patches", "torchvision alone", ["JPEG", "PNG"]),
+         "transformers, torchvision", kinds),
+        ("processing", f"torchvision alone, {files} to patches", "torchvision alone", kinds),
     ]  # fmt: skip
     rows = [_headline(results, *row, missing=NOT_YET) for row in gpu]
     return rows + [_headline(results, *row, missing="not yet measured") for row in cpu]
