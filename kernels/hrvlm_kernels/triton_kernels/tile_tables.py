@@ -183,12 +183,12 @@ ROPE: Rows[RopeConfig] = by_chip(
 # layer_norm_pixel_shuffle and residual_layer_norm: C rounded up.
 NORM_FORWARD: Rows[NormConfig] = by_chip(
     {
-        (512,): (NormConfig(4, 4),),
-        ("sm_80", 512): (NormConfig(4, 1),),
-        ("sm_90", 512): (NormConfig(4, 1),),
-        (1024,): (NormConfig(2, 4),),
-        ("sm_80", 1024): (NormConfig(2, 1),),
-        ("sm_90", 1024): (NormConfig(2, 1),),
+        (512,): (NormConfig(4, 1),),
+        ("sm_100", 512): (NormConfig(4, 4),),
+        ("gfx942", 512): (NormConfig(4, 4),),
+        (1024,): (NormConfig(2, 1),),
+        ("sm_100", 1024): (NormConfig(2, 4),),
+        ("gfx942", 1024): (NormConfig(2, 4),),
         (2048,): (NormConfig(1, 4),),
         (4096,): (NormConfig(1, 4),),
         (8192,): (NormConfig(1, 8),),
