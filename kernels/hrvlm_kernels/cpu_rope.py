@@ -142,7 +142,7 @@ def rotated(
 
 
 def _by_torch(heads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    from . import reference
+
     cos, sin = cos[:, None], sin[:, None]
-    halves = [a.float().chunk(2, dim=-1) for a in heads]
-    turned = [torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in halves]
-    return tuple([a.to(like.dtype) for a, like in zip(turned, heads, strict=True)])
+    return tuple([reference.rotate(a.float(), cos, sin).to(a.dtype) for a in heads])

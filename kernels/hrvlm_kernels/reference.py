@@ -46,16 +46,17 @@ def rope_2d(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     angles = rope_angles(coords.to(wide), inv_freq)[:, None]
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return rotate(q.to(dtype), cos, sin), rotate(k.to(dtype), cos, sin)
 
-    def rotate(a: Tensor) -> Tensor:
-        first, second = a.to(dtype).chunk(2, dim=-1)
-        rotated = (
-            torch.addcmul(first * cos, second, sin, value=-1),
-            torch.addcmul(second * cos, first, sin),
-        )
-        return torch.cat(rotated, dim=-1)
 
-    return rotate(q), rotate(k)
+def rotate(a: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads ``[T, H, D]`` by angles whose cos and sin are ``[T, 1, D / 2]``."""
+    first, second = a.chunk(2, dim=-1)
+    rotated = (
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+    )
+    return torch.cat(rotated, dim=-1)
 
 
 def pixel_shuffle(x: Tensor, packed: PackedGrids, factor: int, *, order: str = "nanovlm") -> Tensor:

@@ -27,10 +27,9 @@ class Group:
     An instruction is one numpy operation over the group. Registers are held where they are live.
     """
 
-    def __init__(self, machine: Machine, lanes: np.ndarray, block: int) -> None:
+    def __init__(self, machine: Machine, lanes: np.ndarray, block: int, place: Place) -> None:
         self.machine, self.kernel, self.report = machine, machine.kernel, machine.report
-        self.block = block
-        self.place: Place = ()
+        self.block, self.place = block, place
         self.regs: dict[str, np.ndarray] = {}
         self.copies = Copies()
         self.barrier = (0, 0)  # where it waits: number, threads (0 for all)
@@ -174,8 +173,7 @@ class Group:
 
     def part(self, keep: np.ndarray, block: int | None = None) -> Group:
         """The threads where `keep` holds, as a group of their own that goes to `block` or stays."""
-        other = Group(self.machine, self.lanes[keep], self.block)
-        other.place = self.place
+        other = Group(self.machine, self.lanes[keep], self.block, self.place)
         if block is not None:
             other.go(block)
         live = self.machine.program.live.into[other.block]
@@ -189,8 +187,7 @@ class Group:
         """Both groups, which are at the same place, as one."""
         lanes = np.concatenate((self.lanes, other.lanes))
         order = np.argsort(lanes, kind="stable")
-        joined = Group(self.machine, lanes[order], self.block)
-        joined.place = self.place
+        joined = Group(self.machine, lanes[order], self.block, self.place)
         for name, reg in self.machine.program.live.into[self.block].items():
             a, b = self.regs[name], other.regs[name]
             if reg.bits != 1:

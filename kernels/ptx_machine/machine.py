@@ -87,8 +87,8 @@ class Machine:
         self.products = np.zeros(len(self.clocks.epoch), np.int64)
 
     def _all_threads(self) -> Group:
-        group = Group(self, np.arange(self.slots * self.threads), 0)
-        group.go(0)
+        start = self.program.order.moved((), 0)
+        group = Group(self, np.arange(self.slots * self.threads), 0, start)
         for name, reg in self.program.live.into[0].items():  # read before written: poison
             if reg.bits == 1:
                 group.regs[name] = np.zeros(group.n, bool)

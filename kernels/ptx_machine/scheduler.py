@@ -96,16 +96,10 @@ class Scheduler:
         block = self.kernel.blocks[number]
         self.machine.count(len(block.instructions) * group.n)
         taken = self.machine.program.functions[number](group)
-        after = None
         if group.blocked is not None:
-            after = self._stall(group, before)
-            if after is None:
-                return
-        if self.machine.counts is not None:
-            self.machine.counts.block(number, (after or group).warp)
-        if after is not None:
-            self._add(after)
+            self._stall(group, before)
             return
+        self._count(number, group)
         last = block.instructions[-1] if block.instructions else None
         if last is None:
             self._goto(group, number + 1)
@@ -120,7 +114,11 @@ class Scheduler:
         else:
             self._goto(group, number + 1)
 
-    def _stall(self, group: Group, before: dict[str, np.ndarray]) -> Group | None:
+    def _count(self, number: int, group: Group) -> None:
+        if self.machine.counts is not None:
+            self.machine.counts.block(number, group.warp)
+
+    def _stall(self, group: Group, before: dict[str, np.ndarray]) -> None:
         """Keep the threads whose mbarrier is not ready; the others, if any, go on."""
         blocked, group.blocked = group.blocked, None
         assert blocked is not None
@@ -128,10 +126,11 @@ class Scheduler:
         stalled = group.part(blocked)
         stalled.waits_for = group.waits_for
         self.stalled.append((stalled, self.machine.mbarriers.changes))
-        if blocked.all():
-            return None
-        group.regs = after
-        return group.part(~blocked, group.block + 1)
+        if not blocked.all():
+            group.regs = after
+            rest = group.part(~blocked, group.block + 1)
+            self._count(group.block, rest)
+            self._add(rest)
 
     def _leave(self, group: Group, last: Instruction, taken: np.ndarray | None) -> None:
         """A jump, or the end of threads; `taken` are those who do, all if None."""
