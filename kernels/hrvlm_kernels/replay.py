@@ -7,13 +7,15 @@ What a call of the kernels does follows from the dtypes, shapes, strides, device
 its tensors and from the values of its other arguments: the checks that it passes, what it
 allocates, which compiled kernels it starts and with which numbers. The second call in which all of
 these are the same is watched, and the ones after it replay what was seen: they allocate, and start
-the kernels with the addresses of the day.
+the kernels with the addresses of the day. Their memory comes from where Inductor's code has its
+own, and a kernel is started by what Triton's launcher calls in the end.
 
 Watched means that every operation of torch and every launch is seen. A call is only ever replayed
 if it did nothing but allocate, take views and launch bound kernels (triton_kernels/bound.py) on the
-current device, with tensors that are arguments, views of them, or its own. Whatever else a call
-does, the next ones are made as ever, and so are those that torch has to see: under torch.compile,
-modes, autocast, transforms, profilers, and where gradients are recorded.
+current device, with aligned tensors that are arguments, views of them, or its own. Whatever else a
+call does, the next ones are made as ever, and so are those that torch has to see: under
+torch.compile, modes, autocast, transforms and profilers. Where a gradient is recorded, an op's
+autograd function replays the op.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from copy import copy
-from functools import wraps
+from functools import partial, wraps
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor, empty_strided, is_grad_enabled
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _is_any_autocast_enabled
+from torch import Tensor, is_grad_enabled
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing
 from torch._C._autograd import _profiler_enabled
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -39,9 +41,14 @@ from .packed_grids import PackedGrids
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MOST = 1024  # calls of a function that are kept
+_ALIKE = 8  # likewise, of those that differ in dtypes, strides or devices alone
 _ALIGNMENT = 128  # bytes, of what a call has for itself
+STREAM = object()  # stands for that of the day in the arguments of a launch
 _VALUES = {type(None), bool, int, float, str, torch.dtype}
 _aten = torch.ops.aten
+# Dynamo's and Inductor's own; where a release of torch lacks the first, nothing is replayed.
+_guards: Any = torch._C._dynamo.guards
+_TensorGuards: Any = getattr(_guards, "TensorGuards", None)
 _ALLOCATIONS = {
     _aten.empty.memory_format,
     _aten.empty_like.default,
@@ -80,16 +87,38 @@ def needs_torch() -> bool:
         is_in_torch_dispatch_mode()
         or _are_functorch_transforms_active()
         or _profiler_enabled()
-        or _get_tracing_state() is not None
+        or _is_tracing()
     )
 
 
-def replayed(function: Function) -> Function:
+class _Known:
+    """Calls with tensors of these dtypes, shapes, strides and devices.
+
+    Args:
+        tensors: Of one of them.
+    """
+
+    __slots__ = ("again", "fit", "is_refused", "want_gradient")
+
+    def __init__(self, tensors: list[Tensor]):
+        # Whether others are like them, for torch's dispatcher too: as it is in this thread, under a
+        # mode, a transform, autocast or a trace, no tensor fits.
+        self.fit = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        self.want_gradient = any(a.requires_grad for a in tensors)
+        self.again: _Replay | None = None  # what makes it again
+        self.is_refused = False  # never to be made again
+
+
+def replayed(function: Function, with_gradient: Callable[..., Any] | None = None) -> Function:
     """`function`, whose calls are replayed where they can be.
 
-    It takes tensors, layouts, numbers, names, None, and tuples of these, and returns tensors.
+    Args:
+        function: It takes tensors, layouts, numbers, names, None, and tuples of these, and returns
+            tensors.
+        with_gradient: Makes a call whose gradient is recorded. It takes the arguments, and behind
+            them what replays the call without its gradient.
     """
-    known: dict[tuple[Any, ...], _Replay | bool] = {}  # True: seen once; False: never to be
+    known: dict[tuple[Any, ...], list[_Known]] = {}
     _all_known.append(known)
 
     @wraps(function)
@@ -97,64 +126,79 @@ def replayed(function: Function) -> Function:
         if is_compiling() or place is None or _thread.watch is not None:
             return function(*args, **kwargs)
         here = place()
-        if here is None or needs_torch() or _is_any_autocast_enabled():
+        if here is None or _profiler_enabled():
             return function(*args, **kwargs)
         driver, device, stream = here
-        key: list[Any] = [driver, device, *kwargs]
+        key: list[Any] = [driver, device]
         tensors: list[Tensor] = []
-        addresses: list[Any] = []
-        records = is_grad_enabled()
-        for part in (args, kwargs.values()) if kwargs else (args,):
-            if not _describe(part, key, tensors, addresses, records):
-                return function(*args, **kwargs)
-        what = tuple(key)
-        found = known.get(what)
-        if found is None or found is False:
-            if len(known) >= _MOST:
-                known.clear()
-            known[what] = found is None
+        if not _sort(args, key, tensors) or (kwargs and not _sort(kwargs.items(), key, tensors)):
             return function(*args, **kwargs)
-        if found is True:
+        what = tuple(key)
+        for found in known.get(what, ()):
+            if found.fit(*tensors):
+                break
+        else:
+            if tensors and not needs_torch() and not _is_any_autocast_enabled():
+                _add(known, what, tensors)
+            return function(*args, **kwargs)
+        again, records = found.again, found.want_gradient and is_grad_enabled()
+        if found.is_refused or (records and not (again and with_gradient)):
+            return function(*args, **kwargs)
+        bits, addresses = 0, []
+        for a in tensors:
+            address = a.data_ptr()
+            bits |= address
+            addresses.append(address)
+        if bits & 15:
+            return function(*args, **kwargs)
+        if again is None:
             if len(set(map(id, tensors))) < len(tensors):  # which of them would a launch mean?
                 return function(*args, **kwargs)
-            result, known[what] = _watch(function, args, kwargs, tensors, device)
+            result, found.again = _watch(function, args, kwargs, tensors, device)
+            found.is_refused = found.again is None
             return result
-        return found(tensors, addresses, stream)
+        if records and with_gradient:
+            return with_gradient(*args, partial(again, tensors, addresses, stream))
+        return again(tensors, addresses, stream)
 
-    return cast(Function, call)
+    return cast(Function, call) if _TensorGuards else function
 
 
-def _describe(
-    args: Iterable[Any], key: list[Any], tensors: list[Tensor], addresses: list[Any], records: bool
-) -> bool:
-    """Add all that decides to `key`, and the tensors; False for what is not told apart here."""
+def _add(known: dict[tuple[Any, ...], list[_Known]], key: Any, tensors: list[Tensor]) -> None:
+    added = _Known(tensors)
+    if added.want_gradient and is_grad_enabled():  # the same without it will come from there
+        return
+    if len(known) >= _MOST:
+        known.clear()
+    calls = known.setdefault(key, [])
+    calls.append(added)
+    del calls[:-_ALIKE]
+
+
+def _sort(args: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bool:
+    """Add the tensors, and to `key` what else decides; False for what is not told apart here."""
     for a in args:
         kind = type(a)
         if kind is Tensor or kind is Parameter:
-            has_gradient, address = a.requires_grad, a.data_ptr()
-            if records and has_gradient:
-                return False
-            key += (a.dtype, a.shape, a.stride(), a.device, has_gradient, address & 15)
+            key.append(a.numel())
             tensors.append(a)
-            addresses.append(address)
         elif kind in _VALUES:
             key += (kind, a)
         elif kind is PackedGrids:
-            key += (a.lengths, a.device)
-            tensors += (segments := a.segments)
-            addresses += [table.data_ptr() for table in segments]
+            key += (kind, a.lengths)
+            tensors += a.segments
         elif kind is not tuple:
             return False
         else:
-            key.append(len(a))
-            if not _describe(a, key, tensors, addresses, records):
+            key += (kind, len(a))
+            if not _sort(a, key, tensors):
                 return False
     return True
 
 
 def _watch(
     function: Callable[..., Any], args: Any, kwargs: Any, tensors: list[Tensor], device: int
-) -> tuple[Any, _Replay | bool]:
+) -> tuple[Any, _Replay | None]:
     watch = _thread.watch = _Watch(tensors, device)
     try:
         with watch:
@@ -184,7 +228,7 @@ class _Watch(TorchDispatchMode):
         self.tensors: list[Tensor] = []  # the arguments, then what is allocated
         self.views: list[Tensor] = []  # kept, so that an id stands for one
         self.sources: dict[int, _Source] = {}
-        self.launches: list[tuple[Any, ...]] = []
+        self.launches: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self.is_simple = True
         for a in tensors:
             self._know(a)
@@ -211,19 +255,19 @@ class _Watch(TorchDispatchMode):
             self.is_simple = False
         return out
 
-    def note(self, device: int, grid: tuple[int, ...], start: tuple[Any, ...], args: Any) -> None:
-        """A launch by ``start[0](*grid, stream, *start[1:], None, None, None, *args)``."""
+    def note(self, device: int, run: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """A launch by ``run(*args)``, with :data:`STREAM` among them."""
         self.is_simple &= device == self.device
-        self.launches.append((start, grid, args))
+        self.launches.append((run, args))
 
     def refuse(self) -> None:
         """A launch that can't be made again from here."""
         self.is_simple = False
 
-    def replay(self, result: Any) -> _Replay | bool:
-        """What makes the call again; False if there is none."""
+    def replay(self, result: Any) -> _Replay | None:
+        """What makes the call again, if anything does."""
         if not self.launches or not self.is_simple:
-            return False
+            return None
         results = result if isinstance(result, tuple) else (result,)
         try:
             returned = [self.sources[id(a)].tensor for a in results]
@@ -232,14 +276,14 @@ class _Watch(TorchDispatchMode):
                 return _Replay(self, returned, isinstance(result, tuple))
         except LookupError:  # a tensor from elsewhere
             pass
-        return False
+        return None
 
 
 class _Replay:
     """A call that is made again.
 
     `values` of one are the addresses of arguments, of results and of what it has for itself, those
-    of views, descriptors, and constants; a launch picks its arguments from there.
+    of views, descriptors, the stream, and constants; a launch picks its arguments from there.
     """
 
     def __init__(self, watch: _Watch, returned: list[int], is_tuple: bool):
@@ -249,28 +293,36 @@ class _Replay:
         order = [*range(watch.inputs), *results, *own]
         self.place_of = {tensor: i for i, tensor in enumerate(order)}
         self.returned = [self.place_of[i] for i in returned]
-        self.results = [_layout(watch.tensors[i]) for i in results]
-        self.own, self.size, self.device = [], 0, None
+        self.results = [_allocation(_layout(watch.tensors[i]), watch.device) for i in results]
+        self.own, size = [], 0
         for a in (watch.tensors[i] for i in own):
-            self.own.append(self.size)
-            self.size += -(-a.nbytes // _ALIGNMENT) * _ALIGNMENT
-            self.device = a.device
+            self.own.append(size)
+            size += -(-a.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if own:
+            layout = (size,), (1,), torch.uint8, a.device
+            self.allocate_own = _allocation(layout, watch.device)
         self.views: list[tuple[int, int]] = []
         self.descriptors: list[_Descriptor] = []
         constants: list[Any] = []
         picked = [
-            [self._sort(a, watch.sources, constants) for a in args] for _, _, args in watch.launches
+            [self._sort(a, watch.sources, constants) for a in args] for _, args in watch.launches
         ]
-        ends = [len(order), len(self.views), len(self.descriptors)]
-        first = {"tensor": 0, "view": ends[0], "descriptor": sum(ends[:2]), "constant": sum(ends)}
+        first, end = {}, 0
+        for kind, count in (
+            ("tensor", len(order)), ("view", len(self.views)),
+            ("descriptor", len(self.descriptors)), ("stream", 1), ("constant", 0),
+        ):  # fmt: skip
+            first[kind], end = end, end + count
         self.constants = constants
         self.launches = [
-            (start[0], grid, start[1:], itemgetter(*(first[kind] + i for kind, i in places)))
-            for (start, grid, _), places in zip(watch.launches, picked, strict=True)
+            (run, itemgetter(*(first[kind] + i for kind, i in places)))
+            for (run, _), places in zip(watch.launches, picked, strict=True)
         ]
 
     def _sort(self, a: Any, sources: dict[int, _Source], constants: list[Any]) -> tuple[str, int]:
         """The part of `values` that an argument of a launch is in, and its place there."""
+        if a is STREAM:
+            return "stream", 0
         if isinstance(a, Tensor) and a.numel():
             tensor, offset = sources[id(a)]
             if not offset:
@@ -286,21 +338,23 @@ class _Replay:
 
     def __call__(self, tensors: list[Tensor], values: list[Any], stream: int) -> Any:
         """The results; `values` are the addresses of `tensors`."""
-        for shape, strides, dtype, device in self.results:
-            out = empty_strided(shape, strides, dtype=dtype, device=device)
+        for allocate, layout in self.results:
+            out = allocate(*layout)
             tensors.append(out)
             values.append(out.data_ptr())
         if self.own:
-            own = torch.empty(self.size, dtype=torch.uint8, device=self.device)
+            allocate, layout = self.allocate_own
+            own = allocate(*layout)
             address = own.data_ptr()
             values += [address + offset for offset in self.own]
         if self.views:
             values += [values[i] + offset for i, offset in self.views]
         if self.descriptors:
             values += [descriptor.at(values) for descriptor in self.descriptors]
+        values.append(stream)
         values += self.constants
-        for run, grid, start, pick in self.launches:
-            run(*grid, stream, *start, None, None, None, *pick(values))
+        for run, pick in self.launches:
+            run(*pick(values))
         if self.is_tuple:
             return tuple([tensors[i] for i in self.returned])
         return tensors[self.returned[0]]
@@ -312,7 +366,20 @@ def _is_whole(a: Tensor, b: Tensor) -> bool:
 
 
 def _layout(a: Tensor) -> tuple[Any, ...]:
-    return a.shape, a.stride(), a.dtype, a.device
+    return tuple(a.shape), a.stride(), a.dtype, a.device
+
+
+def _allocation(layout: tuple[Any, ...], current: int) -> tuple[Callable[..., Tensor], Any]:
+    """What allocates, and its arguments: what Inductor's code calls, past torch's dispatcher.
+
+    On a GPU that allocates on the current device.
+    """
+    *arguments, device = layout
+    if device.type == "cpu" or (device.type == "cuda" and device.index == current):
+        allocate = getattr(_guards, f"_empty_strided_{device.type}", None)
+        if allocate is not None:
+            return allocate, arguments
+    return partial(torch.empty_strided, device=device), arguments
 
 
 class _Address:

@@ -49,7 +49,7 @@ def _call_directly(
         if route == "kernels":
             return run(*args)
         if route == "gradient" and with_gradient is not None:
-            return with_gradient(*args)
+            return with_gradient(*args, None)
         return op(*args)
 
     return call
@@ -76,18 +76,27 @@ def _route(args: tuple[Any, ...]) -> str:
 def _differentiable(
     name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The op as what ``torch.library.register_autograd`` makes of it, without the dispatcher."""
+    """The op as what ``torch.library.register_autograd`` makes of it, without the dispatcher.
+
+    It takes one more argument, the last: what runs the op, or None.
+    """
 
     class Op(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = getattr(ops, name)(*args)
+            run, args = args[-1], args[:-1]
+            output = getattr(ops, name)(*args) if run is None else run()
             setup_context(ctx, args, output)
             return output
 
-    Op.backward = staticmethod(backward)  # type: ignore[method-assign]
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            gradients = backward(ctx, *grads)
+            return (*gradients, None) if isinstance(gradients, tuple) else (gradients, None)
+
     Op.__name__ = f"{name}_"
-    return Op.apply
+    # Function.apply without what it does for transforms, under which nobody comes here.
+    return super(torch.autograd.Function, Op).apply
 
 
 def run_directly(name: str, run: Callable[..., Any]) -> None:
@@ -151,7 +160,7 @@ def register(
     torch.library.register_fake(full_name, fake, lib=_lib)
     torch.library.register_autograd(full_name, backward, setup_context=setup_context, lib=_lib)
     with_gradient = _differentiable(name, setup_context, backward)
-    vars(ops)[name] = replayed(_call_directly(name, run, with_gradient))
+    vars(ops)[name] = replayed(_call_directly(name, run, with_gradient), with_gradient)
 
 
 def register_backward(

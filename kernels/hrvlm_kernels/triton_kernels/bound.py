@@ -16,6 +16,7 @@ Whole calls of such kernels are made again by replay.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -82,15 +83,16 @@ class _Launches:
                 self.known.clear()
             names = self.kernel.arg_names[len(args) :]
             rest = tuple(constants[name] for name in names)
-            start = compiled.run, compiled.function, compiled.packed_metadata
-            self.known[key] = start, rest
+            run = compiled.run
+            start = compiled.function, compiled.packed_metadata, None, None, None  # no hooks
+            self.known[key] = run, start, rest
         else:
-            (run, *start), rest = found
+            run, start, rest = found
             stream = active.get_current_stream(device)
-            compiled = run(x, y, z, stream, *start, None, None, None, *args, *rest)
-            start = found[0]
+            compiled = run(x, y, z, stream, *start, *args, *rest)
         if watch is not None:
-            watch.note(device, (x, y, z), start, (*args, *rest))
+            everything = x, y, z, replay.STREAM, *start, *args, *rest
+            watch.note(device, *_inside(run, everything))
         return compiled
 
     def _sort(self, args: tuple[Any, ...]) -> None:
@@ -112,6 +114,25 @@ def _getter(positions: list[int]) -> Callable[[Any], tuple[Any, ...]]:
     return lambda args: tuple(args[i] for i in positions)
 
 
+def _inside(run: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """What a launcher of Triton calls for ``run(*args)``, and with what.
+
+    It is Python around ``run.launch``, which adds constants to the arguments, and memory for the
+    few kernels that ask for it.
+    """
+    if "launch" not in getattr(run, "__dict__", ()):
+        return run, args
+    calls: list[tuple[Any, ...]] = []
+    twin = copy(run)
+    twin.launch = lambda *passed: calls.append(passed)
+    twin(*args)
+    if len(calls) != 1 or not {*map(id, args)}.issuperset(
+        id(a) for a in calls[0] if a is not None and not isinstance(a, bool)
+    ):
+        return run, args
+    return run.launch, calls[0]
+
+
 def _has_hooks() -> bool:
     runtime = knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
@@ -119,8 +140,10 @@ def _has_hooks() -> bool:
 
 def _place() -> tuple[Any, int, int] | None:
     """Driver, device and stream of the next launch; None where someone wants to see the launch."""
-    active = driver.active
-    if not getattr(active, "takes_addresses", True) or _has_hooks():
+    active, hooks = driver.active, knobs.runtime
+    if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+        return None
+    if not getattr(active, "takes_addresses", True):
         return None
     device = active.get_current_device()
     return active, device, active.get_current_stream(device)
