@@ -110,6 +110,7 @@ def ops() -> dict[str, Callable[[], object]]:
         "attention, 224 px": attention((14, 14)),
         "attention, 288 px": attention((18, 18)),
         "swiglu": lambda: swiglu(gate, up, backend="triton"),
+        "by torch's dispatcher": lambda: torch.ops.hrvlm_kernels.swiglu.default(gate, up),
         "residual_layer_norm": lambda: residual_layer_norm(
             x, update, scale, w, b, backend="triton"
         ),

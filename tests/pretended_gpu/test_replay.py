@@ -250,6 +250,15 @@ def gated(gate, up):
     return swiglu(gate, up, backend="triton")
 
 
+def test_what_inductor_calls():
+    """The op by torch's dispatcher, which its code goes through."""
+    op = torch.ops.hrvlm_kernels.swiglu.default
+    compare(op, lambda: (rows(9, 64), rows(9, 64)))
+    with torch.no_grad():
+        compare(op, lambda: (rows(9, 128), rows(9, 256)[:, 128:]))
+    compare(with_gradients(op), lambda: wanting_gradients(rows(9, 64), rows(9, 64)), replays=2)
+
+
 @torch.no_grad()
 def test_what_decides_is_told_apart():
     """Strides, dtypes, shapes and alignment, one after the other, and each again."""

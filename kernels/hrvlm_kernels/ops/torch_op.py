@@ -154,8 +154,9 @@ def register(
         return outputs
 
     _lib.define(name + schema)
+    by_dispatcher = replayed(run)  # Inductor's code goes through it
     for device in ("CPU", "CUDA"):
-        _lib.impl(name, run, device)
+        _lib.impl(name, by_dispatcher, device)
     full_name = add_op_namespace_prefix(name)
     torch.library.register_fake(full_name, fake, lib=_lib)
     torch.library.register_autograd(full_name, backward, setup_context=setup_context, lib=_lib)
