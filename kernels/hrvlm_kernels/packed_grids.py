@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,15 +28,12 @@ from .merge_orders import merge_order
 from .packed_tables import (
     TILE_SIZES,
     Grid,
+    Layout,
     Segments,
+    Table,
     Uploads,
     check_int,
     is_int,
-    patch_centres,
-    patch_rows,
-    short_segments,
-    shuffle_index,
-    tile_lists,
     upload,
     upload_together,
 )
@@ -165,10 +162,10 @@ class PackedGrids:
         """``[n_tiles, 2]`` int32 (segment, its block of `block_m` rows), longest segment first."""
         key = f"tiles{block_m}"
         if key not in self._tables:
-            self._add(key, tile_lists(self.lengths, (block_m,))[block_m])
+            self._add(key, Layout(self.lengths).tile_lists((block_m,))[block_m])
         return self._tables[key]
 
-    def _add(self, key: str, table: Tensor) -> None:
+    def _add(self, key: str, table: Table) -> None:
         self._tables[key] = upload(table, self.device)
         if self._uploads is not None:
             self._uploads.note()
@@ -213,8 +210,8 @@ class PackedGrids:
         key = f"shuffle{factor}{merged.key}"
         if key not in self._tables:
             self.token_grids(factor)
-            index = shuffle_index(self.grids or (), self.num_prefix_tokens, factor, merged)
-            self._add(key, index)
+            layout = Layout(self.lengths, self.grids or (), self.num_prefix_tokens)
+            self._add(key, layout.shuffle_index(factor, merged))
         return self._tables[key]
 
     def patch_rows(self) -> Tensor:
@@ -326,16 +323,15 @@ def _build(
         )
     # A tensor made under inference_mode could not be used by a later training step.
     with torch.inference_mode(False), torch.no_grad():
-        ends = [0, *accumulate(lengths)]
-        parts = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32, device="cpu")}
-        tiles = tile_lists(lengths, TILE_SIZES)
-        parts |= {f"tiles{size}": tiles[size] for size in TILE_SIZES}
-        parts["short_segments"] = short_segments(lengths)
+        layout = Layout(lengths, grids or (), prefix)
+        tables = {"cu_seqlens": layout.cu_seqlens()}
+        tables |= {f"tiles{size}": a for size, a in layout.tile_lists(TILE_SIZES).items()}
+        tables["short_segments"] = layout.short_segments()
         if grids is not None:
-            parts["coords"] = patch_centres(grids, prefix).view(torch.int32)
-            parts["shuffle1"] = patch_rows(grids, prefix)
-            parts |= {f"shuffle{s}": shuffle_index(grids, prefix, s) for s in factors if s > 1}
-        on_device = upload_together(parts, device)
+            tables["coords"] = layout.patch_centres()
+            tables["shuffle1"] = layout.patch_rows()
+            tables |= {f"shuffle{s}": layout.shuffle_index(s) for s in factors if s > 1}
+        on_device = upload_together(tables, device)
         return PackedGrids(
             grids=grids,
             lengths=lengths,
@@ -368,11 +364,18 @@ def check_factor(grids: tuple[Grid, ...], factor: int) -> None:
 
 
 def _as_pairs(grids: Sequence[Sequence[int]]) -> tuple[Grid, ...]:
-    pairs = tuple([tuple(grid) if isinstance(grid, Iterable) else (grid,) for grid in grids])
-    for pair in pairs:
-        if len(pair) != 2 or type(pair[0]) is not int or type(pair[1]) is not int or min(pair) < 1:
-            return tuple(_as_grid(j, grid) for j, grid in enumerate(pairs))
-    return pairs  # type: ignore[return-value]
+    grids = list(grids)
+    try:
+        pairs = tuple([(hp, wp) for hp, wp in grids])
+    except (TypeError, ValueError):
+        pairs = ()  # one of them is no pair
+    for hp, wp in pairs:
+        if type(hp) is not int or type(wp) is not int or hp < 1 or wp < 1:
+            break
+    else:
+        if len(pairs) == len(grids):
+            return pairs
+    return tuple(_as_grid(j, grid) for j, grid in enumerate(grids))
 
 
 def _as_grid(i: int, grid: Sequence[int]) -> Grid:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from itertools import accumulate
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -70,44 +71,160 @@ def check_int(name: str, n: object, least: int) -> None:
         raise ValueError(f"{name} must be an int >= {least}, got {n!r}")
 
 
-def upload_together(parts: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copy int32 tensors to the device as one pinned buffer; views of it, 16-byte aligned.
+class Table(NamedTuple):
+    """An int32 table that is written where it is uploaded from."""
+
+    shape: tuple[int, ...]
+    write: Callable[[Tensor], object]  # into an empty one
+
+
+def upload_together(tables: dict[str, Table], device: torch.device) -> dict[str, Tensor]:
+    """Write tables into one pinned buffer and copy it; views of it, 16-byte aligned.
 
     torch.compile takes numbers that agree for one, so a gap behind the first keeps where the others
     begin away from lengths and widths.
     """
-    sizes = [-(-part.numel() // 4) * 4 for part in parts.values()]
+    counts = [math.prod(table.shape) for table in tables.values()]
+    sizes = [-(-count // 4) * 4 for count in counts]
     sizes[0] += _GAP
     pinned = device.type == "cuda"
+
+    def views(buffer: Tensor) -> list[Tensor]:
+        spaces = zip(buffer.split(sizes), counts, tables.values(), strict=True)
+        return [space[:count].view(table.shape) for space, count, table in spaces]
+
     try:
         buffer = torch.empty(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
-        padded = zip(parts.values(), buffer.split(sizes), strict=True)
-        for part, space in padded:
-            space[: part.numel()] = part.view(-1)
-        buffer = buffer.to(device, non_blocking=pinned)
+        there = views(buffer)
+        for table, space in zip(tables.values(), there, strict=True):
+            table.write(space)
+        if pinned or device.type != "cpu":
+            there = views(buffer.to(device, non_blocking=pinned))
     except (RuntimeError, AssertionError) as error:
         if pinned and 0 <= (device.index or 0) < torch.cuda.device_count():
             raise
         first = str(error).partition("\n")[0]
         raise ValueError(f"device={str(device)!r}: it is not here ({first})") from error
-    return {
-        name: space[: part.numel()].view(part.shape)
-        for (name, part), space in zip(parts.items(), buffer.split(sizes), strict=True)
-    }
+    return dict(zip(tables, there, strict=True))
 
 
-def upload(table: Tensor, device: torch.device) -> Tensor:
+def upload(table: Table, device: torch.device) -> Tensor:
     """A table on the device."""
     with torch.inference_mode(False):
         return upload_together({"table": table}, device)["table"]
 
 
-def patch_centres(grids: tuple[Grid, ...], prefix: int) -> Tensor:
-    """(y, x) of each patch's centre, ``[T, 2]`` float32; prefix rows are (0, 0)."""
-    if not grids:
-        return torch.zeros(0, 2, dtype=torch.float32, device="cpu")
-    centres_of = _kept(_centres_of)
-    return torch.cat([centres_of(hp, wp, prefix) for hp, wp in grids])
+class Layout:
+    """What tables are made from.
+
+    Args:
+        lengths: Of each segment, in tokens.
+        grids: Of each image, where the segments have patches.
+        prefix: Tokens in front of each image's patches.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], grids: tuple[Grid, ...] = (), prefix: int = 0):
+        self.lengths, self.grids, self.prefix = lengths, grids, prefix
+        # On the host: how many tokens a segment has, and which row is its first.
+        self.tokens = torch.tensor(lengths, dtype=torch.int32, device="cpu")
+        self.ends = self.tokens.cumsum(0, dtype=torch.int32)
+        self.starts = self.ends - self.tokens
+
+    def cu_seqlens(self) -> Table:
+        """``[B + 1]``: where each segment begins, and the end."""
+
+        def write(out: Tensor) -> None:
+            out[:1] = 0
+            out[1:] = self.ends
+
+        return Table((len(self.lengths) + 1,), write)
+
+    def tile_lists(self, sizes: tuple[int, ...]) -> dict[int, Table]:
+        """For each size, (segment, its block of so many rows) of each tile, longest first."""
+        # By torch: torch.compile sorts no symbols, which the lengths are in a graph for any size.
+        tokens, segments = self.tokens.sort(descending=True, stable=True)
+        blocks = torch.cat([(tokens + (size - 1)) // size for size in sizes])
+        totals = [sum([-(-n // size) for n in self.lengths]) for size in sizes]
+        less = blocks - blocks.cumsum(0, dtype=torch.int32)  # than a tile's place in the list
+        pairs = torch.stack((segments.to(torch.int32).repeat(len(sizes)), less), 1)
+        tiles = _repeated(pairs, blocks, sum(totals))
+        tiles[:, 1] += _numbers(0, sum(totals))
+        lists = zip(sizes, tiles.split(totals), strict=True)
+        return {size: Table(tuple(tiles.shape), partial(_copy, tiles)) for size, tiles in lists}
+
+    def short_segments(self) -> Table:
+        """(first row, tokens, segment) of each short segment, and a record of zeros."""
+        numbers: list[int] = []
+        start = 0
+        for i, n in enumerate(self.lengths):
+            if n <= SHORT_SEQLEN:
+                numbers += (start, n, i)
+            start += n
+        records = torch.tensor([*numbers, 0, 0, 0], dtype=torch.int32, device="cpu")
+        return Table(tuple(records.shape), partial(_copy, records))
+
+    def patch_centres(self) -> Table:
+        """(y, x) of each patch's centre, ``[T, 2]``: the bits of float32; (0, 0) in prefix rows."""
+        centres_of, prefix = _kept(_centres_of), self.prefix
+        return Table(
+            (sum(self.lengths), 2),
+            lambda out: _join([centres_of(hp, wp, prefix) for hp, wp in self.grids], out),
+        )
+
+    def patch_rows(self) -> Table:
+        """The packed row of each patch, ``[N, 1]``: :meth:`shuffle_index` by 1."""
+        prefix, total = self.prefix, sum(self.lengths) - self.prefix * len(self.lengths)
+
+        def write(out: Tensor) -> None:
+            run = 1  # patches of one image; of more there are fewer numbers to gather
+            if not torch.compiler.is_compiling():  # of symbols there is no divisor
+                run = math.gcd(*[hp * wp for hp, wp in self.grids]) or 1
+            runs = total // run
+            image = torch.repeat_interleave((self.tokens - prefix) // run, output_size=runs)
+            first = (_numbers(0, runs) * run).add_(image, alpha=prefix)
+            torch.add(first[:, None], _numbers(prefix, run), out=out.view(runs, run))
+
+        return Table((total, 1), write)
+
+    def shuffle_index(self, factor: int, order: MergeOrder | None = None) -> Table:
+        """Packed rows of the patches of each output token, in (dy, dx) order."""
+        order = order or MergeOrder()
+        how, grid_of = (order.patches, order.tokens), _kept(_shuffled_grid)
+        total = sum([hp * wp for hp, wp in self.grids]) // factor**2
+
+        def write(out: Tensor) -> None:
+            _join([grid_of(hp, wp, factor, *how) for hp, wp in self.grids], out)
+            counts = (self.tokens - self.prefix) // factor**2
+            out += _repeated(self.starts + self.prefix, counts, total)[:, None]
+
+        return Table((total, factor * factor), write)
+
+
+def _repeated(values: Tensor, counts: Tensor, total: int) -> Tensor:
+    """``values.repeat_interleave(counts, 0)``, which takes twice as long."""
+    return values.index_select(0, torch.repeat_interleave(counts, output_size=total))
+
+
+def _copy(source: Tensor, out: Tensor) -> None:
+    out.copy_(source)
+
+
+def _join(pieces: list[Tensor], out: Tensor) -> None:
+    if pieces:
+        torch.cat(pieces, out=out)
+
+
+def _numbers(first: int, count: int) -> Tensor:
+    """``first, first + 1, ...``, `count` of them; not to be written to."""
+    end = first + count
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return torch.arange(first, end, dtype=torch.int32, device="cpu")
+    return _numbers_below(1 << end.bit_length())[first:end]
+
+
+@lru_cache(maxsize=1)
+def _numbers_below(end: int) -> Tensor:
+    return torch.arange(end, dtype=torch.int32, device="cpu")
 
 
 def _kept(make: Any) -> Any:
@@ -122,7 +239,7 @@ def _centres_of(hp: int, wp: int, prefix: int) -> Tensor:
     side = _kept(_centres)
     of_patches[..., 0] = side(hp)[:, None]
     of_patches[..., 1] = side(wp)
-    return centres
+    return centres.view(torch.int32)
 
 
 @lru_cache(maxsize=_PIECES)
@@ -130,69 +247,14 @@ def _centres(n: int) -> Tensor:
     return 2.0 * ((torch.arange(n, dtype=torch.float32, device="cpu") + 0.5) / n) - 1.0
 
 
-def tile_lists(lengths: tuple[int, ...], sizes: tuple[int, ...]) -> dict[int, Tensor]:
-    """For each size, (segment, its block of so many rows) of every tile, longest segment first."""
-    # As a tensor: torch.compile sorts no symbols, which the lengths are in a graph for any size.
-    tokens, segments = torch.tensor(lengths, dtype=torch.int64, device="cpu").sort(
-        descending=True, stable=True
-    )
-    lists = {}
-    for size in sizes:
-        blocks = (tokens + (size - 1)) // size
-        total = sum([-(-n // size) for n in lengths])
-        first = blocks.cumsum(0) - blocks
-        columns = torch.stack((segments, first)).repeat_interleave(blocks, 1, output_size=total)
-        columns[1] = torch.arange(total, device="cpu") - columns[1]
-        lists[size] = columns.T.to(torch.int32, memory_format=torch.contiguous_format)
-    return lists
-
-
-def short_segments(lengths: tuple[int, ...]) -> Tensor:
-    """(first row, tokens, segment) of each short segment, and a record of zeros."""
-    starts = [0, *accumulate(lengths)]
-    numbers = [
-        number for i, n in enumerate(lengths) if n <= SHORT_SEQLEN for number in (starts[i], n, i)
-    ]
-    return torch.tensor([*numbers, 0, 0, 0], dtype=torch.int32, device="cpu")
-
-
-def patch_rows(grids: tuple[Grid, ...], prefix: int) -> Tensor:
-    """The packed row of each patch, ``[N, 1]``: :func:`shuffle_index` by 1."""
-    counts = torch.tensor([hp * wp for hp, wp in grids], dtype=torch.int64, device="cpu")
-    total = sum(hp * wp for hp, wp in grids)
-    before = torch.arange(1, len(grids) + 1, dtype=torch.int32, device="cpu") * prefix
-    rows = torch.arange(total, dtype=torch.int32, device="cpu")
-    return (rows + before.repeat_interleave(counts, output_size=total))[:, None]
-
-
-def shuffle_index(
-    grids: tuple[Grid, ...], prefix: int, factor: int, order: MergeOrder | None = None
-) -> Tensor:
-    """Packed rows of the patches of each output token, in (dy, dx) order."""
-    order = order or MergeOrder()
-    if not grids:
-        return torch.empty(0, factor * factor, dtype=torch.int32, device="cpu")
-    counts = [hp * wp for hp, wp in grids]
-    starts = [
-        start + prefix * (i + 1) for i, start in enumerate(accumulate(counts[:-1], initial=0))
-    ]
-    tokens = [count // factor**2 for count in counts]
-    first = torch.tensor(starts, dtype=torch.int32, device="cpu").repeat_interleave(
-        torch.tensor(tokens, device="cpu"), output_size=sum(tokens)
-    )
-    shuffled_grid = _kept(_shuffled_grid)
-    index = torch.cat([shuffled_grid(hp, wp, factor, order) for hp, wp in grids])
-    return index.add_(first[:, None])
-
-
 @lru_cache(maxsize=_PIECES)
-def _shuffled_grid(hp: int, wp: int, s: int, order: MergeOrder) -> Tensor:
+def _shuffled_grid(hp: int, wp: int, s: int, patches: str, tokens: str) -> Tensor:
     gh, gw = hp // s, wp // s
     index = torch.arange(hp * wp, dtype=torch.int32, device="cpu")
-    if order.patches == "blocks":
+    if patches == "blocks":
         blocks = index.view(gh, gw, s * s)
     else:
         blocks = index.view(gh, s, gw, s).transpose(1, 2).reshape(gh, gw, s * s)
-    if order.tokens == "columns":
+    if tokens == "columns":
         blocks = blocks.transpose(0, 1)
     return blocks.reshape(-1, s * s)

@@ -171,6 +171,21 @@ def test_usable_by_training_after_it_was_made_under_inference_mode():
     assert not packed.coords.is_inference() and not index.is_inference() and x.grad is not None
 
 
+def test_a_layout_made_in_a_compiled_graph():
+    def tables(x, grids):
+        packed = PackedGrids.from_grids(grids, num_prefix_tokens=1)
+        parts = (
+            packed.cu_seqlens, packed.tiles(64), packed.tiles(128), packed.short_segments,
+            packed.coords, packed.patch_rows(), packed.shuffle_index(2),
+        )  # fmt: skip
+        return [part + x for part in parts]
+
+    compiled = torch.compile(tables, backend="eager", fullgraph=True, dynamic=True)
+    for grids in ([(4, 4), (2, 6)], [(40, 60), (20, 80)], [(2, 2)] * 3):
+        found, expected = compiled(torch.zeros(()), grids), tables(torch.zeros(()), grids)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_fake_tensors_do_not_enter_the_cache():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
