@@ -63,9 +63,14 @@ class Replaying:
     def _place_of_weights(self) -> int:
         return next(self.encoder.parameters()).data_ptr()  # moving a module moves all
 
-    def _inputs(self, pixel_values: Tensor | Sequence[Tensor], grids: Grids | None) -> PackedInputs:
-        """The patches and layout of what a call was given."""
-        inputs = pack_inputs(pixel_values, grids, self.encoder)
+    def _inputs(
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        grids: Grids | None,
+        device: torch.device | None = None,
+    ) -> PackedInputs:
+        """The patches of what a call was given, and their layout, there or on `device`."""
+        inputs = pack_inputs(pixel_values, grids, self.encoder, device=device)
         if inputs.patches.requires_grad and torch.is_grad_enabled():
             raise ValueError("pixel_values requires grad, but a graphed encoder has no backward")
         return inputs

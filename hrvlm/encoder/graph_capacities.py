@@ -116,7 +116,7 @@ class GraphedCapacities(Replaying):
 
     The smallest capacity that a batch fits is replayed. A batch that fits none runs eagerly, with a
     warning. What :class:`~hrvlm.encoder.cuda_graphs.GraphedEncoder` says of weights and results
-    holds here as well.
+    holds here as well: a replay allocates what it returns, and nothing else.
 
     Args:
         encoder: On a GPU, in eval mode, on the Triton kernels.
@@ -187,9 +187,8 @@ class GraphedCapacities(Replaying):
             ValueError: an input requires grad.
             RuntimeError: the encoder was moved or cast since.
         """
-        patches, packed, batch = self._inputs(pixel_values, grids)
         device = self.encoder.device
-        packed = packed if packed.device == device else packed.to(device)
+        patches, packed, batch = self._inputs(pixel_values, grids, device)
         recording = self._fitting(packed)
         if recording is None:
             with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):

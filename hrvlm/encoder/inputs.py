@@ -39,6 +39,8 @@ def pack_inputs(
     pixel_values: Tensor | Sequence[Tensor],
     grids: Grids | None,
     encoder: PackedEncoder,
+    *,
+    device: torch.device | None = None,
 ) -> PackedInputs:
     """Pack what :meth:`PackedEncoder.forward` takes.
 
@@ -46,6 +48,7 @@ def pack_inputs(
         pixel_values: A batch ``[B, 3, H, W]``, a list of ``[3, Hi, Wi]``, or packed patches.
         grids: Patch grids of packed patches; None for images.
         encoder: Whose patches and prefix tokens they become.
+        device: Of the layout; default: where the patches are.
 
     Raises:
         TypeError: an image has integers: bytes that nobody has normalised.
@@ -72,7 +75,8 @@ def pack_inputs(
         images, _, height, width = pixel_values.shape
         patches = patchify(pixel_values, patch_size).flatten(0, 1)
         prefix, hp, wp = encoder.num_prefix_tokens, height // patch_size, width // patch_size
-        grids = batch_layout(images, (hp, wp), num_prefix_tokens=prefix, device=patches.device)
+        there = device or patches.device
+        grids = batch_layout(images, (hp, wp), num_prefix_tokens=prefix, device=there)
         if isinstance(grids, TracedGrids):
             return PackedInputs(patches, grids, (images, grids.max_seqlen))
         batch = images, prefix + hp * wp
@@ -88,7 +92,7 @@ def pack_inputs(
             "torch.jit.trace: give the encoder a batch [B, 3, H, W], or packed patches with their "
             "grids as an int tensor; the layout of a list is made on the host, and not traced"
         )
-    packed = _layout(grids, encoder.num_prefix_tokens, patches.device)
+    packed = _layout(grids, encoder.num_prefix_tokens, device or patches.device)
     expected = (
         packed.patch_rows().shape[0],  # not from lengths: a graph would hold for their number
         num_channels * patch_size * patch_size,

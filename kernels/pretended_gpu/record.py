@@ -38,6 +38,13 @@ class Op:
         return sum(a.bytes for a in (*self.reads, *self.writes))
 
 
+class Allocation(NamedTuple):
+    """Memory of the device that a result of an op got; none of it is that of an argument."""
+
+    op: str
+    bytes: int
+
+
 @dataclass(frozen=True)
 class Launch:
     """A start of a Triton kernel; what it reads and writes is told while ops are counted."""
@@ -56,6 +63,7 @@ class Record:
     uploads: list[str] = field(default_factory=list)  # ops that took pageable host memory
     launches: list[Launch] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)  # while `counts_ops`
+    allocations: list[Allocation] = field(default_factory=list)  # likewise
     kernels: dict[tuple[str, str, str], int] = field(default_factory=dict)  # (module, name, key)
     waits: list[int] = field(default_factory=list)  # cycles that the device was to wait
     descriptors: int = 0
@@ -65,7 +73,9 @@ class Record:
 
     def clear(self) -> None:
         """Forget what happened; modes stay."""
-        for seen in (self.syncs, self.uploads, self.launches, self.ops, self.waits):
+        for seen in (
+            self.syncs, self.uploads, self.launches, self.ops, self.allocations, self.waits,
+        ):  # fmt: skip
             seen.clear()
 
     def sync(self, what: str) -> None:
@@ -88,7 +98,7 @@ class Record:
 
     @contextmanager
     def counting(self, counts: bool = True) -> Iterator[None]:
-        """Record ops with their bytes (or don't) inside the block."""
+        """Record ops with their bytes, and allocations, (or don't) inside the block."""
         before, self.counts_ops = self.counts_ops, counts
         try:
             yield

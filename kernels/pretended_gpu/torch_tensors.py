@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .record import RECORD, Op, Operand
+from .record import RECORD, Allocation, Op, Operand
 
 DEVICE = torch.device("cuda", 0)
 
@@ -181,6 +181,8 @@ class PretendedMode(TorchDispatchMode):
             RECORD.ops.append(_described(func, name, (inner_args, inner_kwargs), out))
         if name == "aten::_to_copy" and getattr(self.moving, "to_cpu", False):
             return out
+        if RECORD.counts_ops:
+            RECORD.allocations += _allocations(name, here, out)
         if name == "aten::_to_copy" or not here:
             return tree_map(outer, out)
         # A view of an ordinary tensor is one too, under inference mode as well.
@@ -275,6 +277,18 @@ def _refuse_host_tensors(name: str, tensors: list[Tensor], *, scalars: bool) -> 
 
 def _described(func: Any, name: str, inputs: Any, out: Any) -> Op:
     return Op(name, _is_view(func), operands(inputs), operands(out))
+
+
+def _allocations(name: str, arguments: list[PretendedTensor], out: Any) -> list[Allocation]:
+    def memory(a: Tensor) -> torch.UntypedStorage:
+        return inner(a).untyped_storage()
+
+    there = {memory(a).data_ptr() for a in arguments}
+    return [
+        Allocation(name, memory(a).nbytes())
+        for a in tree_flatten(out)[0]
+        if isinstance(a, Tensor) and a.numel() and memory(a).data_ptr() not in there
+    ]
 
 
 def _is_view(func: Any) -> bool:

@@ -36,6 +36,17 @@ def batches(count, *, most):
         yield torch.randn(sum(h * w for h, w in grids), 12).pin_memory(), grids
 
 
+def memory_of(a):
+    return a.data_on_cpu.untyped_storage().nbytes()
+
+
+def allocated():
+    """Bytes of each allocation since it was asked before."""
+    sizes = sorted(allocation.bytes for allocation in RECORD.allocations)
+    RECORD.allocations.clear()
+    return sizes
+
+
 def test_many_mixes_are_one_key_for_each_capacity(encoder):
     graphed = encoder.graphed(capacities=[(60, 3), (200, 6)])
     kernels = dict(RECORD.kernels)
@@ -44,7 +55,10 @@ def test_many_mixes_are_one_key_for_each_capacity(encoder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for patches, grids in batches(COUNT, most=4):
-            out = graphed(patches, grids=grids)
+            with RECORD.counting():
+                out = graphed(patches, grids=grids)
+            returned = out.packed_last_hidden_state, out.pooler_output, out.packed.cu_seqlens
+            assert allocated() == sorted(map(memory_of, returned))
             assert out.packed_last_hidden_state.shape == (
                 sum(5 + h * w for h, w in grids), 64,
             )  # fmt: skip
@@ -53,6 +67,21 @@ def test_many_mixes_are_one_key_for_each_capacity(encoder):
     assert RECORD.kernels == kernels
     assert [launch.kernel for launch in RECORD.launches] == ["graph replay"] * COUNT
     assert 0.1 < graphed.empty_rows < 0.7
+
+
+def test_a_replay_allocates_its_results(encoder):
+    """And the layout, unless it is given; an eager batch allocates much more."""
+    graphed = encoder.graphed(capacities=[(60, 3)])
+    ((patches, grids),) = batches(1, most=1)
+    packed = graphed(patches, grids=grids).packed
+    allocated()
+    with RECORD.counting():
+        out = graphed(patches, grids=packed)
+    results = out.packed_last_hidden_state, out.pooler_output
+    assert allocated() == sorted(map(memory_of, results))
+    with RECORD.counting(), torch.no_grad():
+        encoder(patches.to("cuda", non_blocking=True), grids=packed)
+    assert len(allocated()) > 10
 
 
 def test_a_batch_that_fits_no_capacity_runs_eagerly_and_says_so(encoder):
