@@ -47,7 +47,7 @@ STREAM = object()  # stands for that of the day in the arguments of a launch
 _VALUES = {type(None), bool, int, float, str, torch.dtype}
 _aten = torch.ops.aten
 # Dynamo's and Inductor's own; where a release of torch lacks the first, nothing is replayed.
-_guards: Any = torch._C._dynamo.guards
+_guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _TensorGuards: Any = getattr(_guards, "TensorGuards", None)
 _ALLOCATIONS = {
     _aten.empty.memory_format,

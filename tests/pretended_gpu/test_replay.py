@@ -393,7 +393,14 @@ def test_nothing_is_kept_in_memory():
         q, k, v, packed, rope = attention_inputs("long", rope="frequencies")
         return weakref.ref(v), weakref.ref(attention(q, k, v, packed, rope))
 
-    kept = [run() for _ in range(4)]
+    def run_with_gradient():
+        x = rows(9, 64).requires_grad_()
+        with torch.enable_grad():
+            out = bias_gelu(x, torch.ones(64).bfloat16())
+        out.backward(torch.ones_like(out))
+        return weakref.ref(x), weakref.ref(out)
+
+    kept = [run() for _ in range(4)] + [run_with_gradient() for _ in range(4)]
     gc.collect()
     assert not any(a() is not None for pair in kept for a in pair)
 
