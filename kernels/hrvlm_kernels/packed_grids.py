@@ -28,9 +28,9 @@ from .merge_orders import merge_order
 from .packed_tables import (
     TILE_SIZES,
     Grid,
-    Layout,
     Segments,
     Table,
+    Tables,
     Uploads,
     check_int,
     is_int,
@@ -162,7 +162,7 @@ class PackedGrids:
         """``[n_tiles, 2]`` int32 (segment, its block of `block_m` rows), longest segment first."""
         key = f"tiles{block_m}"
         if key not in self._tables:
-            self._add(key, Layout(self.lengths).tile_lists((block_m,))[block_m])
+            self._add(key, Tables(self.lengths).tile_lists((block_m,))[block_m])
         return self._tables[key]
 
     def _add(self, key: str, table: Table) -> None:
@@ -210,8 +210,8 @@ class PackedGrids:
         key = f"shuffle{factor}{merged.key}"
         if key not in self._tables:
             self.token_grids(factor)
-            layout = Layout(self.lengths, self.grids or (), self.num_prefix_tokens)
-            self._add(key, layout.shuffle_index(factor, merged))
+            made = Tables(self.lengths, self.grids or (), self.num_prefix_tokens)
+            self._add(key, made.shuffle_index(factor, merged))
         return self._tables[key]
 
     def patch_rows(self) -> Tensor:
@@ -323,14 +323,14 @@ def _build(
         )
     # A tensor made under inference_mode could not be used by a later training step.
     with torch.inference_mode(False), torch.no_grad():
-        layout = Layout(lengths, grids or (), prefix)
-        tables = {"cu_seqlens": layout.cu_seqlens()}
-        tables |= {f"tiles{size}": a for size, a in layout.tile_lists(TILE_SIZES).items()}
-        tables["short_segments"] = layout.short_segments()
+        made = Tables(lengths, grids or (), prefix)
+        tables = {"cu_seqlens": made.cu_seqlens()}
+        tables |= {f"tiles{size}": a for size, a in made.tile_lists(TILE_SIZES).items()}
+        tables["short_segments"] = made.short_segments()
         if grids is not None:
-            tables["coords"] = layout.patch_centres()
-            tables["shuffle1"] = layout.patch_rows()
-            tables |= {f"shuffle{s}": layout.shuffle_index(s) for s in factors if s > 1}
+            tables["coords"] = made.patch_centres()
+            tables["shuffle1"] = made.patch_rows()
+            tables |= {f"shuffle{s}": made.shuffle_index(s) for s in factors if s > 1}
         on_device = upload_together(tables, device)
         return PackedGrids(
             grids=grids,

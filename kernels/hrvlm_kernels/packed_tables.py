@@ -22,6 +22,7 @@ TILE_SIZES = (64, 128)
 SHORT_SEQLEN = 256  # up to here a segment is short: its keys may fit one tile
 _GAP = 4 * 1009
 _PIECES = 1024  # patch grids whose parts of the tables are kept on the host
+_NUMBERS = 1 << 22  # likewise, of the first numbers
 
 
 class Segments(NamedTuple):
@@ -114,8 +115,8 @@ def upload(table: Table, device: torch.device) -> Tensor:
         return upload_together({"table": table}, device)["table"]
 
 
-class Layout:
-    """What tables are made from.
+class Tables:
+    """The tables of a layout, each yet to be written.
 
     Args:
         lengths: Of each segment, in tokens.
@@ -176,8 +177,9 @@ class Layout:
         prefix, total = self.prefix, sum(self.lengths) - self.prefix * len(self.lengths)
 
         def write(out: Tensor) -> None:
-            run = 1  # patches of one image; of more there are fewer numbers to gather
-            if not torch.compiler.is_compiling():  # of symbols there is no divisor
+            # In runs of patches that are one image's, there is less to repeat than in single ones.
+            run = 1
+            if not torch.compiler.is_compiling():  # symbols have no divisor
                 run = math.gcd(*[hp * wp for hp, wp in self.grids]) or 1
             runs = total // run
             image = torch.repeat_interleave((self.tokens - prefix) // run, output_size=runs)
@@ -217,7 +219,7 @@ def _join(pieces: list[Tensor], out: Tensor) -> None:
 def _numbers(first: int, count: int) -> Tensor:
     """``first, first + 1, ...``, `count` of them; not to be written to."""
     end = first + count
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or end > _NUMBERS:
         return torch.arange(first, end, dtype=torch.int32, device="cpu")
     return _numbers_below(1 << end.bit_length())[first:end]
 

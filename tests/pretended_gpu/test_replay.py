@@ -28,6 +28,7 @@ from hrvlm_kernels.ops.linear_residual_layer_norm import (
 )
 from hrvlm_kernels.ops.rope_2d import rope_table
 from hrvlm_kernels.qkv_attention import qkv_attention
+from hrvlm_kernels.triton_kernels import bound
 
 LAYOUTS = {
     "short": [(14, 14), (3, 5)],
@@ -403,6 +404,21 @@ def test_nothing_is_kept_in_memory():
     kept = [run() for _ in range(4)] + [run_with_gradient() for _ in range(4)]
     gc.collect()
     assert not any(a() is not None for pair in kept for a in pair)
+
+
+def test_what_a_launcher_calls():
+    class Launcher:
+        def __init__(self, *more):
+            self.launch, self.more = list.append, more
+
+        def __call__(self, *args):
+            self.launch(*args, None, False, *self.more)
+
+    args = (1, replay.STREAM, object())
+    simple, with_memory = Launcher(), Launcher(object())
+    assert bound._inside(simple, args) == (list.append, (*args, None, False))
+    assert bound._inside(with_memory, args) == (with_memory, args)
+    assert bound._inside(pytest.fail, args) == (pytest.fail, args)
 
 
 @torch.no_grad()
