@@ -74,12 +74,13 @@ def forward_job(head_dim, dtype, tiling, rope=False, *, group=1, skip=0):
     signature, constants = _common("qkvo", head_dim, dtype, tiling, rope, group)
     ahead = tiling.order == "ahead"
     constants |= {"BM": tiling.rows, "BN": tiling.step, "AHEAD": ahead}
-    constants["SKIP"] = skip
-    if ahead:
-        block = f"tensordesc<{NAMES[dtype]}[{tiling.step}, 1, {constants['BD']}]>"
-        signature |= {"k_blocks": block, "v_blocks": block}
-    else:
-        constants |= {"k_blocks": None, "v_blocks": None}
+    constants |= {"SKIP": skip, "VIA_OUT": forward.rotates_via_out(head_dim, tiling)}
+    widths = {"blocks": constants["BD"], "tails": constants["TAIL"]}
+    for name, width in ((f"{a}_{part}", width) for a in "kv" for part, width in widths.items()):
+        if ahead and width:
+            signature[name] = f"tensordesc<{NAMES[dtype]}[{tiling.step}, 1, {width}]>"
+        else:
+            constants[name] = None
     name = f"forward{' ahead' if ahead else ''}"
     return _job(
         name, forward.varlen_attention_forward, signature, constants, head_dim, dtype, tiling, rope

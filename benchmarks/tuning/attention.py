@@ -21,7 +21,6 @@ from benchmarks.tuning.rows import (
 )
 from hrvlm_kernels import PackedGrids, varlen_attention
 from hrvlm_kernels.packed_tables import SHORT_SEQLEN
-from hrvlm_kernels.triton_kernels.attention_tiles import column_blocks
 from hrvlm_kernels.triton_kernels.tilings import Tiling
 
 SIZES = (201, 2309, 4101)  # tokens of an image of 224, 768 and 1024 px
@@ -37,17 +36,15 @@ def _keys(chip: str) -> list[Key]:
 
 
 def _forward_candidates(key: Key) -> list[Tiling]:
-    chip, head_dim, size = key
+    chip, _, size = key
     if size == 4:
         return [Tiling(32, 32, warps, 2) for warps in (4, 8)]
     tiles = [(128, 128), (128, 64), (128, 32), (64, 64), (64, 32)]
     plain = [Tiling(*tile, w, s) for tile, w, s in product(tiles, (4, 8), (2, 3))]
-    if chip != "sm_90" or column_blocks(head_dim)["TAIL"]:
+    if chip != "sm_90":
         return plain
-    ahead = [
-        Tiling(128, step, 8, s, "ahead")
-        for step, s in product((128, 64) if head_dim < 128 else (64,), (2, 3))
-    ]
+    tiles = [((128, 128), 8), ((128, 64), 8), ((64, 128), 4), ((64, 64), 4)]
+    ahead = [Tiling(*tile, w, s, "ahead") for (tile, w), s in product(tiles, (2, 3))]
     return [*ahead, *plain]
 
 

@@ -214,12 +214,16 @@ def subjects() -> list[Subject]:
     }
     return [
         _attention("attention forward", "varlen_attention_forward", chips=(80,), backward=False),
+        _attention(  # whose rotated q waits where the result will be
+            "attention forward, D=128, RoPE", "varlen_attention_forward", chips=(80,), rope=True,
+            head_dim=128, backward=False,
+        ),
         _attention(
             "attention forward, ahead", "varlen_attention_forward", chips=(90,), backward=False
         ),
         _attention(
             "attention forward, ahead, RoPE", "varlen_attention_forward", chips=(90,), rope=True,
-            backward=False,
+            head_dim=64, backward=False,
         ),
         _attention(
             "attention forward, plain", "varlen_attention_forward", chips=(90,), backward=False,
@@ -284,13 +288,13 @@ def subjects() -> list[Subject]:
 
 
 def _attention(
-    name: str, kernel: str, *, chips=BOTH, backward=True, rope=False, tiles="first"
+    name: str, kernel: str, *, chips=BOTH, backward=True, rope=False, head_dim=32, tiles="first"
 ) -> Subject:
     """With scores around 0, long enough for every stage of the loop; and with every kind of end."""
     longest = 256 if kernel == "varlen_attention_short" else 520
-    head_dim, lengths, beyond = 32, (1, 0, 63, 128, longest), 0
-    if rope and kernel == "varlen_attention_forward":  # which leaves short segments to the other
-        head_dim, lengths, beyond = 64, (1, 0, 256, 257, 639), 256
+    lengths, beyond = (1, 0, 63, 128, longest), 0
+    if chips == (90,) and rope:  # segments that are short are left to the other kernel
+        lengths, beyond = (1, 0, 256, 257, 639), 256
     way = Attention(head_dim, rope, tiles)
 
     def check(change=lambda case: case):

@@ -1,7 +1,5 @@
 """What the tests of several kernels share."""
 
-import os
-
 import pytest
 import torch
 from torch._dynamo import trace_rules
@@ -17,9 +15,6 @@ interpreter_only = pytest.mark.skipif(
 # By other tiles than the interpreter's some of them do nothing; what stands for them in compiled
 # code are the faults of tests/compiled.
 seeded_in_sources = pytest.mark.skipif(COMPILED, reason="bugs seeded for the interpreter's tiles")
-needs_short_kernel = pytest.mark.skipif(
-    os.environ.get("KERNELS_ON") == "sm_80", reason="no table of sm_80 asks for the short kernel"
-)
 DTYPES = (torch.float32, torch.float16)
 if COMPILED:  # the interpreter gets it wrong
     DTYPES += (torch.bfloat16,)

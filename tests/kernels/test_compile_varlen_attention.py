@@ -11,6 +11,7 @@ from benchmarks.compiled.attention_jobs import (
     gluon_job,
 )
 from benchmarks.compiled.compiler import TARGETS, assert_clean, submit_compile
+from hrvlm_kernels.attention_problem import folds_rope
 from hrvlm_kernels.triton_kernels import varlen_attention as forward
 from hrvlm_kernels.triton_kernels import varlen_attention_backward as backward
 from hrvlm_kernels.triton_kernels.varlen_attention_short import select_short_tilings
@@ -38,30 +39,36 @@ def check_built(job, built):
 
 def skipped(head_dim, rope):
     """Up to which length segments are left to the kernel for short images, as shipped."""
-    return select_short_tilings("sm_90", head_dim, BF16)[0].step if rope else 0
+    tilings = select_short_tilings("sm_90", head_dim, BF16) if rope else ()
+    return tilings[0].step if tilings else 0
 
 
 @pytest.mark.parametrize("rope", (False, True))
 def test_ahead_runs_the_softmax_beside_the_tensor_cores(rope):
-    """A thread has 64 scores of a block: their exps stand behind the issue of the next q.k."""
+    """A thread has 64 scores of a block: most of their exps stand behind the issue of p v.
+
+    It takes the tensor cores as long as 32 of them take a thread.
+    """
     tilings, skip = forward.select_tilings("sm_90", 64, BF16), skipped(64, rope)
     jobs = [forward_job(64, BF16, tiling, rope, skip=skip) for tiling in tilings]
     (_, ahead), (_, plain) = compile_all(jobs, "sm_90")
-    assert ahead.exps_beside_wgmma >= 48
+    assert ahead.exps_beside_wgmma >= 40
     assert ahead.spills == 0
     assert ahead.ops["UTMALDG"] >= 4
     assert plain.exps_beside_wgmma < 16
     assert plain.ops["LDGSTS"] >= 8  # asynchronous copies of 16 bytes
-    assert ahead.loop_instructions / (128 * 128) < 1.05 * 505 / (128 * 128)
-    assert plain.loop_instructions / (128 * 64) < 1.05 * 273 / (128 * 64)
+    assert ahead.loop_instructions <= 7.4 * 64
+    assert plain.loop_instructions < 1.05 * 273
 
 
-@pytest.mark.parametrize(("head_dim", "exps"), [(32, 28), (128, 30)])
+@pytest.mark.parametrize(("head_dim", "exps"), [(32, 28), (72, 48), (96, 48), (128, 48)])
 def test_ahead_does_so_for_other_heads(head_dim, exps):
-    """Of 64 and 32 scores; with RoPE, which may take the registers that it needs."""
+    """With RoPE, which may take the registers that it needs."""
     tiling = forward.select_tilings("sm_90", head_dim, BF16)[0]
     assert tiling.order == "ahead"
-    ways = [(False, 0), (True, 0)] + ([(True, skipped(head_dim, True))] if head_dim < 128 else [])
+    ways = [(False, 0)]
+    if folds_rope(BF16, head_dim):
+        ways += [(True, skip) for skip in {0, skipped(head_dim, True)}]
     jobs = [forward_job(head_dim, BF16, tiling, rope, skip=skip) for rope, skip in ways]
     for _, built in compile_all(jobs, "sm_90"):
         assert built.exps_beside_wgmma >= exps

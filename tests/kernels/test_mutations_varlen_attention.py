@@ -30,7 +30,10 @@ FORWARD = {
     ),
     "a key too many": ("qk = tl.where((i_n < n)", "qk = tl.where((i_n <= n)"),
     "no tail where blocks fit": ("last = ((n - 1) // BN) * BN", "last = (n // BN) * BN"),
-    "accumulator not rescaled": ("    acc *= fade[:, None]\n    b_v = load", "    b_v = load"),
+    "accumulator not rescaled": (
+        "    acc = scaled_columns(acc, fade, TAIL)\n    b_v = load",
+        "    b_v = load",
+    ),
     "total not rescaled": ("total * fade + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
     "natural base": ("qk_scale = scale * LOG2_E", "qk_scale = scale"),
     "shared heads interleaved": ("i_hk = i_h // GROUP", "i_hk = i_h % (H // GROUP)"),
@@ -41,20 +44,51 @@ FORWARD = {
     "positions of another image": ("(first + rows)[:, None] * (2", "rows[:, None] * (2"),
 }
 
+# What all kernels do with the last columns of a head.
+COLUMNS = {
+    "the first columns again": ("D, TAIL, MASKED, BD)", "D, TAIL, MASKED, 0)"),
+    "not in the scores": ("s = tl.dot(a[1], b[1].T, s,", "s = tl.dot(a[1] * 0, b[1].T, s,"),
+    "not added up": ("tl.dot(s, b[1], acc[1],", "tl.dot(s, b[1], acc[1] * 0,"),
+    "stored over the first columns": ("acc[1], D, TAIL, BD)", "acc[1], D, TAIL, 0)"),
+}
+
 FORWARD_TAIL = {
     "the first columns of k": ("D, TAIL, MASKED, BD)", "D, TAIL, MASKED, 0)"),
-    "not in the scores": ("b_q_tail, b_k_tail.T, qk,", "b_q_tail * 0, b_k_tail.T, qk,"),
-    "the first columns of v": ("D, TAIL, False, BD\n", "D, TAIL, False, 0\n"),
-    "not divided": ("acc_tail *= (1.0 / total)[:, None]", "acc_tail *= 1.0"),
-    "stored over the first columns": ("acc_tail, D, TAIL, BD)", "acc_tail, D, TAIL, 0)"),
+    "not in the scores": ("tl.dot(b_q[1], b_k.T, qk,", "tl.dot(b_q[1] * 0, b_k.T, qk,"),
+    "by TMA the first columns": ("tails.load([row, head, BD])", "tails.load([row, head, 0])"),
+    "not added up ahead": ("tl.dot(p, b_v[1], acc[1],", "tl.dot(p, b_v[1], acc[1] * 0,"),
 }
 
 AHEAD = {
-    "k of the same block": ("[row + s + BN, head, 0]", "[row + s, head, 0]"),
-    "v of the next block": ("v_blocks.load([row + s, head", "v_blocks.load([row + s + BN, head"),
-    "scores not handed on": ("qk = qk_next", "qk = qk"),
+    "k of the first block": ("v_tails, row + s, head", "v_tails, row, head"),
+    "v of the same block": ("v_tails, row - BN, head", "v_tails, row, head"),
+    "the first block not masked": (
+        "_last_step(scores(b_q, b_k, TAIL), i_n, n,",
+        "_last_step(scores(b_q, b_k, TAIL), i_n, BN,",
+    ),
+    "the last block left out": ("if last > 0:", "if last > BN:"),
+    "the loop starts late": ("for s in range(BN, last, BN)", "for s in range(2 * BN, last, BN)"),
+    "accumulator not rescaled": (
+        "            acc = scaled_columns(acc, fade, TAIL)\n        if",
+        "        if",
+    ),
+    "nor before the last block": (
+        "            acc = scaled_columns(acc, fade, TAIL)\n        b_v",
+        "        b_v",
+    ),
     "the neighbour's keys": ("qk = tl.where((i_n < n)", "qk = tl.where((i_n < n + 128)"),
-    "k of another image": ("k_blocks.load([row, head, 0])", "k_blocks.load([0, head, 0])"),
+    "k of another image": ("row, head = first", "row, head = 0 * first"),
+}
+
+VIA_OUT = {
+    "halves mixed up": ("left * cos - right * sin).to(kind)", "left * cos + right * sin).to(kind)"),
+    "a half not turned": ("right * cos + left * sin).to(kind)", "right).to(kind)"),
+    "positions of another image": (
+        "table + (first + rows)[:, None] * D",
+        "table + rows[:, None] * D",
+    ),
+    "columns left out": ("tl.static_range(0, HALF, STEP)", "tl.static_range(STEP, HALF, STEP)"),
+    "q of another image": ("p_rotated, first + i_m, first + n", "p_rotated, i_m, first + n"),
 }
 
 SHORT = {
@@ -80,7 +114,10 @@ BACKWARD = {
     "dq without its tail": ("p_k, p_v, last + i_n, n", "p_k, p_v, last + BN + i_n, n"),
     "dk without its tail": ("p_delta, last + i_m", "p_delta, last + BM + i_m"),
     "keys past the end in dq": ("p = tl.where((i_n < n)[None, :], p, 0.0)", "p = p"),
-    "dv of ds": ("dv = _add(dv, p.to(", "dv = _add(dv, (p * dp).to("),
+    "dv of ds": (
+        "dv = add_product(dv, p.to(",
+        "dv = add_product(dv, (p * dp).to(",
+    ),
     "dq's loop starts late": ("for s in range(0, last, BN)", "for s in range(BN, last, BN)"),
     "dk's loop starts late": ("for s in range(0, last, BM)", "for s in range(BM, last, BM)"),
     "dq and dk rotated twice": ("first, rows, n, True)", "first, rows, n, False)"),
@@ -88,12 +125,8 @@ BACKWARD = {
 }
 
 TAIL = {
-    "the first columns again": ("D, TAIL, MASKED, BD)", "D, TAIL, MASKED, 0)"),
-    "not in the scores": ("s = tl.dot(a[1], b[1].T, s,", "s = tl.dot(a[1] * 0, b[1].T, s,"),
     "not in delta": ("b_delta += tl.sum(b_o[1]", "b_delta += 0 * tl.sum(b_o[1]"),
-    "not added up": ("tl.dot(s, b[1], acc[1],", "tl.dot(s, b[1], acc[1] * 0,"),
     "not scaled": ("return a, acc[1] * scale", "return a, acc[1]"),
-    "stored over the first columns": ("acc[1], D, TAIL, BD)", "acc[1], D, TAIL, 0)"),
 }
 
 
@@ -107,7 +140,9 @@ def check_forward():
 
 
 def check_forward_tail():
-    forward.check_forward(make_case((70, 5), head_dim=72))
+    case = make_case((70, 5, 140), head_dim=72)
+    forward.check_forward(case)
+    forward.check_forward(case, [Tiling(128, 64, 8, 1, "ahead")])
 
 
 def check_short():
@@ -118,7 +153,13 @@ def check_short():
 
 
 def check_ahead():
-    forward.check_forward(make_case((130, 70), head_dim=32), [Tiling(128, 64, 8, 1, "ahead")])
+    case = make_case((200, 130, 70, 30), head_dim=32)
+    forward.check_forward(case, [Tiling(128, 64, 8, 1, "ahead")])
+
+
+def check_via_out():
+    case = make_case((130, 3), head_dim=128, rope=True)
+    forward.check_forward(case, [Tiling(128, 32, 4, 1)])
 
 
 def check_backward():
@@ -163,6 +204,13 @@ def test_the_last_columns_of_72_forward(bug, monkeypatch, tmp_path):
     assert caught(check_forward_tail)
 
 
+@pytest.mark.parametrize("bug", VIA_OUT)
+def test_via_out(bug, monkeypatch, tmp_path):
+    users = [(forward, "kernels")]
+    plant(monkeypatch, tmp_path, "varlen_attention", *VIA_OUT[bug], users=users)
+    assert caught(check_via_out)
+
+
 @pytest.mark.parametrize("bug", AHEAD)
 def test_ahead(bug, monkeypatch, tmp_path):
     users = [(forward, "kernels")]
@@ -183,6 +231,19 @@ def test_short_images(bug, monkeypatch, tmp_path):
 def test_backward(bug, monkeypatch, tmp_path):
     plant(monkeypatch, tmp_path, "varlen_attention_backward", *BACKWARD[bug])
     assert caught(check_one_head, check_backward, check_far_below_zero)
+
+
+@pytest.mark.parametrize("bug", COLUMNS)
+def test_columns_of_all_kernels(bug, monkeypatch, tmp_path):
+    users = [(forward, "kernels")]
+    for user, check_it in (
+        ("varlen_attention", check_forward_tail),
+        ("varlen_attention_backward", check_tail),
+    ):
+        with monkeypatch.context() as patch:
+            plant_below(patch, tmp_path, "attention_tiles", COLUMNS[bug], user, users=users)
+            assert caught(check_it), user
+        users = []
 
 
 @pytest.mark.parametrize("bug", TAIL)

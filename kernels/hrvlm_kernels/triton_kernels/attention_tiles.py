@@ -74,6 +74,70 @@ def store_rows(
 
 
 @triton.jit
+def load_columns(
+    p_head, rows, n, stride,
+    D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows of one head as a tuple of its blocks of columns [B, BD], and [B, TAIL] if that is not 0.
+
+    Each has products of its own.
+    """
+    b = load_rows(p_head, rows, n, stride, D, BD, MASKED)
+    if TAIL:
+        return b, load_rows(p_head, rows, n, stride, D, TAIL, MASKED, BD)
+    else:
+        return (b,)
+
+
+@triton.jit
+def zero_columns(B: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr):
+    """Sums [B, BD], [B, TAIL] of products, at their beginning."""
+    acc = tl.zeros([B, BD], tl.float32)
+    if TAIL:
+        return acc, tl.zeros([B, TAIL], tl.float32)
+    else:
+        return (acc,)
+
+
+@triton.jit
+def scores(a, b, TAIL: tl.constexpr):
+    """The products of all rows of a with all of b, in float32."""
+    s = tl.dot(a[0], b[0].T, input_precision=PRECISION)
+    if TAIL:
+        s = tl.dot(a[1], b[1].T, s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def add_product(acc, s, b, TAIL: tl.constexpr):
+    """Acc plus s b."""
+    first = tl.dot(s, b[0], acc[0], input_precision=PRECISION)
+    if TAIL:
+        return first, tl.dot(s, b[1], acc[1], input_precision=PRECISION)
+    else:
+        return (first,)
+
+
+@triton.jit
+def scaled_columns(acc, scale, TAIL: tl.constexpr):
+    """Each row of acc times its element of scale [B]."""
+    if TAIL:
+        return acc[0] * scale[:, None], acc[1] * scale[:, None]
+    else:
+        return (acc[0] * scale[:, None],)
+
+
+@triton.jit
+def store_columns(
+    p_head, rows, n, stride, acc, D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr
+):
+    """What `store_rows` does, of each block of columns."""
+    store_rows(p_head, rows, n, stride, acc[0], D, BD)
+    if TAIL:
+        store_rows(p_head, rows, n, stride, acc[1], D, TAIL, BD)
+
+
+@triton.jit
 def rotate(a, table, first, rows, n, INVERSE: tl.constexpr):
     """Rotate a [B, D] by the table of cos and sin, in float32; D is a power of two."""
     HALF: tl.constexpr = a.shape[1] // 2

@@ -20,8 +20,9 @@ On Hopper the order decides whether the tensor cores run beside the softmax (rea
 code, see tests/kernels/test_compile_varlen_attention.py):
 
     plain  the masked block first, then the loop; with it last, ptxas serializes all wgmma
-    ahead  q.k of the next block is issued before the softmax of this one; the masked block last.
-           K and V come by tensor descriptors (TMA): with pointers the registers do not suffice
+    ahead  q.k is a block ahead of p v: p v of a block runs beside the softmax of the next one. The
+           masked block last. K and V come by tensor descriptors (TMA): with pointers the
+           registers do not suffice
 
 Only the tables choose between them (or `tilings`, in the tests and in benchmarks.tuning).
 """
@@ -42,18 +43,23 @@ from ..attention_problem import Problem, folds_rope
 from .attention_tiles import (
     LOG2_E,
     PRECISION,
+    add_product,
     as_kernels_read_it,
     column_blocks,
     constants,
+    load_columns,
     load_rows,
     locate,
     rotate,
     rotated,
+    scaled_columns,
+    scores,
     softmax_step,
-    store_rows,
+    store_columns,
     strides,
     tile_list,
     with_table,
+    zero_columns,
 )
 from .bound import bound
 from .launch import architecture, device_guard, launch, tile_choices
@@ -63,27 +69,27 @@ from .varlen_attention_short import forward_short, select_short_tilings
 
 @triton.jit
 def _scores(
-    b_q, b_q_tail, p_k, i_n, n, stride_kt,
+    b_q, p_k, i_n, n, stride_kt,
     D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """q.k [BM, BN] of a block of keys."""
+    """q.k [BM, BN] of a block of keys. With all columns loaded at once, D = 72 spills on sm_80."""
     b_k = load_rows(p_k, i_n, n, stride_kt, D, BD, MASKED)
-    qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+    qk = tl.dot(b_q[0], b_k.T, input_precision=PRECISION)
     if TAIL:
-        b_k_tail = load_rows(p_k, i_n, n, stride_kt, D, TAIL, MASKED, BD)
-        qk = tl.dot(b_q_tail, b_k_tail.T, qk, input_precision=PRECISION)
+        b_k = load_rows(p_k, i_n, n, stride_kt, D, TAIL, MASKED, BD)
+        qk = tl.dot(b_q[1], b_k.T, qk, input_precision=PRECISION)
     return qk
 
 
 @triton.jit
 def _add_values(
     acc, fade, p, p_v, i_n, n, stride_vt,
-    D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, FIRST: tl.constexpr = 0,
+    D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Acc, faded, plus the columns from FIRST on of p v."""
-    acc *= fade[:, None]
-    b_v = load_rows(p_v, i_n, n, stride_vt, D, BD, MASKED, FIRST)
-    return tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
+    """Acc, faded, plus p v."""
+    acc = scaled_columns(acc, fade, TAIL)
+    b_v = load_columns(p_v, i_n, n, stride_vt, D, BD, TAIL, MASKED)
+    return add_product(acc, p.to(b_v[0].dtype), b_v, TAIL)
 
 
 @triton.jit
@@ -94,6 +100,72 @@ def _last_step(qk, i_n, n, peak, total, qk_scale):
 
 
 @triton.jit
+def _store_rotated(
+    p_in, p_out, table, first, rows, n, stride_in, stride_out, D: tl.constexpr,
+):  # fmt: skip
+    """Store the rows of p_in rotated as by `rotate`, a few columns at a time.
+
+    They take few registers, and none is exchanged between threads.
+    """
+    HALF: tl.constexpr = D // 2
+    STEP: tl.constexpr = min(HALF, 32)
+    i_d = tl.arange(0, STEP)
+    mask = (rows < n)[:, None]
+    p_cos = table + (first + rows)[:, None] * D + i_d[None, :]
+    p_in += rows.to(tl.int64)[:, None] * stride_in + i_d[None, :]
+    p_out += rows.to(tl.int64)[:, None] * stride_out + i_d[None, :]
+    for i in tl.static_range(0, HALF, STEP):
+        left = tl.load(p_in + i, mask=mask, other=0.0).to(tl.float32)  # [B, STEP]
+        right = tl.load(p_in + i + HALF, mask=mask, other=0.0).to(tl.float32)
+        cos = tl.load(p_cos + i, mask=mask, other=1.0)
+        sin = tl.load(p_cos + i + HALF, mask=mask, other=0.0)
+        kind = p_out.dtype.element_ty
+        tl.store(p_out + i, (left * cos - right * sin).to(kind), mask=mask)
+        tl.store(p_out + i + HALF, (right * cos + left * sin).to(kind), mask=mask)
+
+
+@triton.jit
+def _bits(p, v):
+    """P in v's dtype, as integers: a product's operand that a loop carries goes to shared memory.
+
+    What is computed from them does not.
+    """
+    p = p.to(v.dtype.element_ty)
+    return p.to(tl.core.get_int_dtype(p.dtype.primitive_bitwidth, True), bitcast=True)
+
+
+@triton.jit
+def _load_block(
+    blocks, tails, row, head, BN: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Rows of a head as `load_columns` gives them, by TMA: those of the next segment too."""
+    b = blocks.load([row, head, 0]).reshape(BN, BD)
+    if TAIL:
+        return b, tails.load([row, head, BD]).reshape(BN, TAIL)
+    else:
+        return (b,)
+
+
+@triton.jit
+def _products(
+    b_q, p, acc, k_blocks, k_tails, v_blocks, v_tails, row, head,
+    BN: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """q.k [BM, BN] of the keys from `row` on, and acc plus p v of the block before them.
+
+    The last product, which what follows runs beside, is p v of the first BD columns.
+    """
+    qk = scores(b_q, _load_block(k_blocks, k_tails, row, head, BN, BD, TAIL), TAIL)
+    b_v = _load_block(v_blocks, v_tails, row - BN, head, BN, BD, TAIL)
+    p = p.to(b_v[0].dtype, bitcast=True)
+    if TAIL:
+        tail = tl.dot(p, b_v[1], acc[1], input_precision=PRECISION)
+        return qk, (tl.dot(p, b_v[0], acc[0], input_precision=PRECISION), tail)
+    else:
+        return qk, (tl.dot(p, b_v[0], acc[0], input_precision=PRECISION),)
+
+
+@triton.jit
 def _store_lse(p_lse, peak, total, mask):
     tl.store(p_lse, peak + tl.log2(total), mask=mask)
 
@@ -101,25 +173,21 @@ def _store_lse(p_lse, peak, total, mask):
 @bound
 @triton.jit(do_not_specialize=["T"])
 def varlen_attention_forward(
-    q, k, v, k_blocks, v_blocks, out, lse, cu_seqlens, tiles, table, T, scale,
+    q, k, v, k_blocks, k_tails, v_blocks, v_tails, out, lse, cu_seqlens, tiles, table, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr,
-    ROPE: tl.constexpr, SKIP: tl.constexpr,
+    ROPE: tl.constexpr, SKIP: tl.constexpr, VIA_OUT: tl.constexpr,
 ):  # fmt: skip
     """A tile of out [T, H, D] and lse [H, T]; AHEAD takes k and v as descriptors too.
 
-    Heads have BD columns, and TAIL more if that is not 0, which have products of their own: in the
-    plain order only. Segments of up to SKIP tokens are left to varlen_attention_short.py.
+    Heads have BD columns, and TAIL more if that is not 0, which have products of their own.
+    Segments of up to SKIP tokens are left to varlen_attention_short.py. VIA_OUT: the rotated q lies
+    where the result will be, which no other program touches, until it is loaded.
     """
     i_h, first, n, i_m = locate(cu_seqlens, tiles, H, BM, PARTS)
-    if SKIP:
-        if AHEAD:
-            # With a return, or a branch around the loop, ptxas puts the softmax behind the wait for
-            # q.k. So these go on without rows, and do what lies before the loop.
-            n = tl.where(n <= SKIP, 0, n)
-        elif n <= SKIP:
-            return
+    if SKIP and n <= SKIP:
+        return
     i_hk = i_h // GROUP
     i_n = tl.arange(0, BN)
     p_k = k + first * stride_kt + i_hk * stride_kh
@@ -127,68 +195,56 @@ def varlen_attention_forward(
     p_q = q + first * stride_qt + i_h * stride_qh
     p_out = out + first * stride_ot + i_h * stride_oh
     p_lse = lse + i_h * T + first + i_m
-    b_q = load_rows(p_q, i_m, n, stride_qt, D, BD, True)
-    b_q_tail = None
-    if TAIL:
-        b_q_tail = load_rows(p_q, i_m, n, stride_qt, D, TAIL, True, BD)
-    if ROPE:
-        b_q = rotate(b_q, table, first, i_m, n, False).to(b_q.dtype)
-        if AHEAD and BD == 64:
-            # Triton keeps what was computed in registers, and ptxas then has too few to put the
-            # softmax beside q.k; what was loaded lies in shared memory. So q is loaded from its
-            # place in out, which no other program touches. (Other heads have registers enough.)
-            store_rows(p_out, i_m, n, stride_ot, b_q, D, BD)
-            tl.debug_barrier()
-            b_q = load_rows(p_out, i_m, n, stride_ot, D, BD, True)
+    if ROPE and VIA_OUT:
+        _store_rotated(p_q, p_out, table, first, i_m, n, stride_qt, stride_ot, D)
+        tl.debug_barrier()
+        # By other sums than the result is stored with: ptxas would keep all addresses until then.
+        p_rotated = out + i_h * stride_oh
+        b_q = load_columns(p_rotated, first + i_m, first + n, stride_ot, D, BD, TAIL, True)
+    else:
+        b_q = load_columns(p_q, i_m, n, stride_qt, D, BD, TAIL, True)
+        if ROPE:
+            b_q = (rotate(b_q[0], table, first, i_m, n, False).to(b_q[0].dtype),)
 
     qk_scale = scale * LOG2_E
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BD], tl.float32)
-    if TAIL:
-        acc_tail = tl.zeros([BM, TAIL], tl.float32)
+    acc = zero_columns(BM, BD, TAIL)
     last = ((n - 1) // BN) * BN
     i_last = last + i_n
     if AHEAD:
-        tl.static_assert(TAIL == 0, "ptxas serializes all wgmma")
         row, head = first.to(tl.int32), i_hk.to(tl.int32)
-        b_k = k_blocks.load([row, head, 0]).reshape(BN, BD)
-        qk = tl.dot(b_q, b_k.T, input_precision=PRECISION)
-        for s in range(0, last, BN):
-            b_k = k_blocks.load([row + s + BN, head, 0]).reshape(BN, BD)
-            qk_next = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [BM, BN]
+        b_k = _load_block(k_blocks, k_tails, row, head, BN, BD, TAIL)
+        p, peak, total, _ = _last_step(scores(b_q, b_k, TAIL), i_n, n, peak, total, qk_scale)
+        p = _bits(p, v)
+        for s in range(BN, last, BN):
+            qk, acc = _products(
+                b_q, p, acc, k_blocks, k_tails, v_blocks, v_tails, row + s, head, BN, BD, TAIL
+            )
             p, peak, total, fade = softmax_step(qk, peak, total, qk_scale)
-            acc *= fade[:, None]
-            b_v = v_blocks.load([row + s, head, 0]).reshape(BN, BD)
-            acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
-            qk = qk_next
-        if n > 0:
+            p = _bits(p, v)
+            acc = scaled_columns(acc, fade, TAIL)
+        if last > 0:
             # The keys may be rows of the next segment: their columns go here.
+            qk, acc = _products(
+                b_q, p, acc, k_blocks, k_tails, v_blocks, v_tails, row + last, head, BN, BD, TAIL
+            )
             p, peak, total, fade = _last_step(qk, i_last, n, peak, total, qk_scale)
-            acc = _add_values(acc, fade, p, p_v, i_last, n, stride_vt, D, BD, True)
-            acc *= (1.0 / total)[:, None]
-            store_rows(p_out, i_m, n, stride_ot, acc, D, BD)
-            _store_lse(p_lse, peak, total, i_m < n)
+            p = _bits(p, v)
+            acc = scaled_columns(acc, fade, TAIL)
+        b_v = load_columns(p_v, i_last, n, stride_vt, D, BD, TAIL, True)
+        acc = add_product(acc, p.to(b_v[0].dtype, bitcast=True), b_v, TAIL)
     else:
-        qk = _scores(b_q, b_q_tail, p_k, i_last, n, stride_kt, D, BD, TAIL, True)
+        qk = _scores(b_q, p_k, i_last, n, stride_kt, D, BD, TAIL, True)
         p, peak, total, fade = _last_step(qk, i_last, n, peak, total, qk_scale)
-        acc = _add_values(acc, fade, p, p_v, i_last, n, stride_vt, D, BD, True)
-        if TAIL:
-            acc_tail = _add_values(acc_tail, fade, p, p_v, i_last, n, stride_vt, D, TAIL, True, BD)
+        acc = _add_values(acc, fade, p, p_v, i_last, n, stride_vt, D, BD, TAIL, True)
         for s in range(0, last, BN):
-            qk = _scores(b_q, b_q_tail, p_k, s + i_n, n, stride_kt, D, BD, TAIL, False)
+            qk = _scores(b_q, p_k, s + i_n, n, stride_kt, D, BD, TAIL, False)
             p, peak, total, fade = softmax_step(qk, peak, total, qk_scale)
-            acc = _add_values(acc, fade, p, p_v, s + i_n, n, stride_vt, D, BD, False)
-            if TAIL:
-                acc_tail = _add_values(
-                    acc_tail, fade, p, p_v, s + i_n, n, stride_vt, D, TAIL, False, BD
-                )
-        acc *= (1.0 / total)[:, None]
-        store_rows(p_out, i_m, n, stride_ot, acc, D, BD)
-        if TAIL:
-            acc_tail *= (1.0 / total)[:, None]
-            store_rows(p_out, i_m, n, stride_ot, acc_tail, D, TAIL, BD)
-        _store_lse(p_lse, peak, total, i_m < n)
+            acc = _add_values(acc, fade, p, p_v, s + i_n, n, stride_vt, D, BD, TAIL, False)
+    acc = scaled_columns(acc, 1.0 / total, TAIL)
+    store_columns(p_out, i_m, n, stride_ot, acc, D, BD, TAIL)
+    _store_lse(p_lse, peak, total, i_m < n)
 
 
 _INTERPRETER = (Tiling(64, 64, 1, 1),)
@@ -199,6 +255,12 @@ def select_tilings(arch: str, head_dim: int, dtype: torch.dtype) -> tuple[Tiling
     if arch == "interpreter":
         return _INTERPRETER
     return tile_choices("FORWARD", arch, table_head_dim(head_dim), dtype.itemsize)
+
+
+def rotates_via_out(head_dim: int, tiling: Tiling) -> bool:
+    """Whether a program keeps its rotated q where its result will be: registers are too few."""
+    plain = tiling.order == "plain"
+    return plain and head_dim == 128 and tiling.rows == 32 * tiling.num_warps
 
 
 def fits_descriptor(x: Tensor) -> bool:
@@ -251,13 +313,17 @@ def forward(
 def _start(x: Problem, out: Tensor, lse: Tensor, skip: int, tiling: Tiling) -> None:
     tiles, parts = tile_list(x.segments, tiling)
     columns = column_blocks(x.q.shape[2])
-    k_blocks = v_blocks = None
+    blocks: list[TensorDescriptor | None] = [None] * 4
     if tiling.order == "ahead":
-        block = [tiling.step, 1, columns["BD"]]
-        k_blocks, v_blocks = (TensorDescriptor.from_tensor(a, block) for a in (x.k, x.v))
+        blocks = [
+            TensorDescriptor.from_tensor(a, [tiling.step, 1, width]) if width else None
+            for a in (x.k, x.v)
+            for width in (columns["BD"], columns["TAIL"])
+        ]
     varlen_attention_forward[(tiles.shape[0] * parts * x.q.shape[1],)](
-        x.q, x.k, x.v, k_blocks, v_blocks, out, lse, x.segments.cu_seqlens, tiles,
+        x.q, x.k, x.v, *blocks, out, lse, x.segments.cu_seqlens, tiles,
         x.table, x.q.shape[0], x.scale, *strides(x.q, x.k, x.v, out),
         BM=tiling.rows, BN=tiling.step, PARTS=parts, AHEAD=tiling.order == "ahead",
-        ROPE=x.rope is not None, SKIP=skip, **columns, **constants(x, tiling),
+        ROPE=x.rope is not None, SKIP=skip,
+        VIA_OUT=rotates_via_out(x.q.shape[2], tiling), **columns, **constants(x, tiling),
     )  # fmt: skip

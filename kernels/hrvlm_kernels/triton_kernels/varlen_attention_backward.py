@@ -32,69 +32,26 @@ from torch import Tensor
 from ..attention_problem import Problem, folds_rope
 from .attention_tiles import (
     LOG2_E,
-    PRECISION,
+    add_product,
     as_kernels_read_it,
     column_blocks,
     constants,
-    load_rows,
+    load_columns,
     locate,
     rotate,
     rotated,
-    store_rows,
+    scores,
+    store_columns,
     strides,
     tile_list,
     unit_stride,
     with_table,
+    zero_columns,
 )
 from .bound import bound
 from .launch import architecture, device_guard, launch, tile_choices
 from .rope_2d import rotate_heads
 from .tilings import Tiling, table_head_dim
-
-
-@triton.jit
-def _load(
-    p_head, rows, n, stride,
-    D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    b = load_rows(p_head, rows, n, stride, D, BD, MASKED)
-    if TAIL:
-        return b, load_rows(p_head, rows, n, stride, D, TAIL, MASKED, BD)
-    else:
-        return (b,)
-
-
-@triton.jit
-def _zeros(B: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr):
-    acc = tl.zeros([B, BD], tl.float32)
-    if TAIL:
-        return acc, tl.zeros([B, TAIL], tl.float32)
-    else:
-        return (acc,)
-
-
-@triton.jit
-def _scores(a, b, TAIL: tl.constexpr):
-    s = tl.dot(a[0], b[0].T, input_precision=PRECISION)
-    if TAIL:
-        s = tl.dot(a[1], b[1].T, s, input_precision=PRECISION)
-    return s
-
-
-@triton.jit
-def _add(acc, s, b, TAIL: tl.constexpr):
-    first = tl.dot(s, b[0], acc[0], input_precision=PRECISION)
-    if TAIL:
-        return first, tl.dot(s, b[1], acc[1], input_precision=PRECISION)
-    else:
-        return (first,)
-
-
-@triton.jit
-def _store(p_head, rows, n, stride, acc, D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr):
-    store_rows(p_head, rows, n, stride, acc[0], D, BD)
-    if TAIL:
-        store_rows(p_head, rows, n, stride, acc[1], D, TAIL, BD)
 
 
 @triton.jit
@@ -113,15 +70,15 @@ def _dq_step(
     dq, b_q, b_g, lse, delta, p_k, p_v, i_n, n, stride_kt, stride_vt, qk_scale,
     D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    b_k = _load(p_k, i_n, n, stride_kt, D, BD, TAIL, MASKED)
-    b_v = _load(p_v, i_n, n, stride_vt, D, BD, TAIL, MASKED)
-    qk = _scores(b_q, b_k, TAIL)  # [BM, BN]
+    b_k = load_columns(p_k, i_n, n, stride_kt, D, BD, TAIL, MASKED)
+    b_v = load_columns(p_v, i_n, n, stride_vt, D, BD, TAIL, MASKED)
+    qk = scores(b_q, b_k, TAIL)  # [BM, BN]
     p = tl.exp2(qk * qk_scale - lse[:, None])
     if MASKED:
         p = tl.where((i_n < n)[None, :], p, 0.0)
-    dp = _scores(b_g, b_v, TAIL)
+    dp = scores(b_g, b_v, TAIL)
     ds = p * (dp - delta[:, None])
-    return _add(dq, ds.to(p_k.dtype.element_ty), b_k, TAIL)
+    return add_product(dq, ds.to(p_k.dtype.element_ty), b_k, TAIL)
 
 
 @bound
@@ -137,19 +94,25 @@ def varlen_attention_dq(
     i_h, first, n, i_m = locate(cu_seqlens, tiles, H, BM, PARTS)
     i_hk = i_h // GROUP
     p_row = i_h * T + first + i_m
-    b_g = _load(g + first * stride_gt + i_h * stride_gh, i_m, n, stride_gt, D, BD, TAIL, True)
-    b_o = _load(out + first * stride_ot + i_h * stride_oh, i_m, n, stride_ot, D, BD, TAIL, True)
+    b_g = load_columns(
+        g + first * stride_gt + i_h * stride_gh, i_m, n, stride_gt, D, BD, TAIL, True
+    )
+    b_o = load_columns(
+        out + first * stride_ot + i_h * stride_oh, i_m, n, stride_ot, D, BD, TAIL, True
+    )
     b_delta = tl.sum(b_o[0].to(tl.float32) * b_g[0].to(tl.float32), 1)
     if TAIL:
         b_delta += tl.sum(b_o[1].to(tl.float32) * b_g[1].to(tl.float32), 1)
     tl.store(delta + p_row, b_delta, mask=i_m < n)
-    b_q = _load(q + first * stride_qt + i_h * stride_qh, i_m, n, stride_qt, D, BD, TAIL, True)
+    b_q = load_columns(
+        q + first * stride_qt + i_h * stride_qh, i_m, n, stride_qt, D, BD, TAIL, True
+    )
     b_lse = tl.load(lse + p_row, mask=i_m < n, other=0.0)
     p_k = k + first * stride_kt + i_hk * stride_kh
     p_v = v + first * stride_vt + i_hk * stride_vh
     i_n = tl.arange(0, BN)
     last = ((n - 1) // BN) * BN
-    acc = _zeros(BM, BD, TAIL)
+    acc = zero_columns(BM, BD, TAIL)
     acc = _dq_step(
         acc, b_q, b_g, b_lse, b_delta, p_k, p_v, last + i_n, n, stride_kt, stride_vt,
         scale * LOG2_E, D, BD, TAIL, True,
@@ -160,7 +123,7 @@ def varlen_attention_dq(
             scale * LOG2_E, D, BD, TAIL, False,
         )  # fmt: skip
     acc = _unrotated(acc, scale, table, first, i_m, n, TAIL, ROPE)
-    _store(dq + first * stride_dqt + i_h * stride_dqh, i_m, n, stride_dqt, acc, D, BD, TAIL)
+    store_columns(dq + first * stride_dqt + i_h * stride_dqh, i_m, n, stride_dqt, acc, D, BD, TAIL)
 
 
 @triton.jit
@@ -168,19 +131,19 @@ def _dkdv_step(
     dk, dv, b_k, b_v, p_q, p_g, p_lse, p_delta, i_m, n, stride_qt, stride_gt, qk_scale,
     D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    b_q = _load(p_q, i_m, n, stride_qt, D, BD, TAIL, MASKED)
-    b_g = _load(p_g, i_m, n, stride_gt, D, BD, TAIL, MASKED)
+    b_q = load_columns(p_q, i_m, n, stride_qt, D, BD, TAIL, MASKED)
+    b_g = load_columns(p_g, i_m, n, stride_gt, D, BD, TAIL, MASKED)
     if MASKED:  # queries past the end: q = g = delta = 0, so that they add nothing
         lse = tl.load(p_lse + i_m, mask=i_m < n, other=0.0)
         delta = tl.load(p_delta + i_m, mask=i_m < n, other=0.0)
     else:
         lse, delta = tl.load(p_lse + i_m), tl.load(p_delta + i_m)
-    qk = _scores(b_k, b_q, TAIL)  # [BN, BM]
+    qk = scores(b_k, b_q, TAIL)  # [BN, BM]
     p = tl.exp2(qk * qk_scale - lse[None, :])
-    dp = _scores(b_v, b_g, TAIL)
-    dv = _add(dv, p.to(p_g.dtype.element_ty), b_g, TAIL)
+    dp = scores(b_v, b_g, TAIL)
+    dv = add_product(dv, p.to(p_g.dtype.element_ty), b_g, TAIL)
     ds = p * (dp - delta[None, :])
-    return _add(dk, ds.to(p_q.dtype.element_ty), b_q, TAIL), dv
+    return add_product(dk, ds.to(p_q.dtype.element_ty), b_q, TAIL), dv
 
 
 @bound
@@ -195,15 +158,19 @@ def varlen_attention_dkdv(
     """A tile of dk and dv [T, H, D], as far as head i_h of q goes; with ROPE, dk as of dq."""
     i_h, first, n, i_n = locate(cu_seqlens, tiles, H, BN, PARTS)
     i_hk = i_h // GROUP
-    b_k = _load(k + first * stride_kt + i_hk * stride_kh, i_n, n, stride_kt, D, BD, TAIL, True)
-    b_v = _load(v + first * stride_vt + i_hk * stride_vh, i_n, n, stride_vt, D, BD, TAIL, True)
+    b_k = load_columns(
+        k + first * stride_kt + i_hk * stride_kh, i_n, n, stride_kt, D, BD, TAIL, True
+    )
+    b_v = load_columns(
+        v + first * stride_vt + i_hk * stride_vh, i_n, n, stride_vt, D, BD, TAIL, True
+    )
     p_q = q + first * stride_qt + i_h * stride_qh
     p_g = g + first * stride_gt + i_h * stride_gh
     p_lse = lse + i_h * T + first
     p_delta = delta + i_h * T + first
     i_m = tl.arange(0, BM)
     last = ((n - 1) // BM) * BM
-    b_dk, b_dv = _zeros(BN, BD, TAIL), _zeros(BN, BD, TAIL)
+    b_dk, b_dv = zero_columns(BN, BD, TAIL), zero_columns(BN, BD, TAIL)
     b_dk, b_dv = _dkdv_step(
         b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, last + i_m, n,
         stride_qt, stride_gt, scale * LOG2_E, D, BD, TAIL, True,
@@ -213,9 +180,9 @@ def varlen_attention_dkdv(
             b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, s + i_m, n,
             stride_qt, stride_gt, scale * LOG2_E, D, BD, TAIL, False,
         )  # fmt: skip
-    _store(dv + first * stride_dvt + i_h * stride_dvh, i_n, n, stride_dvt, b_dv, D, BD, TAIL)
+    store_columns(dv + first * stride_dvt + i_h * stride_dvh, i_n, n, stride_dvt, b_dv, D, BD, TAIL)
     b_dk = _unrotated(b_dk, scale, table, first, i_n, n, TAIL, ROPE)
-    _store(dk + first * stride_dkt + i_h * stride_dkh, i_n, n, stride_dkt, b_dk, D, BD, TAIL)
+    store_columns(dk + first * stride_dkt + i_h * stride_dkh, i_n, n, stride_dkt, b_dk, D, BD, TAIL)
 
 
 _INTERPRETER = (Tiling(64, 64, 1, 1),)
