@@ -29,6 +29,14 @@ def test_launches_and_tensor_maps():
     assert (DRIVER.launches() - launches, DRIVER.tensor_maps() - maps) == (3, 2)
 
 
+def test_a_tail_of_columns_has_tensor_maps_of_its_own():
+    packed = PackedGrids.from_lengths([300])
+    q, k, v = torch.randn(300, 3, 1, 72).bfloat16().unbind(1)
+    launches, maps = DRIVER.launches(), DRIVER.tensor_maps()
+    varlen_attention(q, k, v, packed, backend="triton")
+    assert (DRIVER.launches() - launches, DRIVER.tensor_maps() - maps) == (1, 4)
+
+
 def test_nothing_is_computed():
     gate = torch.randn(8, 64)
     launches = DRIVER.launches()
