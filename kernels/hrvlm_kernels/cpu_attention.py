@@ -1,12 +1,16 @@
-"""Attention on a CPU by oneDNN's products, head by head, with gradients.
+"""Attention on a CPU by products of whole matrices, with gradients.
 
     p = softmax(scale q k^T);  out = p v
     dv = p^T g;  ds = p (g v^T - sum(p g v^T));  dq = scale ds k;  dk = scale ds^T q
 
 torch's own attention multiplies by MKL, which on an AMD EPYC takes twice as long as oneDNN, and
 bfloat16 no faster than float32. Here the products with q k^T and g v^T are float32, since oneDNN's
-of bfloat16 round what they give, and the others of the dtype: as accurate, in less time. Queries go
-through in blocks, whose scores stay in the cache; the backward makes them again.
+of bfloat16 round what they give, and the others of the dtype: as accurate, in less time. The
+backward makes the scores again.
+
+Long images go through head by head, queries in blocks, whose scores stay in the cache: all products
+are oneDNN's. Short ones of bfloat16 go through many heads at a time, since a product has to be
+worth its call: those of bfloat16 are oneDNN's then. Short ones of float32 are torch's.
 
 Not on processors with a matrix unit for bfloat16 (AMX), where torch's attention uses it.
 """
@@ -22,9 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu_products import are_served, has_tiles, product, recorded_gradients
+from .cpu_rope import scratch
 
 _ROWS = 256  # queries of a block, at most
-_LEAST = 2_000_000  # multiplications of a product for each thread, that make up for its call
+_SCORES = 500_000  # of the heads that go through together, where that is more than one a thread
+# Multiplications of a product for each thread, from which on heads go through one by one.
+_LONG = {torch.float32: 2_000_000, torch.bfloat16: 20_000_000}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -39,12 +46,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         ``[B, H, L, D]``.
     """
-    if _is_ours(q, k, v):
-        if q[0, 0].numel() * q.shape[2] >= _LEAST * torch.get_num_threads():
-            return _Attention.apply(q, k, v, scale).transpose(1, 2)
-        if q.dtype == torch.bfloat16:  # torch's attention is slower in it, the shorter the more
-            q, k, v = (a.float() for a in (q, k, v))
-            return _torch(q, k, v, scale).bfloat16()
+    if _is_ours(q, k, v) and (q.dtype != torch.float32 or _is_long(q)):
+        return _Attention.apply(q, k, v, scale)
     return _torch(q, k, v, scale)
 
 
@@ -55,6 +58,14 @@ def _is_ours(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and not has_tiles()
         and torch.backends.cuda.flash_sdp_enabled()  # of a CPU too; else another way was chosen
     )
+
+
+def _is_long(q: Tensor) -> bool:
+    return q[0, 0].numel() * q.shape[2] >= _LONG[q.dtype] * torch.get_num_threads()
+
+
+def _goes_together(q: Tensor) -> bool:
+    return q.dtype == torch.bfloat16 and not _is_long(q)
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -69,32 +80,92 @@ class _Attention(torch.autograd.Function):
         # takes the first three tensors that are saved there: k comes first, as it does in torch.
         ctx.save_for_backward(k, q, v)
         ctx.scale = scale
-        images, heads, length, columns = q.shape
-        out = q.new_empty(images, length, heads, columns)
-        for *inputs, result in zip(q, k, v, out.transpose(1, 2), strict=True):
-            queries, keys, values = map(_dense, inputs)
-            wide = queries.float() * scale, keys.float()
-            for head in _heads(*wide, values.transpose(1, 2), result):
-                for rows, part in zip(_blocks(head[0]), _blocks(head[3]), strict=True):
-                    weights = product(rows, head[1]).softmax(-1)
-                    part.copy_(product(weights.to(q.dtype), head[2]))
-        return out
+        return (_together if _goes_together(q) else _by_head)(q, k, v, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (k, q, v), scale = ctx.saved_tensors, ctx.scale
-        inputs, grad = (q, k, v), grad.transpose(1, 2)
+        inputs = q, k, v
         if torch.is_grad_enabled() or not are_served(grad):
             op = partial(_torch, scale=scale)
             return *recorded_gradients(op, inputs, grad, ctx.needs_input_grad[:3]), None
-        outputs = [torch.empty_like(a) for a in inputs]
-        for image in zip(*inputs, grad, *outputs, strict=True):
-            q, k, v, g = map(_dense, image[:4])
-            wide = _heads(q.float() * scale, k.float(), v.float(), g.float())
-            narrow = _heads(q, k.transpose(1, 2), g)
-            for a, b, results in zip(wide, narrow, _heads(*image[4:]), strict=True):
-                _write_gradients(a, b, scale, results)
-        return *outputs, None
+        gradients = _gradients_together if _goes_together(q) else _gradients_by_head
+        return *gradients(*inputs, grad, scale), None
+
+
+def _together(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    out = _heads_first(q)
+    for queries, keys, values, result in _groups(q, k, v, out):
+        scores, weights = _scores_and_weights(queries, keys, scale)
+        torch.bmm(_narrowed(weights, scores), values, out=result)
+    return out
+
+
+def _gradients_together(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    outputs = _heads_first(q), _heads_first(k), _heads_first(v)
+    for queries, keys, values, g, dq, dk, dv in _groups(q, k, v, grad, *outputs):
+        scores, weights = _scores_and_weights(queries, keys, scale)
+        torch.bmm(_narrowed(weights, scores).mT, g, out=dv)
+        changes = torch.bmm(g.float(), values.float().mT, out=scores)
+        torch._softmax_backward_data(changes, weights, -1, changes.dtype, grad_input=changes)
+        narrow = _narrowed(changes.mul_(scale), weights)
+        torch.bmm(narrow, keys, out=dq)
+        torch.bmm(narrow.mT, queries, out=dk)
+    return outputs
+
+
+def _heads_first(a: Tensor) -> Tensor:
+    """New memory in the order ``[H, B, L, D]``; no view, which a result could not be."""
+    size = a[0, 0].numel()
+    return a.new_empty_strided(a.shape, (size, a.shape[0] * size, a.shape[3], 1))
+
+
+def _groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Heads of all images ``[N, L, D]``, as many at a time as fit in the cache."""
+    threads = torch.get_num_threads()
+    count = max(1, _SCORES // tensors[0].shape[2] ** 2)
+    flat = [a.transpose(0, 1).flatten(0, 1) for a in tensors]  # as RoPE writes them
+    return zip(*(a.split(-(-count // threads) * threads) for a in flat), strict=True)
+
+
+def _scores_and_weights(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scores, weights = scratch((2, len(q), q.shape[1], q.shape[1]))
+    torch.baddbmm(scores, q.float(), k.float().mT, beta=0, alpha=scale, out=scores)
+    return scores, torch.softmax(scores, -1, out=weights)
+
+
+def _narrowed(a: Tensor, place: Tensor) -> Tensor:
+    """As bfloat16, in the memory of another."""
+    return place.flatten().view(torch.bfloat16)[: a.numel()].view(a.shape).copy_(a)
+
+
+def _by_head(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    size, columns = q.shape[1] * q.shape[3], q.shape[3]
+    out = q.new_empty_strided(q.shape, (size * q.shape[2], columns, size, 1))
+    for *inputs, result in zip(q, k, v, out, strict=True):
+        queries, keys, values = map(_dense, inputs)
+        wide = queries.float() * scale, keys.float()
+        for head in _heads(*wide, values.transpose(1, 2), result):
+            for rows, part in zip(_blocks(head[0]), _blocks(head[3]), strict=True):
+                weights = product(rows, head[1]).softmax(-1)
+                part.copy_(product(weights.to(q.dtype), head[2]))
+    return out
+
+
+def _gradients_by_head(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    inputs = q, k, v, grad
+    outputs = tuple(torch.empty_like(a) for a in inputs[:3])
+    for image in zip(*inputs, *outputs, strict=True):
+        q, k, v, g = map(_dense, image[:4])
+        wide = _heads(q.float() * scale, k.float(), v.float(), g.float())
+        narrow = _heads(q, k.transpose(1, 2), g)
+        for a, b, results in zip(wide, narrow, _heads(*image[4:]), strict=True):
+            _write_gradients(a, b, scale, results)
+    return outputs
 
 
 def _write_gradients(

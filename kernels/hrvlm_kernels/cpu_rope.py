@@ -20,6 +20,7 @@ from torch._C import _are_functorch_transforms_active
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _ELEMENTS = 200_000  # in the cache at a time: 0.8 MB in float32
+_KEPT = 1_250_000  # floats, of a thread
 _kept = threading.local()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,7 +71,7 @@ def rotate(a: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     count = max(1, _ELEMENTS // max(1, a.shape[1:].numel()))
     parts = (b.split(count) for b in (a, cos, sin, out))
     for rows, c, s, target in zip(*parts, strict=True):
-        wide, exchanged = _scratch(rows.shape)
+        wide, exchanged = scratch((2, *rows.shape))
         turned = target
         if rows.dtype != torch.float32:
             rows = turned = wide.copy_(rows)
@@ -82,15 +83,15 @@ def rotate(a: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
             target.copy_(turned)
 
 
-def _scratch(shape: Sequence[int]) -> Tensor:
-    """Two float32 tensors of a shape, in memory that every thread keeps: at most 1.6 MB."""
-    size = 2 * math.prod(shape)
-    if size > 2 * _ELEMENTS:
-        return torch.empty(2, *shape, device="cpu", dtype=torch.float32)
-    if not hasattr(_kept, "floats"):
+def scratch(shape: Sequence[int]) -> Tensor:
+    """A float32 tensor of a shape, up to 5 MB in memory that every thread keeps, and uses again."""
+    size = math.prod(shape)
+    if size > _KEPT:
+        return torch.empty(shape, device="cpu", dtype=torch.float32)
+    if not hasattr(_kept, "floats") or size > _kept.floats.numel():
         with torch.inference_mode(False):
-            _kept.floats = torch.empty(2 * _ELEMENTS, device="cpu", dtype=torch.float32)
-    return _kept.floats[:size].view(2, *shape)
+            _kept.floats = torch.empty(size, device="cpu", dtype=torch.float32)
+    return _kept.floats[:size].view(shape)
 
 
 class _Rotated(torch.autograd.Function):
