@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_ELEMENTS = 200_000  # in the cache at a time: 0.8 MB in float32
+_ELEMENTS = 320_000  # in the cache at a time: 1.3 MB in float32
 _KEPT = 1_250_000  # floats, of a thread
 _kept = threading.local()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,19 +66,22 @@ def both_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(a: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Write head vectors ``[T, ..., D]`` into `out`, rotated by :func:`both_halves`."""
-    shape = (-1, *[1] * (a.ndim - 2), cos.shape[1])
+    """Write head vectors ``[T, ..., D]`` into `out`, rotated by :func:`both_halves`.
+
+    They are rotated as ``[..., T, D]``, which is how attention wants them in memory.
+    """
     count = max(1, _ELEMENTS // max(1, a.shape[1:].numel()))
     parts = (b.split(count) for b in (a, cos, sin, out))
     for rows, c, s, target in zip(*parts, strict=True):
+        rows, target = rows.movedim(0, -2), target.movedim(0, -2)
         wide, exchanged = scratch((2, *rows.shape))
         turned = target
         if rows.dtype != torch.float32:
             rows = turned = wide.copy_(rows)
         first, second = rows.chunk(2, dim=-1)
         torch.cat((second, first), -1, out=exchanged)
-        torch.mul(rows, c.reshape(shape), out=turned)
-        turned.addcmul_(exchanged, s.reshape(shape))
+        torch.mul(rows, c, out=turned)
+        turned.addcmul_(exchanged, s)
         if turned is not target:
             target.copy_(turned)
 
