@@ -25,13 +25,14 @@ from torch.autograd import forward_ad
 
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.backends import choose_backend
+from hrvlm_kernels.cpu_attention import attention
 from hrvlm_kernels.cpu_products import CHUNK, dense, has_tiles, product, serves
 from hrvlm_kernels.cpu_rope import are_plain, both_halves, cos_and_sin, rotate
-from hrvlm_kernels.ops.varlen_attention import sdpa_by_runs
+from hrvlm_kernels.ops.varlen_attention import heads_by_runs
 
 from .fused_blocks import blocks_of, is_plain_block, is_plain_product
 from .kept_states import KeptStates
-from .layers import GELU, EncoderLayer, EncoderMLP, is_plain_silu
+from .layers import GELU, EncoderAttention, EncoderLayer, EncoderMLP, is_plain_silu
 from .plain_modules import is_plain
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 def can_run(encoder: PackedEncoder, x: Tensor) -> bool:
-    """Whether the blocks may run here, for these tokens ``[T, C]``."""
+    """Whether the blocks, if there are any, may run here, for these tokens ``[T, C]``."""
     return (
         are_plain(x)
         and not torch.is_grad_enabled()
@@ -51,6 +52,7 @@ def can_run(encoder: PackedEncoder, x: Tensor) -> bool:
         and forward_ad._current_level < 0  # which no_grad does not end
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() > 0
+        and len(encoder.layer) > 0
         and choose_backend("varlen_attention", encoder.backend, x) == "sdpa"
         and all(_is_plain_block(layer, x.dtype) for layer in blocks_of(encoder))
     )
@@ -95,27 +97,54 @@ def infer(
     if there is not None:
         x, lengths = x[there], sorted(lengths)
     back = None if there is None else there.argsort()
-    rope = layers[0].attention.rope(packed) if layers else None  # one for all, as its table is
+    rope = layers[0].attention.rope(packed)  # one for all, as its table is
     angles = None if rope is None else both_halves(*cos_and_sin(*rope))
     if angles is not None and there is not None:
         angles = angles[0][there], angles[1][there]
-    attended, heads = torch.empty_like(x), None
+    buffers = _Buffers.of(x, layers[0].attention, angles, lengths)
     products = _Products(len(x), serves(x))
     for i, layer in enumerate(layers, start=1):
-        attention = layer.attention
-        if heads is None:  # of q, k and v, one after the other: attention runs head by head
-            heads = x.new_empty(3, attention.num_heads, len(x), attention.head_dim)
-        _write_heads(layer, x, products, angles, heads.permute(2, 0, 1, 3))
-        written = 0
-        q, k, v = heads.transpose(1, 2)
-        for out in sdpa_by_runs(q, k, v, lengths, attention.head_dim**-0.5):
-            attended[written : written + len(out)] = out.flatten(1)
-            written += len(out)
-        _add_updates(layer, x, products, attended)
+        _write_heads(layer, products, buffers)
+        for q, k, v, out in buffers.runs:
+            out.copy_(attention(q, k, v, layer.attention.head_dim**-0.5))
+        _add_updates(layer, products, buffers)
         if i in kept:
             kept.keep(i, x.clone() if back is None else x[back])
     x = x if back is None else x[back]
     return encoder.norm(x) if final_norm else x
+
+
+class _Buffers(NamedTuple):
+    """Views of the memory that all blocks write to.
+
+    Attributes:
+        qkv: For each chunk of rows: the stream, cos and sin, and where q and k go, and v,
+            ``[t, 2, H, D]`` and ``[t, H, D]``.
+        runs: For each run of equally long images q, k, v and the result, ``[B, H, L, D]``.
+        updates: For each chunk the stream, and what attention wrote there.
+    """
+
+    qkv: list[tuple[Tensor, ...]]
+    runs: list[tuple[Tensor, ...]]
+    updates: list[tuple[Tensor, ...]]
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        first: EncoderAttention,
+        angles: tuple[Tensor, ...] | None,
+        lengths: Sequence[int],
+    ) -> _Buffers:
+        """For this stream; q, k and v one after the other, since attention runs head by head."""
+        heads = x.new_empty(3, first.num_heads, len(x), first.head_dim).transpose(1, 2)
+        attended, rows = torch.empty_like(x), _rows_of_a_chunk(len(x))
+        by_rows = x, *(angles or ()), heads[:2].transpose(0, 1), heads[2]
+        return cls(
+            list(zip(*(a.split(rows) for a in by_rows), strict=True)),
+            heads_by_runs(lengths, *heads, attended.view(heads.shape[1:])),
+            list(zip(x.split(rows), attended.split(rows), strict=True)),
+        )
 
 
 def _rows_by_length(lengths: Sequence[int]) -> Tensor | None:
@@ -152,33 +181,27 @@ class _Products(NamedTuple):
         return partial(product, weight=stored, bias=bias, gelu=gelu)
 
 
-def _write_heads(
-    layer: EncoderLayer,
-    x: Tensor,
-    products: _Products,
-    angles: tuple[Tensor, ...] | None,
-    heads: Tensor,
-) -> None:
-    """q, k and v into `heads` ``[T, 3, H, D]``, q and k rotated."""
-    attention, rows = layer.attention, _rows_of_a_chunk(len(x))
-    qkv = products.of(attention.qkv.weight, attention.qkv_bias.joined())
-    parts = None if angles is None else [a.split(rows) for a in angles]
-    for i, (part, out) in enumerate(zip(x.split(rows), heads.split(rows), strict=True)):
-        new = qkv(layer.norm1(part)).unflatten(1, out.shape[1:])
-        if parts is None:
-            out.copy_(new)
+def _write_heads(layer: EncoderLayer, products: _Products, buffers: _Buffers) -> None:
+    module, norm = layer.attention, layer.norm1
+    qkv = products.of(module.qkv.weight, module.qkv_bias.joined())
+    for part, *angles, to_qk, to_v in buffers.qkv:
+        qk, v = qkv(norm(part)).unflatten(1, (3, *to_v.shape[1:])).split((2, 1), 1)
+        if angles:
+            cos, sin = angles
+            rotate(qk, cos, sin, to_qk)
         else:
-            rotate(new[:, :2], parts[0][i], parts[1][i], out[:, :2])
-            out[:, 2] = new[:, 2]
+            to_qk.copy_(qk)
+        to_v.copy_(v[:, 0])
 
 
-def _add_updates(layer: EncoderLayer, x: Tensor, products: _Products, attended: Tensor) -> None:
-    mlp, rows = layer.mlp, _rows_of_a_chunk(len(x))
+def _add_updates(layer: EncoderLayer, products: _Products, buffers: _Buffers) -> None:
+    mlp, norm = layer.mlp, layer.norm2
     o, down = (products.of(m.weight, m.bias) for m in (layer.attention.o_proj, mlp.down_proj))
     inner = _inner(mlp, products)
-    for part, update in zip(x.split(rows), attended.split(rows), strict=True):
-        part.addcmul_(o(update), layer.layer_scale1.lambda1)
-        part.addcmul_(down(inner(layer.norm2(part))), layer.layer_scale2.lambda1)
+    scales = layer.layer_scale1.lambda1, layer.layer_scale2.lambda1
+    for part, update in buffers.updates:
+        part.addcmul_(o(update), scales[0])
+        part.addcmul_(down(inner(norm(part))), scales[1])
 
 
 def _rows_of_a_chunk(count: int) -> int:

@@ -47,10 +47,10 @@ def test_results_that_differ_give_no_times(monkeypatch):
 
     def wrong_scale(*inputs):
         *tensors, scale = inputs
-        return runs(*tensors, 2 * scale)
+        return attention(*tensors, 2 * scale)
 
-    runs = cpu_blocks.sdpa_by_runs
-    monkeypatch.setattr(cpu_blocks, "sdpa_by_runs", wrong_scale)
+    attention = cpu_blocks.attention
+    monkeypatch.setattr(cpu_blocks, "attention", wrong_scale)
     with pytest.raises(RuntimeError, match="32x32: hrvlm and transformers differ by"):
         bench(torch.device("cpu"), TINY)
 

@@ -9,7 +9,7 @@ from hrvlm.verification import rules
 from hrvlm.verification.verify import BACKENDS, verify
 from hrvlm_kernels import PackedGrids, pixel_shuffle_linear, reference, rope_2d, varlen_attention
 from hrvlm_kernels.backends import OPS
-from hrvlm_kernels.ops.varlen_attention import sdpa_by_runs
+from hrvlm_kernels.cpu_attention import attention
 
 DIRECTIONS = {
     "rope_2d": {"forward", "backward"},
@@ -148,11 +148,11 @@ def test_a_broken_layer_is_found_by_the_encoder_check(monkeypatch):
         out = varlen_attention(q, k, v, packed, scale, rope=rope, backend=backend)
         return out * 1.0001 if backend == "sdpa" else out
 
-    def wrong_runs(*inputs):  # what the encoder calls on a CPU without gradients
-        return (out * 1.0001 for out in sdpa_by_runs(*inputs))
+    def wrong_attention(*inputs):  # what the encoder calls on a CPU without gradients
+        return attention(*inputs) * 1.0001
 
     monkeypatch.setattr("hrvlm.encoder.layers.varlen_attention", one_backend_wrong)
-    monkeypatch.setattr("hrvlm.encoder.cpu_blocks.sdpa_by_runs", wrong_runs)
+    monkeypatch.setattr("hrvlm.encoder.cpu_blocks.attention", wrong_attention)
     report = verify("cpu", dtypes=["float32"], backends=["eager", "sdpa"], ops=["encoder"])
     found = {(check.backend, check.what) for check in report.checks if not check.passed}
     assert found == {("sdpa", "forward"), ("sdpa", "backward")}

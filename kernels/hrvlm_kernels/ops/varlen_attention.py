@@ -13,7 +13,7 @@ the torch ops, so that one graph of torch.compile serves all packs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -238,27 +238,25 @@ def _flash_attn(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids, scale: float) -> Tensor:
-    outputs = list(sdpa_by_runs(q, k, v, packed.lengths, scale))
+    outputs = [
+        cpu_attention.attention(q_i, k_i, v_i, scale).transpose(1, 2).flatten(0, 1)
+        for q_i, k_i, v_i in heads_by_runs(packed.lengths, q, k, v)
+    ]
     if not outputs:
         return torch.zeros_like(q)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def sdpa_by_runs(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
-) -> Iterator[Tensor]:
-    """One call of attention per run of equally long segments, never with a mask.
-
-    The results ``[t, H, D]``, together all rows.
-    """
+def heads_by_runs(lengths: Sequence[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Views ``[B, H, L, D]`` of each ``[T, H, D]``, per run of equally long segments."""
     runs = _runs(lengths)
     sizes = [count * length for count, length in runs]
     # split, not slices: the gradient of each slice would be a tensor of all rows.
-    pieces = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    for run, *rows in pieces:
-        q_i, k_i, v_i = (a.unflatten(0, run).transpose(1, 2) for a in rows)
-        out = cpu_attention.attention(q_i, k_i, v_i, scale)
-        yield out.transpose(1, 2).flatten(0, 1)
+    pieces = zip(*(a.split(sizes) for a in tensors), strict=True)
+    return [
+        tuple([a.unflatten(0, run).transpose(1, 2) for a in rows])
+        for run, rows in zip(runs, pieces, strict=True)
+    ]
 
 
 def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
