@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu_products import are_served, has_tiles, product, recorded_gradients
-from .cpu_rope import scratch
+from .cpu_rope import KEPT, scratch
 
 _ROWS = 256  # queries of a block, at most
 _SCORES = 500_000  # of the heads that go through together, where that is more than one a thread
-# Multiplications of a product for each thread, from which on heads go through one by one.
-_LONG = {torch.float32: 2_000_000, torch.bfloat16: 20_000_000}
+# Multiplications of a product for each thread: those that make up for its call, and those from
+# which on heads of bfloat16 go through one by one.
+_LEAST, _LONG = 2_000_000, 20_000_000
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -46,8 +47,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         ``[B, H, L, D]``.
     """
-    if _is_ours(q, k, v) and (q.dtype != torch.float32 or _is_long(q)):
-        return _Attention.apply(q, k, v, scale)
+    if _is_ours(q, k, v):
+        if _goes_together(q) or _multiplications(q) >= _LEAST:
+            return _Attention.apply(q, k, v, scale)
+        if q.dtype == torch.bfloat16:  # torch's attention is slower in it
+            return _torch(q.float(), k.float(), v.float(), scale).bfloat16()
     return _torch(q, k, v, scale)
 
 
@@ -60,12 +64,15 @@ def _is_ours(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _is_long(q: Tensor) -> bool:
-    return q[0, 0].numel() * q.shape[2] >= _LONG[q.dtype] * torch.get_num_threads()
+def _multiplications(q: Tensor) -> float:
+    """Of a head's product, for each thread."""
+    return q[0, 0].numel() * q.shape[2] / torch.get_num_threads()
 
 
 def _goes_together(q: Tensor) -> bool:
-    return q.dtype == torch.bfloat16 and not _is_long(q)
+    """Whether many heads go through at a time, one a thread at least, in memory that is kept."""
+    least = 2 * torch.get_num_threads() * q.shape[2] ** 2
+    return q.dtype == torch.bfloat16 and least <= KEPT and _multiplications(q) < _LONG
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

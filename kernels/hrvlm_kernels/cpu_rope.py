@@ -20,7 +20,7 @@ from torch._C import _are_functorch_transforms_active
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _ELEMENTS = 320_000  # in the cache at a time: 1.3 MB in float32
-_KEPT = 1_250_000  # floats, of a thread
+KEPT = 2_500_000  # floats, of a thread
 _kept = threading.local()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -87,9 +87,9 @@ def rotate(a: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 
 def scratch(shape: Sequence[int]) -> Tensor:
-    """A float32 tensor of a shape, up to 5 MB in memory that every thread keeps, and uses again."""
+    """A float32 tensor of a shape, up to 10 MB in memory that every thread keeps and reuses."""
     size = math.prod(shape)
-    if size > _KEPT:
+    if size > KEPT:
         return torch.empty(shape, device="cpu", dtype=torch.float32)
     if not hasattr(_kept, "floats") or size > _kept.floats.numel():
         with torch.inference_mode(False):

@@ -106,9 +106,20 @@ def test_short_images_in_bfloat16_err_no_more_than_torchs(images, length, thread
 def test_images_that_go_together_and_one_by_one_agree(rng, monkeypatch):
     q, k, v, g = heads_first(2, 2, LONG, 64, rng=rng, dtype=torch.bfloat16)
     together = gradients(ours_of, (q, k, v), g)
-    monkeypatch.setitem(cpu_attention._LONG, torch.bfloat16, 1)
+    monkeypatch.setattr(cpu_attention, "_LONG", 1)
     for a, b in zip(together, gradients(ours_of, (q, k, v), g), strict=True):
         assert relative_error(a, b) <= 5e-3
+
+
+@pytest.mark.parametrize("length, takes_ours", [(100, True), (200, False), (1500, True)])
+def test_with_many_threads_memory_stays_small(length, takes_ours, rng, ours, monkeypatch):
+    """Neither short enough to go together nor long enough to go one by one: torch's."""
+    q, k, v, _ = heads_first(1, 2, length, 64, rng=rng, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    out = attention(q, k, v, SCALE)
+    assert bool(ours) == takes_ours
+    assert relative_error(out, torchs(q.double(), k.double(), v.double())) <= 5e-3
+    assert cpu_attention.scratch((1,)).untyped_storage().nbytes() <= 4 * cpu_attention.KEPT
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
