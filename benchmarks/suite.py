@@ -20,7 +20,8 @@ import json
 import math
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from benchmarks.case import (
     RESULTS,
@@ -144,14 +146,11 @@ class SuiteRun:
 
     def _run_within_memory(self, case: Case, result: CaseResult, *args: Any) -> None:
         """Run a case; one that runs out of memory once its rivals take turns is left out."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(case.threads or before)
         try:
-            self._run(case, result, *args)
+            with _threads(case.threads):
+                self._run(case, result, *args)
         except torch.OutOfMemoryError:
             result.status, result.reason = "left out", "no memory for all its rivals at once"
-        finally:
-            torch.set_num_threads(before)
 
     def _run(
         self,
@@ -329,6 +328,24 @@ def commit_here() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return commit + "-dirty" * bool(changed) if commit else "unknown"
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """With so many threads, for what is compiled too; None: as many as there are.
+
+    Inductor writes the number into its code, and its cache does not tell codes by it.
+    """
+    if count is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with inductor.patch({"cpp.threads": count}):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def slug(text: str) -> str:

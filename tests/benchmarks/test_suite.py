@@ -1,6 +1,7 @@
 """The rules of the suites: the gate, what gets no number, turns, and the result file."""
 
 import json
+import re
 import time
 
 import pytest
@@ -160,6 +161,25 @@ def test_memory_that_runs_out_when_all_take_turns_costs_one_case(run):
     result = run.measure(case_of(rival(OURS, exhausts_later, role="ours")))
     assert (result.status, result.reason) == ("left out", "no memory for all its rivals at once")
     assert no_numbers(result)
+
+
+def test_what_is_compiled_has_as_many_threads_as_its_case(tmp_path, monkeypatch):
+    """The code for a number of threads is found again, that for another is not."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    x = torch.randn(1000, 1000)
+
+    def compiled():
+        torch.compiler.reset()
+        return torch.compile(lambda: [x.sin().cos()])()
+
+    for threads in (1, 2, 1):
+        suite = SuiteRun("rules", settings(tmp_path), budget_s=1e9)
+        ours = Prepared((rival(OURS, compiled, role="ours"),))
+        case = Case("case", "group", "", {}, lambda ours=ours: ours, X.dtype, threads=threads)
+        suite.measure(case)
+    codes = [p.read_text() for p in (tmp_path / "inductor").rglob("*.cpp")]
+    numbers = {n for code in codes for n in re.findall(r"num_threads\((\d+)\)", code)}
+    assert numbers == {"2"} and len([c for c in codes if "cos" in c]) == 2
 
 
 def test_ours_is_handed_on_warm(run):
