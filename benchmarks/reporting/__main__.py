@@ -3,9 +3,10 @@
     python -m benchmarks.reporting
     python -m benchmarks.reporting --add DIR    # first take over the files of a run made elsewhere
 
-Of each suite and device the newest file is taken. A file that is added to one of the same name
-(suite, device, versions, commit) replaces the cases that both have and keeps the others, so that a
-long suite can be run in parts (``pytest -k``). The README's table goes between the lines
+Of each suite and device the newest file is taken, and cases that it lacks from those before, whose
+commits are then named. A file that is added to one of the same name (suite, device, versions,
+commit) replaces the cases that both have and keeps the others, so that a long suite can be run in
+parts (``pytest -k``). The README's table goes between the lines
 ``<!-- benchmarks:start -->`` and ``<!-- benchmarks:end -->``.
 """
 
@@ -75,20 +76,26 @@ order means little."""
 def load(directory: Path) -> list[dict[str, Any]]:
     """The newest result of each suite and device, in the order of their names.
 
+    A case that is in older ones alone is among them, with its "commit".
+
     Raises:
         ValueError: a file is of another version of the format.
     """
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
-    for path in result_files(directory):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in result_files(directory)]
+    for path, result in zip(result_files(directory), found, strict=True):
         if result.get("schema") != SCHEMA:
             raise ValueError(f"{path}: schema {result.get('schema')!r}, expected {SCHEMA}")
-        if result["settings"]["small"]:
-            continue
-        key = result["suite"], result["machine"]["device"]
-        if key not in newest or result["machine"]["date"] > newest[key]["machine"]["date"]:
-            newest[key] = result
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in sorted(found, key=lambda result: result["machine"]["date"]):
+        if not result["settings"]["small"]:
+            key = result["suite"], result["machine"]["device"]
+            newest[key] = merged(_with_commits(newest[key]), result) if key in newest else result
     return [newest[key] for key in sorted(newest)]
+
+
+def _with_commits(result: dict[str, Any]) -> dict[str, Any]:
+    commit = result["machine"]["commit"]
+    return result | {"cases": [{"commit": commit} | case for case in result["cases"]]}
 
 
 def add(source: Path, directory: Path) -> None:

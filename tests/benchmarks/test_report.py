@@ -119,6 +119,21 @@ def test_the_newest_file_of_a_suite_and_device_counts_and_small_runs_do_not(resu
         report.load(tmp_path)
 
 
+def test_cases_that_the_newest_file_lacks_name_their_commit(result, tmp_path):
+    first, second, *_ = result["cases"]
+    for date, commit, cases in (
+        ("2026-01-02", "new", [second]),
+        ("2026-01-01", "old", [first, second]),
+    ):
+        machine = result["machine"] | {"date": date, "commit": commit}
+        changed = result | {"machine": machine, "cases": cases}
+        (tmp_path / f"encoder-{commit}.json").write_text(json.dumps(changed))
+    (loaded,) = report.load(tmp_path)
+    assert loaded["cases"] == [first | {"commit": "old"}, second]
+    images = tables.images_of(first)
+    assert f"commit new, 2026-01-02 ({images}: old); " in tables.provenance(loaded)
+
+
 def test_parts_of_a_suite_are_put_together(result, tmp_path):
     mixed, forward, *rest = result["cases"]
     here, there = tmp_path / "here", tmp_path / "there"
