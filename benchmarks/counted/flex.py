@@ -28,6 +28,7 @@ TILINGS = {
     (80, 128): Tiling(128, 64, 8, 3),
     (90, 128): Tiling(128, 64, 8, 3),
 }
+DEFAULT = Tiling(64, 64, 4, 3)  # of other D
 _ARGUMENTS = (
     "Q", "K", "V", "LSE", "MAX", "KV_NUM_BLKS", "KV_IDX", "FULL_KV_NUM_BLKS", "FULL_KV_IDX", "OUT",
 )  # fmt: skip
@@ -92,7 +93,7 @@ def _kernel(source: str) -> Any:
 def start(chip: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """softmax(q k' / sqrt(D)) v for q, k, v, out [n, H, D]; lse [H, n] in base 2."""
     n, heads, head_dim = q.shape
-    tiling = TILINGS[chip, head_dim]
+    tiling, padded = TILINGS.get((chip, head_dim), DEFAULT), triton.next_power_of_2(head_dim)
     tensors = {name: a.transpose(0, 1)[None] for name, a in zip("QKV", (q, k, v), strict=True)}
     tensors |= {"OUT": out.transpose(0, 1)[None], "LSE": lse}
     tensors["KV_NUM_BLKS"] = torch.ones(1, 1, 1, dtype=torch.int32)
@@ -101,9 +102,9 @@ def start(chip: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) 
         "FLOAT32_PRECISION": "'ieee'", "IS_DIVISIBLE": n % 128 == 0, "SM_SCALE": head_dim**-0.5,
         "GQA_SHARED_HEADS": 1, "HAS_FULL_BLOCKS": False, "OUTPUT_LOGSUMEXP": True,
         "OUTPUT_MAX": False, "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False,
-        "BLOCKS_ARE_CONTIGUOUS": False, "SAFE_HEAD_DIM": True, "USE_TMA": False,
-        "QK_HEAD_DIM": head_dim, "QK_HEAD_DIM_ROUNDED": head_dim, "V_HEAD_DIM": head_dim,
-        "V_HEAD_DIM_ROUNDED": head_dim, "BLOCK_M": tiling.rows, "BLOCK_N": tiling.step,
+        "BLOCKS_ARE_CONTIGUOUS": False, "SAFE_HEAD_DIM": head_dim == padded, "USE_TMA": False,
+        "QK_HEAD_DIM": head_dim, "QK_HEAD_DIM_ROUNDED": padded, "V_HEAD_DIM": head_dim,
+        "V_HEAD_DIM_ROUNDED": padded, "BLOCK_M": tiling.rows, "BLOCK_N": tiling.step,
         "SPARSE_Q_BLOCK_SIZE": _EVERYTHING, "SPARSE_KV_BLOCK_SIZE": _EVERYTHING,
         "INDEX_DTYPE": "tl.int32",
     }  # fmt: skip

@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.counted import flex, textbook
 from benchmarks.counted.attention import (
     BF16,
+    HEAD_DIMS,
     HEADS,
     backward_case,
     check_forward,
@@ -89,9 +90,15 @@ def heads_last(grid: Grid) -> list[Part]:
     return [([0], (tiles - 1) * others), *last] if tiles > 1 else last
 
 
-def _each_tile(grid: Grid) -> list[Part]:
-    """The same where every tile has another length, as under a causal mask."""
-    return [(range(grid[0]), float(grid[1] * grid[2]))]
+def middle_and_last(grid: Grid) -> list[Part]:
+    """The same under a causal mask: each full tile does as much more than the one before it.
+
+    So the middle one, or two, have the mean of all full ones.
+    """
+    full, others = grid[0] - 1, float(grid[1] * grid[2])
+    last = [([full], others)]
+    middle = sorted({(full - 1) // 2, full // 2})
+    return [(middle, full * others / len(middle)), *last] if full else last
 
 
 def _dense(size: str, head_dim: int) -> tuple[Case, list[Tensor], Tensor, Tensor]:
@@ -132,6 +139,12 @@ def flex_case(chip: int, size: str, head_dim: int) -> Case:
     )
 
 
+def _chip_of_fla(module: ModuleType, chip: int) -> Any:
+    """It asks how much shared memory there is."""
+    shared = {80: ("ampere",), 90: ("ampere", "hopper")}[chip]
+    return mock.patch.object(module, "check_shared_mem", lambda arch, index=None: arch in shared)
+
+
 def fla_case(folder: Path | None, chip: int, size: str, head_dim: int) -> Case:
     """Fla's softmax attention: causal, so that a score counts where key <= query."""
     module = load("fla.ops.attn.parallel", folder)
@@ -141,8 +154,8 @@ def fla_case(folder: Path | None, chip: int, size: str, head_dim: int) -> Case:
     results: list[Tensor] = []
 
     def start() -> None:
-        shared = {80: ("ampere",), 90: ("ampere", "hopper")}[chip]
-        with mock.patch.object(module, "check_shared_mem", lambda arch, index=None: arch in shared):
+        # What no sampled program writes is zero.
+        with _chip_of_fla(module, chip), mock.patch("torch.empty", torch.zeros):
             batch = [a[None] for a in tensors]
             results.append(module.parallel_attn_fwd(*batch, None, None, head_dim**-0.5)[0])
 
@@ -153,25 +166,24 @@ def fla_case(folder: Path | None, chip: int, size: str, head_dim: int) -> Case:
         start=start,
         units=scores,
         flops=4 * scores * head_dim,
-        samples={"parallel_attn_fwd": _each_tile},
+        samples={"parallel_attn_fwd": middle_and_last},
         check=lambda: check_forward(results[0][0].nan_to_num(), *tensors, causal=True),
     )
 
 
-def fla_backward_case(folder: Path | None, chip: int, size: str) -> Case:
+def fla_backward_case(folder: Path | None, chip: int, size: str, head_dim: int) -> Case:
     """Likewise its backward."""
     module = load("fla.ops.attn.parallel", folder)
-    ours = backward_case(size, 64, False)
+    ours = backward_case(size, head_dim, False)
     n = int(size.removeprefix("n="))
-    q, k, v = (a.contiguous()[None] for a in inputs([n], 64)[1])
+    q, k, v = (a.contiguous()[None] for a in inputs([n], head_dim)[1])
     out, g = torch.randn_like(q), torch.randn_like(q)
     lse = torch.randn(1, n, HEADS) + 10
     scores = HEADS * n * (n + 1) / 2
 
     def start() -> None:
-        shared = {80: ("ampere",), 90: ("ampere", "hopper")}[chip]
-        with mock.patch.object(module, "check_shared_mem", lambda arch, index=None: arch in shared):
-            module.parallel_attn_bwd(q, k, v, out, None, lse, g, scale=64**-0.5)
+        with _chip_of_fla(module, chip):
+            module.parallel_attn_bwd(q, k, v, out, None, lse, g, scale=head_dim**-0.5)
 
     return replace(
         ours,
@@ -179,8 +191,8 @@ def fla_backward_case(folder: Path | None, chip: int, size: str) -> Case:
         role="peer",
         start=start,
         units=scores,
-        flops=10 * scores * 64,
-        samples={"parallel_attn_bwd_kernel_d": _each_tile},
+        flops=10 * scores * head_dim,
+        samples={"parallel_attn_bwd_kernel_d": middle_and_last},
     )
 
 
@@ -261,19 +273,19 @@ def matmul_case(ours: Case, a: Tensor, weight: Tensor, config: Any) -> Case:
 
 def attention(chip: int, folder: Path | None) -> Iterator[Callable[[], Case]]:
     """All of them, made one by one; one that is missing raises MissingError when it is made."""
-    for head_dim in (64, 128):
+    for head_dim in HEAD_DIMS:
         for size in SIZES:
             name = "attention forward", f"{size} D={head_dim}"
             for tiling in TEXTBOOK[chip]:
                 make: Callable[[], Case] = partial(textbook_case, tiling, size, head_dim)
                 yield Later((*name, _textbook(tiling)), make)
             yield Later((*name, FLEX), partial(flex_case, chip, size, head_dim))
-            if head_dim == 64:
-                yield Later((*name, FLA), partial(fla_case, folder, chip, size, head_dim))
+            yield Later((*name, FLA), partial(fla_case, folder, chip, size, head_dim))
 
 
 def backwards(chip: int, folder: Path | None) -> Iterator[Callable[[], Case]]:
     """Likewise of the backward."""
-    for size in SIZES:
-        name = "attention backward", f"{size} D=64", FLA
-        yield Later(name, partial(fla_backward_case, folder, chip, size))
+    for head_dim in HEAD_DIMS:
+        for size in SIZES:
+            name = "attention backward", f"{size} D={head_dim}", FLA
+            yield Later(name, partial(fla_backward_case, folder, chip, size, head_dim))

@@ -12,27 +12,40 @@ from hrvlm_kernels.triton_kernels.tilings import GemmConfig, Tiling
 
 
 @triton.jit
+def _load_rows(p, m_n, m_d, MASKED: tl.constexpr, PADDED: tl.constexpr):
+    if MASKED and PADDED:
+        return tl.load(p, mask=m_n[:, None] & m_d[None, :], other=0.0)
+    if MASKED:
+        return tl.load(p, mask=m_n[:, None], other=0.0)
+    if PADDED:
+        return tl.load(p, mask=m_d[None, :], other=0.0)
+    return tl.load(p)
+
+
+@triton.jit
 def flash_attention_2(
     q, k, v, out, lse, n, scale, stride_t, stride_h,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """FlashAttention-2's forward as the paper has it, for one sequence [n, H, D]; not causal.
 
-    MASKED checks the end in every block; without it, n is a multiple of BM and BN.
+    MASKED checks the end in every block; without it, n is a multiple of BM and BN. BD is D, or the
+    next power of two, to which tiles are padded.
     """
+    PADDED: tl.constexpr = D != BD
     start, head = tl.program_id(0) * BM, tl.program_id(1)
-    i_m, i_d, j = start + tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BN)
+    i_m, i_d, j = start + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
+    m_d = i_d < D
     rows = i_m[:, None] * stride_t + head * stride_h + i_d[None, :]
-    b_q = tl.load(q + rows, mask=(i_m < n)[:, None], other=0.0) if MASKED else tl.load(q + rows)
+    b_q = _load_rows(q + rows, i_m < n, m_d, MASKED, PADDED)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, D], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
     factor = scale * 1.4426950408889634
     for s in range(0, n, BN):
         i_n = s + j
         keys = i_n[:, None] * stride_t + head * stride_h + i_d[None, :]
-        b_k = tl.load(k + keys, mask=(i_n < n)[:, None], other=0.0) if MASKED else tl.load(k + keys)
-        scores = tl.dot(b_q, b_k.T)
+        scores = tl.dot(b_q, _load_rows(k + keys, i_n < n, m_d, MASKED, PADDED).T)
         if MASKED:
             scores = tl.where((i_n < n)[None, :], scores, float("-inf"))
         new = tl.maximum(top, tl.max(scores, 1) * factor)
@@ -40,15 +53,19 @@ def flash_attention_2(
         fade = tl.exp2(top - new)
         total = total * fade + tl.sum(p, 1)
         acc = acc * fade[:, None]
-        b_v = tl.load(v + keys, mask=(i_n < n)[:, None], other=0.0) if MASKED else tl.load(v + keys)
+        b_v = _load_rows(v + keys, i_n < n, m_d, MASKED, PADDED)
         acc = tl.dot(p.to(b_v.dtype), b_v, acc)
         top = new
-    acc = acc / total[:, None]
+    acc = (acc / total[:, None]).to(out.dtype.element_ty)
+    if PADDED:
+        tl.store(out + rows, acc, mask=(i_m < n)[:, None] & m_d[None, :])
+    elif MASKED:
+        tl.store(out + rows, acc, mask=(i_m < n)[:, None])
+    else:
+        tl.store(out + rows, acc)
     if MASKED:
-        tl.store(out + rows, acc.to(out.dtype.element_ty), mask=(i_m < n)[:, None])
         tl.store(lse + head * n + i_m, top + tl.log2(total), mask=i_m < n)
     else:
-        tl.store(out + rows, acc.to(out.dtype.element_ty))
         tl.store(lse + head * n + i_m, top + tl.log2(total))
 
 
@@ -59,7 +76,7 @@ def start_flash_attention_2(
     n, heads, head_dim = q.shape
     flash_attention_2[(triton.cdiv(n, tiling.rows), heads)](
         q, k, v, out, lse, n, head_dim**-0.5, *q.stride()[:2],
-        D=head_dim, BM=tiling.rows, BN=tiling.step,
+        D=head_dim, BD=triton.next_power_of_2(head_dim), BM=tiling.rows, BN=tiling.step,
         MASKED=n % tiling.rows != 0 or n % tiling.step != 0,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip

@@ -1,13 +1,16 @@
 """The bound, loops of machine code, samples of programs, and the page of counted work."""
 
 import json
+import math
 
 import pytest
+import torch
 
 from benchmarks.case import RESULTS
-from benchmarks.counted import page, rates, results
+from benchmarks.counted import page, peers, rates, results, textbook
 from benchmarks.counted.case import first, spread
 from benchmarks.counted.sass import Code
+from hrvlm_kernels.triton_kernels.tilings import Tiling
 
 PIPES = ("fma", "alu", "mufu", "convert", "shuffle", "issue")
 
@@ -41,11 +44,31 @@ def test_device_memory_of_the_data_sheet():
 
 
 @pytest.mark.parametrize("programs", [1, 2, 3, 8, 1000])
-@pytest.mark.parametrize("sample", [spread(3), first])
-def test_samples_add_up_to_the_grid(sample, programs):
-    parts = sample((programs, 1, 1))
-    assert sum(len(chosen) * weight for chosen, weight in parts) == programs
-    assert all(0 <= program < programs for chosen, _ in parts for program in chosen)
+@pytest.mark.parametrize("heads", [1, 16])
+@pytest.mark.parametrize("sample", [spread(3), first, peers.heads_last, peers.middle_and_last])
+def test_samples_add_up_to_the_grid(sample, programs, heads):
+    total = programs * heads
+    parts = sample((programs, heads, 1))
+    assert sum(len(chosen) * weight for chosen, weight in parts) == total
+    assert all(0 <= program < total for chosen, _ in parts for program in chosen)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 8, 33])
+def test_the_middle_tiles_stand_for_all_under_a_causal_mask(tiles):
+    work = [5 + 3 * i for i in range(tiles - 1)] + [17]
+    parts = peers.middle_and_last((tiles, 2, 1))
+    assert sum(work[i] * weight for chosen, weight in parts for i in chosen) == 2 * sum(work)
+
+
+@pytest.mark.parametrize("n", [70, 128])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_the_textbook_attention_is_attention(n, head_dim):
+    q, k, v = torch.randn(3, n, 2, head_dim)
+    out, lse = torch.zeros_like(q), torch.zeros(2, n)
+    textbook.start_flash_attention_2(q, k, v, out, lse, Tiling(64, 32, 4, 2))
+    scores = torch.einsum("ihd,jhd->hij", q, k) * head_dim**-0.5
+    torch.testing.assert_close(out, torch.einsum("hij,jhd->ihd", scores.softmax(-1), v))
+    torch.testing.assert_close(lse * math.log(2), scores.logsumexp(-1))
 
 
 def test_loops():
