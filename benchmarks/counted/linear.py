@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.counted import textbook
-from benchmarks.counted.attention import BF16, HEADS, LENGTHS, forward_case, problem
+from benchmarks.counted.attention import (
+    BF16,
+    HEADS,
+    PACKS,
+    ROTATED_HEAD_DIMS,
+    forward_case,
+    positions,
+)
 from benchmarks.counted.case import Case, Grid, Later, Part, first, spread
 from hrvlm_kernels.ops import linear_gelu as gelu_op
 from hrvlm_kernels.ops import linear_swiglu as swiglu_op
@@ -27,8 +35,8 @@ from hrvlm_kernels.triton_kernels import (
 )
 
 TOKENS = 4096
-HEAD_DIM = 64
 ROTATED = "rotated in the product"
+PASS = "the same product, then rope_2d"
 SIZES = {  # C and F of DINOv3's S and L, of H+ and 7B
     "linear_gelu": ((384, 1536), (1024, 4096)),
     "linear_swiglu": ((1280, 5120), (4096, 8192)),
@@ -102,20 +110,19 @@ def _check(op: str, inputs: tuple[Tensor, ...], out: Tensor, rows: int, columns:
 
 
 class _QKV:
-    """The product that makes q, k and v of one image, 16 heads of 64, with their rotation."""
+    """The product that makes q, k and v of a pack, 16 heads, with their rotation."""
 
-    def __init__(self, chip: int, n: int):
+    def __init__(self, chip: int, size: str, head_dim: int):
         rng = torch.Generator().manual_seed(0)
-        width = HEADS * HEAD_DIM
-        rope = problem([n], HEAD_DIM, rotate=True).rope
-        assert rope is not None
-        self.rope, self.table = rope, torch.zeros(n, HEAD_DIM)
-        angle = 2 * torch.pi * rope[0][:, :, None] * rope[1]
-        self.exact = torch.stack((angle.cos(), angle.sin()), 1).flatten(1)
-        self.x = torch.randn(n, width, generator=rng).to(BF16)
-        self.weight = torch.randn(3 * width, width, generator=rng).div(width**0.5).to(BF16)
-        self.out = torch.zeros(n, 3, HEADS, HEAD_DIM, dtype=BF16)
+        n, width = sum(PACKS[size]), HEADS * head_dim
         self.config = linear_gelu.configs_of("LINEAR_ROPE_2D", f"sm_{chip}", BF16)[0]
+        self.rope, self.table = positions(n, head_dim, rng), torch.zeros(n, head_dim)
+        angle = 2 * torch.pi * self.rope[0][:, :, None] * self.rope[1]
+        self.exact = torch.stack((angle.cos(), angle.sin()), 1).flatten(1)
+        self.x = torch.zeros(n, width, dtype=BF16)
+        self.x[: self.config.block_m].normal_(generator=rng)  # the tile that runs
+        self.weight = torch.randn(3 * width, width, generator=rng).div(width**0.5).to(BF16)
+        self.out = torch.zeros(n, 3, HEADS, head_dim, dtype=BF16)
         self.moved = 2.0 * (self.x.numel() + self.weight.numel() + self.out.numel())
         self.sharing = {"linear_rope": self.moved + self.table.nbytes, "linear": self.moved}
 
@@ -131,21 +138,34 @@ class _QKV:
 
     def check(self) -> None:
         """The tile that ran is right."""
-        rows, heads = min(len(self.x), self.config.block_m), self.config.block_n // HEAD_DIM
-        qkv = self.x[:rows].float() @ self.weight[: heads * HEAD_DIM].float().T
-        left, right = qkv.unflatten(1, (heads, HEAD_DIM)).chunk(2, -1)
+        head_dim = self.table.shape[1]
+        rows, heads = min(len(self.x), self.config.block_m), self.config.block_n // head_dim
+        qkv = self.x[:rows].float() @ self.weight[: heads * head_dim].float().T
+        left, right = qkv.unflatten(1, (heads, head_dim)).chunk(2, -1)
         cos, sin = self.exact[:rows, None].chunk(2, -1)
         exact = torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
         error = (self.out[:rows, 0, :heads].float() - exact).norm() / exact.norm()
         assert error < 0.01, f"off by {error:.3f}"
 
 
-def rotation_cases(chip: int, n: int) -> Iterator[Callable[[], Case]]:
-    """The kernel, then the product without it and a pass over q and k."""
-    qkv = _QKV(chip, n)
+def rotations(chip: int) -> Iterator[Later]:
+    """Of every pack: the kernel, then the product without it and a pass over q and k."""
+    for head_dim in ROTATED_HEAD_DIMS:
+        for size in PACKS:
+            for variant in ("shipped", PASS):
+                name = "linear_rope_2d", _size_of(size, head_dim), variant
+                yield Later(name, partial(_rotation_case, chip, size, head_dim, variant))
+
+
+def _size_of(size: str, head_dim: int) -> str:
+    return f"{size} C={HEADS * head_dim} D={head_dim}"
+
+
+def _rotation_case(chip: int, size: str, head_dim: int, variant: str) -> Case:
+    qkv = _QKV(chip, size, head_dim)
     ours = Case(
         op="linear_rope_2d",
-        size=f"n={n} C=1024",
+        size=_size_of(size, head_dim),
         variant="shipped",
         start=qkv.start,
         plain=qkv.start_plain,
@@ -157,10 +177,11 @@ def rotation_cases(chip: int, n: int) -> Iterator[Callable[[], Case]]:
         sharing=qkv.sharing,
         check=qkv.check,
     )
-    yield lambda: ours
-    yield lambda: replace(
+    if variant == "shipped":
+        return ours
+    return replace(
         ours,
-        variant="the same product, then rope_2d",
+        variant=variant,
         role="peer",
         start=lambda: (qkv.start_plain(), qkv.start_pass()),
         plain=None,
@@ -176,23 +197,22 @@ def _rotated_tiles(grid: Grid) -> list[Part]:
 
 def attention_of_rotated(chip: int) -> Iterator[Later]:
     """The forward with RoPE, rotated in the product: what that adds there, the table, attention."""
+    for head_dim in ROTATED_HEAD_DIMS:
+        for size in PACKS:
+            name = "attention forward with RoPE", f"{size} D={head_dim}", ROTATED
+            yield Later(name, partial(_attention_case, chip, size, head_dim))
 
-    def make(n: int) -> Case:
-        qkv, attention = _QKV(chip, n), forward_case(f"n={n}", HEAD_DIM, rotate=False)
-        return replace(
-            attention,
-            op="attention forward with RoPE",
-            variant=ROTATED,
-            start=lambda: (
-                qkv.start(), rope_2d.write_table(*qkv.rope, qkv.table), attention.start()
-            ),
-            plain=qkv.start_plain,
-            epilogue_alone=True,
-            samples={"linear": _rotated_tiles, **attention.samples},
-            sharing={**qkv.sharing, **attention.sharing},
-            check=qkv.check,
-        )  # fmt: skip
 
-    for n in LENGTHS:
-        name = "attention forward with RoPE", f"n={n} D={HEAD_DIM}", ROTATED
-        yield Later(name, lambda n=n: make(n))
+def _attention_case(chip: int, size: str, head_dim: int) -> Case:
+    qkv, attention = _QKV(chip, size, head_dim), forward_case(size, head_dim, rotate=False)
+    return replace(
+        attention,
+        op="attention forward with RoPE",
+        variant=ROTATED,
+        start=lambda: (qkv.start(), rope_2d.write_table(*qkv.rope, qkv.table), attention.start()),
+        plain=qkv.start_plain,
+        epilogue_alone=True,
+        samples={"linear": _rotated_tiles, **attention.samples},
+        sharing={**qkv.sharing, **attention.sharing},
+        check=qkv.check,
+    )

@@ -43,7 +43,7 @@ Some programs of a launch stand for all: of attention a full tile and the last o
 tiles of the mixed draw (64 images of 224 to 1024 px, see `benchmarks/case.py`), one tile of a
 product, two to ten programs of kernels that do the same for every row. Device memory is counted as
 if q, k and v, weights and rows came from it once. Not counted are the projection's sums in parts,
-for few tokens and rotation in the product at D = 128 and in the mixed draw. Heads
+for few tokens. Heads
 of 80 are counted without RoPE, the peers' with tiles padded to 128.
 Whether the softmax does run beside the tensor cores is read from machine code: docs/tuning.md. The
 rates, their sources and which of them are uncertain stand in `benchmarks/counted/rates.py`.

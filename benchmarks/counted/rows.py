@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.counted import linear, peers
-from benchmarks.counted.attention import BF16, LENGTHS, inputs
+from benchmarks.counted.attention import BF16, inputs
 from benchmarks.counted.case import Case, Sample, first, spread
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.ops import linear_residual_layer_norm as norms
@@ -232,8 +232,7 @@ def makers(chip: int, folder: Path | None) -> Iterator[tuple[str, Callable[[], M
     for op, sizes in linear.SIZES.items():
         for channels, features in sizes:
             yield op, partial(linear.cases, op, chip, channels, features)
-    for n in LENGTHS:
-        yield "linear_rope_2d", partial(linear.rotation_cases, chip, n)
+    yield "linear_rope_2d", partial(linear.rotations, chip)
     yield "attention forward with RoPE", partial(linear.attention_of_rotated, chip)
     for width in GATED:
         yield "swiglu", partial(swiglu_cases, folder, width)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.case import RESULTS
-from benchmarks.counted import page, peers, rates, results, textbook
+from benchmarks.counted import attention, linear, page, peers, rates, results, textbook
 from benchmarks.counted.case import first, spread
 from benchmarks.counted.sass import Code
 from hrvlm_kernels.triton_kernels.tilings import Tiling
@@ -69,6 +69,28 @@ def test_the_textbook_attention_is_attention(n, head_dim):
     scores = torch.einsum("ihd,jhd->hij", q, k) * head_dim**-0.5
     torch.testing.assert_close(out, torch.einsum("hij,jhd->ihd", scores.softmax(-1), v))
     torch.testing.assert_close(lse * math.log(2), scores.logsumexp(-1))
+
+
+@pytest.mark.parametrize("size", attention.PACKS)
+def test_every_pack_is_counted(size):
+    """Forward and backward, rotated or not, and rotated in the product; heads of 80 as they are."""
+    names = {
+        later.name
+        for laters in (
+            attention.forwards(90), attention.backwards(), linear.rotations(90),
+            linear.attention_of_rotated(90),
+        )
+        for later in laters
+    }  # fmt: skip
+    for direction in ("forward", "backward"):
+        for d in (64, 80, 128):
+            assert (f"attention {direction}", f"{size} D={d}", "shipped") in names
+        for d in (64, 128):
+            assert (f"attention {direction} with RoPE", f"{size} D={d}", "shipped") in names
+    for d in (64, 128):
+        assert ("attention forward with RoPE", f"{size} D={d}", linear.ROTATED) in names
+        for variant in ("shipped", linear.PASS):
+            assert ("linear_rope_2d", f"{size} C={16 * d} D={d}", variant) in names
 
 
 def test_loops():
