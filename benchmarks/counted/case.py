@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.counted import sass
-from benchmarks.counted.rates import Work, limit, microseconds
+from benchmarks.counted.rates import SM_COUNT, Work, limit, microseconds
 from ptx_machine import PtxDriver
 from ptx_machine.counters import LaunchCounts
 from ptx_machine.pipes import PIPES
@@ -61,6 +62,8 @@ class Case:
         plain: Launches the first kernel without its epilogue. What the epilogue adds to the need of
             each unit then counts as if nothing happened beside it: its largest need comes on top.
         epilogue_alone: Of that kernel nothing else counts.
+        alone: Nothing else runs on the chip, so that multiprocessors without a program are idle:
+            the one with most programs says what each unit needs, but for device memory.
         role: "ours", "candidate" or "peer".
         check: Raises AssertionError if the sampled programs computed something else.
     """
@@ -77,6 +80,7 @@ class Case:
     sharing: Mapping[str, float] = field(default_factory=dict)
     plain: Callable[[], object] | None = None
     epilogue_alone: bool = False
+    alone: bool = False
     role: str = "ours"
     check: Callable[[], None] | None = field(default=None, compare=False)
 
@@ -244,9 +248,18 @@ def _arithmetic(pipes: dict[str, float], machine: Counter[str] | None) -> dict[s
     return {name: machine[name] for name in names} | {"issue": sum(machine.values())}
 
 
+def share_of_the_busiest(grid: Grid, chip: int) -> float:
+    """Programs of the multiprocessor that has most of them, for each that all have on average."""
+    programs = grid[0] * grid[1] * grid[2]
+    return math.ceil(programs / SM_COUNT[chip]) * SM_COUNT[chip] / programs
+
+
 def _described(launch: Launch, case: Case, chip: int) -> dict[str, Any]:
     per = 1000 / case.units
     clocks = {name: need * per for name, need in launch.work.clocks(chip).items()}
+    if case.alone:
+        more = share_of_the_busiest(launch.grid, chip)
+        clocks = {name: need * (1 if name == "dram" else more) for name, need in clocks.items()}
     name, bound = limit(clocks)
     ptx = sum(launch.pipes.values()) - launch.pipes["move"]
     machine = launch.machine

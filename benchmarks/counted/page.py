@@ -42,11 +42,12 @@ of one length, so that the mixed draw has none; flash-attn's rotary and Liger's 
 Some programs of a launch stand for all: of attention a full tile and the last one of a head, six
 tiles of the mixed draw (64 images of 224 to 1024 px, see `benchmarks/case.py`), one tile of a
 product, two to ten programs of kernels that do the same for every row. Device memory is counted as
-if q, k and v, weights and rows came from it once. Not counted are the projection's sums in parts,
-for few tokens. Heads
-of 80 are counted without RoPE, the peers' with tiles padded to 128.
-Whether the softmax does run beside the tensor cores is read from machine code: docs/tuning.md. The
-rates, their sources and which of them are uncertain stand in `benchmarks/counted/rates.py`.
+if q, k and v, weights and rows came from it once, and as if parts of a sum went there and came
+back. "Few tokens" are those of one image of 1024 px, with nothing else on the chip: there, and only
+there, the bound is that of the multiprocessor with most programs, so that those without one count
+as idle. Heads of 80 are counted without RoPE, the peers' with tiles padded to 128. Whether the
+softmax does run beside the tensor cores is read from machine code: docs/tuning.md. The rates, their
+sources and which of them are uncertain stand in `benchmarks/counted/rates.py`.
 """
 HEADER = (
     "| {} | kernel | bound | limited by | next | instructions | PTX | loop "

@@ -260,11 +260,11 @@ def liger_swiglu(folder: Path | None, ours: Case, gate: Tensor, up: Tensor) -> C
 
 
 def matmul_case(ours: Case, a: Tensor, weight: Tensor, config: Any) -> Case:
-    """The product alone, of rows that were shuffled before, with our tiles."""
+    """The product alone, of rows that were shuffled before."""
     out = torch.zeros(a.shape[0], weight.shape[0], dtype=BF16)
     return replace(
         ours,
-        variant="textbook matmul, already shuffled",
+        variant=f"textbook matmul {config.block_m}x{config.block_n}, already shuffled",
         role="peer",
         start=lambda: textbook.start_matmul(a, weight, out, config),
         samples={"matmul": first},

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.counted import linear, peers
 from benchmarks.counted.attention import BF16, inputs
-from benchmarks.counted.case import Case, Sample, first, spread
+from benchmarks.counted.case import Case, Grid, Part, Sample, first, spread
 from hrvlm_kernels import PackedGrids
 from hrvlm_kernels.ops import linear_residual_layer_norm as norms
 from hrvlm_kernels.ops.bias_gelu import bias_gelu
@@ -26,6 +26,8 @@ from hrvlm_kernels.ops.rope_2d import rope_2d
 from hrvlm_kernels.ops.swiglu import swiglu
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear as projection
 from hrvlm_kernels.triton_kernels import pixel_shuffle_linear_backward as projection_backward
+from hrvlm_kernels.triton_kernels.launch import cdiv
+from hrvlm_kernels.triton_kernels.tilings import GemmConfig
 
 GRID = (48, 48)
 WIDTHS = (384, 768, 1024, 1280, 4096)  # DINOv3's S, B, L, H+ and 7B
@@ -33,6 +35,8 @@ PLAIN = (1536, 4096)  # between the products of S and L
 GATED = (5120, 4304)  # H+; a width that no power of two divides
 PROJECTIONS = ((384, 576), (1024, 1024), (1024, 4096))  # channels, features
 FACTOR = 4
+FEW = "pixel_shuffle_linear, few tokens"
+SMALL_TILES = GemmConfig(64, 64, 64, 4, 4)  # of the textbook, for few tokens
 
 Makers = Iterator[Callable[[], Case]]
 Samples = Mapping[str, Sample]
@@ -216,12 +220,58 @@ def projection_cases(chip: int, channels: int, features: int) -> Makers:
     yield lambda: peers.matmul_case(whole, _randn(rows, k), weight, config)
 
 
+def few_tokens_cases(chip: int, channels: int, features: int) -> Makers:
+    """The forward of one image of 1024 px that has the chip to itself: a sum in parts."""
+    packed = PackedGrids.from_grids([(64, 64)], num_prefix_tokens=5)
+    index, k = packed.shuffle_index(FACTOR), FACTOR**2 * channels
+    rows = index.shape[0]
+    x, weight, bias = _randn(packed.total_tokens, channels), _randn(features, k), _randn(features)
+    out = torch.zeros(rows, features, dtype=BF16)
+
+    def count(config: GemmConfig) -> tuple[int, int]:
+        tiles = cdiv(rows, config.block_m) * cdiv(features, config.block_n)
+        return tiles, FACTOR**2 * cdiv(channels, config.block_k)
+
+    def check() -> None:
+        exact = weight[:64].float() @ x[index[0]].flatten().float() + bias[:64].float()
+        error = (out[0, :64].float() - exact).norm() / exact.norm()
+        assert error < 0.01, f"off by {error:.3f}"
+
+    config = projection.select_configs(f"sm_{chip}", BF16)[0]
+    parts = projection.plan_product(config, count, x, None).parts
+    read, written = 2.0 * (rows + features) * k, 2.0 * rows * features
+    ours = Case(
+        op=FEW,
+        size=f"C={channels} N={features}",
+        variant="shipped",
+        start=lambda: projection.forward(x, index, weight, bias, out),
+        unit="thousand product",
+        units=rows * features * k / 1000,
+        flops=2 * rows * features * k,
+        least=read + written,
+        samples={"add_parts": spread(4), "pixel_shuffle": parts_of_a_tile},
+        sharing={"linear_forward": read + (2 * parts if parts > 1 else 1) * written},
+        alone=True,
+        check=check,
+    )
+    yield lambda: ours
+    shuffled = replace(ours, sharing={"matmul": read + written}, check=None)
+    for tiles in (config, SMALL_TILES):
+        yield partial(peers.matmul_case, shuffled, _randn(rows, k), weight, tiles)
+
+
+def parts_of_a_tile(grid: Grid) -> list[Part]:
+    """A grid of tiles, then parts of their sums: all parts of the first tile, which add up."""
+    return [(range(0, grid[0] * grid[1], grid[0]), float(grid[0]))]
+
+
 def makers(chip: int, folder: Path | None) -> Iterator[tuple[str, Callable[[], Makers]]]:
     """(op, what makes its cases one by one)."""
     for head_dim in (64, 128):
         yield "rope_2d", partial(rope_cases, folder, head_dim)
     for channels, features in PROJECTIONS:
         yield "pixel_shuffle_linear", partial(projection_cases, chip, channels, features)
+        yield FEW, partial(few_tokens_cases, chip, channels, features)
     for width in WIDTHS:
         for op in ("layer_norm_pixel_shuffle", "residual_layer_norm"):
             yield op, partial(norm_cases, folder, width, op)

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.case import RESULTS
 from benchmarks.counted import attention, linear, page, peers, rates, results, textbook
-from benchmarks.counted.case import first, spread
+from benchmarks.counted.case import first, share_of_the_busiest, spread
+from benchmarks.counted.rows import parts_of_a_tile
 from benchmarks.counted.sass import Code
 from hrvlm_kernels.triton_kernels.tilings import Tiling
 
@@ -45,7 +46,9 @@ def test_device_memory_of_the_data_sheet():
 
 @pytest.mark.parametrize("programs", [1, 2, 3, 8, 1000])
 @pytest.mark.parametrize("heads", [1, 16])
-@pytest.mark.parametrize("sample", [spread(3), first, peers.heads_last, peers.middle_and_last])
+@pytest.mark.parametrize(
+    "sample", [spread(3), first, peers.heads_last, peers.middle_and_last, parts_of_a_tile]
+)
 def test_samples_add_up_to_the_grid(sample, programs, heads):
     total = programs * heads
     parts = sample((programs, heads, 1))
@@ -58,6 +61,19 @@ def test_the_middle_tiles_stand_for_all_under_a_causal_mask(tiles):
     work = [5 + 3 * i for i in range(tiles - 1)] + [17]
     parts = peers.middle_and_last((tiles, 2, 1))
     assert sum(work[i] * weight for chosen, weight in parts for i in chosen) == 2 * sum(work)
+
+
+def test_parts_of_a_sum_are_those_of_one_tile():
+    ((chosen, weight),) = parts_of_a_tile((10, 4, 1))
+    assert list(chosen) == [0, 10, 20, 30] and weight == 10
+
+
+def test_idle_multiprocessors_of_a_launch_that_is_alone():
+    """Ten tiles on 132 multiprocessors; in twelve parts, some have one program and some none."""
+    assert share_of_the_busiest((10, 1, 1), 90) == pytest.approx(13.2)
+    assert share_of_the_busiest((10, 12, 1), 90) == pytest.approx(1.1)
+    assert share_of_the_busiest((133, 1, 1), 90) == pytest.approx(264 / 133)
+    assert share_of_the_busiest((108, 2, 1), 80) == 1
 
 
 @pytest.mark.parametrize("n", [70, 128])
