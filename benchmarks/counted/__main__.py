@@ -36,6 +36,7 @@ from benchmarks.suite import commit_here
 from hrvlm.files import write_text
 
 CHIPS = {"sm_80": 80, "sm_90": 90}
+WRITE_EVERY = 5.0  # seconds of CPU time
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,12 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             only = tuple(args.only)
             kept, missing = others(path, () if args.missing else only), set[str]()
             known = {name_of(row) for row in kept}
+            written = -WRITE_EVERY
             for row in run(CHIPS[chip], only, args.peers, missing, known):
                 kept.append(row)
-                write(path, chip, kept, sorted(missing))  # each as it is made
+                if time.process_time() - written > WRITE_EVERY:  # an interruption loses little
+                    write(path, chip, kept, sorted(missing))
+                    written = time.process_time()
                 if time.process_time() > 60 * args.minutes:
                     print(f"sm_{CHIPS[chip]}: stopped after --minutes {args.minutes:g}")
                     break
+            if len(kept) > len(known):
+                write(path, chip, kept, sorted(missing))
     write_text(args.docs / page.NAME, page.render(args.results))
     return 0
 
