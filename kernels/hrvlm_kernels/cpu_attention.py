@@ -83,8 +83,8 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        # A checkpoint that makes these again may go torch's way, under other threads or modes, and
-        # takes the first three tensors that are saved there: k comes first, as it does in torch.
+        # A checkpoint that makes these again may go torch's way in float32, under other threads or
+        # modes, and takes the first three tensors that are saved there: k comes first, as in torch.
         ctx.save_for_backward(k, q, v)
         ctx.scale = scale
         return (_together if _goes_together(q) else _by_head)(q, k, v, scale)
@@ -131,10 +131,21 @@ def _heads_first(a: Tensor) -> Tensor:
 
 def _groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Heads of all images ``[N, L, D]``, as many at a time as fit in the cache."""
-    threads = torch.get_num_threads()
-    count = max(1, _SCORES // tensors[0].shape[2] ** 2)
     flat = [a.transpose(0, 1).flatten(0, 1) for a in tensors]  # as RoPE writes them
-    return zip(*(a.split(-(-count // threads) * threads) for a in flat), strict=True)
+    sizes = list(_sizes_of_groups(len(flat[0]), tensors[0].shape[2]))
+    return zip(*(a.split(sizes) for a in flat), strict=True)
+
+
+def _sizes_of_groups(heads: int, length: int) -> Iterator[int]:
+    """Of few kinds for a length: for each, oneDNN keeps code."""
+    threads = torch.get_num_threads()
+    most = -(-max(1, _SCORES // length**2) // threads)
+    while heads:
+        rounds = min(heads // threads, most)
+        rest = max(0, rounds.bit_length() - 3) if rounds < most else 0
+        size = (rounds >> rest << rest) * threads or heads
+        yield size
+        heads -= size
 
 
 def _scores_and_weights(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:

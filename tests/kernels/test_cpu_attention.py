@@ -122,6 +122,28 @@ def test_with_many_threads_memory_stays_small(length, takes_ours, rng, ours, mon
     assert cpu_attention.scratch((1,)).untyped_storage().nbytes() <= 4 * cpu_attention.KEPT
 
 
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_heads_go_together_in_few_numbers(threads, monkeypatch):
+    """Whatever the number of images is: oneDNN keeps code for each."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for length in (7, 20, 100, 201):
+        kinds = set()
+        for heads in range(1, 2000):
+            sizes = list(cpu_attention._sizes_of_groups(heads, length))
+            assert sum(sizes) == heads and min(sizes) > 0
+            kinds |= set(sizes)
+        assert len(kinds) <= 40
+    assert len(list(cpu_attention._sizes_of_groups(12, 201))) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(100,), (100, 100), (100, 50), (LONG,)], ids=str)
+def test_the_output_is_contiguous_whatever_the_pack(lengths, dtype):
+    packed = PackedGrids.from_lengths(lengths)
+    q, k, v = torch.randn(3, sum(lengths), 4, 64).to(dtype)
+    assert varlen_attention(q, k, v, packed, backend="sdpa").is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_the_pack(dtype, rng, ours):
     lengths = [LONG, 5, LONG, LONG, 901, 64]

@@ -244,7 +244,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedGrids, scale: float) ->
     ]
     if not outputs:
         return torch.zeros_like(q)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs)
 
 
 def heads_by_runs(lengths: Sequence[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
