@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .merge_orders import merge_order
 from .packed_tables import (
@@ -34,6 +33,7 @@ from .packed_tables import (
     Uploads,
     check_int,
     is_int,
+    makes_wrappers,
     upload,
     upload_together,
 )
@@ -99,12 +99,12 @@ class PackedGrids:
                 has more tokens than an int32 can count.
         """
         check_int("num_prefix_tokens", num_prefix_tokens, 0)
-        pairs = _as_pairs(grids)
+        pairs, prefix = _as_pairs(grids), int(num_prefix_tokens)
         for factor in shuffle_factors:
             check_factor(pairs, factor)
-        lengths = tuple([num_prefix_tokens + hp * wp for hp, wp in pairs])
-        device = _canonical(device)
-        return _cached(pairs, lengths, num_prefix_tokens, device, tuple(shuffle_factors))
+        lengths = tuple([prefix + hp * wp for hp, wp in pairs])
+        factors = tuple([int(factor) for factor in shuffle_factors])
+        return _cached(pairs, lengths, prefix, _canonical(device), factors)
 
     @staticmethod
     def from_lengths(lengths: Sequence[int], *, device: torch.device | str = "cpu") -> PackedGrids:
@@ -300,7 +300,7 @@ def _cached(
     device: torch.device,
     factors: tuple[int, ...] = (),
 ) -> PackedGrids:
-    if is_in_torch_dispatch_mode():  # fake tensors must not enter the cache
+    if makes_wrappers():  # which must not enter the cache
         return _build(grids, lengths, prefix, device, factors)
     packed = _build_cached(grids, lengths, prefix, device, factors)
     if packed._uploads is not None and not torch.compiler.is_compiling():
@@ -364,7 +364,7 @@ def check_factor(grids: tuple[Grid, ...], factor: int) -> None:
 
 
 def _as_pairs(grids: Sequence[Sequence[int]]) -> tuple[Grid, ...]:
-    grids = list(grids)
+    grids = [grid if type(grid) in (tuple, list) else _as_tuple(grid) for grid in grids]
     try:
         pairs = tuple([(hp, wp) for hp, wp in grids])
     except (TypeError, ValueError):
@@ -378,8 +378,12 @@ def _as_pairs(grids: Sequence[Sequence[int]]) -> tuple[Grid, ...]:
     return tuple(_as_grid(j, grid) for j, grid in enumerate(grids))
 
 
+def _as_tuple(grid: Any) -> tuple[Any, ...]:
+    return tuple(grid) if isinstance(grid, Iterable) else (grid,)
+
+
 def _as_grid(i: int, grid: Sequence[int]) -> Grid:
-    pair = tuple(grid) if isinstance(grid, Iterable) else (grid,)
+    pair = tuple(grid)
     if len(pair) != 2 or not all(is_int(n, 1) for n in pair):
         raise ValueError(f"image {i}: a patch grid is two positive ints (hp, wp), got {pair}")
     return int(pair[0]), int(pair[1])

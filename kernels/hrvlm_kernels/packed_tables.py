@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .merge_orders import MergeOrder
@@ -144,7 +145,7 @@ class Tables:
         """For each size, (segment, its block of so many rows) of each tile, longest first."""
         # By torch: torch.compile sorts no symbols, which the lengths are in a graph for any size.
         tokens, segments = self.tokens.sort(descending=True, stable=True)
-        blocks = torch.cat([(tokens + (size - 1)) // size for size in sizes])
+        blocks = torch.cat([(tokens - 1) // size + 1 for size in sizes])  # within int32
         totals = [sum([-(-n // size) for n in self.lengths]) for size in sizes]
         less = blocks - blocks.cumsum(0, dtype=torch.int32)  # than a tile's place in the list
         pairs = torch.stack((segments.to(torch.int32).repeat(len(sizes)), less), 1)
@@ -219,7 +220,7 @@ def _join(pieces: list[Tensor], out: Tensor) -> None:
 def _numbers(first: int, count: int) -> Tensor:
     """``first, first + 1, ...``, `count` of them; not to be written to."""
     end = first + count
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or end > _NUMBERS:
+    if torch.compiler.is_compiling() or makes_wrappers() or end > _NUMBERS:
         return torch.arange(first, end, dtype=torch.int32, device="cpu")
     return _numbers_below(1 << end.bit_length())[first:end]
 
@@ -229,9 +230,14 @@ def _numbers_below(end: int) -> Tensor:
     return torch.arange(end, dtype=torch.int32, device="cpu")
 
 
+def makes_wrappers() -> bool:
+    """Whether new tensors are fake ones or a transform's, which must not stay in a cache."""
+    return is_in_torch_dispatch_mode() or _are_functorch_transforms_active()
+
+
 def _kept(make: Any) -> Any:
-    """The cached `make`; itself where tensors are fake ones, which must not stay."""
-    return make.__wrapped__ if is_in_torch_dispatch_mode() else make
+    """The cached `make`; itself where tensors must not stay."""
+    return make.__wrapped__ if makes_wrappers() else make
 
 
 @lru_cache(maxsize=_PIECES)

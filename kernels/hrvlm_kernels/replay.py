@@ -102,7 +102,7 @@ class _Known:
 
     def __init__(self, tensors: list[Tensor]):
         # Whether others are like them, for torch's dispatcher too: as it is in this thread, under a
-        # mode, a transform, autocast or a trace, no tensor fits.
+        # transform, autocast or a trace, no tensor fits.
         self.fit = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         self.want_gradient = any(a.requires_grad for a in tensors)
         self.again: _Replay | None = None  # what makes it again
@@ -126,7 +126,7 @@ def replayed(function: Function, with_gradient: Callable[..., Any] | None = None
         if is_compiling() or place is None or _thread.watch is not None:
             return function(*args, **kwargs)
         here = place()
-        if here is None or _profiler_enabled():
+        if here is None or _profiler_enabled() or is_in_torch_dispatch_mode():
             return function(*args, **kwargs)
         driver, device, stream = here
         key: list[Any] = [driver, device]
@@ -138,7 +138,7 @@ def replayed(function: Function, with_gradient: Callable[..., Any] | None = None
             if found.fit(*tensors):
                 break
         else:
-            if tensors and not needs_torch() and not _is_any_autocast_enabled():
+            if not needs_torch() and not _is_any_autocast_enabled():
                 _add(known, what, tensors)
             return function(*args, **kwargs)
         again, records = found.again, found.want_gradient and is_grad_enabled()
@@ -152,8 +152,6 @@ def replayed(function: Function, with_gradient: Callable[..., Any] | None = None
         if bits & 15:
             return function(*args, **kwargs)
         if again is None:
-            if len(set(map(id, tensors))) < len(tensors):  # which of them would a launch mean?
-                return function(*args, **kwargs)
             result, found.again = _watch(function, args, kwargs, tensors, device)
             found.is_refused = found.again is None
             return result
@@ -165,6 +163,8 @@ def replayed(function: Function, with_gradient: Callable[..., Any] | None = None
 
 
 def _add(known: dict[tuple[Any, ...], list[_Known]], key: Any, tensors: list[Tensor]) -> None:
+    if not tensors or len(set(map(id, tensors))) < len(tensors):  # the latter never fit
+        return
     added = _Known(tensors)
     if added.want_gradient and is_grad_enabled():  # the same without it will come from there
         return

@@ -1,6 +1,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -193,6 +194,34 @@ def test_fake_tensors_do_not_enter_the_cache():
         PackedGrids.from_grids([(7, 9)], num_prefix_tokens=2)
     real = PackedGrids.from_grids([(7, 9)], num_prefix_tokens=2)
     assert real.cu_seqlens.tolist() == [0, 65]
+
+
+def test_a_transforms_wrappers_do_not_enter_the_cache():
+    def lay_out(x):
+        PackedGrids.from_grids([(3, 4), (5, 6)], num_prefix_tokens=5, shuffle_factors=(1,))
+        return x
+
+    torch.func.functionalize(lay_out)(torch.zeros(2))
+    for grids in ([(3, 4), (5, 6)], [(7, 8)] * 5):
+        packed = PackedGrids.from_grids(grids, num_prefix_tokens=5)
+        assert type(packed.cu_seqlens + 0) is torch.Tensor
+        assert packed.patch_rows()[-1] == packed.total_tokens - 1
+
+
+def test_numbers_of_numpy_and_iterators_are_taken():
+    expected = PackedGrids.from_grids([(3, 4), (2, 2)], num_prefix_tokens=5, shuffle_factors=(1,))
+    grids = [map(np.int64, (3, 4)), iter(np.array([2, 2]))]
+    options = {"num_prefix_tokens": np.int8(5), "shuffle_factors": (np.int32(1),)}
+    packed = PackedGrids.from_grids(grids, **options)
+    assert packed is expected
+    with pytest.raises(ValueError, match=r"image 1: .* got \(3, 4, 5\)"):
+        PackedGrids.from_grids([map(int, "34"), map(int, "345")])
+
+
+def test_the_longest_segment_that_int32_can_count():
+    packed = PackedGrids.from_lengths([2**31 - 1])
+    last = (2**31 - 1) // 128
+    assert packed.tiles(128).shape == (last + 1, 2) and packed.tiles(128)[-1].tolist() == [0, last]
 
 
 def test_default_device_context_is_ignored():

@@ -10,6 +10,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
@@ -375,6 +377,44 @@ def test_modes_and_transforms_see_the_op():
         torch.func.grad(lambda a: gated(a, up).sum())(gate)
     times, traced = replays_of(lambda: torch.jit.trace(gated, (gate, up), check_trace=False))
     assert times == 0 and "hrvlm_kernels::swiglu" in str(traced.graph)
+    assert replays_of(lambda: gated(gate, up))[0] == 1
+
+
+@pytest.mark.parametrize("calls", [0, 1, 4])
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
+def test_traced_graphs_have_the_op(calls, recorded, tracing):
+    """However often it was called before: torch's own modes are no tensor's business."""
+    gate, up = rows(8, 64), rows(8, 64)
+    gate.requires_grad_(recorded)
+    for _ in range(calls):
+        gated(gate, up)
+    traced = make_fx(
+        lambda x: x + gated(gate, up), tracing_mode=tracing, _allow_non_fake_inputs=True
+    )
+    times, graph = replays_of(lambda: traced(rows(8, 64)))
+    assert times == 0
+    assert [node.target for node in graph.graph.nodes if "swiglu" in str(node.target)]
+
+
+@torch.no_grad()
+def test_fake_tensors_launch_nothing():
+    gate, up = rows(8, 64), rows(8, 64)
+    for _ in range(4):
+        gated(gate, up)
+    launches = DRIVER.launches()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(gated(gate, up), FakeTensor)
+    assert DRIVER.launches() == launches
+
+
+@torch.no_grad()
+def test_one_tensor_twice_puts_nothing_out():
+    gate, up = rows(8, 64), rows(8, 64)
+    for _ in range(3):
+        gated(gate, up)
+    for _ in range(20):
+        gated(gate, gate)
     assert replays_of(lambda: gated(gate, up))[0] == 1
 
 

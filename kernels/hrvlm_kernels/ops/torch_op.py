@@ -7,7 +7,6 @@ namespace is the name under which this copy was imported, as Hub kernels must ha
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -140,7 +139,7 @@ def register(
     def run(*args: Any) -> Any:
         outputs = fake(*args)
         try:
-            kernels = sys.modules.get(path) or import_module(path)
+            kernels = import_module(path)  # waits where another thread does it
         except ImportError as error:
             raise RuntimeError(
                 f"{name}: Triton can't be imported ({error}): run `hrvlm doctor`, or choose "

@@ -120,7 +120,8 @@ def _inside(run: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     It is Python around ``run.launch``, which adds constants to the arguments, and memory for the
     few kernels that ask for it.
     """
-    if "launch" not in getattr(run, "__dict__", ()):
+    parts = getattr(run, "__dict__", {})
+    if "launch" not in parts or any(parts.get(f"{a}_scratch_size") for a in ("global", "profile")):
         return run, args
     calls: list[tuple[Any, ...]] = []
     twin = copy(run)
