@@ -170,7 +170,9 @@ def readme_table(results: Sequence[dict[str, Any]]) -> str:
     lines = ["| hrvlm against | where | it takes so many times as long |", "|---|---|---|"]
     lines += [f"| {what} | {where} | {ratio} |" for what, where, ratio in rows]
     link = "[docs/benchmarks.md](docs/benchmarks.md)"
-    return "\n".join([*lines, "", f"All numbers, how they were taken, and plots: {link}."])
+    return "\n".join(
+        [*lines, "", f"All numbers, how and at which commit they were taken, and plots: {link}."]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -50,12 +50,9 @@ def provenance(result: Result) -> str:
     verdict = f"GATE FAILED: {', '.join(failed)}" if failed else "all gates passed"
     if not gates:
         verdict = "results compared with one another"
-    older: dict[str, dict[str, None]] = {}
-    for case in result["cases"]:
-        if "commit" in case:
-            older.setdefault(case["commit"], {})[images_of(case)] = None
-    commits = "".join(f" ({', '.join(images)}: {commit})" for commit, images in older.items())
-    commit = f"commit {m['commit']}, {m['date'][:10]}{commits}"
+    commit = f"commit {m['commit']}, {m['date'][:10]}"
+    if any("commit" in case for case in result["cases"]):
+        commit += " (columns that name another one are of that)"
     return (
         f"{device}; {', '.join(versions)}; {commit}; {verdict}. "
         f"Ceilings: copy {quantity(c['copy_bytes_per_second'], 'B/s')}, "
@@ -97,7 +94,8 @@ def heading(case: dict[str, Any]) -> str:
     p = case["parameters"]
     count = p.get("count") or p.get("segments") or p.get("samples")
     tokens = f", {p['tokens']:,} tokens" if "tokens" in p else ""
-    return f"{images_of(case)}<br>{count} {'image' if count == 1 else 'images'}{tokens}"
+    commit = f"<br>commit {case['commit']}" if "commit" in case else ""
+    return f"{images_of(case)}<br>{count} {'image' if count == 1 else 'images'}{tokens}{commit}"
 
 
 def images_of(case: dict[str, Any]) -> str:
