@@ -72,19 +72,19 @@ SILENT: Mapping[tuple[str, str], Places] = {
     ("sm_80", "pixel_shuffle_linear dx"): (("barrier dropped", 0, "b_w = tl.load(p_w,"),),
     ("sm_80", "pixel_shuffle_linear dweight"): (("barrier dropped", 0, "row = tl.load(index"),),
     ("sm_90", "attention forward, ahead"): (
-        ("barrier dropped", 0, "b_k = k_blocks.load([row, head, 0])"),
+        ("barrier dropped", 0, "b = blocks.load([row, head, 0])"),
         ("barrier dropped", 17, LOOP_AHEAD),
-        ("fence dropped", 2, "qk = tl.dot(b_q, b_k.T,"),
+        ("fence dropped", 2, "s = tl.dot(a[0], b[0].T,"),
     ),
     ("sm_90", "attention forward, ahead, RoPE"): (
         ("barrier dropped", 20, LOOP_AHEAD),
-        ("fence before a load dropped", 0, "b_k = k_blocks.load([row, head, 0])"),
+        ("fence before a load dropped", 0, "b = blocks.load([row, head, 0])"),
     ),
     ("sm_90", "attention forward, plain"): (
         ("barrier dropped", 4, LOOP),
         ("wait dropped", 5, LOOP),
         ("wait a group short", 5, LOOP),
-        ("fence dropped", 2, "qk = tl.dot(b_q, b_k.T,"),
+        ("fence dropped", 2, "qk = tl.dot(b_q[0], b_k.T,"),
     ),
     ("sm_90", "attention dq"): (
         ("wait dropped", 7, LOOP),
