@@ -364,26 +364,18 @@ def check_factor(grids: tuple[Grid, ...], factor: int) -> None:
 
 
 def _as_pairs(grids: Sequence[Sequence[int]]) -> tuple[Grid, ...]:
-    grids = [grid if type(grid) in (tuple, list) else _as_tuple(grid) for grid in grids]
-    try:
-        pairs = tuple([(hp, wp) for hp, wp in grids])
-    except (TypeError, ValueError):
-        pairs = ()  # one of them is no pair
-    for hp, wp in pairs:
-        if type(hp) is not int or type(wp) is not int or hp < 1 or wp < 1:
-            break
-    else:
-        if len(pairs) == len(grids):
-            return pairs
-    return tuple(_as_grid(j, grid) for j, grid in enumerate(grids))
+    pairs = tuple([grid if type(grid) is tuple else _as_tuple(grid) for grid in grids])
+    for pair in pairs:
+        if len(pair) != 2 or type(pair[0]) is not int or type(pair[1]) is not int or min(pair) < 1:
+            return tuple(_as_grid(j, grid) for j, grid in enumerate(pairs))
+    return pairs
 
 
 def _as_tuple(grid: Any) -> tuple[Any, ...]:
     return tuple(grid) if isinstance(grid, Iterable) else (grid,)
 
 
-def _as_grid(i: int, grid: Sequence[int]) -> Grid:
-    pair = tuple(grid)
+def _as_grid(i: int, pair: tuple[Any, ...]) -> Grid:
     if len(pair) != 2 or not all(is_int(n, 1) for n in pair):
         raise ValueError(f"image {i}: a patch grid is two positive ints (hp, wp), got {pair}")
     return int(pair[0]), int(pair[1])
